@@ -1,0 +1,42 @@
+"""What a user can fix, as exceptions.
+
+    PoseError            its text is one paragraph: the file, the field, the way out
+    |- ImageError        bytes that are not a picture we read; .reason is a short code
+    |- CheckpointError   a checkpoint folder or weights file that does not fit
+    |- DataError         COCO files, skeletons, shards, boxes, results
+    `- ConfigError       a setting, or a machine that cannot give what a setting asks
+
+The command line prints a PoseError's text and exits with 2; the server answers 4xx. Anything else
+that is raised is our defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class PoseError(Exception):
+    """Something the user can fix. The text names the file, the field and the way out."""
+
+
+class ImageError(PoseError):
+    """A picture that cannot be used. `reason`: empty, not_an_image, unsupported_format, too_large,
+    truncated, decode_failed."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        # Exceptions cross process borders in Ray: rebuild from both arguments.
+        return (ImageError, (self.reason, str(self)))
+
+
+class CheckpointError(PoseError):
+    """A checkpoint folder or a weights file that is incomplete, damaged or of another model."""
+
+
+class DataError(PoseError):
+    """COCO files, skeleton files, shards, boxes or results that contradict their format."""
+
+
+class ConfigError(PoseError):
+    """A setting that is unknown or contradicts another, or asks for more than there is."""

@@ -1,0 +1,248 @@
+"""Picture bytes -> uint8 RGB, and back. The header is judged before anything is decoded.
+
+Read: JPEG, PNG, WebP, BMP, GIF, TIFF. Everything becomes 8-bit RGB: grey is repeated, CMYK converted,
+16 bit keeps the upper 8, a palette is looked up, of several frames or pages the first is taken. Alpha is
+dropped, the colours stay as stored (TIFF alone: what is transparent turns black, as libtiff reads it).
+
+One verdict for one file, whoever asks: bytes go through `decode_image`, never through cv2.imread, which
+accepts a JPEG with 90 % of it missing.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.Image import DecompressionBombError, Exif
+
+from hrnet_core.errors import ImageError
+
+Image = NDArray[np.uint8]
+
+# Pillow's header parsers by the file's first bytes. Not Image.open: it tries what we do not support, and
+# judges the size by a global of its own.
+PARSERS: tuple[tuple[str, re.Pattern[bytes], Any], ...] = (
+    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    ("GIF", re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
+    ("BMP", re.compile(rb"BM....\0\0\0\0", re.DOTALL), BmpImagePlugin.BmpImageFile),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
+)
+SUPPORTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+# Pictures that people do send, to be told what they are.
+OTHER_FORMATS: tuple[tuple[str, re.Pattern[bytes]], ...] = (
+    ("HEIC or AVIF", re.compile(rb"....ftyp", re.DOTALL)),
+    ("PDF", re.compile(rb"%PDF")),
+    ("Photoshop", re.compile(rb"8BPS")),
+    ("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
+    ("SVG", re.compile(rb"\s*(<\?xml[^>]*>\s*)?<svg")),
+)
+ORIENTATION_TAG = 0x0112
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff]")
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a picture says of itself before it is decoded."""
+
+    format: str
+    """JPEG, PNG, WEBP, GIF, BMP or TIFF; a JPEG with further pictures behind it (MPO) is a JPEG."""
+    width: int
+    """As stored, before EXIF."""
+    height: int
+    orientation: int
+    """EXIF orientation 1 to 8; 1 where there is none or it cannot be read."""
+    frames: int
+    """1, or 2 where there are more frames or pages; they are not counted, only the first is used."""
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """Format, size and orientation of a picture, without decoding a pixel.
+
+    Raises ImageError: `empty`, `not_an_image`, `unsupported_format`, `truncated` (the header itself is cut
+    off or damaged), `too_large` (a WebP that Pillow refuses by its header).
+    """
+    if not data:
+        raise ImageError("empty", "the file is empty (0 bytes): send the picture itself.")
+    name, parser = _parser(data)
+    try:
+        picture = parser(io.BytesIO(data))
+        width, height = picture.size
+        frames = 2 if getattr(picture, "is_animated", False) else 1
+    except DecompressionBombError as error:
+        raise ImageError("too_large", f"the {name} header promises too much: {error}") from None
+    except Exception as error:  # a parser of hostile bytes may raise anything
+        raise ImageError(
+            "truncated", f"the {name} header is cut off or damaged ({error}): save or send the picture again."
+        ) from None
+    orientation = _orientation(picture)
+    if name == "TIFF" and orientation >= 5:  # Pillow gives a TIFF's size as displayed
+        width, height = height, width
+    if width < 1 or height < 1:
+        raise ImageError("not_an_image", f"the {name} header gives a size of {width} x {height} pixels.")
+    return ImageHeader(name, width, height, orientation, frames)
+
+
+def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = 100_000_000) -> Image:
+    """Picture bytes -> uint8 (H, W, 3) RGB.
+
+    apply_exif=True turns the picture as its EXIF orientation says (serving, predict). False leaves the
+    stored pixels, to which COCO's annotations belong.
+
+    Raises ImageError: those of read_header, `too_large` when the header promises more than max_pixels,
+    `truncated` when the end is missing (JPEG's EOI, PNG's IEND, WebP's and BMP's declared length; bytes
+    after the end are tolerated), `decode_failed` for any other damage.
+    """
+    header = read_header(data)
+    if header.width * header.height > max_pixels:
+        raise ImageError(
+            "too_large",
+            f"the {header.format} header promises {header.width} x {header.height} = "
+            f"{header.width * header.height:,} pixels, above max_pixels = {max_pixels:,}: "
+            "send a smaller picture or raise max_pixels.",
+        )
+    if not _is_complete(header.format, data):
+        raise ImageError(
+            "truncated",
+            f"the {header.format} file is cut off: its end is missing after {len(data):,} bytes. "
+            "Copy, download or send it again.",
+        )
+    stored = _decode(header, data)
+    # OpenCV's TIFF reader turns by itself, whatever its flags say.
+    turn = 1 if header.format == "TIFF" else header.orientation
+    if not apply_exif:
+        turn = {6: 8, 8: 6}.get(header.orientation, header.orientation) if header.format == "TIFF" else 1
+    return _turned(stored, turn)
+
+
+def encode_jpeg(image: Image, quality: int = 95) -> bytes:
+    """uint8 (H, W, 3) RGB -> JPEG with full colour resolution (4:4:4)."""
+    settings = [
+        cv2.IMWRITE_JPEG_QUALITY,
+        quality,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    ]
+    return _encode(".jpg", image, settings)
+
+
+def encode_png(image: Image) -> bytes:
+    """uint8 (H, W, 3) RGB -> PNG."""
+    return _encode(".png", image, [])
+
+
+def _parser(data: bytes) -> tuple[str, Any]:
+    for name, start, parser in PARSERS:
+        if start.match(data):
+            return name, parser
+    for name, start in OTHER_FORMATS:
+        if start.match(data):
+            raise ImageError("unsupported_format", f"{name} is not read: convert the file to {SUPPORTED}.")
+    raise ImageError(
+        "not_an_image", f"the file begins with {data[:12]!r}, which is no picture we know: send {SUPPORTED}."
+    )
+
+
+def _orientation(picture: Any) -> int:
+    """EXIF's orientation, XMP's ignored as browsers do."""
+    try:
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            value = picture.tag_v2.get(ORIENTATION_TAG, 1)
+        else:
+            exif = Exif()
+            exif.load(picture.info.get("exif", b""))
+            value = exif.get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF is no reason to refuse a picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _is_complete(name: str, data: bytes) -> bool:
+    if name == "JPEG":
+        return _jpeg_ends(data)
+    if name == "PNG":
+        return _png_ends(data)
+    if name == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if name == "BMP":
+        return len(data) >= int.from_bytes(data[2:6], "little")
+    return True  # GIF and TIFF: the decoder refuses what is cut off
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether an end marker follows the first scan. One inside a segment (a thumbnail's) does not count."""
+    at = 2
+    while marker := JPEG_MARKER.search(data, at):
+        at, code = marker.end(), data[marker.end() - 1]
+        if code == 0xDA:  # start of scan: in what follows, FF D9 is the end and nothing else
+            return data.find(b"\xff\xd9", at) >= 0
+        if not (0xD0 <= code <= 0xD8 or code == 0x01):  # markers without a length
+            at += int.from_bytes(data[at : at + 2], "big")
+    return False
+
+
+def _png_ends(data: bytes) -> bool:
+    """Whether the chunks follow one another up to IEND. OpenCV would allocate whatever length a damaged
+    chunk declares: gigabytes for a file of 500 bytes."""
+    at = 8
+    while at + 12 <= len(data):
+        kind, at = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IEND":
+            return at <= len(data)
+    return False
+
+
+def _decode(header: ImageHeader, data: bytes) -> Image:
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise _damaged(header, str(error.err)) from None
+    sizes = [(header.height, header.width), (header.width, header.height)]
+    if image is None or image.dtype != np.uint8 or image.shape[:2] not in sizes or image.shape[2:] != (3,):
+        raise _damaged(header, "the decoder gave no picture of the promised size")
+    decoded: Image = image
+    return decoded
+
+
+def _damaged(header: ImageHeader, detail: str) -> ImageError:
+    return ImageError(
+        "decode_failed",
+        f"the {header.format} file of {header.width} x {header.height} pixels is damaged, cut off or of a "
+        f"kind that is not read ({detail}): save it again as an 8-bit JPEG or PNG.",
+    )
+
+
+def _turned(image: Image, orientation: int) -> Image:
+    """The stored picture as EXIF orientation 1 to 8 wants it displayed."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _encode(extension: str, image: Image, settings: list[int]) -> bytes:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"a picture to write is uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}")
+    done, buffer = cv2.imencode(extension, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), settings)
+    if not done:
+        raise ValueError(f"OpenCV did not write a picture of shape {image.shape} as {extension}")
+    return bytes(buffer)

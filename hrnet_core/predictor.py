@@ -1,0 +1,309 @@
+"""Image and boxes in, poses out: the one path that evaluation, prediction and serving share.
+
+    boxes -> center, scale -> the codec's crop matrix -> crops -> the network, plain and mirrored
+          -> decode -> back into the image
+
+Equal input gives equal output, with one condition: the network's batches must be the same. Batch size
+picks the float kernels, so another one changes the last bits of the heatmaps (and, rarely, which of two
+equal cells is the maximum). Batches here are as long as `batch_size` says, the last one is short; nothing
+is padded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint
+from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.geometry import Float64, box_to_center_scale, crop_people, place_in_image
+from hrnet_core.model import HRNet, normalize
+from hrnet_core.results import Boxes, Keypoints, Poses
+
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+MODES = ("float32", "channels_last", "bfloat16")
+EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
+LARGEST = 1e6  # px: no photograph has such a coordinate, and OpenCV's fixed point ends not far above
+
+# cuDNN's switches are process-wide: calls on a GPU that set them take turns.
+_cudnn = threading.Lock()
+
+
+class PosePredictor:
+    """A network with everything that belongs to it. Calls from several threads do not disturb each other.
+
+    model: copied, so a network in training may be passed and goes on unchanged.
+    device: "cpu", "cuda", "cuda:1" ..., or "auto": a GPU where there is one.
+    mode: "float32"; "channels_last", the same numbers up to rounding; "bfloat16", convolutions in bfloat16
+        and channels last; or "auto", the fastest that checkpoint.json has measured on this kind of device
+        within 0.001 AP of float32, and float32 where nothing was measured.
+
+    ConfigError: a device or mode there is not.
+    """
+
+    def __init__(self, model: HRNet, spec: CheckpointSpec, device: str = "auto", mode: str = "auto") -> None:
+        self.spec = spec
+        self.device = _find_device(device)
+        self.mode = fastest_exact(spec.modes, self.device.type) if mode == "auto" else mode
+        if self.mode not in MODES:
+            raise ConfigError(f"mode {mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
+        self._format = torch.contiguous_format if self.mode == "float32" else torch.channels_last
+        self._network = copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
+        self._network.to(memory_format=self._format)  # type: ignore[call-overload]  # unknown to its stub
+        if self.mode == "bfloat16":
+            for module in self._network.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(torch.bfloat16)  # once, where autocast would cast in every forward
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str = "auto", mode: str = "auto", threads: int | None = None
+    ) -> PosePredictor:
+        """A predictor from a checkpoint folder. CheckpointError says what is wrong with it.
+
+        threads: of torch on the CPU, for the whole process; None leaves them as they are.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model, spec = load_checkpoint(folder)
+        return cls(model, spec, device, mode)
+
+    def __call__(
+        self,
+        images: UInt8 | Sequence[UInt8],
+        boxes_xywh: Any = None,
+        box_scores: Any = None,
+        flip_test: bool | None = None,
+        *,
+        batch_size: int = 32,
+        border: Literal["official", "mmpose"] = "official",
+    ) -> list[Poses]:
+        """Poses of one image or of several, one Poses an image, one person a box in the order given.
+
+        images: uint8 (H, W, 3) RGB, or a sequence of them, of any sizes.
+        boxes_xywh: (P, 4) left, top, width, height in image px; for several images a sequence with one
+            array, or None, for each. None: the whole image is one person, and Poses.boxes_source says so.
+            Boxes are used as given. One that lies wholly or partly outside is answered like any other: the
+            crop is black there, and the scores tell.
+        box_scores: (P,) or a sequence of them; 1 where there are none.
+        flip_test: average with the mirror image; None: as the checkpoint says.
+        batch_size: people of a forward pass, over all images of the call.
+        border: see HeatmapCodec.decode.
+
+        DataError: images, boxes or scores of another shape or type, not finite, without width or height.
+        """
+        clock = [time.perf_counter()]
+        requests = _requests(images, boxes_xywh, box_scores)
+        matrices = [self.image_to_crop(request.boxes.xywh) for request in requests]
+        width, height = self.spec.input_size
+        crops = [np.empty((0, height, width, 3), np.uint8)]
+        for request, image_to_crop in zip(requests, matrices, strict=True):
+            crops.append(crop_people(request.image, image_to_crop, self.spec.input_size))
+        clock.append(time.perf_counter())
+        keypoints, scores = self.predict_crops(np.concatenate(crops), flip_test, batch_size, border)
+        clock.append(time.perf_counter())
+        placed = place_in_image(keypoints, np.concatenate([np.empty((0, 2, 3)), *matrices]))
+        data = np.concatenate([placed, scores[..., None]], axis=-1)
+        ends = np.cumsum([len(request.boxes) for request in requests])
+        clock.append(time.perf_counter())
+        shares = np.diff(clock) * 1000 / max(len(requests), 1)
+        return [
+            Poses(
+                Keypoints(data[end - len(request.boxes) : end]),
+                request.boxes,
+                request.image.shape[:2],
+                self.spec.skeleton,
+                request.boxes_source,
+                dict(zip(("preprocess", "inference", "postprocess"), shares.tolist(), strict=True)),
+            )
+            for request, end in zip(requests, ends, strict=True)
+        ]
+
+    def image_to_crop(self, boxes_xywh: ArrayLike) -> Float64:
+        """Boxes (P, 4) in image px -> the crop matrices (P, 2, 3) of this checkpoint's codec and padding."""
+        center, scale = box_to_center_scale(boxes_xywh, self.spec.input_size, self.spec.padding)
+        return self.spec.codec.image_to_crop_matrix(center, scale)
+
+    def predict_crops(
+        self,
+        crops: UInt8,
+        flip_test: bool | None = None,
+        batch_size: int = 32,
+        border: Literal["official", "mmpose"] = "official",
+    ) -> tuple[Float32, Float32]:
+        """Crops uint8 (P, h, w, 3) RGB -> keypoints float32 (P, K, 2) in crop px, scores float32 (P, K)."""
+        keypoints = np.zeros((len(crops), self.spec.skeleton.num_keypoints, 2), np.float32)
+        scores = np.zeros(keypoints.shape[:2], np.float32)
+        for rows, heatmaps in self._batches(crops, flip_test, batch_size):
+            keypoints[rows], scores[rows] = self.spec.codec.decode(heatmaps, border)
+        return keypoints, scores
+
+    def heatmaps(self, crops: UInt8, flip_test: bool | None = None, batch_size: int = 32) -> Float32:
+        """Crops uint8 (P, h, w, 3) RGB -> heatmaps float32 (P, K, h/4, w/4), averaged in a flip test."""
+        width, height = self.spec.codec.heatmap_size
+        result = np.zeros((len(crops), self.spec.skeleton.num_keypoints, height, width), np.float32)
+        for rows, heatmaps in self._batches(crops, flip_test, batch_size):
+            result[rows] = heatmaps
+        return result
+
+    def warm_up(self) -> None:
+        """One crop through everything, so that the first request does not pay for what starts lazily."""
+        width, height = self.spec.input_size
+        self.predict_crops(np.zeros((1, height, width, 3), np.uint8), flip_test=True)
+
+    def _batches(
+        self, crops: UInt8, flip_test: bool | None, batch_size: int
+    ) -> Iterator[tuple[slice, Float32]]:
+        """Rows and their heatmaps (n, K, H, W), batch after batch."""
+        width, height = self.spec.input_size
+        if crops.dtype != np.uint8 or crops.shape[1:] != (height, width, 3):
+            raise ValueError(
+                f"crops must be uint8 (P, {height}, {width}, 3) here, got {crops.dtype} {crops.shape}"
+            )
+        flip = self.spec.flip_test if flip_test is None else flip_test
+        for start in range(0, len(crops), batch_size):
+            rows = slice(start, start + batch_size)
+            yield rows, self._forward(crops[rows], flip)
+
+    def _forward(self, crops: UInt8, flip: bool) -> Float32:
+        spec = self.spec
+        # np.array copies: torch wants writable memory, and arrays that come from Ray are read-only.
+        pixels = torch.from_numpy(np.array(crops, order="C")).to(self.device)
+        with torch.inference_mode(), self._precision():
+            images = normalize(pixels, spec.mean, spec.std, self._format)
+            heatmaps: Float32 = self._network(images).float().cpu().numpy()
+            if not flip:
+                return heatmaps
+            mirrored = self._network(images.flip(3).contiguous(memory_format=self._format))
+            back = spec.codec.flip_back(mirrored.float().cpu().numpy(), spec.skeleton.flip_order)
+        return (heatmaps + back) * np.float32(0.5)
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """bfloat16 where asked; else float32 that is float32, also on a GPU that would take TF32."""
+        if self.mode == "bfloat16":
+            with torch.autocast(self.device.type, torch.bfloat16):
+                yield
+        elif self.device.type == "cuda":
+            with _cudnn, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                yield
+        else:
+            yield
+
+
+def fastest_exact(modes: dict[str, Any], device_type: str) -> str:
+    """What "auto" means for the measurements of a checkpoint on "cpu" or "cuda"."""
+    exact = {
+        name: figures["ms_per_crop"]
+        for name, figures in modes.items()
+        if name in MODES
+        and figures.get("device") == device_type
+        and "ms_per_crop" in figures
+        and abs(figures.get("ap_difference", 1.0)) <= EXACT_ENOUGH
+    }
+    return min(exact, key=lambda name: exact[name], default="float32")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One image and its people, checked."""
+
+    image: UInt8
+    boxes: Boxes
+    boxes_source: Literal["given", "whole_image"]
+
+
+def _requests(images: Any, boxes_xywh: Any, box_scores: Any) -> list[_Request]:
+    """The arguments of a call, one _Request an image. DataError names the argument that does not fit."""
+    if isinstance(images, np.ndarray) and images.ndim == 3:
+        return [_request(images, boxes_xywh, box_scores, "")]
+    boxes = _one_each(boxes_xywh, len(images), "boxes_xywh")
+    scores = _one_each(box_scores, len(images), "box_scores")
+    return [_request(*of_one, f"[{i}]") for i, of_one in enumerate(zip(images, boxes, scores, strict=True))]
+
+
+def _one_each(values: Any, count: int, name: str) -> list[Any]:
+    each = [None] * count if values is None else list(values)
+    if len(each) != count:
+        raise DataError(f"{name} has {len(each)} entries for {count} images: give one for each, or None.")
+    return each
+
+
+def _request(image: Any, boxes_xywh: Any, box_scores: Any, which: str) -> _Request:
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.shape[2:] != (3,)
+        or not image.size
+    ):
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"images{which} must be a uint8 array (H, W, 3), RGB, got {got}. hrnet_core.images.decode_image "
+            f"makes one of a file's bytes."
+        )
+    image = np.ascontiguousarray(image)
+    if boxes_xywh is None:
+        whole = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
+        return _Request(image, Boxes(whole, _scores(box_scores, 1, which)), "whole_image")
+    boxes = _boxes(boxes_xywh, which)
+    return _Request(image, Boxes(boxes, _scores(box_scores, len(boxes), which)), "given")
+
+
+def _boxes(given: Any, which: str) -> Float32:
+    name = f"boxes_xywh{which}"
+    boxes = _numbers(given, name)
+    boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise DataError(f"{name} must be (P, 4): left, top, width, height in px; got {boxes.shape}.")
+    usable = (np.abs(boxes) <= LARGEST).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)  # NaN is not usable
+    if not usable.all():
+        row = int(np.flatnonzero(~usable)[0])
+        raise DataError(
+            f"{name}, row {row}: {boxes[row].tolist()} is no box. left, top, width, height must be finite, "
+            f"up to {LARGEST:g} px, width and height above 0."
+        )
+    return boxes
+
+
+def _scores(given: Any, count: int, which: str) -> Float32:
+    if given is None:
+        return np.ones(count, np.float32)
+    scores = _numbers(given, f"box_scores{which}")
+    if scores.shape != (count,) or not np.isfinite(scores).all():
+        raise DataError(
+            f"box_scores{which} must be {count} finite numbers, one a box; got {scores.tolist()}."
+        )
+    return scores
+
+
+def _numbers(given: Any, name: str) -> Float32:
+    try:
+        return np.array(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be numbers: {error}.") from None
+
+
+def _find_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0]} Choose auto or cpu."
+        ) from None
+    return found

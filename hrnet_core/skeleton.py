@@ -1,0 +1,144 @@
+"""The keypoints of a body: names, mirror pairs, OKS constants, limbs and colours.
+
+COCO17 is built in; any other skeleton comes from one JSON file with the same fields
+(docs/skeletons.md). Everything that depends on the number or order of keypoints asks a Skeleton.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.errors import DataError
+
+# MMPose's and rtmlib's palette, known to the field: head blue, left green, right orange (RGB).
+HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 0), (255, 128, 0)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """One body layout with K keypoints. Index order is the order of every (..., K, ...) array."""
+
+    name: str
+    keypoints: tuple[str, ...]
+    """K names, lower snake case."""
+    flip_pairs: tuple[tuple[int, int], ...]
+    """Index pairs that change places in a mirror image."""
+    oks_sigmas: tuple[float, ...]
+    """K per-keypoint constants of OKS (COCO's are sigma, not 2 sigma)."""
+    limbs: tuple[tuple[int, int], ...] = ()
+    """Index pairs to draw as lines."""
+    upper_body: tuple[int, ...] = ()
+    """Indices that half-body augmentation counts as the upper half; the others are the lower."""
+    joint_weights: tuple[float, ...] = ()
+    """K loss weights used only where `train.joint_weights` is on; empty means all 1."""
+    colors: tuple[tuple[int, int, int], ...] = ()
+    """K RGB colours; empty: left green, right orange, the rest blue, by name."""
+
+    def __post_init__(self) -> None:
+        count = len(self.keypoints)
+        problems = []
+        if count == 0 or len(set(self.keypoints)) != count:
+            problems.append("keypoints must be unique names, at least one")
+        if len(self.oks_sigmas) != count or any(not s > 0 for s in self.oks_sigmas):
+            problems.append(f"oks_sigmas must be {count} positive numbers, got {len(self.oks_sigmas)}")
+        for field in ("joint_weights", "colors"):
+            if len(getattr(self, field)) not in (0, count):
+                problems.append(f"{field} must be empty or {count} long, got {len(getattr(self, field))}")
+        indices = [i for pair in (*self.flip_pairs, *self.limbs) for i in pair] + list(self.upper_body)
+        if any(not 0 <= i < count for i in indices):
+            problems.append(f"flip_pairs, limbs and upper_body must be indices from 0 to {count - 1}")
+        paired = [i for pair in self.flip_pairs for i in pair]
+        if len(set(paired)) != len(paired):
+            problems.append("flip_pairs must name each keypoint at most once")
+        if problems:
+            raise DataError(
+                f"skeleton {self.name!r}: {'; '.join(problems)}. docs/skeletons.md has an example."
+            )
+
+    @property
+    def num_keypoints(self) -> int:
+        return len(self.keypoints)
+
+    @property
+    def flip_order(self) -> NDArray[np.int64]:
+        """int64 (K,): `keypoints[..., flip_order, :]` is the mirror image's order."""
+        order = np.arange(self.num_keypoints)
+        for a, b in self.flip_pairs:
+            order[[a, b]] = b, a
+        return order
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """K RGB colours for drawing."""
+        if self.colors:
+            return self.colors
+        return tuple(LEFT if "left" in n else RIGHT if "right" in n else HEAD for n in self.keypoints)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types; `skeleton_from_dict` gives the same skeleton back."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists
+        return fields
+
+
+def skeleton_from_dict(fields: dict[str, Any], source: str = "skeleton") -> Skeleton:
+    """A Skeleton from JSON fields. DataError names `source` and the field that is missing or unknown."""
+    known = Skeleton.__dataclass_fields__
+    unknown = sorted(set(fields) - set(known))
+    missing = sorted({"name", "keypoints", "flip_pairs", "oks_sigmas"} - set(fields))
+    if unknown or missing:
+        raise DataError(
+            f"{source}: unknown fields {unknown}, missing fields {missing}. "
+            f"A skeleton has {sorted(known)}; docs/skeletons.md has an example."
+        )
+    values = {name: _tuples(value) for name, value in fields.items()}
+    return Skeleton(**values)
+
+
+def load_skeleton(name_or_file: str | Path) -> Skeleton:
+    """ "coco17", or the path of a skeleton JSON file."""
+    if str(name_or_file) == COCO17.name:
+        return COCO17
+    path = Path(name_or_file)
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: not a readable skeleton JSON file ({error}). Name a file, or {COCO17.name!r}."
+        ) from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{path}: a skeleton file holds one JSON object, got {type(fields).__name__}.")
+    return skeleton_from_dict(fields, str(path))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+COCO17 = Skeleton(
+    name="coco17",
+    keypoints=(
+        "nose", "left_eye", "right_eye", "left_ear", "right_ear",
+        "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+        "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle",
+    ),
+    flip_pairs=((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)),
+    # pycocotools' Params.kpt_oks_sigmas.
+    oks_sigmas=(
+        0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072,
+        0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089,
+    ),
+    # COCO's 19 edges, from 0.
+    limbs=(
+        (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8),
+        (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
+    ),
+    upper_body=tuple(range(11)),
+    # Official lib/dataset/coco.py:97-103; off in every published configuration.
+    joint_weights=(1, 1, 1, 1, 1, 1, 1, 1.2, 1.2, 1.5, 1.5, 1, 1, 1.2, 1.2, 1.5, 1.5),
+)  # fmt: skip

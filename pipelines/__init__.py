@@ -1,0 +1,1 @@
+"""The stages: a stage is a verb. Imports nothing here on purpose."""

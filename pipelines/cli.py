@@ -1,0 +1,338 @@
+"""`hrnet VERB ...`: the one reader of the command line (also `python -m pipelines.cli`).
+
+Each verb is a function below: it reads its arguments, calls its stage and returns the exit code.
+0 done, 2 wrong input or configuration, 3 promote kept the old champion, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from pydantic import Field, ValidationError
+
+from hrnet_core.errors import ConfigError, PoseError
+from pipelines.config import (
+    EvaluateSettings,
+    RaySettings,
+    RunConfig,
+    RunSettings,
+    Section,
+    ServeSettings,
+    TrackSettings,
+    explain,
+    load_config,
+)
+
+Arguments = TypeVar("Arguments", bound=Section)
+
+
+def positional(name: str) -> tuple[Any, Any]:
+    """Marks of an argument that has no flag, under the name that the usage line shows."""
+    return tyro.conf.Positional, tyro.conf.arg(metavar=name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb = VERBS.get(arguments[0])
+    if verb is None:
+        print(f"hrnet: no verb {arguments[0]!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    try:
+        return verb(arguments[1:])
+    except PoseError as error:
+        print(f"hrnet {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # hrnet ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"hrnet {arguments[0]}: stopped", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    """The verbs, a line each, in the order of a project's life."""
+    lines = [f"  {name:<11} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "hrnet VERB ...    top-down human pose, from a COCO folder to a served model\n\n" + "\n".join(
+        [*lines, "", "hrnet VERB --help shows its arguments."]
+    )
+
+
+def parse(model: type[Arguments], verb: str, argv: Sequence[str], about: str) -> Arguments:
+    """Arguments of a verb as its model; ConfigError where fields contradict each other."""
+    try:
+        return tyro.cli(model, args=list(argv), prog=f"hrnet {verb}", description=about)
+    except ValidationError as error:
+        raise ConfigError(explain(error, f"arguments of hrnet {verb}")) from None
+
+
+def parse_config(verb: str, argv: Sequence[str], about: str) -> RunConfig:
+    """`CONFIG [--section.field value ...]` as a RunConfig: the YAML's values, then the overrides."""
+    asks_help = any(a in ("-h", "--help") for a in argv)
+    if not argv or argv[0].startswith("-"):
+        if not asks_help:
+            raise ConfigError(
+                f"name a config first: hrnet {verb} CONFIG ..., a YAML file or a shipped name such as "
+                f"w32_256x192 (hrnet {verb} --help lists every setting)."
+            )
+        config, overrides = RunConfig(), list(argv)
+    else:
+        config, overrides = load_config(argv[0]), list(argv[1:])
+    try:
+        return tyro.cli(
+            RunConfig, default=config, args=overrides, prog=f"hrnet {verb} CONFIG", description=about
+        )
+    except ValidationError as error:
+        raise ConfigError(explain(error, f"arguments of hrnet {verb}")) from None
+
+
+# --- the verbs ---------------------------------------------------------------------------------
+
+
+class DrawArguments(Section):
+    out: Annotated[str, *positional("OUT")]
+    """Folder to write the COCO root into."""
+    images: int = Field(default=200, ge=1)
+    """Training pictures."""
+    val_images: int | None = Field(default=None, ge=1)
+    """Validation pictures; default: a fifth of `images`, at least 4."""
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=os.cpu_count() or 1, ge=1)
+    """Processes; the pictures do not depend on it."""
+
+
+def draw(argv: Sequence[str]) -> int:
+    """draw a small COCO set of people, deterministic in its seed"""
+    args = parse(DrawArguments, "draw", argv, "Draw a COCO root of articulated people.")
+    from pipelines.drawn import draw as draw_set
+
+    print(draw_set(args.out, args.images, args.seed, args.val_images, args.workers))
+    return 0
+
+
+def preprocess(argv: Sequence[str]) -> int:
+    """COCO keypoints to Parquet crops with heatmaps, on Ray Data"""
+    config = parse_config("preprocess", argv, "Cut people and their heatmaps out of a COCO folder.")
+    _need(config.data.root, "--data.root COCO", "the folder with annotations/ and the pictures")
+    _need(config.data.shards, "--data.shards SHARDS", "the folder to write the dataset into")
+    from pipelines.preprocess import preprocess as build
+
+    build(config)
+    return 0
+
+
+def train(argv: Sequence[str]) -> int:
+    """train HRNet on shards, DDP on Ray Train, followed in MLflow"""
+    config = parse_config("train", argv, "Train an HRNet on preprocessed shards.")
+    _need(config.data.shards, "--data.shards SHARDS", "the folder that hrnet preprocess wrote")
+    from pipelines.train import train as fit
+
+    fit(config)
+    return 0
+
+
+class EvaluateArguments(Section):
+    checkpoint: Annotated[str | None, *positional("CHECKPOINT")] = None
+    """Checkpoint folder, or models:/hrnet-pose@champion."""
+    coco: Annotated[str | None, *positional("COCO")] = None
+    """COCO root."""
+    boxes: str | None = None
+    """Person detections as COCO results JSON; default: the ground truth's boxes."""
+    split: str = "val2017"
+    results: str | None = None
+    """Score this COCO results file instead of running a model; needs ground_truth."""
+    ground_truth: str | None = None
+    """Annotations that `results` is scored against."""
+    skeleton: str = "coco17"
+    """For `results`: whose OKS constants to use."""
+    use_area: bool = True
+    """For `results`: OKS by the annotations' area; without it by the box, for sets that have none."""
+    out: str | None = None
+    """Folder for results, report and pictures; default: beside the checkpoint."""
+    report: str | None = None
+    """Also write one HTML file with figures and pictures here."""
+    evaluate: Annotated[EvaluateSettings, tyro.conf.arg(name="")] = EvaluateSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+    ray: RaySettings = RaySettings()
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """OKS-AP of a checkpoint on COCO, or of anyone's results file"""
+    args = parse(EvaluateArguments, "evaluate", argv, "Evaluate by the COCO keypoint protocol.")
+    if args.results or args.ground_truth:
+        return _score(args)
+    _need(
+        args.checkpoint,
+        "CHECKPOINT",
+        "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json",
+    )
+    _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
+    from pipelines.evaluate import evaluate as measure
+
+    result = measure(
+        args.checkpoint,
+        args.coco,
+        out=args.out or _evaluation_folder(args),
+        split=args.split,
+        boxes=args.boxes,
+        settings=args.evaluate,
+        ray=args.ray,
+        track=args.track,
+        storage=args.run.storage,
+        report=args.report,
+    )
+    print(result.table())
+    print(
+        f"results, figures and pictures: {result.folder}"
+        + (f"; report: {args.report}" if args.report else "")
+    )
+    print(
+        f"recorded with {result.version}"
+        if result.version
+        else "not a registered model: nothing was recorded"
+    )
+    return 0
+
+
+def _score(args: EvaluateArguments) -> int:
+    """The ten figures of a results file that anyone made."""
+    _need(args.results, "--results R.json", "the COCO results to score")
+    _need(args.ground_truth, "--ground-truth GT.json", "the annotations to score them against")
+    from hrnet_core.skeleton import load_skeleton
+    from pipelines.score import evaluate_results
+
+    stats = evaluate_results(
+        args.results, args.ground_truth, skeleton=load_skeleton(args.skeleton), use_area=args.use_area
+    )
+    print("  ".join(f"{name:>9}" for name in stats))
+    print("  ".join(f"{value:9.4f}" for value in stats.values()))
+    return 0
+
+
+def _evaluation_folder(args: EvaluateArguments) -> Path:
+    """Beside a local checkpoint; in the storage folder for one that comes from elsewhere."""
+    kind = "evaluation_det" if args.boxes else "evaluation_gt"
+    if ":/" in args.checkpoint:
+        return Path(args.run.storage) / "evaluations" / re.sub(r"[^\w.-]+", "_", args.checkpoint) / kind
+    return Path(args.checkpoint).parent / kind
+
+
+class PromoteArguments(Section):
+    candidate: Annotated[str | None, *positional("CANDIDATE")] = None
+    """Version of the registered model; default: the newest."""
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
+def promote(argv: Sequence[str]) -> int:
+    """make a model version champion if its AP is not worse on the same data"""
+    args = parse(PromoteArguments, "promote", argv, "Move the champion alias, if the AP allows it.")
+    from pipelines.promote import promote as decide
+
+    decision = decide(args.candidate, track=args.track, storage=args.run.storage)
+    print(decision)
+    return decision.exit_code
+
+
+class DeployArguments(Section):
+    checkpoint: Annotated[str, *positional("CHECKPOINT")] = "models:/hrnet-pose@champion"
+    """Checkpoint folder, URI or registered model."""
+    serve: Annotated[ServeSettings, tyro.conf.arg(name="")] = ServeSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+    ray: RaySettings = RaySettings()
+
+
+def deploy(argv: Sequence[str]) -> int:
+    """serve a checkpoint over HTTP on Ray Serve"""
+    args = parse(DeployArguments, "deploy", argv, "Serve a checkpoint over HTTP.")
+    from pipelines.deploy import deploy as serve
+
+    serve(args.checkpoint, args.serve, run=args.run, track=args.track, ray_settings=args.ray)
+    return 0
+
+
+class ImportArguments(Section):
+    file: Annotated[Path, *positional("FILE")]
+    """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""
+    out: Annotated[Path, *positional("OUT")]
+    """Checkpoint folder to write."""
+    codec: str = "official"
+    """official, dark or udp: what the weights were trained for."""
+    input_size: tuple[int, int] = (192, 256)
+    """(width, height) of the crops the weights were trained for."""
+    sigma: float | None = None
+    skeleton: str = "coco17"
+
+
+def import_(argv: Sequence[str]) -> int:
+    """published weights into a checkpoint folder, with a match report"""
+    args = parse(ImportArguments, "import", argv, "Turn a published weights file into a checkpoint folder.")
+    from pipelines.import_weights import import_weights
+
+    import_weights(args.file, args.out, args.codec, args.input_size, args.skeleton, args.sigma)
+    return 0
+
+
+class ReproduceArguments(Section):
+    coco: Annotated[str, *positional("COCO")]
+    """COCO root with val2017."""
+    weights_dir: str
+    """Folder of the published pose_hrnet_*.pth files."""
+    boxes: str
+    """COCO_val2017_detections_AP_H_56_person.json, the published detector's boxes."""
+    models: tuple[str, ...] = ()
+    """Which of w32_256x192 w32_384x288 w48_256x192 w48_384x288; default: all."""
+    out: str = "runs/reproduce"
+    evaluate: Annotated[EvaluateSettings, tyro.conf.arg(name="")] = EvaluateSettings()
+    ray: RaySettings = RaySettings()
+
+
+def reproduce(argv: Sequence[str]) -> int:
+    """AP of the published weights beside the published AP; fails beyond .002"""
+    args = parse(ReproduceArguments, "reproduce", argv, "Evaluate the published weights on COCO val2017.")
+    from pipelines.reproduce import reproduce as compare
+
+    outcome = compare(
+        args.coco,
+        args.weights_dir,
+        args.boxes,
+        models=args.models,
+        out=args.out,
+        settings=args.evaluate,
+        ray=args.ray,
+    )
+    return 0 if outcome.passed else 1
+
+
+def _need(value: str | None, flag: str, what: str) -> None:
+    if not value:
+        raise ConfigError(f"{flag} is missing: {what}.")
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "draw": draw,
+    "preprocess": preprocess,
+    "train": train,
+    "evaluate": evaluate,
+    "promote": promote,
+    "deploy": deploy,
+    "import": import_,
+    "reproduce": reproduce,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The Ray that a stage runs on: one it starts here, or the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+
+from hrnet_core.errors import ConfigError
+from pipelines.config import RaySettings
+
+
+def on_cluster() -> bool:
+    """True where RAY_ADDRESS names a Ray to join (a submitted job has it set)."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+@contextlib.contextmanager
+def ray_session(settings: RaySettings) -> Iterator[None]:
+    """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
+
+    A Ray that already runs in this process is used as it is and left running. Never attaches to a
+    Ray that merely happens to run on this machine.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    local = {"num_cpus": settings.num_cpus, "include_dashboard": False} if address == "local" else {}
+    # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(
+        address=address,
+        log_to_driver=True,
+        logging_level="WARNING",
+        runtime_env={"worker_process_setup_hook": "pipelines.cluster.quiet_worker"},
+        **local,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_worker() -> None:
+    """Ray's own chatter off in a worker process; what our code prints or raises there still arrives.
+
+    Without a dashboard, Ray Train warns each second that it cannot ask it about its controller; with two
+    Rays on a machine it asks for the address of "the" one and stumbles, unless this one is named.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: str) -> None:
+    """Return once Ray has room for `workers` of `cpus` and `gpus` each; else ConfigError.
+
+    A local Ray never grows: too little is refused at once, with the flag to change. On a cluster an
+    autoscaler may bring nodes: waited for with a message, then refused.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    asked = False
+    deadline = time.monotonic() + settings.wait_minutes * 60
+    told = 0.0
+    while True:
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        slots = sum(_slots(n, cpus, gpus) for n in nodes)
+        if slots >= workers:
+            if asked:
+                request_resources(bundles=[])  # from here on the stage's own demand keeps the nodes
+            return
+        have = (
+            f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
+        )
+        need = f"{why} wants {workers} workers of {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+        if not on_cluster():
+            raise ConfigError(
+                f"{need}, but the Ray started here has {have}: room for {slots}. Ask for fewer workers, "
+                f"or submit the job to a cluster (RAY_ADDRESS)."
+            )
+        if time.monotonic() > deadline:
+            request_resources(bundles=[])
+            raise ConfigError(
+                f"{need}; after {settings.wait_minutes:g} minutes the cluster still has {have}: "
+                f"room for {slots}. Check the worker limits of the cluster, or raise --ray.wait-minutes."
+            )
+        if not asked:
+            # Nothing waits for these workers yet, so an autoscaler would have no reason to bring them.
+            request_resources(bundles=[bundle] * workers)
+            asked = True
+        if time.monotonic() - told > 30:
+            print(f"waiting for the cluster: {need}, it has {have}", flush=True)
+            told = time.monotonic()
+        time.sleep(2)
+
+
+def _slots(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """How many workers fit on one node."""
+    limits = [int(node.get("CPU", 0) // cpus)] if cpus else []
+    limits += [int(node.get("GPU", 0) // gpus)] if gpus else []
+    return min(limits, default=0)

@@ -1,0 +1,371 @@
+"""Every setting of a run, with its meaning under it. No torch, ray or mlflow here: `--help` is fast.
+
+A YAML file fills a RunConfig; `--section.field` on the command line overrides it (pipelines/cli.py).
+Unknown keys and contradictions are refused by name. What takes part in the dataset digest is
+`DataSettings.semantic()`; what names a run by default is `RunConfig.identity()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hrnet_core.architecture import HRNetConfig
+from hrnet_core.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Frozen, and strict about names: a misspelt key must not become a default in silence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    name: str | None = None
+    """The run's identity: the same name goes on where it stopped. Default: config name and 8 digits."""
+    fresh: bool = False
+    """Start this name anew: its earlier state is moved aside, never deleted."""
+    storage: str = "runs"
+    """Folder for checkpoints, pictures, reports and, without a tracking server, MLflow's database."""
+
+
+class DataSettings(Section):
+    root: str = ""
+    """COCO root: annotations/person_keypoints_SPLIT.json beside SPLIT/ with the pictures."""
+    shards: str = ""
+    """Folder of the preprocessed dataset (manifest.json, data/)."""
+    train_split: str = "train2017"
+    val_split: str = "val2017"
+    """May be the training split itself, to see whether a network can learn what it is shown."""
+    skeleton: str = "coco17"
+    """"coco17" or the path of a skeleton JSON file."""
+    input_size: tuple[int, int] = (192, 256)
+    """(width, height) of a crop in px, multiples of 32."""
+    codec: Literal["official", "dark", "udp"] = "official"
+    """How keypoints become heatmaps and back, with the crop geometry that belongs to it."""
+    sigma: float | None = Field(default=None, gt=0)
+    """Gaussian sigma in heatmap cells. Default: 2 x height / 256."""
+    padding: float = Field(default=1.25, gt=0)
+    """Scale of the crop relative to the aspect-fixed box."""
+    variants: int = Field(default=1, ge=1)
+    """Views stored of each training person: 0 is the plain one, the others are augmented."""
+    scale_factor: float = Field(default=0.35, ge=0, lt=1)
+    """Of augmented views: standard deviation of the scale around 1, and where it is clipped."""
+    rotation_factor: float = Field(default=45.0, ge=0)
+    """Of augmented views: standard deviation of the rotation in degrees, clipped at twice that."""
+    half_body_probability: float = Field(default=0.3, ge=0, le=1)
+    flip_probability: float = Field(default=0.5, ge=0, le=1)
+    context: Literal[1.0, 2.0] = 1.0
+    """1.0 stores the view's own crop; 2.0 stores a cut of the photo for fresh views on the device."""
+    people_per_shard: int = Field(default=2048, ge=1)
+    row_group_people: int = Field(default=128, ge=1)
+    image_format: Literal["jpeg", "png"] = "jpeg"
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """A picture whose header promises more is rejected before it is decoded."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the stored views."""
+    strict: bool = False
+    """End with exit code 2 when any picture or person had to be rejected."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if any(side <= 0 or side % 32 for side in self.input_size):
+            raise ValueError(f"input_size must be positive multiples of 32, got {self.input_size}")
+        return self
+
+    @property
+    def sigma_cells(self) -> float:
+        """Sigma in heatmap cells with the default filled in."""
+        return self.sigma if self.sigma is not None else 2.0 * self.input_size[1] / 256
+
+    def semantic(self) -> dict[str, Any]:
+        """What changes the bytes of a shard: JSON types, no paths but the skeleton's own content."""
+        # Imported here: the skeleton needs numpy, a config file does not.
+        from hrnet_core.skeleton import load_skeleton
+
+        fields = self.model_dump(mode="json", exclude={"root", "shards", "strict", "skeleton", "sigma"})
+        return {**fields, "sigma": self.sigma_cells, "skeleton": load_skeleton(self.skeleton).as_dict()}
+
+
+class ModelSettings(Section):
+    width: int = 32
+    """Channels of the highest-resolution branch: 32 for W32, 48 for W48."""
+    stem_width: int = 64
+    bottlenecks: int = 4
+    modules: tuple[int, int, int] = (1, 4, 3)
+    """Exchange modules of stage 2, 3 and 4."""
+    blocks: int = 4
+    """Basic blocks of each branch of a module."""
+    init: str | None = None
+    """Weights to start from: a checkpoint folder or a published file (ImageNet, COCO). None: from scratch."""
+    initialization: Literal["published", "kaiming"] = "published"
+    """Where nothing is loaded. published: convolutions N(0, 0.001), the reference's. kaiming: N(0, 2/fan_out)
+    and a small head, which learns faster from scratch."""
+
+    def architecture(self, num_keypoints: int) -> HRNetConfig:
+        """The network that these settings describe."""
+        return HRNetConfig(num_keypoints=num_keypoints, **self.model_dump(exclude={"init", "initialization"}))
+
+
+class TrainSettings(Section):
+    num_workers: int = Field(default=1, ge=1)
+    """DDP workers: processes on CPU (gloo), GPUs with use_gpu (NCCL). Must divide `lanes`."""
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    epochs: int = Field(default=210, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    """Global batch, over all workers."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """The published runs used none: their yaml names 1e-4, their Adam never received it."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: x gamma at each milestone. cosine: to zero over the run, stepped every batch."""
+    milestones: tuple[int, ...] = (170, 200)
+    """Epochs (counted from 0) that start with a lower rate, as the published runs did."""
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up, in batches."""
+    loss: Literal["official", "linear"] = "official"
+    """official: factor 0.5 and squared weights. linear: mmpose's, weights linear, no 0.5."""
+    joint_weights: bool = False
+    """Multiply weights by the skeleton's joint weights (off in the published runs)."""
+    ohkm: int = Field(default=0, ge=0)
+    """Keep only this many hardest keypoints of each person in the loss; 0: all."""
+    views: Literal["stored", "device"] = "stored"
+    """stored: the shards' precomputed heatmaps. device: fresh views each epoch."""
+    channels_last: bool = True
+    """Memory layout of the network; the result differs by rounding only."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast in training; weights, optimizer and loss stay float32."""
+    flip_test: bool = True
+    """Average with the mirror image in the AP of each epoch."""
+    validate_every: int = Field(default=1, ge=1)
+    """Epochs between validations; the last epoch always validates."""
+    lanes: int = Field(default=8, ge=1)
+    """Rows are dealt to this many lanes; the order does not depend on the number of workers."""
+    shuffle_row_groups: int = Field(default=8, ge=1)
+    """Rows are shuffled in windows of this many row groups."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics."""
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    """A checkpoint inside an epoch at least this often."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Restarts after a lost worker; -1 is without limit."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if self.lanes % self.num_workers:
+            raise ValueError(
+                f"train.num_workers {self.num_workers} must divide train.lanes {self.lanes}: "
+                f"choose a divisor, or set --train.lanes to a multiple (the sample order follows from it)"
+            )
+        if self.batch_size % self.lanes:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} must be a multiple of train.lanes {self.lanes}"
+            )
+        return self
+
+
+class EvaluateSettings(Section):
+    flip_test: bool = True
+    """Average with the mirror image, shifted as the codec wants."""
+    preset: Literal["official", "mmpose"] = "official"
+    """Where the two protocols differ: the box rule and the border of the quarter offset."""
+    score_threshold: float = 0.0
+    """Detector boxes below this are left out."""
+    keypoint_threshold: float = 0.2
+    """Keypoints above this take part in a person's score."""
+    oks_nms: float = Field(default=0.9, gt=0, le=1)
+    """Of two predictions of one image with a higher OKS, the lower score goes."""
+    soft_nms: bool = False
+    batch_size: int = Field(default=32, ge=1)
+    """People of a forward pass; fixed per work unit, because it changes float results."""
+    mode: Literal["auto", "float32", "channels_last", "bfloat16"] = "auto"
+    """How the network runs. auto: the fastest that the checkpoint has measured as exact enough."""
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Data actors, each with the model."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPUs and threads of an actor. Figures do not depend on num_workers; on this, by rounding only."""
+    use_gpu: bool = False
+
+
+class TrackSettings(Section):
+    uri: str | None = None
+    """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else SQLite in the storage folder."""
+    experiment: str = "hrnet"
+    registered_model: str = "hrnet-pose"
+
+
+class ServeSettings(Section):
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface. The endpoint itself asks for no password."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the model that share the requests."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """With this, Ray Serve scales between `replicas` and this many with the load."""
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    use_gpu: bool = False
+    """One GPU for each replica."""
+    device: str = "auto"
+    """Torch device of the model; auto: the replica's GPU if it has one, else the CPU."""
+    mode: str = "auto"
+    """How the network runs (float32, bfloat16, ...); auto: the checkpoint's measured default."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a forward pass; default: cpus_per_replica."""
+    flip_test: bool | None = None
+    """Average with the mirror image: twice the work. Default: what the checkpoint says."""
+    max_batch_people: int = Field(default=32, ge=1)
+    """People of one forward pass, gathered over requests."""
+    batch_wait_ms: float = Field(default=0.0, ge=0)
+    """How long an idle model waits for more people. While it is busy, the next batch gathers anyway."""
+    max_requests: int = Field(default=64, ge=1)
+    """Requests in progress in one replica; the next one gets 429."""
+    deadline_s: float = Field(default=30.0, gt=0)
+    """A request that takes longer gets 504."""
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """A picture whose header promises more is refused before it is decoded."""
+    max_people: int = Field(default=128, ge=1)
+    """Boxes in one request, over all its pictures."""
+    max_images: int = Field(default=16, ge=1)
+    samples: str | None = None
+    """Pictures for the page: a folder with a boxes.json, or the picture folder of a COCO split."""
+    haproxy: bool | None = None
+    """HAProxy instead of Serve's Python proxy takes the requests: cheaper, but it opens ports 8404 and 9101
+    on every interface. Default: on a cluster yes (unless `host` is a loopback address), on a laptop no."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ServeSettings:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
+        if self.device.startswith("cuda") and not self.use_gpu:
+            raise ValueError(f"device {self.device!r} needs use_gpu: Ray hides GPUs that nobody asked for")
+        return self
+
+
+class RaySettings(Section):
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of the Ray that this verb starts here; no effect where RAY_ADDRESS names a cluster."""
+    wait_minutes: float = Field(default=30.0, gt=0)
+    """How long to wait for a cluster to bring the workers asked for."""
+
+
+class RunConfig(Section):
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    track: TrackSettings = TrackSettings()
+    serve: ServeSettings = ServeSettings()
+    ray: RaySettings = RaySettings()
+    config_name: Annotated[str, tyro.conf.Suppress] = "custom"
+    """Stem of the YAML file this came from."""
+
+    def decides(self) -> dict[str, Any]:
+        """{"train.lr": 0.001, ...}: what decides a run's result. A run goes on only with the same ones."""
+        decides = self.model_dump(mode="json", include={"data", "model", "train"})
+        for free in ("root", "shards", "strict"):
+            decides["data"].pop(free)
+        for free in (
+            "num_workers",
+            "use_gpu",
+            "cpus_per_worker",
+            "log_every",
+            "checkpoint_minutes",
+            "max_failures",
+        ):
+            decides["train"].pop(free)
+        return {f"{section}.{key}": value for section, keys in decides.items() for key, value in keys.items()}
+
+    def identity(self, dataset_digest: str) -> str:
+        """Default run name: config name and 8 digits of what decides the result and of the data."""
+        text = json.dumps([self.decides(), dataset_digest], sort_keys=True)
+        return f"{self.config_name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def load_config(name_or_file: str) -> RunConfig:
+    """A shipped config by name ("w32_256x192") or a YAML file. ConfigError names file and key."""
+    shipped = Path(__file__).parent / "configs"
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = shipped / f"{name_or_file}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+        raise ConfigError(
+            f"no config {name_or_file!r}: give a YAML file, or one of the shipped names: {names}."
+        )
+    try:
+        fields = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, got {type(fields).__name__}.")
+    try:
+        return RunConfig(**{**fields, "config_name": path.stem})
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(path))) from None
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """A pydantic error as one paragraph: source, each field and what it should have been."""
+    parts = []
+    for problem in error.errors():
+        field = ".".join(str(p) for p in problem["loc"]) or "the whole"
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown key {field!r}{_did_you_mean(problem['loc'])}")
+        else:
+            parts.append(
+                f"{field}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+            )
+    return f"{source}: {'; '.join(parts)}. All settings: docs/configuration.md."
+
+
+def _did_you_mean(location: tuple[str | int, ...]) -> str:
+    import difflib
+
+    model: Any = RunConfig
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return ""
+        model = field.annotation
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def reference() -> str:
+    """docs/configuration.md: every section and setting with its default and meaning, from the fields."""
+    lines = [
+        "# Configuration",
+        "",
+        "Written from the code: `python -m pipelines.config > docs/configuration.md`.",
+        "",
+        "A YAML file holds sections of settings; on the command line the same setting is `--section.setting`",
+        "with hyphens (`--train.batch-size 64`, `--data.input-size 192 256`, `--train.use-gpu`,",
+        "`--train.no-use-gpu`). An unknown key, or settings that contradict each other, end with exit code 2",
+        "and the name of the key.",
+    ]
+    for name, section in RunConfig.model_fields.items():
+        model = section.annotation
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            continue
+        lines += ["", f"## {name}", "", "| setting | default | meaning |", "|---|---|---|"]
+        for key, field in model.model_fields.items():
+            default = json.dumps(field.default)
+            lines.append(f"| `{name}.{key}` | `{default}` | {' '.join((field.description or '').split())} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference())

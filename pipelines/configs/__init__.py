@@ -1,0 +1,1 @@
+"""Shipped configurations: plain YAML, the first line of each says what to expect from it."""

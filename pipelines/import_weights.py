@@ -1,0 +1,62 @@
+"""`hrnet import`: weights that others published become a checkpoint folder, with a report of what matched."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.skeleton import load_skeleton
+
+
+def import_weights(
+    file: str | Path,
+    out: str | Path,
+    codec: str,
+    input_size: tuple[int, int],
+    skeleton: str = "coco17",
+    sigma: float | None = None,
+) -> None:
+    """Read FILE (every published layout: checkpoint.read_weights), write the folder OUT, print the report.
+
+    Width, modules and keypoints are read from the shapes. codec, input_size (width, height) and sigma are
+    the caller's word: no weights file tells what it was trained for, and a wrong codec costs accuracy
+    without an error.
+
+    CheckpointError: unreadable, incomplete, another number of keypoints than the skeleton, no keypoint head.
+    ConfigError: a codec or size there is not. Nothing is written then.
+    """
+    from hrnet_core.checkpoint import CheckpointSpec, fit_weights, read_weights, save_checkpoint
+    from hrnet_core.heatmaps import HeatmapCodec
+
+    try:
+        heatmaps = HeatmapCodec(codec, input_size, sigma)  # type: ignore[arg-type]  # what this checks
+        if any(side % 32 for side in heatmaps.input_size):
+            raise ValueError(f"input_size must be two multiples of 32, got {input_size}")
+    except ValueError as error:
+        raise ConfigError(f"--codec, --input-size or --sigma: {error}.") from None
+    body = load_skeleton(skeleton)
+    published = read_weights(file)
+    architecture = published.architecture
+    if architecture.num_keypoints != body.num_keypoints:
+        raise CheckpointError(
+            f"{file}: final_layer makes {architecture.num_keypoints} heatmaps, but skeleton {body.name!r} "
+            f"has {body.num_keypoints} keypoints. Name the skeleton it was trained for: --skeleton FILE."
+        )
+    state, report = fit_weights(published, architecture)
+    provenance = {
+        "code_version": version("hrnet-ray"),
+        "imported_from": Path(file).name,
+        "file_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None,
+        "key_names": report.scheme,
+    }
+    spec = CheckpointSpec(architecture, heatmaps, body, provenance=provenance)
+    save_checkpoint(out, state, spec)
+    width, height = spec.input_size
+    print(report)
+    print(
+        f"wrote {out}: width {architecture.width}, {architecture.num_keypoints} keypoints ({body.name}), "
+        f"input {height}x{width}, codec {heatmaps.name}, sigma {heatmaps.sigma:g} (size and codec as you "
+        f"said: the file does not tell)"
+    )

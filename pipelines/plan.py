@@ -1,0 +1,178 @@
+"""The shard plan: which people make which shard, and which shards of it are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from pyarrow import fs
+
+from hrnet_core.errors import DataError
+from pipelines.coco import CocoSplit, Photo
+from pipelines.config import DataSettings
+from pipelines.files import open_folder, remove_leftovers
+from pipelines.shards import (
+    MANIFEST,
+    OWN_FILES,
+    SCHEMA_VERSION,
+    canonical_json,
+    inspect_shard,
+    shard_entry,
+    shard_name,
+)
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What a task needs to write one shard: one file for each variant of the same people."""
+
+    folder: str
+    split: str
+    index: int
+    count: int
+    variants: int
+    photos: tuple[Photo, ...]
+    config: dict[str, Any]
+    """DataSettings.semantic()."""
+    plan: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.split, self.index
+
+    @property
+    def people(self) -> int:
+        return sum(len(photo.people) for photo in self.photos)
+
+    @property
+    def names(self) -> list[str]:
+        """The files, by variant."""
+        return [shard_name(self.split, v, self.index, self.count) for v in range(self.variants)]
+
+
+def plan_shards(split: CocoSplit, data: DataSettings) -> list[ShardWork]:
+    """The split's photos with people, in order of image id, in shards of about people_per_shard.
+
+    The plan's hash stands for everything that decides the bytes: annotations, settings, which photos and
+    people are in, and the size of each photo's file (a replaced picture makes another plan).
+    """
+    photos = [photo for photo in split.photos if photo.people]
+    if not photos:
+        counts = Counter(r.reason for r in split.rejected)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+        raise DataError(
+            f"{split.annotation_file}: no person of split {split.name!r} can be used "
+            f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures."
+        )
+    config = data.semantic()
+    members = [(p.image_id, _file_size(p.path), [person.ann_id for person in p.people]) for p in photos]
+    text = canonical_json([SCHEMA_VERSION, config, split.name, split.annotation_sha256, members])
+    plan = hashlib.sha256(text.encode()).hexdigest()
+    people = np.cumsum([len(photo.people) for photo in photos])
+    count = -(-int(people[-1]) // data.people_per_shard)
+    borders = np.searchsorted(people, np.arange(1, count) * people[-1] / count) + 1
+    cuts = sorted({0, *borders.tolist(), len(photos)})
+    folder = data.shards if "://" in data.shards else open_folder(data.shards)[1]
+    variants = data.variants if split.name == data.train_split else 1
+    return [
+        ShardWork(folder, split.name, i, len(cuts) - 1, variants, tuple(photos[a:b]), config, plan)
+        for i, (a, b) in enumerate(pairwise(cuts))
+    ]
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # gone since the folder was listed: opening it will tell
+        return -1
+
+
+def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Figures of the shards that are there whole, by ShardWork.key; makes the folder where there is none.
+
+    DataError where the folder holds something that this plan would not write: nothing of it is touched.
+    """
+    files, root = open_folder(folder)
+    _check_target(files, root, folder, works)
+    try:
+        files.create_dir(f"{root}/data", recursive=True)
+        remove_leftovers(files, f"{root}/data")
+    except OSError as error:
+        raise DataError(cannot_write(folder, error)) from None
+    listing = files.get_file_info(fs.FileSelector(f"{root}/data"))
+    there = {f"data/{info.base_name}" for info in listing}
+
+    def look(work: ShardWork) -> dict[str, Any] | None:
+        found = [inspect_shard(files, f"{root}/{name}") if name in there else None for name in work.names]
+        if any(f is not None and f[0] != work.plan for f in found):
+            raise DataError(_another_plan(folder, work.names[0]))
+        if any(f is None for f in found):
+            return None
+        whole = [(f[1], f[2]) for f in found if f is not None]
+        names = enumerate(zip(work.names, whole, strict=True))
+        shards = [shard_entry(name, v, *written) for v, (name, (_, written)) in names]
+        return {**whole[0][0], "shards": shards}
+
+    with ThreadPoolExecutor(4) as pool:
+        figures = dict(zip([work.key for work in works], pool.map(look, works), strict=True))
+    return {key: figure for key, figure in figures.items() if figure is not None}
+
+
+def _check_target(files: fs.FileSystem, root: str, folder: str, works: Sequence[ShardWork]) -> None:
+    info = files.get_file_info(root)
+    if info.type == fs.FileType.File:
+        raise DataError(f"data.shards: {folder} is a file. Give a folder, new or of this dataset.")
+    if info.type == fs.FileType.NotFound:
+        return
+    if files.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
+        _check_same_plan(files, f"{root}/{MANIFEST}", folder, works)
+    inside = [i.base_name for i in files.get_file_info(fs.FileSelector(root))]
+    shards = files.get_file_info(fs.FileSelector(f"{root}/data", allow_not_found=True))
+    ours = {name for work in works for name in work.names}
+
+    foreign = sorted(n for n in inside if n not in OWN_FILES and not n.startswith("."))
+    foreign += sorted(
+        f"data/{i.base_name}" for i in shards if f"data/{i.base_name}" not in ours and i.base_name[0] != "."
+    )
+    if foreign:
+        raise DataError(
+            f"data.shards: {folder} holds {len(foreign)} files that this dataset does not have: "
+            f"{', '.join(foreign[:5])}. Nothing was touched: give a new folder, or move them elsewhere."
+        )
+
+
+def _check_same_plan(files: fs.FileSystem, path: str, folder: str, works: Sequence[ShardWork]) -> None:
+    try:
+        with files.open_input_stream(path) as stream:
+            theirs = json.loads(stream.read())
+        plans = {name: split["plan"] for name, split in theirs["splits"].items()}
+        config = theirs["config"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: not a manifest of ours. Give --data.shards a new folder.") from None
+    if plans != {work.split: work.plan for work in works}:
+        ours = works[0].config
+        differing = sorted(k for k in ours if ours[k] != config.get(k))
+        what = f"settings {', '.join(differing)}" if differing else "annotations or pictures"
+        raise DataError(_another_plan(folder, f"its {MANIFEST}", what))
+
+
+def _another_plan(folder: str, where: str, what: str = "settings, annotations or pictures") -> str:
+    return (
+        f"data.shards: {folder} holds another dataset ({where}): other {what}. Nothing was touched: give "
+        f"--data.shards a new folder, or remove the old one yourself."
+    )
+
+
+def cannot_write(folder: str, error: OSError) -> str:
+    return (
+        f"data.shards: {folder} cannot be written ({error.strerror or error}). Free space, or give a folder "
+        f"that you may write to; then run the same command again: finished shards are kept."
+    )

@@ -1,0 +1,459 @@
+"""Preprocess: a COCO folder becomes shards of crops with their heatmaps, on Ray Data.
+
+    read_coco (both splits) -> plan_shards -> finished_shards are kept
+    -> a Ray task for each pending one: build_shard -> rejected.parquet, README, manifest.json
+
+A shard is the unit of work and of recovery. Its bytes follow from the plan alone, so the dataset's digest
+is the same for any number of tasks, after a kill, and for two writers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hrnet_core.augment import (
+    Augmentation,
+    View,
+    draw_stored,
+    keypoints_in_view,
+    plain_view,
+    random_view,
+    view_to_crop,
+)
+from hrnet_core.errors import ConfigError, DataError, ImageError, PoseError
+from hrnet_core.geometry import box_to_center_scale, crop_people
+from hrnet_core.images import decode_image, encode_jpeg, encode_png
+from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
+from pipelines.cluster import ray_session, require
+from pipelines.coco import CocoSplit, Photo, Rejection, read_coco
+from pipelines.config import DataSettings, RunConfig
+from pipelines.files import open_folder
+from pipelines.plan import ShardWork, cannot_write, finished_shards, plan_shards
+from pipelines.shards import (
+    Manifest,
+    ShardWriter,
+    codec_of,
+    shard_entry,
+    shard_schema,
+    to_float16,
+    write_manifest,
+    write_rejected,
+)
+
+Figures = dict[str, Any]
+"""Of one shard: `shards`, its manifest entries by variant, and `rejected`, as dicts; of this run also
+`start`, `end` (s since the epoch) and `worker`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of preprocess did."""
+
+    manifest: Manifest
+    built: int
+    """Shards that this run made."""
+    reused: int
+    """Shards that were there whole."""
+    people: int
+    """People in the shards that this run made."""
+    seconds: float
+    """From the first task's start to the last one's end; Ray's own start is not in it."""
+    at_once: int
+    """Most shards in work at the same moment."""
+    workers: int
+    """Processes that made them."""
+
+
+def preprocess(config: RunConfig) -> Manifest:
+    """`data.root` (COCO) -> `data.shards`, both splits; what is finished there already is kept.
+
+    DataError for a COCO folder that is not one, a target that holds another plan or foreign files, and,
+    with data.strict, for any picture or person left out. Prints progress, and a table at the end.
+    """
+    report = run_preprocess(config)
+    print(summary(report), flush=True)
+    return report.manifest
+
+
+def run_preprocess(config: RunConfig) -> Report:
+    """`preprocess` with the figures of the run, without the table."""
+    data = config.data
+    if data.context != 1.0:
+        raise ConfigError(
+            f"data.context {data.context:g}: cuts for fresh views on the device cannot be written yet. Use "
+            f"data.context 1.0 with train.views stored; data.variants stores several views of each person."
+        )
+    skeleton = load_skeleton(data.skeleton)
+    splits = [
+        read_coco(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))
+    ]
+    if data.strict:
+        refuse_rejected([r for split in splits for r in split.rejected])
+    works = [work for split in splits for work in plan_shards(split, data)]
+    figures = finished_shards(works, data.shards)
+    pending = [work for work in works if work.key not in figures]
+    reused = len(works) - len(pending)
+    if reused:
+        print(f"preprocess: {reused} of {len(works)} shards are there already", flush=True)
+    if data.strict:
+        refuse_rejected([Rejection(**row) for found in figures.values() for row in found["rejected"]])
+    progress = Progress(pending)
+    if pending:
+        with ray_session(config.ray):
+            require(config.ray, 1, 1, 0, "preprocess")
+            progress.begin()
+            for key, built in _on_ray(pending):
+                figures[key] = built
+                progress.done(key, built)
+                if data.strict:
+                    refuse_rejected([Rejection(**row) for row in built["rejected"]])
+    manifest = finish(splits, works, figures, data)
+    at_once, workers = progress.overlap()
+    return Report(manifest, len(pending), reused, progress.people, progress.seconds, at_once, workers)
+
+
+def refuse_rejected(rejected: Sequence[Rejection]) -> None:
+    """DataError with the first 20 names where anything but crowds and unlabelled people is left out."""
+    names = [
+        f"{r.file} ({r.reason}{'' if r.ann_id is None else f', annotation {r.ann_id}'})"
+        for r in rejected
+        if r.is_defect
+    ]
+    if names:
+        raise DataError(
+            f"data.strict: {len(names)} pictures or people cannot be used: {', '.join(names[:20])}"
+            f"{' ...' if len(names) > 20 else ''}. Mend them, or run without --data.strict: they are then "
+            f"left out and listed in rejected.parquet."
+        )
+
+
+# ---------------------------------------------------------------------------------- one shard
+
+
+def build_shard(work: ShardWork) -> Figures:
+    """Write one shard, a file for each variant, and say what is in it. Needs no Ray.
+
+    Each photo is decoded once for all its people and views. One that cannot be used becomes a rejection.
+    DataError where the target cannot be written; then no file of this shard is left half.
+    """
+    config = work.config
+    people = [person for photo in work.photos for person in photo.people]
+    common = _person_columns(work, people)
+    views = [_view_columns(work, common, variant) for variant in range(work.variants)]
+    encoded: list[list[bytes]] = [[b""] * len(people) for _ in views]
+    hashes = [b""] * len(people)
+    rejected: list[Rejection] = []
+    waiting: list[int] = []
+    files, root = open_folder(work.folder)
+    writers: list[ShardWriter] = []
+    try:
+        for name in work.names:
+            schema = shard_schema(config, work.plan, work.split)
+            writers.append(ShardWriter(files, f"{root}/{name}", schema))
+        first = 0
+        for photo in work.photos:
+            rows, first = range(first, first + len(photo.people)), first + len(photo.people)
+            opened = open_photo(photo, config["max_pixels"])
+            if isinstance(opened, Rejection):
+                rejected.append(opened)
+                continue
+            image, sha256 = opened
+            for view, pictures in zip(views, encoded, strict=True):
+                matrices = view["image_to_crop"][rows.start : rows.stop]
+                for row, crop in zip(rows, crop_people(image, matrices, config["input_size"]), strict=True):
+                    pictures[row] = _encode(crop, config)
+            for row in rows:
+                hashes[row] = sha256
+            waiting += rows
+            while len(waiting) >= config["row_group_people"]:
+                group, waiting = waiting[: config["row_group_people"]], waiting[config["row_group_people"] :]
+                _write_group(work, group, common, views, encoded, hashes, writers)
+        if waiting:
+            _write_group(work, waiting, common, views, encoded, hashes, writers)
+        told = [asdict(rejection) for rejection in rejected]
+        shards = []
+        for variant, (name, writer) in enumerate(zip(work.names, writers, strict=True)):
+            size, digest = writer.finish({"rejected": told})
+            shards.append(shard_entry(name, variant, size, digest, writer.row_groups))
+    except OSError as error:
+        raise DataError(cannot_write(work.folder, error)) from None
+    finally:
+        for writer in writers:
+            writer.discard()
+    return {"rejected": told, "shards": shards}
+
+
+def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes] | Rejection:
+    """The stored pixels (EXIF ignored, as the annotations want) and the file's sha256, or why not."""
+    try:
+        with open(photo.path, "rb") as stream:
+            content = stream.read()
+        image = decode_image(content, apply_exif=False, max_pixels=max_pixels)
+    except FileNotFoundError:
+        reason, detail = "missing_image", "no such file"
+    except OSError as error:
+        reason, detail = "unreadable", str(error.strerror)
+    except ImageError as error:
+        reason, detail = error.reason, str(error)
+    else:
+        height, width = image.shape[:2]
+        if (width, height) == (photo.width, photo.height):
+            return image, hashlib.sha256(content).digest()
+        reason = "size_differs"
+        detail = f"{width} x {height} px, the annotations are for {photo.width} x {photo.height}"
+    return Rejection(reason, photo.file_name, photo.image_id, None, detail, len(photo.people))
+
+
+def _person_columns(work: ShardWork, people: Sequence[Any]) -> dict[str, Any]:
+    """What all views of the shard's people share: arrays with the people first."""
+    sizes = [(photo.width, photo.height) for photo in work.photos for _ in photo.people]
+    boxes = np.stack([person.bbox_xywh for person in people])
+    places = np.stack([person.keypoints for person in people])
+    visible = np.stack([person.visible for person in people])
+    center, scale = box_to_center_scale(boxes, tuple(work.config["input_size"]), work.config["padding"])
+    return {
+        "image_id": np.array([person.image_id for person in people], np.int64),
+        "ann_id": np.array([person.ann_id for person in people], np.int64),
+        "area": np.array([person.area for person in people], np.float32),
+        "bbox_xywh": boxes,
+        "keypoints": np.concatenate([places, visible[..., None]], axis=-1),
+        "width": np.array([size[0] for size in sizes], np.int32),
+        "height": np.array([size[1] for size in sizes], np.int32),
+        "plain": plain_view(center, scale),
+    }
+
+
+def _view_columns(work: ShardWork, common: Mapping[str, Any], variant: int) -> dict[str, NDArray[Any]]:
+    """The columns of one variant that its view decides, without picture and heatmaps."""
+    view: View = common["plain"]
+    if variant:
+        draws = draw_stored(work.config["seed"], common["ann_id"].tolist(), variant)
+        places, visible = common["keypoints"][..., :2], common["keypoints"][..., 2]
+        skeleton, size = skeleton_from_dict(work.config["skeleton"]), work.config["input_size"]
+        how = Augmentation(**{name: work.config[name] for name in Augmentation.__dataclass_fields__})
+        view = random_view(draws, view.center, view.scale, places, visible, skeleton, size, how)
+    matrices = view_to_crop(view, codec_of(work.config), common["width"])
+    return {
+        **view._asdict(),
+        "image_to_crop": matrices,
+        "image_to_picture": matrices,
+        "variant": np.full(len(matrices), variant, np.int16),
+    }
+
+
+def _write_group(
+    work: ShardWork,
+    group: Sequence[int],
+    common: Mapping[str, Any],
+    views: Sequence[Mapping[str, NDArray[Any]]],
+    encoded: Sequence[list[bytes]],
+    hashes: Sequence[bytes],
+    writers: Sequence[ShardWriter],
+) -> None:
+    """One row group of every variant; the encoded pictures are let go."""
+    codec, skeleton = codec_of(work.config), skeleton_from_dict(work.config["skeleton"])
+    suffix = "jpg" if work.config["image_format"] == "jpeg" else "png"
+    shared = {name: values[group] for name, values in common.items() if name != "plain"}
+    ids = list(zip(shared["image_id"].tolist(), shared["ann_id"].tolist(), strict=True))
+    for variant, (view, pictures, writer) in enumerate(zip(views, encoded, writers, strict=True)):
+        own = {name: values[group] for name, values in view.items()}
+        places, visible = shared["keypoints"][..., :2], shared["keypoints"][..., 2]
+        crop = keypoints_in_view(own["image_to_crop"], own["flipped"], places, visible, skeleton)
+        heatmaps, weights = codec.encode(*crop)
+        writer.write(
+            {
+                **shared,
+                **own,
+                "image": [pictures[row] for row in group],
+                "image_path": [f"{image_id}-{ann_id}-v{variant}.{suffix}" for image_id, ann_id in ids],
+                "image_sha256": [hashes[row] for row in group],
+                "heatmaps": to_float16(heatmaps),
+                "weights": weights,
+            }
+        )
+        for row in group:
+            pictures[row] = b""
+
+
+def _encode(crop: NDArray[np.uint8], config: Mapping[str, Any]) -> bytes:
+    return encode_png(crop) if config["image_format"] == "png" else encode_jpeg(crop, config["jpeg_quality"])
+
+
+# ---------------------------------------------------------------------------------- on Ray
+
+
+def _on_ray(pending: Sequence[ShardWork]) -> Iterator[tuple[tuple[str, int], Figures]]:
+    """(key, figures) of each shard as its task ends, in any order."""
+    import ray.data
+
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # the plan and progress of its own; the log file keeps them
+            handler.setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    bars, context.enable_progress_bars = context.enable_progress_bars, False
+    try:
+        # A row a shard and a block a row: a task each, however Ray would like to group them.
+        blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
+        answers = ray.data.from_arrow(blocks).map_batches(
+            _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1
+        )
+        for row in answers.iter_rows():
+            answer = json.loads(row["answer"])
+            if "error" in answer:
+                raise DataError(answer["error"])
+            yield tuple(answer.pop("key")), answer
+    finally:
+        context.enable_progress_bars = bars
+
+
+def _build_batch(batch: pa.Table) -> pa.Table:
+    """The task: shards as pickled ShardWork in, their figures as JSON out."""
+    cv2.setNumThreads(1)  # a task has one CPU
+    answers = []
+    for work in map(pickle.loads, batch["work"].to_pylist()):
+        start = time.time()
+        try:
+            answer = {"key": work.key, **build_shard(work)}
+        except PoseError as error:  # the user's to mend: told as one paragraph, not as a worker's traceback
+            answer = {"error": str(error)}
+        worker = f"{platform.node()}:{os.getpid()}"
+        answers.append(json.dumps({**answer, "start": start, "end": time.time(), "worker": worker}))
+    return pa.table({"answer": answers})
+
+
+class Progress:
+    """Lines that say how far it is, on a terminal or in a log: at most one in two seconds, and the last."""
+
+    def __init__(self, pending: Sequence[ShardWork]) -> None:
+        self._people = {work.key: work.people for work in pending}
+        self._answers: list[Figures] = []
+        self._told = 0.0
+        self.people = 0
+
+    def begin(self) -> None:
+        people, shards = sum(self._people.values()), len(self._people)
+        print(f"preprocess: {people:,} people in {shards} shards to make", flush=True)
+
+    @property
+    def seconds(self) -> float:
+        starts, ends = ([answer[key] for answer in self._answers] for key in ("start", "end"))
+        return max(ends, default=0) - min(starts, default=0)
+
+    def done(self, key: tuple[str, int], answer: Figures) -> None:
+        self._answers.append(answer)
+        self.people += self._people[key]
+        left = sum(self._people.values()) - self.people
+        if left and answer["end"] - self._told < 2:
+            return
+        self._told = answer["end"]
+        rate = self.people / max(self.seconds, 1e-9)
+        eta = f", about {left / rate:,.0f} s left" if left else ""
+        shards = f"{len(self._answers)} of {len(self._people)} shards"
+        print(f"preprocess: {shards}, {self.people:,} people, {rate:,.0f} people/s{eta}", flush=True)
+
+    def overlap(self) -> tuple[int, int]:
+        """Most shards in work at one moment, and the number of processes that worked."""
+        moments = sorted(m for a in self._answers for m in ((a["start"], 1), (a["end"], -1)))
+        at_once = max(np.cumsum([step for _, step in moments], dtype=int).tolist(), default=0)
+        return at_once, len({a["worker"] for a in self._answers})
+
+
+# ---------------------------------------------------------------------------------- the end
+
+
+def finish(
+    splits: Sequence[CocoSplit],
+    works: Sequence[ShardWork],
+    figures: Mapping[tuple[str, int], Figures],
+    data: DataSettings,
+) -> Manifest:
+    """rejected.parquet and the manifest of a dataset whose shards are all there."""
+    rows: list[dict[str, Any]] = []
+    sections = {}
+    for split in splits:
+        own = [work for work in works if work.split == split.name]
+        rejected = [asdict(r) for r in split.rejected]
+        rejected += [row for work in own for row in figures[work.key]["rejected"]]
+        rejected.sort(key=lambda r: (r["image_id"], -1 if r["ann_id"] is None else r["ann_id"]))
+        rows += [{"split": split.name, **row} for row in rejected]
+        shards = [entry for work in own for entry in figures[work.key]["shards"]]
+        shards.sort(key=lambda entry: entry["path"])
+        people = sum(entry["people"] for entry in shards if entry["variant"] == 0)
+        counts = _by_reason(rejected)
+        if people == 0:
+            raise DataError(
+                f"{split.annotation_file}: none of the pictures of split {split.name!r} can be used "
+                f"({', '.join(counts)}). Check the pictures beside it."
+            )
+        lost = sum(1 for work in own for row in figures[work.key]["rejected"])
+        sections[split.name] = {
+            "annotation_file": f"annotations/{os.path.basename(split.annotation_file)}",
+            "annotation_sha256": split.annotation_sha256,
+            "plan": own[0].plan,
+            "photos": sum(len(work.photos) for work in own) - lost,
+            "people": people,
+            "variants": own[0].variants,
+            "rejected": counts,
+            "repaired": dict(split.repaired),
+            "shards": shards,
+        }
+    fields = {"config": data.semantic(), "splits": sections, "code": _code_versions()}
+    files, root = open_folder(data.shards)
+    try:
+        sha256 = write_rejected(files, f"{root}/rejected.parquet", rows)
+        fields["rejected"] = {"rows": len(rows), "sha256": sha256}
+        return write_manifest(data.shards, fields)
+    except OSError as error:
+        raise DataError(cannot_write(data.shards, error)) from None
+
+
+def _by_reason(rejected: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for row in sorted(rejected, key=lambda row: row["reason"]):
+        count = counts.setdefault(row["reason"], {"rows": 0, "people": 0})
+        count["rows"] += 1
+        count["people"] += row["people"]
+    return counts
+
+
+def _code_versions() -> dict[str, str | None]:
+    try:
+        own = version("hrnet-ray")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        own = None
+    return {"hrnet": own, "numpy": np.__version__, "opencv": cv2.__version__, "pyarrow": pa.__version__}
+
+
+def summary(report: Report) -> str:
+    """The table at the end of a run."""
+    manifest = report.manifest
+    lines = [f"{'split':<14}{'people':>9}{'photos':>9}{'views':>7}{'shards':>8}{'MB':>9}  left out"]
+    for name in manifest.splits:
+        split = manifest.split(name)
+        size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
+        reasons = ", ".join(f"{count['rows']} {reason}" for reason, count in split["rejected"].items())
+        counts = f"{split['people']:>9,}{split['photos']:>9,}{split['variants']:>7}{len(split['shards']):>8}"
+        lines.append(f"{name:<14}{counts}{size:>9.1f}  {reasons or 'none'}")
+    if report.built:
+        rate = report.people / max(report.seconds, 1e-9)
+        lines.append(
+            f"made {report.built} shards in {report.seconds:.1f} s: {rate:,.0f} people/s, up to "
+            f"{report.at_once} shards at once in {report.workers} processes"
+        )
+    lines += [f"digest {manifest.digest}", f"in {manifest.folder} (left out: rejected.parquet)"]
+    return "\n".join(lines)

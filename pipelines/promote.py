@@ -1,0 +1,116 @@
+"""Promote: make a registered version the champion, if its AP is not worse on the same data.
+
+Nothing is evaluated here: `hrnet evaluate` wrote each version's APs to the registry, with what they are
+of. Two APs are compared only where data digest, boxes, flip test and preset are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrnet_core.errors import DataError
+from pipelines.config import TrackSettings
+from pipelines.tracking import Tracker, evaluations
+
+Evaluations = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One protocol under which both versions were evaluated; `champion` None where there is none yet."""
+
+    protocol: str
+    candidate: float
+    champion: float | None
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What was decided."""
+
+    candidate: str
+    """"hrnet-pose/4"."""
+    previous: str | None
+    """The champion until now."""
+    promoted: bool
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0: the candidate is champion. 3: the old one stays."""
+        return 0 if self.promoted else 3
+
+    def __str__(self) -> str:
+        lines = [
+            f"  AP {c.candidate:.4f}"
+            + (f" against {c.champion:.4f} of the champion" if c.champion is not None else "")
+            + f"  ({c.protocol})"
+            for c in self.comparisons
+        ]
+        if not self.promoted:
+            head = f"{self.previous} stays champion: {self.candidate} is worse"
+        elif self.previous in (None, self.candidate):
+            head = f"{self.candidate} is champion"
+        else:
+            head = f"{self.candidate} is champion, {self.previous} was"
+        return "\n".join([head, *lines])
+
+
+def promote(
+    candidate: str | None = None, *, track: TrackSettings | None = None, storage: str | Path = "runs"
+) -> Promotion:
+    """Move the alias `champion` to a version, if it is not worse under any protocol that both have.
+
+    candidate: a version's number, "models:/hrnet-pose/4", a checkpoint folder that was registered; None:
+        the newest version. Equal APs promote. The first evaluated version becomes champion.
+    DataError: no such version, one that was never evaluated, or no protocol in common with the champion.
+    """
+    tracker = Tracker(track or TrackSettings(), storage)
+    new = tracker.version(candidate)
+    if new is None:
+        raise DataError(
+            f"promote: {candidate or 'no version at all'} is not registered as "
+            f"{tracker.settings.registered_model} in {tracker.uri}. hrnet train registers its best "
+            f"checkpoint; --run.storage, --track.uri or MLFLOW_TRACKING_URI choose the store."
+        )
+    name, found = f"{new.name}/{new.version}", evaluations(new)
+    if not found:
+        raise DataError(
+            f"promote: {name} has no AP in {tracker.uri}. Run hrnet evaluate models:/{name} COCO first."
+        )
+    champion = tracker.champion()
+    if champion is None:
+        tracker.set_champion(new)
+        return Promotion(name, None, True, tuple(_comparison(found, {}, key) for key in sorted(found)))
+    old, theirs = f"{champion.name}/{champion.version}", evaluations(champion)
+    common = sorted(found.keys() & theirs.keys())
+    if not common:
+        raise DataError(
+            f"promote: {name} and the champion {old} were not evaluated under the same protocol (data, "
+            f"boxes, flip test, preset), so their APs say nothing about each other. {name} has: "
+            f"{_listed(found)}; {old} has: {_listed(theirs)}. Run hrnet evaluate on both with the same COCO "
+            f"folder and options."
+        )
+    comparisons = tuple(_comparison(found, theirs, key) for key in common)
+    better = all(c.champion is None or c.candidate >= c.champion for c in comparisons)
+    if better:
+        tracker.set_champion(new)
+    return Promotion(name, old, better, comparisons)
+
+
+def _comparison(found: Evaluations, theirs: Evaluations, key: str) -> Comparison:
+    champion = theirs[key]["stats"]["AP"] if key in theirs else None
+    return Comparison(_described(found[key]["protocol"]), found[key]["stats"]["AP"], champion)
+
+
+def _listed(found: Evaluations) -> str:
+    return "; ".join(_described(e["protocol"]) for e in found.values()) or "nothing"
+
+
+def _described(protocol: dict[str, Any]) -> str:
+    return (
+        f"data {str(protocol['data_digest'])[:8]}, boxes {protocol['boxes']}, "
+        f"flip test {'on' if protocol['flip_test'] else 'off'}, {protocol['preset']}"
+    )

@@ -1,0 +1,234 @@
+"""An evaluation to look at: contact sheets of truth beside prediction, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import Evaluation
+
+PAIRS = 12
+"""People of a contact sheet."""
+TILE = (192, 256)
+"""(width, height) px of one picture of a pair."""
+MEANINGS = {
+    "AP": "average precision, mean over OKS .50, .55 ... .95",
+    "AP50": "at OKS .50 (loose)",
+    "AP75": "at OKS .75 (strict)",
+    "APm": "medium people, 32² to 96² px of segment",
+    "APl": "large people, above 96² px",
+    "AR": "average recall with at most 20 results an image",
+    "AR50": "at OKS .50",
+    "AR75": "at OKS .75",
+    "ARm": "medium people",
+    "ARl": "large people",
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One labelled person and the prediction that fits best."""
+
+    path: str
+    image_id: int
+    ann_id: int
+    bbox_xywh: NDArray[np.float32]
+    """(4,), the ground truth's, image px."""
+    truth: NDArray[np.float32]
+    """(K, 2) image px."""
+    visible: NDArray[np.float32]
+    """(K,) 0, 1, 2."""
+    predicted: NDArray[np.float32]
+    """(K, 2) image px; NaN where nothing was predicted in this image."""
+    scores: NDArray[np.float32]
+    """(K,)"""
+    oks: float
+    """0 where nothing was predicted."""
+    similarity: NDArray[np.float64]
+    """(K,): each keypoint's term of OKS; NaN where it is not labelled."""
+
+
+def contact_sheets(people: Sequence[Matched], skeleton: Skeleton, folder: Path) -> dict[str, Path]:
+    """Write best.jpg, median.jpg and worst.jpg: of each person truth (left) beside prediction (right)."""
+    from hrnet_core.images import encode_jpeg
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ranked = sorted(people, key=lambda p: (-p.oks, p.image_id, p.ann_id))
+    middle = max(0, (len(ranked) - PAIRS) // 2)
+    chosen = {
+        "best": ranked[:PAIRS],
+        "median": ranked[middle : middle + PAIRS],
+        "worst": ranked[::-1][:PAIRS],
+    }
+    files = {}
+    for name, some in chosen.items():
+        if some:
+            files[name] = folder / f"{name}.jpg"
+            files[name].write_bytes(encode_jpeg(_sheet(some, skeleton), 90))
+    return files
+
+
+def _sheet(people: Sequence[Matched], skeleton: Skeleton) -> NDArray[np.uint8]:
+    from hrnet_core.drawing import tile
+
+    labels = [f"OKS {p.oks:.2f}  image {p.image_id}" for p in people]
+    return tile([_pair(p, skeleton) for p in people], columns=4, labels=labels)
+
+
+def _pair(person: Matched, skeleton: Skeleton) -> NDArray[np.uint8]:
+    """uint8 (h, 2w + gap, 3): the person cut out twice, with the truth and with the prediction drawn in."""
+    from hrnet_core.drawing import draw_poses
+    from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, three_point_matrix
+    from hrnet_core.images import decode_image
+
+    image = decode_image(Path(person.path).read_bytes(), apply_exif=False)
+    center, scale = box_to_center_scale(person.bbox_xywh, TILE, padding=1.35)
+    image_to_tile = three_point_matrix(center, scale, TILE)
+    crop = crop_people(image, image_to_tile[None], TILE)[0]
+    box = _box_in_tile(person.bbox_xywh, image_to_tile)
+    labelled = (person.visible > 0).astype(np.float32)
+    truth = apply_affine(image_to_tile, person.truth)
+    left = draw_poses(crop, truth[None], labelled[None], skeleton, boxes_xywh=box[None])
+    # NaN points are not drawn: where nothing was predicted the box stands alone.
+    predicted = apply_affine(image_to_tile, person.predicted)
+    right = draw_poses(crop, predicted[None], person.scores[None], skeleton, 0.2, boxes_xywh=box[None])
+    gap = np.full((TILE[1], 4, 3), 255, np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def _box_in_tile(bbox_xywh: NDArray[np.float32], image_to_tile: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(4,) left, top, width, height in tile px; the tile is not rotated."""
+    from hrnet_core.geometry import apply_affine
+
+    x, y, w, h = bbox_xywh
+    start, end = apply_affine(image_to_tile, [[x, y], [x + w, y + h]])
+    return np.concatenate([start, end - start])
+
+
+def write_html(
+    file: Path,
+    evaluation: Evaluation,
+    people: Sequence[Matched],
+    sheets: dict[str, Path],
+    skeleton: Skeleton,
+    details: dict[str, Any],
+) -> None:
+    """One page without any other file or address: figures, protocol, pictures, distributions."""
+    from pipelines.evaluate import protocol_line
+
+    stats, figures = evaluation.stats, evaluation.figures
+    title = f"AP {stats['AP']:.3f}, {evaluation.protocol['split']}"
+    tiles = "".join(
+        f'<div class="stat"><b>{value:.3f}</b><span>{name}</span><small>{MEANINGS[name]}</small></div>'
+        for name, value in stats.items()
+        if name in MEANINGS
+    )
+    pictures = "".join(
+        f"<h3>{name}</h3>{_img(path, f'{name} people: truth left, prediction right')}"
+        for name, path in sheets.items()
+    )
+    work = (
+        f"{figures['people']} people in {figures['photos']} photographs, {figures['results']} results after "
+        f"OKS-NMS, {figures['people_per_second']:.1f} people/s"
+    )
+    body = f"""<header><h1>{html.escape(title)}</h1><p>{html.escape(protocol_line(evaluation.protocol))}</p>
+<p class="quiet">{html.escape(work)}</p></header>
+<section class="stats">{tiles}</section>
+<section><h2>People by OKS</h2><p class="quiet">How well each labelled person was found: 1 is exact, below .5
+counts as missed at the loosest threshold. A person without any prediction counts as 0.</p>
+{_histogram([p.oks for p in people])}</section>
+<section><h2>Keypoints</h2><p class="quiet">Mean similarity (the term of OKS) where labelled.</p>
+{_keypoints(people, skeleton)}</section>
+<section><h2>Pictures</h2><p class="quiet">Of each person the truth on the left, the prediction on the right,
+and the annotated box; left limbs green, right limbs orange. Keypoints scoring .2 or less are not drawn.</p>
+{pictures}</section>
+<section><h2>Protocol</h2>{_definitions(evaluation.protocol)}</section>
+<section><h2>Made by</h2>{_definitions(details)}</section>"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+
+
+def _img(path: Path, alt: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _histogram(values: Sequence[float]) -> str:
+    """Ten bars as inline SVG."""
+    counts, _ = np.histogram(values, bins=10, range=(0, 1))
+    tallest = max(int(counts.max(initial=0)), 1)
+    bars = []
+    for i, count in enumerate(counts):
+        height = 120 * count / tallest
+        bars.append(
+            f'<rect x="{i * 60 + 4}" y="{140 - height:.1f}" width="52" height="{height:.1f}"/>'
+            f'<text x="{i * 60 + 30}" y="{134 - height:.1f}">{count}</text>'
+            f'<text x="{i * 60 + 30}" y="156">.{i}</text>'
+        )
+    return f'<svg viewBox="0 0 600 162" role="img" aria-label="people by OKS">{"".join(bars)}</svg>'
+
+
+def _keypoints(people: Sequence[Matched], skeleton: Skeleton) -> str:
+    """A row for each keypoint: name, labelled people, mean similarity as a bar."""
+    similarity = np.array([p.similarity for p in people]).reshape(-1, skeleton.num_keypoints)
+    labelled = np.isfinite(similarity)
+    means = np.nansum(similarity, axis=0) / np.maximum(labelled.sum(axis=0), 1)
+    rows = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{count}</td><td>{mean:.2f}</td>"
+        f'<td class="bar"><i style="width:{100 * mean:.0f}%"></i></td></tr>'
+        for name, count, mean in zip(skeleton.keypoints, labelled.sum(axis=0), means, strict=True)
+    )
+    return f"<table><tr><th>keypoint</th><th>labelled</th><th>similarity</th><th></th></tr>{rows}</table>"
+
+
+def _definitions(fields: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>"
+        for key, value in fields.items()
+        if value is not None
+    )
+    return f'<table class="fields">{rows}</table>'
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ --ink: #1d2430; --quiet: #5d6878; --line: #e1e5eb; --fill: #2f6fde; --paper: #fff;
+  --ground: #f5f6f8; }}
+@media (prefers-color-scheme: dark) {{ :root {{
+  --ink: #e6e9ef; --quiet: #9aa5b5; --line: #333b47; --fill: #6c9df2; --paper: #1b2028;
+  --ground: #12161c; }} }}
+* {{ box-sizing: border-box }}
+body {{ margin: 0 auto; max-width: 1120px; padding: 32px 20px 64px;
+  background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }}
+h1 {{ font-size: 34px; margin: 0 }} h2 {{ font-size: 20px; margin: 0 0 4px }} h3 {{ margin: 20px 0 6px }}
+p {{ margin: 4px 0 }} .quiet {{ color: var(--quiet) }}
+section {{ background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 20px; margin-top: 20px }}
+.stats {{ display: grid; gap: 12px; padding: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)) }}
+.stat {{ padding: 8px 12px; border-left: 3px solid var(--fill) }}
+.stat b {{ font-size: 26px; margin-right: 8px }} .stat small {{ display: block; color: var(--quiet) }}
+img, svg {{ max-width: 100%; height: auto; display: block }} img {{ border-radius: 6px }}
+svg {{ max-width: 640px }} rect {{ fill: var(--fill) }}
+text {{ font-size: 12px; text-anchor: middle; fill: var(--quiet) }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line);
+  font-weight: normal; vertical-align: top }} th {{ color: var(--quiet) }}
+.fields td {{ overflow-wrap: anywhere }} .bar {{ width: 45% }}
+.bar i {{ display: block; height: 10px; border-radius: 5px; background: var(--fill) }}
+</style></head><body>
+{body}
+</body></html>
+"""

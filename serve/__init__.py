@@ -1,0 +1,1 @@
+"""The endpoint on Ray Serve. Imports nothing here on purpose."""

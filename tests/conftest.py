@@ -1,0 +1,50 @@
+"""Fixtures that more than one test file needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Any]:
+    """Outputs of the published reference code on fixed inputs (tests/reference/README.md)."""
+    return json.loads((REFERENCE / "reference_vectors.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def mmpose_cases() -> dict[str, Any]:
+    """Cases and expected values of MMPose's own tests (tests/reference/README.md)."""
+    return json.loads((REFERENCE / "mmpose_cases.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real COCO photographs with keypoints: HRNET_REAL_DATA, or a shared/data folder beside the clone."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("HRNET_REAL_DATA", beside))
+    if not (folder / "coco" / "annotations").is_dir():
+        pytest.skip(
+            "real photographs are not part of the project: set HRNET_REAL_DATA to a folder with coco/"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray of 2 CPUs for the whole test session."""
+    import ray
+
+    # Train's report() waits for the controller's poll: 2 s by default, much too long for small tests.
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+    os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

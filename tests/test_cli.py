@@ -1,0 +1,94 @@
+"""The command line: every verb explains itself, and a mistake costs a paragraph and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import VERBS, main
+
+
+def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command line that must end with 2; returns its one-paragraph error."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_without_arguments_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"  {verb} " in out
+
+
+def test_an_unknown_verb_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "preprocess" in failed(["prepare"], capsys)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"hrnet {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "train"])
+def test_a_config_is_asked_for(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name a config" in failed([verb, "--data.shards", "x"], capsys)
+
+
+def test_a_missing_folder_setting_names_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--data.root" in failed(["preprocess", "tiny"], capsys)
+    assert "--data.shards" in failed(["train", "tiny"], capsys)
+
+
+def test_an_unknown_flag_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "tiny", "--train.epoch", "3"])
+    assert ended.value.code == 2
+    assert "epoch" in capsys.readouterr().err
+
+
+def test_settings_that_contradict_each_other_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["train", "tiny", "--data.shards", "x", "--train.num-workers", "3"])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    assert code == 2
+    assert "lanes" in capsys.readouterr().err
+
+
+def test_an_override_wins_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:
+    from pipelines.cli import parse_config
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 7, lr: 0.5}\ndata: {codec: udp}\n")
+    config = parse_config("train", [str(file), "--train.lr", "0.25", "--data.input-size", "96", "128"], "")
+    assert (config.train.epochs, config.train.lr, config.data.codec) == (7, 0.25, "udp")
+    assert config.data.input_size == (96, 128)
+    assert config.config_name == "mine"
+
+
+def test_a_missing_coco_folder_ends_with_2_in_a_fresh_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "preprocess", "tiny"]
+    command += ["--data.root", str(tmp_path / "nowhere"), "--data.shards", str(tmp_path / "shards")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "shards").exists()
+
+
+def test_foreign_results_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gt.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (tmp_path / "r.json").write_text("{")
+    argv = ["evaluate", "--results", str(tmp_path / "r.json"), "--ground-truth", str(tmp_path / "gt.json")]
+    assert "r.json" in failed(argv, capsys)
+    assert "--ground-truth" in failed(argv[:3], capsys)

@@ -1,0 +1,277 @@
+"""ray_cluster.yaml: what Ray's own validator, bin packing and command-line parser make of it. No network."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "ray_cluster.yaml"
+
+
+def prepared(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with Ray's defaults filled in, as `ray up` would use it; raises what Ray raises."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(copy.deepcopy(config))
+    validate_config(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def written() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text())
+
+
+@pytest.fixture(scope="module")
+def cluster(written: dict[str, Any]) -> dict[str, Any]:
+    return prepared(written)
+
+
+def ray_start(commands: list[str]) -> tuple[str, dict[str, Any]]:
+    """The one start command with `ray start`, and what Ray's own parser reads from its flags."""
+    from ray.scripts.scripts import start
+
+    (command,) = [c for c in commands if "ray start" in c]
+    flags = shlex.split(command.split("ray start", 1)[1])
+    return command, start.make_context("ray start", flags).params
+
+
+# --- accepted, and a slip is not -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        lambda c: c.update(max_worker=c.pop("max_workers")),
+        lambda c: c.update(worker_nodes={}, autoscaling_mode="default"),
+        lambda c: c["available_node_types"]["gpu"].update(min_worker=1),
+        lambda c: c["available_node_types"]["gpu"].pop("resources"),
+        lambda c: c["available_node_types"]["gpu"].update(resources={"GPU": "one"}),
+        lambda c: c["available_node_types"]["gpu"].update(min_workers=c["max_workers"] + 1),
+        lambda c: c.update(head_node_type="haed"),
+        lambda c: c["auth"].update(ssh_usr="ubuntu"),
+    ],
+)
+def test_ray_refuses_a_slip_in_the_file(
+    written: dict[str, Any], cluster: dict[str, Any], slip: Callable[[dict[str, Any]], object]
+) -> None:
+    import jsonschema
+
+    changed = copy.deepcopy(written)
+    slip(changed)
+    with pytest.raises((jsonschema.ValidationError, ValueError)):
+        prepared(changed)
+
+
+def test_no_command_is_left_to_the_defaults_of_ray(cluster: dict[str, Any]) -> None:
+    """They install a nightly Ray and bind the dashboard to all interfaces."""
+    commands = "\n".join(c for key, value in cluster.items() if key.endswith("_commands") for c in value)
+    assert "pip install --quiet -c ~/hrnet/constraints.txt" in commands
+    for unwanted in ("ray-wheels", "which ray", "--dashboard-host=0.0.0.0", "anaconda"):
+        assert unwanted not in commands
+
+
+def test_files_that_go_to_the_nodes_are_there_and_install_the_project(written: dict[str, Any]) -> None:
+    import tomllib
+
+    mounts = written["file_mounts"]
+    sources = {ROOT / local for local in mounts.values() if not local.startswith("~")}
+    assert all(source.exists() for source in sources), [str(s) for s in sources if not s.exists()]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    needed = {*packages, "pyproject.toml", "constraints.txt", project["project"]["readme"]}
+    needed |= {*project["project"]["license-files"]}
+    assert needed <= {s.name for s in sources}
+    assert all(remote == f"~/hrnet/{local}" for remote, local in mounts.items() if not local.startswith("~"))
+
+
+# --- who works where -------------------------------------------------------------------------
+
+
+def test_node_types(cluster: dict[str, Any]) -> None:
+    from ray._private.label_utils import validate_node_labels
+
+    types = cluster["available_node_types"]
+    assert set(types) == {"head", "preprocess", "gpu"}
+    assert cluster["head_node_type"] == "head"
+    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
+    assert types["head"]["max_workers"] == 0
+    assert types["gpu"]["resources"]["GPU"] >= 1
+    assert types["preprocess"]["resources"].get("GPU", 0) == 0
+    for name in ("preprocess", "gpu"):
+        assert types[name]["min_workers"] == 0
+        assert types[name]["max_workers"] >= 1
+        assert types[name]["resources"]["CPU"] >= 1
+    assert sum(t["max_workers"] for t in types.values()) <= cluster["max_workers"]
+    labels = {name: t["labels"]["hrnet-pool"] for name, t in types.items()}
+    assert labels == {name: name for name in types}
+    for t in types.values():
+        validate_node_labels(t["labels"])
+        assert t["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+        assert t["node_config"]["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
+
+
+def nodes_for(cluster: dict[str, Any], demand: list[dict[str, float]]) -> tuple[dict[str, int], int]:
+    """The nodes that Ray's autoscaler would start for this demand, and how much of it would stay unserved."""
+    from functools import partial
+
+    from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+
+    scorer = partial(_default_utilization_scorer, node_availability_summary=None)
+    types, head = cluster["available_node_types"], cluster["head_node_type"]
+    started, unserved = get_nodes_for(types, {head: 1}, head, cluster["max_workers"], demand, scorer)
+    return dict(started), len(unserved)
+
+
+def test_the_autoscaler_starts_what_each_stage_needs(cluster: dict[str, Any]) -> None:
+    # Preprocess: tasks of one CPU. 16 fit on a node; never a GPU node, and nothing on the head.
+    assert nodes_for(cluster, [{"CPU": 1}]) == ({"preprocess": 1}, 0)
+    assert nodes_for(cluster, [{"CPU": 1}] * 40) == ({"preprocess": 3}, 0)
+    # Train: four workers with a GPU and its share of the CPUs. Serve: one replica.
+    assert nodes_for(cluster, [{"CPU": 1, "GPU": 1}] * 4) == ({"gpu": 4}, 0)
+    assert nodes_for(cluster, [{"CPU": 8, "GPU": 1}]) == ({"gpu": 1}, 0)
+    # The limits hold: a fifth GPU is not to be had.
+    assert nodes_for(cluster, [{"CPU": 1, "GPU": 1}] * 5) == ({"gpu": 4}, 1)
+
+
+def test_the_head_offers_no_cpu_and_gpu(cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray resolves it on the node: from the flags, and from the override that `ray up` exports."""
+    import json
+
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    _, flags = ray_start(cluster["head_start_ray_commands"])
+    assert (flags["num_cpus"], flags["num_gpus"]) == (0, 0)
+    monkeypatch.setenv(
+        "RAY_OVERRIDE_RESOURCES", json.dumps(cluster["available_node_types"]["head"]["resources"])
+    )
+    spec = ResourceAndLabelSpec(num_cpus=4, num_gpus=1).resolve(is_head=True, node_ip_address="127.0.0.1")
+    assert (spec.num_cpus, spec.num_gpus) == (0, 0)
+
+
+# --- who gets in -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_a_token_is_on_for_every_node(cluster: dict[str, Any], commands: str) -> None:
+    command, _ = ray_start(cluster[commands])
+    before = command.split("ray start")[0]
+    assert re.search(r"\bexport\b[^;]*\bRAY_AUTH_MODE=token\b", before)
+    # The venv's python is what a job's entrypoint finds, and the tracking server is known to every process.
+    assert re.search(r"\bexport PATH=\$HOME/hrnet-env/bin:\$PATH\b", before)
+    assert re.search(r"\bexport\b[^;]*\bMLFLOW_TRACKING_URI=http://[^;]+:5000;", before)
+    assert "unset OMP_NUM_THREADS" in before
+    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    setup = cluster[commands.replace("start_ray", "setup")]
+    assert any("chmod 600 ~/.ray/auth_token" in c for c in setup)
+
+
+def test_nothing_listens_to_the_world(cluster: dict[str, Any]) -> None:
+    _, head = ray_start(cluster["head_start_ray_commands"])
+    assert head["dashboard_host"] == "127.0.0.1"
+    assert head["head"] is True
+    assert head["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
+    # No further hole in the security group: Ray opens SSH alone.
+    assert "security_group" not in cluster["provider"]
+    # MLflow alone listens beyond localhost, for the workers.
+    start = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
+    assert [c for c in start if "0.0.0.0" in c] == [c for c in start if "infra/mlflow.sh" in c]
+
+
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_objects_spill_to_a_named_folder(cluster: dict[str, Any], commands: str) -> None:
+    command, flags = ray_start(cluster[commands])
+    assert flags["object_spilling_directory"] == "$HOME/spill"
+    assert "mkdir -p ~/spill" in command
+    assert flags["disable_usage_stats"] is True
+
+
+# --- under Ray's own autoscaler --------------------------------------------------------------
+
+ASK = """
+import ray
+ray.init(logging_level="ERROR")
+pool = lambda: ray.get_runtime_context().get_node_labels()["hrnet-pool"]
+assert "CPU" not in ray.cluster_resources()
+print("task:", ray.get(ray.remote(num_cpus=1)(pool).remote()))
+print("gpu task:", ray.get(ray.remote(num_cpus=1, num_gpus=1)(pool).remote()))
+print("labelled:", ray.get(ray.remote(num_cpus=1, label_selector={"hrnet-pool": "gpu"})(pool).remote()))
+"""
+
+
+@pytest.mark.slow
+def test_workers_come_when_they_are_asked_for(written: dict[str, Any]) -> None:
+    """The node types of the file on a real head and autoscaler, whose machines are processes on this one."""
+    import json
+    import shutil
+    import tempfile
+
+    from ray._private.services import get_node_ip_address
+    from ray_head import Head
+
+    folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
+    head_id, file = "f" * 56, folder / "cluster.json"
+    head = Head(
+        folder,
+        ["--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={file}"],
+        {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+    )
+    config = prepared(written)
+    types = config["available_node_types"]
+    types["ray.head.default"] = types.pop("head")  # the name that this provider knows
+    for node_type in types.values():
+        node_type["resources"]["object_store_memory"] = 100_000_000
+    config |= {key: [] for key in config if key.endswith("_commands")}
+    config |= {"head_node_type": "ray.head.default", "file_mounts": {}}
+    config["provider"] = {
+        "type": "fake_multinode",
+        "gcs_address": f"{get_node_ip_address()}:{head.ports['port']}",
+        "head_node_id": head_id,
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    }
+    file.write_text(json.dumps(config))
+    (folder / "ask.py").write_text(ASK)
+    try:
+        with head.running():
+            job = head.submit("ask", "python", str(folder / "ask.py"))
+            said = job.communicate(timeout=300)[0]
+    finally:
+        shutil.rmtree(folder)
+    assert job.returncode == 0, said
+    for line in ("task: preprocess", "gpu task: gpu", "labelled: gpu"):
+        assert line in said.splitlines(), said
+
+
+# --- what the reader has to do ---------------------------------------------------------------
+
+
+def test_what_is_to_fill_in_is_marked(written: dict[str, Any]) -> None:
+    text = FILE.read_text()
+    body = [line for line in text.splitlines() if "FILL-IN" in line and not line.startswith("#")]
+    assert len(body) == 4  # image, region, zone, filesystem
+    images = {t["node_config"]["ImageId"] for t in written["available_node_types"].values()}
+    assert images == {"ami-FILL-IN"}
+
+
+def test_the_same_file_on_your_own_machines(written: dict[str, Any]) -> None:
+    """The differences that its first comment names are all that Ray asks for."""
+    cloud_only = ("available_node_types", "head_node_type", "metadata")
+    local = {key: value for key, value in written.items() if key not in cloud_only}
+    local["provider"] = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
+    config = prepared(local)
+    assert config["max_workers"] == 2
+    assert ray_start(config["head_start_ray_commands"])[1]["num_cpus"] == 0
+    labelled = [
+        f"{c} --labels=hrnet-pool=gpu" if "ray start" in c else c for c in config["worker_start_ray_commands"]
+    ]
+    assert ray_start(labelled)[1]["labels"] == "hrnet-pool=gpu"

@@ -1,0 +1,109 @@
+"""Settings: the shipped files load, mistakes are named, identities depend on what decides the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from hrnet_core.errors import ConfigError
+from pipelines.config import RunConfig, load_config, reference
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_config_loads_by_name_and_says_what_to_expect(path: Path) -> None:
+    config = load_config(path.stem)
+    assert config == load_config(str(path))
+    assert config.config_name == path.stem
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert "AP" in first
+
+
+def test_published_recipes_are_the_published_numbers() -> None:
+    for name, width, size, batch in (
+        ("w32_256x192", 32, (192, 256), 128),
+        ("w32_384x288", 32, (288, 384), 128),
+        ("w48_256x192", 48, (192, 256), 128),
+        ("w48_384x288", 48, (288, 384), 96),
+    ):
+        config = load_config(name)
+        assert (config.model.width, config.data.input_size, config.train.batch_size) == (width, size, batch)
+        assert config.data.sigma_cells == {256: 2.0, 384: 3.0}[size[1]]
+        assert (config.train.epochs, config.train.milestones, config.train.gamma) == (210, (170, 200), 0.1)
+        assert (config.train.optimizer, config.train.lr, config.train.weight_decay) == ("adam", 1e-3, 0.0)
+        assert config.train.loss == "official"
+        assert not config.train.joint_weights
+
+
+@pytest.mark.parametrize(
+    ("text", "wants"),
+    [
+        ("train: {epoch: 3}", ["c.yaml", "train.epoch", "did you mean 'epochs'"]),
+        ("trian: {epochs: 3}", ["c.yaml", "'trian'", "did you mean 'train'"]),
+        ("train: {epochs: many}", ["c.yaml", "train.epochs", "'many'"]),
+        ("train: {num_workers: 3}", ["num_workers 3 must divide", "lanes 8"]),
+        ("train: {batch_size: 12}", ["batch_size 12 must be a multiple"]),
+        ("data: {input_size: [190, 256]}", ["data", "multiples of 32"]),
+        ("data: {codec: msra}", ["data.codec", "'msra'"]),
+        ("- a list", ["c.yaml", "mapping"]),
+        ("a: [1", ["c.yaml", "not a readable YAML"]),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_field(tmp_path: Path, text: str, wants: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file))
+    for want in wants:
+        assert want in str(caught.value)
+    assert "\n\n" not in str(caught.value), "one paragraph"
+
+
+def test_an_unknown_config_lists_the_shipped_names() -> None:
+    with pytest.raises(ConfigError, match="w32_256x192"):
+        load_config("w32")
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        RunConfig().train.epochs = 3  # type: ignore[misc]
+
+
+def test_identity_follows_what_decides_the_result() -> None:
+    base = RunConfig()
+
+    def changed(section: str, **values: object) -> str:
+        part = getattr(base, section).model_copy(update=values)
+        return base.model_copy(update={section: part}).identity("digest")
+
+    same = [
+        changed("train", num_workers=2),
+        changed("data", root="/a", shards="/b"),
+        changed("run", name="n"),
+    ]
+    other = [
+        changed("train", seed=1),
+        changed("data", seed=1),
+        changed("model", width=48),
+        base.identity("x"),
+    ]
+    assert {base.identity("digest")} == set(same)
+    assert base.identity("digest") not in other
+
+
+def test_digest_settings_leave_out_places_and_fill_in_defaults() -> None:
+    data = RunConfig().data
+    moved = data.model_copy(update={"root": "/a", "shards": "/b", "strict": True, "sigma": 2.0})
+    assert moved.semantic() == data.semantic()
+    assert data.model_copy(update={"codec": "udp"}).semantic() != data.semantic()
+
+
+def test_the_documentation_lists_every_setting() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference() + "\n", (
+        "write it anew: python -m pipelines.config > docs/configuration.md"
+    )

@@ -1,0 +1,258 @@
+"""hrnet deploy: what it refuses before anything starts, what it hands to Serve, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+import pipelines.deploy as deploying
+from hrnet_core.architecture import HRNetConfig
+from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.model import HRNet
+from hrnet_core.skeleton import COCO17
+from pipelines.config import RunSettings, ServeSettings, TrackSettings
+from pipelines.deploy import deploy, samples_from_coco, serve_args
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deploy") / "tiny"
+    config = HRNetConfig(width=4, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
+    save_checkpoint(
+        folder, HRNet(config), CheckpointSpec(config, HeatmapCodec("official", (64, 96), sigma=1.0))
+    )
+    return folder
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(_: Any) -> Any:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(deploying, "ray_session", started)
+
+
+def args_of(checkpoint: str, tmp_path: Path, **settings: Any) -> Any:
+    run = RunSettings(storage=str(tmp_path / "runs"))
+    return serve_args(checkpoint, ServeSettings(**settings), run, TrackSettings(), tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({}, CheckpointError, "no-such-folder"),
+        ({"mode": "int4"}, ConfigError, "int4"),
+        ({"samples": "no-such-samples"}, ConfigError, "no-such-samples"),
+        ({"flip_test": True}, CheckpointError, "self-test|sha256"),
+    ],
+    ids=["no folder", "mode", "samples", "weights"],
+)
+@pytest.mark.usefixtures("no_ray")
+def test_what_is_wrong_is_said_before_ray_starts(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    folder = checkpoint if settings else tmp_path / "no-such-folder"
+    if "flip_test" in settings:
+        folder = tmp_path / "broken"
+        folder.mkdir()
+        for file in checkpoint.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(error, match=named):
+        deploy(str(folder), ServeSettings(**settings), run=RunSettings(storage=str(tmp_path)))
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} .*--port"):
+            deploying._refuse_port_in_use("127.0.0.1", port)
+    deploying._refuse_port_in_use("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="--host"):
+        deploying._refuse_port_in_use("192.0.2.1", port)
+
+
+def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
+    same = {
+        "max_replicas": 5,
+        "device": "cuda",
+        "mode": "bfloat16",
+        "threads": 3,
+        "flip_test": False,
+        "max_batch_people": 11,
+        "max_requests": 13,
+        "deadline_s": 17.0,
+        "max_body_bytes": 19,
+        "max_pixels": 23,
+        "max_people": 29,
+        "max_images": 31,
+    }
+    renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
+    kept_here = {"host", "port", "haproxy", "samples"}
+    assert set(ServeSettings.model_fields) == {*same, *renamed, *kept_here}, "a new setting must go somewhere"
+    args = args_of(str(checkpoint), tmp_path, **same, **renamed)
+    served = {**args.model_dump(), **args.limits.model_dump()}
+    assert {name: served[name] for name in same} == same
+    assert (args.num_replicas, args.num_cpus, args.num_gpus, args.batch_wait_s) == (2, 0.5, 1.0, 0.007)
+    assert args.checkpoint == str(checkpoint)
+    assert re.fullmatch("[0-9a-f]{12}", args.version)
+
+
+def test_a_registered_model_keeps_its_version_and_its_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipelines.tracking as tracking
+
+    class Registry:
+        def __init__(self, *_: Any) -> None: ...
+
+        def version(self, ref: str) -> Any:
+            assert ref == "models:/hrnet-pose@champion"
+            return SimpleNamespace(version=12)
+
+    monkeypatch.setattr(tracking, "fetch_model", lambda *_: checkpoint)
+    monkeypatch.setattr(tracking, "Tracker", Registry)
+    args = args_of("models:/hrnet-pose@champion", tmp_path)
+    assert (args.version, args.source, args.name) == ("12", "models:/hrnet-pose@champion", "hrnet-pose")
+    assert args.checkpoint == str(checkpoint)
+
+    # On a cluster the replicas do not see what the driver downloaded.
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    args = args_of("models:/hrnet-pose@champion", tmp_path)
+    copied = Path(args.checkpoint)
+    assert copied.parent == tmp_path / "runs" / "deployed"
+    assert (copied / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert {f.name for f in copied.iterdir()} == {f.name for f in checkpoint.iterdir()}
+
+
+def test_a_checkpoint_by_uri_is_checked_here_and_fetched_by_the_replicas(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    assert args_of(checkpoint.as_uri(), tmp_path).checkpoint == checkpoint.as_uri()
+
+
+def test_haproxy_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deploying._serve_environment(ServeSettings()) == {"RAY_SERVE_LOG_TO_STDERR": "0"}
+    wanted = deploying._serve_environment(ServeSettings(haproxy=True))
+    assert wanted["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert wanted["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] == "1"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    everywhere = {"host": "0.0.0.0"}
+    assert deploying._serve_environment(ServeSettings(**everywhere)) == {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    assert deploying._serve_environment(ServeSettings(**everywhere, haproxy=False)) == {}
+    # Behind HAProxy replicas listen on `host`: on a loopback address other nodes would not reach them.
+    assert deploying._serve_environment(ServeSettings()) == {}
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0"):
+        deploying._serve_environment(ServeSettings(haproxy=True))
+
+
+def coco_with(root: Path, orientations: list[int]) -> Path:
+    """A COCO root of pictures of 100 x 80 px with one well-seen person each."""
+    (root / "annotations").mkdir(parents=True)
+    pictures = root / "val2017"
+    pictures.mkdir()
+    images, annotations = [], []
+    for i, orientation in enumerate(orientations, start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(np.full((80, 100, 3), 10 * i, np.uint8)).save(file, "JPEG", exif=exif)
+        (pictures / f"{i}.jpg").write_bytes(file.getvalue())
+        images.append({"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 80})
+        annotations.append(
+            {
+                "id": i,
+                "image_id": i,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": 2000.0,
+                "bbox": [10, 5, 40, 70],
+                "keypoints": [30, 40, 2] * 17,
+                "num_keypoints": 17,
+            }
+        )
+    category = {"id": 1, "name": "person", "keypoints": list(COCO17.keypoints), "skeleton": []}
+    content = {"images": images, "annotations": annotations, "categories": [category]}
+    (root / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    return pictures
+
+
+def test_a_coco_split_becomes_samples(checkpoint: Path, tmp_path: Path) -> None:
+    pictures = coco_with(tmp_path / "coco", [1, 6, 1] + [1] * 10)
+    args = args_of(str(checkpoint), tmp_path, samples=str(pictures))
+    folder = Path(args.samples)
+    boxes = json.loads((folder / "boxes.json").read_text())
+    assert list(boxes) == ["1.jpg", *(f"{i}.jpg" for i in range(3, 10))], "8 of them, not the turned one"
+    assert boxes["1.jpg"] == [[10, 5, 39, 69]]
+    assert (folder / "1.jpg").read_bytes() == (pictures / "1.jpg").read_bytes()
+    with pytest.raises(ConfigError, match="person_keypoints_other"):
+        samples_from_coco(tmp_path / "other", COCO17, tmp_path / "into")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, "-m", "pipelines.cli", "deploy", str(checkpoint), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--ray.num-cpus", "1", "--run.storage", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        # As a shell's background job: SIGINT is ignored unless the program says otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    lines: list[str] = []
+    told = threading.Event()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.append(line)
+            if "Ctrl-C" in line:
+                told.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert told.wait(180), "".join(lines)
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) > 3
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        assert json.load(opener.open(f"http://127.0.0.1:{port}/readyz", timeout=30))["ready"] is True
+        process.send_signal(stop)
+        assert process.wait(60) == 0, "".join(lines)
+        _, alive = psutil.wait_procs(started, timeout=30)
+        assert not alive
+    finally:
+        process.kill()
+        reader.join(30)
+    assert not any("Traceback" in line for line in lines), "".join(lines)

@@ -1,0 +1,55 @@
+"""The documentation: its links lead somewhere, and every `hrnet` command in it exists with its flags."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+
+
+@cache
+def help_text(verb: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([verb, "--help"])
+    return out.getvalue()
+
+
+def commands(page: Path) -> list[str]:
+    """`hrnet VERB ...` lines of the page's fenced blocks, continuation lines joined, comments cut."""
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    cut = [line.split(" # ")[0].strip().removeprefix("$ ") for line in lines]
+    found = [re.search(r"(?:^|-- |\bbin/)(?:hrnet|python -m pipelines\.cli) .*", line) for line in cut]
+    return [m.group(0).removeprefix("-- ").removeprefix("bin/") for m in found if m]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_commands(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+    for command in commands(page):
+        words = shlex.split(command.replace("python -m pipelines.cli", "hrnet"))
+        assert words[1] in VERBS, f"{page.name}: {command!r} is no verb"
+        flags = [w.split("=")[0] for w in words if w.startswith("--") and w != "--help"]
+        for flag in flags:
+            assert re.search(rf"{re.escape(flag)}\b", help_text(words[1])), (
+                f"{page.name}: {command!r} has no {flag}"
+            )
+
+
+def test_there_are_pages_and_commands_to_check() -> None:
+    assert len(PAGES) > 5
+    assert sum(len(commands(page)) for page in PAGES) > 10

@@ -1,0 +1,460 @@
+"""Evaluate: units, the published protocol, Ray actors that agree to the byte, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dots import SMALL, fitted_network, rows_here, truth_of, write_coco, write_detections
+from PIL import Image
+from published_protocol import published_stats
+
+from hrnet_core.architecture import HRNetConfig
+from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+from hrnet_core.errors import CheckpointError, ConfigError, DataError
+from hrnet_core.geometry import apply_affine, box_to_center_scale, place_in_image
+from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.skeleton import COCO17, Skeleton
+from pipelines import evaluate as module
+from pipelines.coco import CocoSplit, Person, Photo
+from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
+from pipelines.evaluate import (
+    People,
+    Unit,
+    answer_dtype,
+    check_answers,
+    evaluate,
+    match_people,
+    plan_units,
+    read_people,
+    to_results,
+)
+from pipelines.score import STATS, evaluate_results
+
+CODEC = HeatmapCodec("official", (96, 128))
+SPEC = CheckpointSpec(SMALL, CODEC)
+
+
+@pytest.fixture(scope="module")
+def dots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A COCO root, a detector's file, and a network that finds most of the people."""
+    folder = tmp_path_factory.mktemp("dots")
+    root = write_coco(folder / "coco")
+    network = fitted_network(root, CODEC)
+    save_checkpoint(folder / "checkpoint", network, SPEC)
+    boxes = write_detections(root, folder / "boxes.json")
+    return {"root": root, "boxes": boxes, "checkpoint": folder / "checkpoint", "network": network}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actors' work in this process."""
+    monkeypatch.setattr(module, "_rows_on_ray", rows_here)
+
+
+# --- the whole way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_one_and_two_actors_give_the_same_bytes(dots: dict[str, Any], tmp_path: Path) -> None:
+    """12 people in 6 photographs, 3 units of 4 people: the same results.json, and pycocotools' figures."""
+    found = {}
+    for actors in (1, 2):
+        settings = EvaluateSettings(batch_size=2, num_workers=actors)
+        found[actors] = evaluate(
+            dots["checkpoint"], dots["root"], out=tmp_path / str(actors), settings=settings
+        )
+    one, two = (found[n].results_file.read_bytes() for n in (1, 2))
+    assert one == two
+    assert found[1].stats == found[2].stats
+    truth = dots["root"] / "annotations" / "person_keypoints_val2017.json"
+    assert found[1].stats == evaluate_results(json.loads(one), truth)
+    assert 0.1 < found[1].stats["AP"] < 0.9
+    ids = [r["image_id"] for r in json.loads(one)]
+    assert ids == sorted(ids)
+    assert found[2].figures["people"] == 12
+    assert found[2].figures["people_per_second"] > 0
+
+
+def test_detector_boxes_by_the_published_protocol(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    """Against tests/published_protocol.py: the same figures from other code, one person at a time."""
+    settings = EvaluateSettings(batch_size=3)
+    found = evaluate(dots["checkpoint"], dots["root"], out=tmp_path, boxes=dots["boxes"], settings=settings)
+    expected = published_stats(dots["network"], dots["root"], dots["boxes"], CODEC.input_size)
+    assert list(found.stats.values()) == pytest.approx(expected, abs=1e-9)
+    assert found.figures["people"] == 22  # 12, 4 of them twice, and a false one in each picture
+    assert found.figures["results"] == 18
+    assert found.metric == "eval_det"
+    assert found.protocol["boxes"].startswith("det boxes.json ")
+    assert "detector boxes boxes.json, flip test" in found.table()
+    without = evaluate(
+        dots["checkpoint"],
+        dots["root"],
+        out=tmp_path / "plain",
+        boxes=dots["boxes"],
+        settings=EvaluateSettings(batch_size=3, flip_test=False),
+    )
+    assert without.stats != found.stats
+    assert without.protocol["data_digest"] == found.protocol["data_digest"]
+    assert found.protocol["preset"] == "official"
+    changed = module._preset(EvaluateSettings(soft_nms=True, keypoint_threshold=0.3))
+    assert changed == "official keypoint_threshold 0.3 soft_nms True"
+
+
+def test_what_is_written(
+    dots: dict[str, Any], tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: dict[str, Any] = {}
+
+    def record(ref: str, stats: Any, protocol: Any, artifacts: Any, **places: Any) -> str:
+        recorded.update(ref=ref, stats=stats, protocol=protocol, artifacts=artifacts, **places)
+        return "hrnet-pose/3"
+
+    monkeypatch.setattr("pipelines.tracking.record_evaluation", record)
+    page = tmp_path / "deep" / "report.html"
+    track = TrackSettings(uri="sqlite:///elsewhere.db")
+    found = evaluate(
+        dots["checkpoint"], dots["root"], out=tmp_path / "out", report=page, track=track, storage="store"
+    )
+
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary["stats"] == found.stats
+    assert list(summary["stats"]) == list(STATS)
+    assert summary["metric"] == "eval_gt"
+    assert summary["protocol"]["oks_sigmas"] == list(COCO17.oks_sigmas)
+    assert summary["protocol"]["evaluator"].startswith("pycocotools 2")
+    description = json.loads((dots["checkpoint"] / "checkpoint.json").read_text())
+    assert summary["protocol"]["weights_sha256"] == description["weights_sha256"]
+    for name in ("data_digest", "boxes", "flip_test", "preset", "score_threshold", "mode", "codec"):
+        assert name in summary["protocol"]
+    assert summary["protocol"]["boxes"] == "gt"
+    results = json.loads(found.results_file.read_text())
+    assert set(results[0]) == {"image_id", "category_id", "keypoints", "score"}
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+    text = page.read_text()
+    assert text.count("data:image/jpeg;base64,") == 3
+    assert not re.search(r"(src|href)=.(?!data:)|@import|url\(", text)  # nothing from elsewhere
+    assert f"AP {found.stats['AP']:.3f}, val2017" in text
+    assert "ground-truth boxes, flip test" in text
+    assert "left ankle" in text
+    for name in STATS:
+        assert f"<span>{name}</span>" in text
+
+    table = found.table().splitlines()
+    assert table[1].split() == list(STATS)
+    assert [float(v) for v in table[2].split()] == pytest.approx(list(found.stats.values()), abs=5e-4)
+
+    assert recorded["ref"] == str(dots["checkpoint"])
+    assert recorded["stats"] == found.stats
+    assert recorded["protocol"] == found.protocol
+    assert (recorded["track"], recorded["storage"]) == (track, "store")
+    assert {Path(f).name for f in recorded["artifacts"]} == {
+        "results.json", "evaluation.json", "best.jpg", "median.jpg", "worst.jpg", "report.html"
+    }  # fmt: skip
+    assert found.version == "hrnet-pose/3"
+
+
+def test_a_run_that_was_cut_short_goes_on(
+    dots: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def two_units_then_death(pending: dict[int, Unit], *rest: Any) -> Iterator[dict[str, Any]]:
+        asked.append(list(pending))
+        for count, row in enumerate(rows_here(pending, *rest)):
+            if count == 2 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(module, "_rows_on_ray", two_units_then_death)
+    settings = EvaluateSettings(batch_size=1)  # six units of two people
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "a", settings=settings)
+    again = evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "a", settings=settings)
+    whole = evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "b", settings=settings)
+    assert asked == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert again.results_file.read_bytes() == whole.results_file.read_bytes()
+
+
+def test_an_interrupted_run_of_other_settings_is_not_taken_over(dots: dict[str, Any]) -> None:
+    people = read_people(dots["root"], "val2017", None, EvaluateSettings(), COCO17)
+    units = plan_units(people.photos, 4)
+    digests = {
+        module._plan_digest(units, SPEC, EvaluateSettings()),
+        module._plan_digest(units, SPEC, EvaluateSettings(flip_test=False)),
+        module._plan_digest(units[:-1], SPEC, EvaluateSettings()),
+        module._plan_digest(units, replace(SPEC, weights_sha256="other"), EvaluateSettings()),
+    }
+    assert len(digests) == 4
+    more_actors = module._plan_digest(units, SPEC, EvaluateSettings(num_workers=7))
+    assert more_actors == module._plan_digest(units, SPEC, EvaluateSettings())
+
+
+# --- units and counts ---------------------------------------------------------------------------------
+
+
+def photo(image_id: int, ids: list[int], size: tuple[int, int] = (100, 80), **fields: Any) -> Photo:
+    def person(i: int) -> Person:
+        box = np.array([10, 10, 20, 40], np.float32)
+        return Person(
+            image_id, i, box, np.zeros((17, 2), np.float32), np.ones(17, np.float32), 500.0, **fields
+        )
+
+    return Photo(image_id, f"{image_id}.png", f"/x/{image_id}.png", *size, tuple(person(i) for i in ids))
+
+
+def test_units_hold_whole_photographs_and_at_most_so_many_people() -> None:
+    photos = [photo(1, [1, 2]), photo(2, [3]), photo(3, [4, 5, 6, 7, 8]), photo(4, [9]), photo(5, [10, 11])]
+    units = plan_units(photos, 3)
+    assert [[p["ids"] for p in unit] for unit in units] == [[[1, 2], [3]], [[4, 5, 6, 7, 8]], [[9], [10, 11]]]
+    assert json.loads(json.dumps(units)) == units
+
+
+def answers_for(units: list[Unit]) -> np.ndarray:
+    pairs = [(p["image_id"], i) for unit in units for p in unit for i in p["ids"]]
+    answers = np.zeros(len(pairs), answer_dtype(17))
+    answers["image_id"], answers["id"] = np.transpose(pairs)
+    return answers
+
+
+def test_every_box_is_answered_exactly_once_or_it_is_an_error() -> None:
+    units = plan_units([photo(1, [1, 2]), photo(2, [1])], 2)
+    answers = answers_for(units)
+    check_answers(units, answers)
+    with pytest.raises(RuntimeError, match=r"3 boxes .* 2 answers .*: 1 are missing \[\(1, 2\)\]"):
+        check_answers(units, answers[[0, 2]])
+    with pytest.raises(RuntimeError, match=r"1 came twice or unasked \[\(1, 1\)\]"):
+        check_answers(units, answers[[0, 0, 1, 2]])
+    answers["keypoints"][1, 3, 0] = np.nan
+    with pytest.raises(
+        CheckpointError, match="NaN or infinite keypoints for 1 of 3 people, the first in image 1"
+    ):
+        check_answers(units, answers)
+
+
+def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> None:
+    """COCO's annotations live on stored pixels: turned by 90 degrees the photograph would not fit them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.open(dots["root"] / "val2017" / "picture-0.png")
+    stored.save(tmp_path / "0.jpg", quality=100, subsampling=0, exif=exif)
+    unit = {"image_id": 1, "path": str(tmp_path / "0.jpg"), "width": 200, "height": 160}
+    seen = []
+
+    class Spy:
+        spec = SPEC
+
+        def __call__(self, images: Any, **_: Any) -> list[Any]:
+            seen.extend(images)
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        module.answer_unit([{**unit, "ids": [1], "boxes": [[1, 1, 9, 9]]}], Spy(), EvaluateSettings())
+    assert np.abs(seen[0].astype(int) - np.asarray(stored.convert("RGB"))).mean() < 3
+
+
+# --- from answers to results --------------------------------------------------------------------------
+
+
+def people_of(photos: list[Photo], boxes: tuple[str, str] | None = None) -> People:
+    split = CocoSplit("val2017", "a.json", "0", tuple(photos), ())
+    return People(split, split, {}, boxes)
+
+
+def test_results_are_rescored_suppressed_and_sorted() -> None:
+    """Three boxes of one picture: 5 and 9 are the same pose, 7 another. Box scores .5, .9, .8; keypoints
+    score .6 and .1 (not counted): .3, .54, .48. The better of the two stays; order is by id."""
+    boxes = [photo(2, [4], score=1.0), photo(8, [5, 7, 9])]
+    scored = tuple(replace(p, score=s) for p, s in zip(boxes[1].people, (0.5, 0.8, 0.9), strict=True))
+    people = people_of([boxes[0], replace(boxes[1], people=scored)], ("boxes.json", "1"))
+    answers = answers_for(plan_units(people.photos, 9))
+    answers["keypoints"] = np.arange(34).reshape(17, 2)
+    answers["keypoints"][2] += 30  # id 7
+    answers["scores"] = np.where(np.arange(17) < 9, 0.6, 0.1)
+    results = to_results(answers, people, SPEC, EvaluateSettings())
+    assert [(r["image_id"], r["score"]) for r in results] == [
+        (2, pytest.approx(0.6)),
+        (8, pytest.approx(0.48)),
+        (8, pytest.approx(0.54)),
+    ]
+    assert results[1]["keypoints"][:3] == [30, 31, pytest.approx(0.6)]
+    assert all(r["category_id"] == 1 for r in results)
+    loose = to_results(answers, people, SPEC, EvaluateSettings(oks_nms=1.0))
+    soft = to_results(answers, people, SPEC, EvaluateSettings(soft_nms=True))
+    assert len(loose) == len(soft) == 4
+    all_counted = to_results(answers, people, SPEC, EvaluateSettings(keypoint_threshold=0.05))
+    assert all_counted[0]["score"] == pytest.approx((9 * 0.6 + 8 * 0.1) / 17)
+
+
+def test_people_are_matched_with_their_own_or_the_best_prediction() -> None:
+    here = photo(3, [1, 2])
+    answers = answers_for(plan_units([here], 9))
+    answers["keypoints"][0] += 9.0
+    own = match_people(answers, people_of([here, photo(4, [3])]), COCO17)
+    assert [m.ann_id for m in own] == [1, 2, 3]
+    # OKS by hand: mean of exp(-(81 + 81) / (8 sigma² 500)).
+    expected = np.mean(np.exp(-162 / (8 * np.array(COCO17.oks_sigmas) ** 2 * 500)))
+    assert [m.oks for m in own] == pytest.approx([expected, 1.0, 0.0])
+    assert np.isnan(own[2].predicted).all()
+    assert own[0].similarity.mean() == pytest.approx(expected)
+    best = match_people(answers, people_of([here], ("boxes.json", "1")), COCO17)
+    assert [m.oks for m in best] == [1.0, 1.0]
+
+
+def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) -> None:
+    """mmpose clips both corners to [0, W - 1] and takes no pixel off; official takes one off, then clips."""
+    root = shutil.copytree(dots["root"], tmp_path / "coco")
+    truth = truth_of(root)
+    width, height = truth["images"][0]["width"], truth["images"][0]["height"]
+    truth["annotations"][0]["bbox"] = [-5, 20, 50, 60]
+    truth["annotations"][1]["bbox"] = [150, 100, 1000, 1000]
+    (root / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(truth))
+    boxes = {}
+    for preset in ("official", "mmpose"):
+        people = read_people(root, "val2017", None, EvaluateSettings(preset=preset), COCO17)
+        boxes[preset] = [p.bbox_xywh.tolist() for p in people.photos[0].people]
+    assert boxes["official"] == [[0, 20, 49, 59], [150, 100, width - 151, height - 101]]
+    assert boxes["mmpose"] == [[0, 20, 45, 60], [150, 100, width - 151, height - 101]]
+
+    seen: dict[str, Any] = {}
+
+    class Spy:
+        spec = SPEC
+
+        def __call__(self, images: Any, **arguments: Any) -> list[Any]:
+            seen.update(arguments)
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        module.answer_unit(
+            plan_units(people.photos, 4)[0], Spy(), EvaluateSettings(preset="mmpose", batch_size=5)
+        )
+    assert (seen["border"], seen["batch_size"], seen["flip_test"]) == ("mmpose", 5, True)
+
+
+# --- what bad input gets ------------------------------------------------------------------------------
+
+
+def test_unusable_photographs_are_all_named(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    """Left out in silence they would raise the AP."""
+    root = shutil.copytree(dots["root"], tmp_path / "coco")
+    pictures = root / "val2017"
+    (pictures / "picture-1.png").write_bytes((pictures / "picture-1.png").read_bytes()[:900])
+    shutil.copy(pictures / "picture-0.png", pictures / "picture-5.png")
+    with pytest.raises(DataError) as caught:
+        evaluate(dots["checkpoint"], root, out=tmp_path / "out", settings=EvaluateSettings(batch_size=1))
+    text = str(caught.value)
+    assert text.startswith("2 photographs cannot be used")
+    assert "picture-1.png: " in text
+    assert "picture-5.png: is 200x160 px, annotated as 240x160" in text
+    assert "\n" not in text
+    (pictures / "picture-3.png").unlink()
+    with pytest.raises(DataError, match=r"1 photographs cannot be used.*picture-3\.png: missing_image"):
+        evaluate(dots["checkpoint"], root, out=tmp_path / "out")
+
+
+def test_wrong_input_is_one_paragraph(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    checkpoint, root = dots["checkpoint"], dots["root"]
+
+    def refused(error: type[Exception], match: str, *arguments: Any, **named: Any) -> None:
+        with pytest.raises(error, match=match) as caught:
+            evaluate(*arguments, out=tmp_path / "out", **named)
+        assert "\n" not in str(caught.value)
+
+    refused(DataError, "nowhere is not a folder", checkpoint, tmp_path / "nowhere")
+    refused(DataError, r"person_keypoints_test2017\.json: no such file", checkpoint, root, split="test2017")
+    refused(CheckpointError, "no such checkpoint folder", tmp_path / "none", root)
+    refused(DataError, "cannot be read", checkpoint, root, boxes=tmp_path / "none.json")
+
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps([{"image_id": 9, "category_id": 1, "bbox": [1, 1, 5, 5], "score": 1}]))
+    refused(DataError, r"others\.json: 1 image ids are not in", checkpoint, root, boxes=others)
+    threshold = EvaluateSettings(score_threshold=2.0)
+    refused(DataError, "no box is left", checkpoint, root, boxes=dots["boxes"], settings=threshold)
+
+    three = Skeleton("three", ("a", "b", "c"), (), (0.1, 0.1, 0.1))
+    small = replace(SMALL, num_keypoints=3)
+    save_checkpoint(tmp_path / "three", _random_network(small), CheckpointSpec(small, CODEC, three))
+    refused(
+        CheckpointError,
+        r"three: trained for the skeleton 'three', 3 keypoints \(a, b, c \.\.\.\), but .* names 17",
+        tmp_path / "three",
+        root,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_more_actors_than_there_are_cpus(dots: dict[str, Any], tmp_path: Path) -> None:
+    settings = EvaluateSettings(num_workers=3, batch_size=1)
+    with pytest.raises(ConfigError, match="hrnet evaluate --num-workers wants 3 workers"):
+        evaluate(dots["checkpoint"], dots["root"], out=tmp_path, settings=settings, ray=RaySettings())
+
+
+def _random_network(config: HRNetConfig) -> torch.nn.Module:
+    from hrnet_core.model import HRNet
+
+    return HRNet(config)
+
+
+# --- real people --------------------------------------------------------------------------------------
+
+# AP of the best that an `official` network can do: its heatmaps perfect, read back by its own decode.
+CEILING = {
+    ("train2017", (192, 256)): 0.960,
+    ("train2017", (96, 128)): 0.870,
+    ("val2017", (192, 256)): 0.986,
+    ("val2017", (96, 128)): 0.887,
+}
+
+
+@pytest.mark.parametrize(("split", "input_size"), CEILING)
+def test_perfect_heatmaps_of_real_people(real_data: Path, split: str, input_size: tuple[int, int]) -> None:
+    """Ground truth -> crop -> heatmaps -> decode -> image -> results -> AP, against the same done by hand:
+    a perfect official heatmap is symmetric about the cell round(x / 4), so no quarter step is taken; of a
+    keypoint outside the map the tail within 3 sigma is left, beyond that nothing: (0, 0)."""
+    spec = CheckpointSpec(HRNetConfig(), HeatmapCodec("official", input_size))
+    people = read_people(real_data / "coco", split, None, EvaluateSettings(), COCO17)
+    asked = [p for ph in people.photos for p in ph.people]
+    keypoints, visible = np.array([p.keypoints for p in asked]), np.array([p.visible for p in asked])
+    center, scale = box_to_center_scale(np.array([p.bbox_xywh for p in asked]), input_size)
+    matrices = spec.codec.image_to_crop_matrix(center, scale)
+    heatmaps, _ = spec.codec.encode(apply_affine(matrices, keypoints), visible)
+    decoded, scores = spec.codec.decode(heatmaps)
+    answers = answers_for(plan_units(people.photos, 64))
+    answers["keypoints"], answers["scores"] = place_in_image(decoded, matrices), scores
+    stats = evaluate_results(to_results(answers, people, spec, EvaluateSettings()), people.truth)
+
+    by_hand = []
+    (width, height), sigma = input_size, input_size[1] / 128
+    for person in asked:
+        x, y, w, h = person.bbox_xywh.astype(float)
+        factor = width / (1.25 * max(w, h * width / height))  # crop px per photo px
+        left, top = x + w / 2 - width / 2 / factor, y + h / 2 - height / 2 / factor
+        rounded = np.trunc((person.keypoints - [left, top]) * factor / 4 + 0.5)
+        cells = np.clip(rounded, 0, [width / 4 - 1, height / 4 - 1])  # the nearest that the map has
+        reached = (np.abs(rounded - cells) <= 3 * sigma).all(axis=1) & (person.visible > 0)
+        places = np.where(reached[:, None], cells * 4, 0) / factor + [left, top]
+        peaks = np.exp(-((rounded - cells) ** 2).sum(axis=1) / (2 * sigma**2)) * reached
+        counted = peaks[peaks > 0.2]
+        by_hand.append(
+            {
+                "image_id": person.image_id,
+                "category_id": 1,
+                "keypoints": np.concatenate([places, peaks[:, None]], axis=1).ravel().tolist(),
+                "score": float(counted.mean()) if len(counted) else 0.0,
+            }
+        )
+    expected = evaluate_results(by_hand, people.truth)
+    assert stats == pytest.approx(expected, abs=1e-6)
+    assert stats["AP"] == pytest.approx(CEILING[split, input_size], abs=0.001)

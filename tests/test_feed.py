@@ -1,0 +1,270 @@
+"""The training feed: order by arithmetic, each row once, the same global batches for every world size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hrnet_core.errors import DataError
+from pipelines import feed as feed_module
+from pipelines import shards
+from pipelines.config import DataSettings, TrainSettings
+from pipelines.feed import EpochOrder, Feed, prefetch
+from pipelines.shards import Manifest, ShardWriter, shard_name, shard_schema, write_manifest
+
+AREA = 30_000.0
+"""Of every person: so large that even a hardly trained network has an AP between 0 and 1."""
+
+
+def dotted_shards(
+    folder: Path, people: dict[str, int], variants: int = 1, group: int = 8, size: tuple[int, int] = (64, 64)
+) -> Manifest:
+    """A dataset of pictures with 17 coloured dots, one person a photo that is its own crop; two shards a
+    split. Row i of a split has ann_id 1000 + i; the first pixel of variant v holds v."""
+    data = DataSettings(input_size=size, variants=variants, row_group_people=group)
+    config = data.semantic()
+    codec = shards.codec_of(config)
+    files, root = shards.open_folder(str(folder))
+    (folder / "data").mkdir(parents=True)
+    splits = {}
+    for split, count in people.items():
+        listed, views = [], variants if split == "train2017" else 1
+        halves = [range(count // 2), range(count // 2, count)]
+        for variant in range(views):
+            for index, half in enumerate(halves):
+                name = shard_name(split, variant, index, len(halves))
+                writer = ShardWriter(files, f"{root}/{name}", shard_schema(config, "plan", split))
+                for start in range(0, len(half), group):
+                    writer.write(_rows(half[start : start + group], split, variant, size, codec))
+                size_bytes, sha256 = writer.finish({})
+                listed.append(
+                    {
+                        "path": name,
+                        "variant": variant,
+                        "rows": len(half),
+                        "people": len(half),
+                        "bytes": size_bytes,
+                        "sha256": sha256,
+                        "row_groups": writer.row_groups,
+                    }
+                )
+        splits[split] = {
+            "people": count,
+            "photos": count,
+            "variants": views,
+            "annotation_sha256": "0" * 64,
+            "rejected": {},
+            "shards": listed,
+        }
+    return write_manifest(str(folder), {"config": config, "splits": splits})
+
+
+def _rows(
+    indices: range, split: str, variant: int, size: tuple[int, int], codec: object
+) -> dict[str, object]:
+    colors = np.random.default_rng(0).integers(60, 255, (17, 3))
+    images, all_points = [], []
+    for index in indices:
+        rng = np.random.default_rng([index, len(split)])
+        points = rng.uniform(4, np.array(size) - 5, (17, 2)).astype(np.float32)
+        image = np.zeros((size[1], size[0], 3), np.uint8)
+        for (x, y), color in zip(points, colors.tolist(), strict=True):
+            cv2.circle(image, (round(float(x)), round(float(y))), 3, color, -1)
+        image[0, 0] = variant
+        images.append(cv2.imencode(".png", image[:, :, ::-1])[1].tobytes())
+        all_points.append(points)
+    n = len(indices)
+    points = np.stack(all_points)
+    visible = np.full((n, 17), 2, np.float32)
+    heatmaps, weights = codec.encode(points, visible)
+    identity = np.tile(np.array([[1.0, 0, 0], [0, 1, 0]]), (n, 1, 1))
+    ids = 1000 + np.array(indices)
+    return {
+        "image": images,
+        "image_path": [f"{i}.png" for i in indices],
+        "image_to_picture": identity,
+        "image_to_crop": identity,
+        "keypoints": np.concatenate([points, visible[..., None]], axis=-1),
+        "heatmaps": heatmaps.astype(np.float16),
+        "weights": weights,
+        "image_id": ids,
+        "ann_id": ids,
+        "variant": np.full(n, variant, np.int16),
+        "bbox_xywh": np.tile(np.array([0, 0, *size], np.float32), (n, 1)),
+        "center": np.tile(np.array(size, np.float32) / 2, (n, 1)),
+        "scale": np.tile(np.array(size, np.float32), (n, 1)),
+        "rotation_deg": np.zeros(n, np.float32),
+        "flipped": np.zeros(n, bool),
+        "area": np.full(n, AREA, np.float32),
+        "width": np.full(n, size[0], np.int32),
+        "height": np.full(n, size[1], np.int32),
+        "image_sha256": [b"0" * 32] * n,
+    }
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """77 people in row groups of 8: a last batch of 77 - 4 x 16 = 13 rows."""
+    return dotted_shards(tmp_path_factory.mktemp("shards"), {"train2017": 77, "val2017": 5}, variants=3)
+
+
+SETTINGS = TrainSettings(batch_size=16, lanes=8, shuffle_row_groups=2, seed=5)
+
+
+def global_batches(manifest: Manifest, world: int, epoch: int = 0, start: int = 0) -> list[list[int]]:
+    """ann_ids of each global batch, sorted, from all workers of a world."""
+    workers = [
+        Feed(manifest, "train2017", SETTINGS, rank, world).batches(epoch, start) for rank in range(world)
+    ]
+    batches = []
+    for parts in zip(*workers, strict=True):
+        assert sum(p.rows for p in parts) == parts[0].total
+        batches.append(sorted(np.concatenate([p.ann_ids[: p.rows] for p in parts]).tolist()))
+    return batches
+
+
+def test_every_person_once_an_epoch_in_the_same_batches_for_every_world(manifest: Manifest) -> None:
+    alone = global_batches(manifest, 1)
+    assert [len(b) for b in alone] == [16, 16, 16, 16, 13]
+    assert sorted(ann_id for batch in alone for ann_id in batch) == list(range(1000, 1077))
+    for world in (2, 4, 8):
+        assert global_batches(manifest, world) == alone
+    assert global_batches(manifest, 2, epoch=1) != alone
+
+
+def test_worker_r_reads_lanes_r_and_every_world_th_after(manifest: Manifest) -> None:
+    feed = Feed(manifest, "train2017", SETTINGS, 1, 2)
+    starts = np.cumsum([0, *feed.group_rows])
+    rows = np.concatenate([feed.order(3).take(lane, 2, 4) for lane in (1, 3, 5, 7)])
+    second = list(feed.batches(3))[1]
+    assert second.ann_ids.tolist() == (1000 + starts[rows[:, 0]] + rows[:, 1]).tolist()
+
+
+def test_going_on_inside_an_epoch_gives_the_rest_and_reads_nothing_before(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = global_batches(manifest, 2)
+    assert global_batches(manifest, 2, start=3) == whole[3:]
+    read: set[tuple[int, int]] = set()
+    original = feed_module.read_row_group
+
+    def noted(manifest: Manifest, split: str, shard: int, group: int, *args: object) -> pa.Table:
+        read.add((shard, group))
+        return original(manifest, split, shard, group, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(feed_module, "read_row_group", noted)
+    # Windows of one row group, 8 rows: batch 4 starts with the second window of each lane.
+    feed = Feed(manifest, "train2017", SETTINGS.model_copy(update={"shuffle_row_groups": 1}))
+    (batch,) = feed.batches(0, start=4)
+    order = feed.order(0)
+    rest = np.concatenate([order.take(lane, 8, 99) for lane in range(8)])
+    assert batch.rows == len(rest) == 13
+    assert read == {feed.groups[group] for group in rest[:, 0]}
+    assert len(read) < len(feed.groups)
+
+
+def test_order_is_a_function_of_seed_epoch_digest_lanes_and_batch_only() -> None:
+    def order(**change: object) -> list[list[int]]:
+        fields = {
+            "group_rows": (128, 128, 40, 128),
+            "seed": 3,
+            "epoch": 1,
+            "digest": "ab12",
+            "lanes": 8,
+            "batch_size": 64,
+            "window_groups": 2,
+        }
+        epoch = EpochOrder(**{**fields, **change})  # type: ignore[arg-type]
+        return [epoch.take(lane, 0, 10**6).tolist() for lane in range(8)]
+
+    first = order()
+    assert first == order()
+    every = sorted(tuple(row) for lane in first for row in lane)
+    assert every == [(g, r) for g, rows in enumerate((128, 128, 40, 128)) for r in range(rows)]
+    assert {len(lane) for lane in first} == {53}
+    for change in ({"seed": 4}, {"epoch": 2}, {"digest": "ab13"}):
+        assert order(**change) != first
+    # The lane's rows are shuffled, and its windows keep to their row groups.
+    assert first[0] != sorted(first[0])
+
+
+def test_take_is_a_slice_of_the_lane() -> None:
+    order = EpochOrder((10,) * 9, 0, 0, "1", 2, 8, 2)
+    lane = order.take(1, 0, 45).tolist()
+    assert len(lane) == 45
+    for start in range(0, 45, 7):
+        assert order.take(1, start, start + 7).tolist() == lane[start : start + 7]
+    assert order.take(1, 45, 50).tolist() == []
+
+
+def test_epoch_e_reads_variant_e_plus_ann_id(manifest: Manifest) -> None:
+    for epoch in (0, 1, 2, 3):
+        for batch in Feed(manifest, "train2017", SETTINGS, 1, 2).batches(epoch):
+            variant = batch.images[:, 0, 0, 0]
+            assert variant.tolist() == ((epoch + batch.ann_ids) % 3).tolist()
+
+
+def test_batches_hold_the_rows_of_their_people(manifest: Manifest) -> None:
+    """Against the shard's own columns, read without the feed."""
+    tables = [
+        shards.read_row_group(manifest, "train2017", shard, group)
+        for shard, s in enumerate(manifest.shards("train2017"))
+        for group in range(len(s.row_groups))
+    ]
+    columns = shards.decode_rows(pa.concat_tables(tables), manifest)
+    row_of = {ann_id: row for row, ann_id in enumerate(columns["ann_id"].tolist())}
+    batch = next(Feed(manifest, "train2017", SETTINGS, 0, 2).batches(7))
+    rows = [row_of[ann_id] for ann_id in batch.ann_ids.tolist()]
+    np.testing.assert_array_equal(batch.heatmaps, columns["heatmaps"][rows])
+    np.testing.assert_array_equal(batch.weights, columns["weights"][rows])
+    np.testing.assert_array_equal(batch.images[:, 1:], columns["images"][rows][:, 1:])
+    assert batch.images.shape == (8, 64, 64, 3)
+    assert batch.heatmaps.dtype == np.float16
+
+
+def test_a_worker_without_rows_in_the_last_batch_runs_one_that_does_not_count(tmp_path: Path) -> None:
+    few = dotted_shards(tmp_path / "few", {"train2017": 17, "val2017": 4})
+    last = [list(Feed(few, "train2017", SETTINGS, rank, 8).batches(0))[-1] for rank in range(8)]
+    assert [b.total for b in last] == [1] * 8
+    assert sorted(b.rows for b in last) == [0] * 7 + [1]
+    assert all(len(b.images) == 1 for b in last)
+
+
+def test_an_exception_of_the_reading_thread_is_raised_to_the_consumer(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> pa.Table:
+        raise DataError("shard x: damaged")
+
+    monkeypatch.setattr(feed_module, "read_row_group", broken)
+    with pytest.raises(DataError, match="shard x: damaged"):
+        next(Feed(manifest, "train2017", SETTINGS).batches(0))
+
+
+def test_prefetch_is_bounded_and_its_thread_ends_with_the_consumer() -> None:
+    made = 0
+
+    def items() -> Iterator[int]:
+        nonlocal made
+        while True:
+            made += 1
+            yield made
+
+    before = threading.active_count()
+    stream = prefetch(items(), ahead=3)
+    assert [next(stream) for _ in range(2)] == [1, 2]
+    stream.close()  # type: ignore[attr-defined]
+    assert made <= 2 + 3 + 1
+    assert threading.active_count() == before
+    assert list(prefetch(iter([]), 2)) == []
+
+
+def test_a_world_that_does_not_divide_the_lanes_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(ValueError, match="3 workers"):
+        Feed(manifest, "train2017", SETTINGS, 0, 3)

@@ -1,0 +1,66 @@
+"""hrnet import: a published file becomes a checkpoint that is used like any other, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrnet_core.architecture import HRNetConfig
+from hrnet_core.checkpoint import load_checkpoint, verify_checkpoint
+from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.model import HRNet
+from hrnet_core.skeleton import Skeleton
+from pipelines.import_weights import import_weights
+
+SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
+
+
+@pytest.fixture(scope="module")
+def mmpose_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("published") / "td-hm_hrnet-w8_udp.pth"
+    state = HRNet(SMALL, initialization="kaiming").state_dict()
+    named = {("head." if k.startswith("final_layer") else "backbone.") + k: v for k, v in state.items()}
+    torch.save({"state_dict": named, "meta": {"epoch": 210}}, file)
+    return file
+
+
+def test_a_published_file_becomes_a_checkpoint(
+    mmpose_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_weights(mmpose_file, tmp_path / "out", "udp", (96, 128), "coco17", sigma=1.5)
+    model, spec = load_checkpoint(tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out") < 1e-6
+    assert model.config == SMALL
+    assert (spec.codec.name, spec.input_size, spec.codec.sigma) == ("udp", (96, 128), 1.5)
+    published = torch.load(mmpose_file, weights_only=True)["state_dict"]
+    assert torch.equal(model.final_layer.weight, published["head.final_layer.weight"])
+    assert torch.equal(model.conv1.weight, published["backbone.conv1.weight"])
+    assert spec.provenance["imported_from"] == mmpose_file.name
+    assert spec.provenance["key_names"] == "mmpose 1.x"
+    assert spec.provenance["run_id"] is None
+    told = capsys.readouterr().out
+    assert f"matched  {len(published)} tensors" in told
+    assert "mmpose 1.x key names" in told
+    assert "input 128x96, codec udp, sigma 1.5" in told
+
+
+def test_what_cannot_be_imported_leaves_nothing_behind(mmpose_file: Path, tmp_path: Path) -> None:
+    fourteen = Skeleton("fourteen", tuple(f"k{i}" for i in range(14)), (), (0.1,) * 14)
+    (tmp_path / "fourteen.json").write_text(json.dumps(fourteen.as_dict()))
+    headless = {
+        k: v for k, v in torch.load(mmpose_file, weights_only=True)["state_dict"].items() if "final" not in k
+    }
+    torch.save(headless, tmp_path / "backbone.pth")
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"17 heatmaps, but skeleton 'fourteen' has 14"):
+        import_weights(mmpose_file, out, "udp", (96, 128), str(tmp_path / "fourteen.json"))
+    with pytest.raises(CheckpointError, match=r"no keypoint head .* --model\.init"):
+        import_weights(tmp_path / "backbone.pth", out, "udp", (96, 128))
+    with pytest.raises(ConfigError, match="codec must be one of"):
+        import_weights(mmpose_file, out, "simcc", (96, 128))
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        import_weights(mmpose_file, out, "udp", (100, 128))
+    assert not out.exists()

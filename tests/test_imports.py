@@ -1,0 +1,269 @@
+"""Who may import whom, as data: read from the source of every module, and seen in fresh processes.
+
+Python adds the folder of a package before its modules: what a module imports, whoever imports it pays.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("hrnet_core", "pipelines", "serve")
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for room in ROOMS
+    for file in sorted((ROOT / room).rglob("*.py"))
+}
+
+CORE = {"numpy", "cv2", "PIL", "torch", "safetensors", "hrnet_core"}
+STAGES = CORE | {
+    "pipelines",
+    "ray",
+    "pyarrow",
+    "pydantic",
+    "tyro",
+    "yaml",
+    "pycocotools",
+    "matplotlib",
+    "psutil",
+}
+SERVER = CORE | {"serve", "ray", "pyarrow", "fastapi", "starlette", "pydantic"}
+
+# The first entry that fits counts: a module, or a package and all in it.
+MAY_IMPORT: dict[str, set[str]] = {
+    "hrnet_core.errors": set(),
+    "hrnet_core.architecture": set(),
+    "hrnet_core.skeleton": {"numpy", "hrnet_core.errors"},
+    "hrnet_core.images": {"numpy", "cv2", "PIL", "hrnet_core.errors"},
+    "hrnet_core.geometry": {"numpy", "cv2"},
+    "hrnet_core.heatmaps": {"numpy", "hrnet_core.geometry"},
+    "hrnet_core.oks": {"numpy"},
+    "hrnet_core.augment": {
+        "numpy",
+        "hrnet_core.geometry",
+        "hrnet_core.heatmaps",
+        "hrnet_core.skeleton",
+    },
+    "hrnet_core.model": {"torch", "hrnet_core.architecture"},
+    "hrnet_core.loss": {"torch"},
+    "hrnet_core.drawing": {"numpy", "cv2", "PIL", "hrnet_core.skeleton"},
+    "hrnet_core.results": {
+        "numpy",
+        "cv2",
+        "hrnet_core.drawing",
+        "hrnet_core.errors",
+        "hrnet_core.oks",
+        "hrnet_core.skeleton",
+    },
+    "hrnet_core.detector": {"numpy", "cv2", "onnxruntime", "hrnet_core"},
+    "hrnet_core": CORE,
+    "pipelines.config": {
+        "pydantic",
+        "tyro",
+        "yaml",
+        "hrnet_core.architecture",
+        "hrnet_core.errors",
+        "hrnet_core.skeleton",
+    },
+    "pipelines.deploy": STAGES | {"serve", "fastapi", "starlette"},
+    "pipelines.tracking": STAGES | {"mlflow"},
+    "pipelines.mlflow_model": {"mlflow", "pandas", "numpy", "hrnet_core"},
+    "pipelines": STAGES,
+    "serve": SERVER,
+}
+# Nowhere at all: parts of a package that is allowed otherwise.
+NEVER = {"hrnet_core": (), "pipelines": (), "serve": ("ray.data", "ray.train", "ray.tune")}
+# Statements that act on import, each with its reason.
+ACTS = {"pipelines.mlflow_model": "mlflow.models.set_model"}  # MLflow runs this file and asks for it
+
+
+def imports(file: Path, *, top_only: bool = False) -> set[str]:
+    """Dotted names that a module imports, inside functions too; `from a import b` as a.b where b is ours."""
+    tree = ast.parse(file.read_text())
+    names = set()
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: imports are absolute"
+            assert node.module
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, allowed: str) -> bool:
+    return name == allowed or name.startswith(allowed + ".")
+
+
+def rule(module: str) -> set[str]:
+    return next(MAY_IMPORT[owner] for owner in MAY_IMPORT if within(module, owner))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_what_its_room_may(module: str) -> None:
+    foreign = {name for name in imports(MODULES[module]) if name.split(".")[0] not in sys.stdlib_module_names}
+    allowed = rule(module)
+    assert {name for name in foreign if not any(within(name, one) for one in allowed)} == set()
+    never = NEVER[module.split(".")[0]]
+    assert {name for name in foreign if any(within(name, one) for one in never)} == set()
+
+
+def test_hrnet_core_itself_imports_nothing() -> None:
+    for package in ROOMS:
+        names = imports(MODULES[package]) - {"__future__.annotations"}
+        assert not names, f"{package}/__init__.py is paid for by everyone"
+
+
+def test_rooms_and_rules_are_the_projects() -> None:
+    """A rule for a module that went away, or a room without modules, would check nothing."""
+    planned = {"hrnet_core.detector", "pipelines.deploy"}
+    assert {owner for owner in MAY_IMPORT if owner not in MODULES} <= planned
+    assert len(MODULES) > 20
+    python = {file.parent.name for file in ROOT.glob("*/*.py")} - {"tests"}
+    assert python - set(ROOMS) <= {"infra"}, "another package at the top level needs a rule"
+    assert not (ROOT / "tests" / "__init__.py").exists()
+    assert not list((ROOT / "tests").glob("*/__init__.py")), "tests/serve/ would shadow serve"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Imports at the top of modules: a cycle there works or fails by who is imported first."""
+    graph = {
+        module: {
+            other
+            for name in imports(file, top_only=True)
+            for other in MODULES
+            if other != module and other not in ROOMS and within(name, other)
+        }
+        for module, file in MODULES.items()
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert len(order) == len(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_happens_on_import(module: str) -> None:
+    """At the top of a module stand imports, definitions, constants: no bare calls, loops, with or try."""
+    tree = ast.parse(MODULES[module].read_text())
+    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    constants = (ast.Assign, ast.AnnAssign)
+    for node in tree.body:
+        if isinstance(node, harmless + constants):
+            continue
+        text = ast.unparse(node)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if isinstance(node, ast.If) and text.startswith(("if TYPE_CHECKING:", "if __name__ == '__main__':")):
+            continue
+        assert text.startswith(ACTS.get(module, "never")), f"{module}:{node.lineno} {text[:80]}"
+
+
+# --- in fresh processes ------------------------------------------------------------------------------
+
+HEAVY = [
+    "numpy",
+    "cv2",
+    "PIL",
+    "torch",
+    "ray",
+    "mlflow",
+    "pydantic",
+    "yaml",
+    "pyarrow",
+    "pandas",
+    "fastapi",
+    "tyro",
+]
+HEAVY += ["ray.data", "ray.train", "pipelines", "serve", "matplotlib", "pycocotools", "safetensors"]
+
+# Prints what is loaded after each import, and what else changed: files, environment, threads, handlers.
+PROBE = """
+import json, logging, os, sys, threading
+watched, steps = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+def state():
+    return [sorted(os.listdir()), sorted(os.environ), threading.active_count(), len(logging.root.handlers)]
+before, loaded = state(), []
+for module in steps:
+    __import__(module)
+    loaded.append([name for name in watched if name in sys.modules])
+print(json.dumps({"loaded": loaded, "before": before, "after": state()}))
+"""
+
+STAGE_WITHOUT_TORCH = {"numpy", "cv2", "PIL", "pydantic", "yaml", "pyarrow", "tyro", "pipelines"}
+
+# In each process, one import after the other; beside it all that may be loaded then.
+PROCESSES: dict[str, list[tuple[str, set[str]]]] = {
+    "core": [
+        ("hrnet_core", set()),
+        ("hrnet_core.errors", set()),
+        ("hrnet_core.architecture", set()),
+        ("hrnet_core.skeleton", {"numpy"}),
+        ("hrnet_core.oks", {"numpy"}),
+        ("hrnet_core.heatmaps", {"numpy", "cv2"}),
+        ("hrnet_core.augment", {"numpy", "cv2"}),
+        ("hrnet_core.images", {"numpy", "cv2", "PIL"}),
+    ],
+    "config": [
+        ("pipelines.config", {"pydantic", "yaml", "tyro", "pipelines"}),
+        ("pipelines.cluster", {"pydantic", "yaml", "tyro", "pipelines"}),
+        ("pipelines.cli", {"pydantic", "yaml", "tyro", "pipelines"}),
+    ],
+    "stage": [
+        ("pipelines.coco", {"numpy", "cv2", "pipelines"}),
+        ("pipelines.drawn", {"numpy", "cv2", "pipelines"}),
+        # Sixteen Ray Data workers with torch would cost 2.8 GB more than with these.
+        ("pipelines.preprocess", STAGE_WITHOUT_TORCH),
+        ("pipelines.evaluate", STAGE_WITHOUT_TORCH),
+        ("pipelines.train", STAGE_WITHOUT_TORCH),
+        ("pipelines.tracking", STAGE_WITHOUT_TORCH),
+    ],
+    "server": [("serve.schemas", {"serve", "numpy", "fastapi", "pydantic"})],
+}
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list]]:
+    """All processes at once, each in an empty folder that is its home too."""
+    running = {}
+    for name, steps in PROCESSES.items():
+        home = tmp_path_factory.mktemp(name)
+        modules = json.dumps([module for module, _ in steps])
+        running[name] = subprocess.Popen(
+            [sys.executable, "-c", PROBE, json.dumps(HEAVY), modules],
+            cwd=home,
+            env={
+                "HOME": str(home),
+                "PATH": "",
+                "PYTHONPATH": str(ROOT),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "LD_LIBRARY_PATH": "",  # cv2 adds to it
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    answers = {}
+    for name, process in running.items():
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert err == "", f"{name} says something on import"
+        answers[name] = json.loads(out)
+    return answers
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_fresh_process_loads_no_more_than_it_may(name: str, probed: dict[str, dict[str, list]]) -> None:
+    for (module, allowed), loaded in zip(PROCESSES[name], probed[name]["loaded"], strict=True):
+        assert set(loaded) - allowed == set(), f"after import {module}"
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_fresh_process_is_left_as_it_was(name: str, probed: dict[str, dict[str, list]]) -> None:
+    """No file or folder made, no environment variable set, no thread started, no log handler installed."""
+    assert probed[name]["before"] == probed[name]["after"]

@@ -1,0 +1,359 @@
+"""PosePredictor on a network whose right answer is known, and on HRNet against torch's own operations."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hrnet_core.architecture import HRNetConfig
+from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.model import HRNet, normalize
+from hrnet_core.predictor import PosePredictor, fastest_exact
+from hrnet_core.skeleton import COCO17, Skeleton
+
+COLORS = Skeleton("colors", ("red", "green", "blue"), (), (0.1, 0.1, 0.1))
+PLACES = np.array([[150.3, 120.8], [228.1, 200.4], [190.6, 260.2]], np.float32)  # of red, green, blue
+MOVED = PLACES + np.array([40, 20], np.float32)
+BOX = [100.0, 50.0, 180.0, 240.0]
+SMALL = HRNetConfig(width=8, stem_width=16, bottlenecks=1, modules=(1, 1, 1), blocks=1)
+
+
+class ColorReader(nn.Module):
+    """A perfect network for blobs of light: the heatmap of keypoint k is colour k, read at the cells."""
+
+    def __init__(self, codec: HeatmapCodec) -> None:
+        super().__init__()
+        self.codec = codec
+        self.batches: list[int] = []
+
+    def __deepcopy__(self, _memo: Any) -> ColorReader:
+        return self  # so that a test sees the batches
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        if self.codec.name == "udp":  # cells are (W - 1) / (W / 4 - 1) px apart
+            size = self.codec.heatmap_size[::-1]
+            return F.interpolate(images, size, mode="bilinear", align_corners=True)
+        return images[:, :, ::4, ::4]
+
+
+def blobs(places: NDArray[np.float32] = PLACES, sigma: float = 10.0) -> NDArray[np.uint8]:
+    """uint8 (480, 640, 3): one soft blob of each colour."""
+    y, x = np.mgrid[:480, :640]
+    distance = (x[..., None] - places[:, 0]) ** 2 + (y[..., None] - places[:, 1]) ** 2
+    return np.rint(255 * np.exp(-distance / (2 * sigma**2))).astype(np.uint8)
+
+
+def color_predictor(codec: str = "dark", **fields: Any) -> PosePredictor:
+    heatmaps = HeatmapCodec(codec, (192, 256))  # type: ignore[arg-type]
+    spec = CheckpointSpec(
+        HRNetConfig(num_keypoints=3), heatmaps, COLORS, mean=(0, 0, 0), std=(1, 1, 1), **fields
+    )
+    return PosePredictor(ColorReader(heatmaps), spec, device="cpu")  # type: ignore[arg-type]
+
+
+@functools.cache
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = HRNet(SMALL, initialization="kaiming").train()
+    torch.nn.init.normal_(model.final_layer.weight, std=0.5)
+    with torch.no_grad():
+        for _ in range(30):  # running statistics settle, so that eval mode keeps the signal's size
+            model(torch.randn(4, 3, 64, 64))
+    return model.state_dict()
+
+
+def hrnet_predictor(mode: str = "float32", codec: str = "official") -> tuple[HRNet, PosePredictor]:
+    model = HRNet(SMALL)
+    model.load_state_dict(weights())
+    spec = CheckpointSpec(SMALL, HeatmapCodec(codec, (96, 128)))  # type: ignore[arg-type]
+    return model, PosePredictor(model, spec, device="cpu", mode=mode)
+
+
+def noise(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, 128, 96, 3), dtype=np.uint8)
+
+
+# --- Where the answer is known --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codec", "flip_test", "shift"),
+    [
+        ("dark", False, 0.0),
+        ("udp", False, 0.0),
+        ("udp", True, 0.0),
+        # The mirrored crop is read at 4c + 3 px, shifted by a column at 4c - 1: the mean of 4c and 4c - 1
+        # is half a crop px too far right (facts on the flip shift: +0.25 cell of the mirrored half).
+        ("dark", True, 0.5),
+    ],
+)
+def test_keypoints_lie_where_the_light_is(codec: str, flip_test: bool, shift: float) -> None:
+    (poses,) = color_predictor(codec)(blobs(), boxes_xywh=[BOX], flip_test=flip_test)
+    error = poses.keypoints.xy[0] - PLACES
+    crop_px = 300 * 0.75 / 192  # image px: 240 px of box height x 1.25 fill 256 rows
+    assert np.abs(error - [shift * crop_px, 0]).max() < 0.1
+    assert poses.keypoints.conf == pytest.approx(1, abs=0.06)
+    assert poses.boxes.xywh.tolist() == [BOX]
+    assert (poses.boxes_source, poses.orig_shape, poses.skeleton) == ("given", (480, 640), COLORS)
+    assert set(poses.speed) == {"preprocess", "inference", "postprocess"}
+
+
+def test_the_crop_is_the_checkpoints() -> None:
+    """A box of the crop's own aspect, 180 x 240, fills 192 px with 180 px x padding."""
+    for padding in (1.25, 1.5):
+        matrix = color_predictor("official", padding=padding).image_to_crop([BOX])[0]
+        assert matrix[0, 0] == pytest.approx(192 / (180 * padding))
+        assert matrix @ [100 + 90, 50 + 120, 1] == pytest.approx([96, 128])
+    udp = color_predictor("udp").image_to_crop([BOX])[0]
+    assert udp[0, 0] == pytest.approx(191 / (180 * 1.25))
+
+
+def test_official_answers_within_a_quarter_cell_rule() -> None:
+    (poses,) = color_predictor("official")(blobs(), boxes_xywh=[BOX], flip_test=False)
+    # Rounding to cells of 4 crop px and a quarter step: at most 1.25 cells off on each axis.
+    assert np.abs(poses.keypoints.xy[0] - PLACES).max() < 5 * 300 * 0.75 / 192
+
+
+def test_several_images_one_poses_each_in_order() -> None:
+    predictor = color_predictor("udp")
+    moved = blobs(MOVED)
+    wide = np.zeros((200, 900, 3), np.uint8)
+    boxes = [[BOX, [90.0, 40, 200, 260]], np.zeros((0, 4)), [[140.0, 70, 180, 240]], None]
+    scores = [[0.9, 0.4], [], None, None]
+    poses = predictor([blobs(), wide, moved, moved], boxes, scores)
+    assert [len(p) for p in poses] == [2, 0, 1, 1]
+    assert poses[0].keypoints.xy == pytest.approx(np.stack([PLACES, PLACES]), abs=0.15)
+    assert poses[2].keypoints.xy[0] == pytest.approx(MOVED, abs=0.15)
+    assert poses[0].boxes.conf.tolist() == pytest.approx([0.9, 0.4])
+    assert poses[2].boxes.conf.tolist() == [1.0]
+    assert [p.boxes_source for p in poses] == ["given", "given", "given", "whole_image"]
+    assert poses[3].boxes.xywh.tolist() == [[0, 0, 640, 480]]
+    assert poses[3].keypoints.xy[0] == pytest.approx(MOVED, abs=0.7)  # 4 times coarser cells
+    assert poses[1].keypoints.data.shape == (0, 3, 3)
+    assert predictor([]) == []
+
+
+def test_batches_are_as_long_as_asked_and_never_padded() -> None:
+    predictor = color_predictor("udp")
+    network: Any = predictor._network
+    predictor(blobs(), boxes_xywh=[BOX] * 7, flip_test=False, batch_size=3)
+    assert network.batches == [3, 3, 1]
+    network.batches.clear()
+    predictor([blobs()] * 2, boxes_xywh=[[BOX] * 2] * 2, batch_size=3)  # flip test: as the checkpoint says
+    assert network.batches == [3, 3, 1, 1]
+    network.batches.clear()
+    replaced = color_predictor("udp", flip_test=False)
+    replaced(blobs(), boxes_xywh=[BOX])
+    assert replaced._network.batches == [1]  # type: ignore[union-attr]
+
+
+def test_a_box_outside_the_image_is_answered_with_nothing_seen() -> None:
+    (poses,) = color_predictor()(blobs(), boxes_xywh=[[5000, 5000, 50, 50], BOX])
+    assert len(poses) == 2
+    assert np.isfinite(poses.keypoints.data).all()
+    assert poses.keypoints.conf[0].max() == 0
+    assert poses.keypoints.conf[1].min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("boxes", "named"),
+    [
+        ([[10, 10, 0, 20]], "row 0"),
+        ([BOX, [10, 10, 20, -1]], "row 1"),
+        ([[float("nan"), 10, 20, 20]], "row 0"),
+        ([[10, 10, float("inf"), 20]], "row 0"),
+        ([[10, 1e7, 20, 20]], "row 0"),
+        ([10, 10, 20, 20], r"\(P, 4\)"),
+        ([[10, 10, 20]], r"\(P, 4\)"),
+        ([[10, 10, 20, 20], [1]], "must be numbers"),
+        ("box", "must be numbers"),
+    ],
+)
+def test_boxes_that_are_none_are_refused_by_row(boxes: Any, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        color_predictor()(blobs(), boxes_xywh=boxes)
+
+
+def test_images_and_scores_are_checked() -> None:
+    predictor = color_predictor()
+    for image in (blobs()[..., 0], blobs() / 255.0, blobs()[..., :2], np.zeros((0, 5, 3), np.uint8), "a.jpg"):
+        with pytest.raises(DataError, match=r"images\[0\] must be a uint8 array"):
+            predictor([image])
+    with pytest.raises(DataError, match="box_scores must be 1 finite"):
+        predictor(blobs(), [BOX], [0.5, 0.5])
+    with pytest.raises(DataError, match="box_scores must be 1 finite"):
+        predictor(blobs(), [BOX], [float("nan")])
+    with pytest.raises(DataError, match=r"boxes_xywh has 1 entries for 2 images"):
+        predictor([blobs()] * 2, [[BOX]])
+    with pytest.raises(ValueError, match="crops must be uint8"):
+        predictor.predict_crops(np.zeros((1, 192, 256, 3), np.uint8))
+
+
+def test_arrays_of_any_layout_are_taken_and_left_alone() -> None:
+    predictor = color_predictor("udp")
+    image = blobs()
+    expected = predictor(image, [BOX])[0].keypoints.data
+    flipped_view = image[..., ::-1].copy()[..., ::-1]  # as after reading BGR
+    frozen = image.copy()
+    frozen.flags.writeable = False  # as out of Ray's object store
+    boxes = np.array([BOX])
+    for given in (flipped_view, frozen):
+        assert (predictor(given, boxes)[0].keypoints.data == expected).all()
+    assert (frozen == image).all()
+    assert boxes.tolist() == [BOX]
+    crops = np.zeros((1, 256, 192, 3), np.uint8)
+    crops.flags.writeable = False
+    assert predictor.predict_crops(crops)[1].max() == 0
+
+
+def test_border_rule_reaches_the_decoder() -> None:
+    predictor = color_predictor("official")
+    crops = np.zeros((1, 256, 192, 3), np.uint8)
+    crops[0, 4, 80], crops[0, 4, 84] = 255, 100  # row 1 of the heatmap: only mmpose steps along x there
+    official, _ = predictor.predict_crops(crops, flip_test=False)
+    mmpose, _ = predictor.predict_crops(crops, flip_test=False, border="mmpose")
+    assert official[0, 0].tolist() == [80, 4]
+    assert mmpose[0, 0].tolist() == [81, 4]
+
+
+# --- HRNet ----------------------------------------------------------------------------------------
+
+
+def test_flip_test_is_the_published_average() -> None:
+    model, predictor = hrnet_predictor()
+    crops = noise(3)
+    images = (torch.from_numpy(crops).permute(0, 3, 1, 2).double() / 255).float()
+    images = (images - torch.tensor(COCO_MEAN).view(3, 1, 1)) / torch.tensor(COCO_STD).view(3, 1, 1)
+    with torch.no_grad():
+        plain, mirrored = model.eval()(images), model(images.flip(3))
+    back = mirrored.flip(3)[:, COCO17.flip_order.tolist()]
+    back[:, :, :, 1:] = back.clone()[:, :, :, :-1]  # the official one-column shift
+    expected = (0.5 * (plain + back)).numpy()
+    spread = expected.max() - expected.min()
+    assert np.abs(predictor.heatmaps(crops) - expected).max() < 1e-5 * spread
+    assert np.abs(predictor.heatmaps(crops, flip_test=False) - plain.numpy()).max() < 1e-5 * spread
+    keypoints, scores = predictor.predict_crops(crops)
+    assert (predictor.spec.codec.decode(predictor.heatmaps(crops))[0] == keypoints).all()
+    assert (scores == predictor.heatmaps(crops).max(axis=(2, 3))).all()
+
+
+COCO_MEAN, COCO_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def test_modes_agree_as_far_as_they_promise() -> None:
+    model, exact = hrnet_predictor()
+    crops = noise(2)
+    truth = exact.heatmaps(crops)
+    spread = truth.max() - truth.min()
+    assert np.abs(hrnet_predictor("channels_last")[1].heatmaps(crops) - truth).max() < 1e-5 * spread
+    rough = hrnet_predictor("bfloat16")[1].heatmaps(crops, flip_test=False)
+    assert rough.dtype == np.float32
+    assert 1e-5 * spread < np.abs(rough - exact.heatmaps(crops, flip_test=False)).max() < 0.1 * spread
+    # What torch's autocast does by itself, weights cast in every forward.
+    images = normalize(
+        torch.from_numpy(crops),
+        tuple(COCO_MEAN),
+        tuple(COCO_STD),
+        torch.channels_last,  # type: ignore[arg-type]
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        auto = model.eval().to(memory_format=torch.channels_last)(images).float().numpy()
+    assert np.abs(rough - auto).max() < 1e-6 * spread
+
+
+@pytest.mark.parametrize(
+    ("modes", "device", "chosen"),
+    [
+        ({}, "cpu", "float32"),
+        ({"bfloat16": {"ap_difference": 0.0004, "ms_per_crop": 50, "device": "cpu"}}, "cpu", "bfloat16"),
+        ({"bfloat16": {"ap_difference": -0.002, "ms_per_crop": 50, "device": "cpu"}}, "cpu", "float32"),
+        ({"bfloat16": {"ap_difference": 0.0004, "ms_per_crop": 50, "device": "cpu"}}, "cuda", "float32"),
+        ({"bfloat16": {"ms_per_crop": 50, "device": "cpu"}}, "cpu", "float32"),
+        ({"bfloat16": {"ap_difference": 0.0, "device": "cpu"}}, "cpu", "float32"),
+        ({"onnx": {"ap_difference": 0.0, "ms_per_crop": 1, "device": "cpu"}}, "cpu", "float32"),
+        (
+            {
+                "float32": {"ap_difference": 0.0, "ms_per_crop": 140, "device": "cpu"},
+                "channels_last": {"ap_difference": 0.0, "ms_per_crop": 119, "device": "cpu"},
+                "bfloat16": {"ap_difference": 0.002, "ms_per_crop": 58, "device": "cpu"},
+            },
+            "cpu",
+            "channels_last",
+        ),
+    ],
+)
+def test_auto_takes_the_fastest_measured_to_be_exact(modes: Any, device: str, chosen: str) -> None:
+    assert fastest_exact(modes, device) == chosen
+    if device == "cpu":
+        assert color_predictor(modes=modes).mode == chosen
+
+
+def test_unknown_modes_and_devices_are_refused() -> None:
+    model, predictor = hrnet_predictor()
+    with pytest.raises(ConfigError, match="mode 'fast' is unknown"):
+        PosePredictor(model, predictor.spec, mode="fast")
+    with pytest.raises(ConfigError, match="device 'gpu' cannot be used"):
+        PosePredictor(model, predictor.spec, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device 'cuda' cannot be used"):
+            PosePredictor(model, predictor.spec, device="cuda")
+
+
+def test_the_network_in_training_and_the_predictor_do_not_meet() -> None:
+    model, _ = hrnet_predictor()
+    model.train()
+    predictor = PosePredictor(model, hrnet_predictor()[1].spec, device="cpu", mode="bfloat16")
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.parameters())
+    before = predictor.heatmaps(noise(1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (predictor.heatmaps(noise(1)) == before).all()
+
+
+def test_calls_from_several_threads_equal_calls_one_by_one() -> None:
+    _, predictor = hrnet_predictor()
+    images = [noise(1, seed)[0] for seed in range(8)]
+    boxes = [[[10.0 + seed, 20, 40 + seed, 60]] for seed in range(8)]
+    work: list[Callable[[], Any]] = [
+        lambda i=i: predictor(images[i], boxes[i], flip_test=bool(i % 2))[0].keypoints.data for i in range(8)
+    ]
+    alone = [task() for task in work]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda task: task(), work * 2))
+    assert all((a == b).all() for a, b in zip(alone * 2, together, strict=True))
+
+
+def test_load_gives_the_saved_network(tmp_path: Path) -> None:
+    model, predictor = hrnet_predictor()
+    saved = save_checkpoint(tmp_path / "c", model, replace(predictor.spec, flip_test=False))
+    loaded = PosePredictor.load(tmp_path / "c", device="cpu", threads=torch.get_num_threads())
+    loaded.warm_up()
+    assert loaded.spec.weights_sha256 == saved.weights_sha256
+    assert loaded.mode == "float32"
+    assert (loaded.heatmaps(noise(2)) == predictor.heatmaps(noise(2), flip_test=False)).all()
+
+
+def test_speed_is_the_calls_own_time() -> None:
+    predictor = color_predictor()
+    started = time.perf_counter()
+    poses = predictor([blobs()] * 2, [[BOX]] * 2)
+    total = (time.perf_counter() - started) * 1000
+    assert 0 < sum(sum(p.speed.values()) for p in poses) <= total

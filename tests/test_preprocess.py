@@ -1,0 +1,494 @@
+"""Preprocess: the published crops and targets, the same bytes however it runs, nothing lost to bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_coco import annotation_file, edited, write_coco
+
+from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.geometry import apply_affine, box_to_center_scale
+from hrnet_core.images import encode_jpeg
+from hrnet_core.skeleton import COCO17
+from pipelines import files as files_module
+from pipelines import preprocess as preprocess_module
+from pipelines.coco import read_coco
+from pipelines.config import DataSettings, RunConfig
+from pipelines.plan import plan_shards
+from pipelines.preprocess import Report, build_shard, preprocess, run_preprocess
+from pipelines.shards import Manifest, decode_rows, read_row_group
+
+TRAIN, VAL = "train2017", "val2017"
+SMALL = {"input_size": (64, 96), "people_per_shard": 4, "row_group_people": 2, "image_format": "png"}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 people in 7 pictures, 3 in 2."""
+    return write_coco(tmp_path_factory.mktemp("coco") / "root", {TRAIN: [2, 3, 1, 2, 1, 3, 1], VAL: [2, 1]})
+
+
+@pytest.fixture
+def coco(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "coco"))
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Shards are built one after the other in this process; gives the names of those that were."""
+    return without_ray(monkeypatch)
+
+
+def without_ray(patch: pytest.MonkeyPatch) -> list[str]:
+    built: list[str] = []
+
+    def one_by_one(pending: list[Any]) -> Iterator[Any]:
+        for work in pending:
+            built.append(work.names[0])
+            yield work.key, {**build_shard(work), "start": 0.0, "end": 1.0, "worker": "here"}
+
+    patch.setattr(preprocess_module, "_on_ray", one_by_one)
+    patch.setattr(preprocess_module, "ray_session", contextlib.nullcontext)
+    patch.setattr(preprocess_module, "require", lambda *_: None)
+    return built
+
+
+def config(coco: Path, shards: Path, **data: Any) -> RunConfig:
+    return RunConfig(data=DataSettings(root=str(coco), shards=str(shards), **{**SMALL, **data}))
+
+
+def rows(manifest: Manifest, split: str = TRAIN, variant: int = 0) -> dict[str, Any]:
+    parts = [
+        read_row_group(manifest, split, s, g, variant=variant)
+        for s, shard in enumerate(manifest.shards(split, variant))
+        for g in range(len(shard.row_groups))
+    ]
+    return decode_rows(pa.concat_tables(parts), manifest)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(run: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        run()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == [], message
+
+
+# ---------------------------------------------------------------------------------- published numbers
+
+
+def test_the_published_loaders_samples(
+    real_data: Path, reference: dict[str, Any], tmp_path: Path, plain: list[str]
+) -> None:
+    """Crops and targets of mmpose's four test pictures, as the official val loader makes them."""
+    source = real_data / "evaluator" / "mmpose_test_coco"
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    for split in (TRAIN, VAL):
+        shutil.copytree(source, tmp_path / "coco" / split)
+        shutil.copy(source / "test_coco.json", annotation_file(tmp_path / "coco", split))
+    run = config(tmp_path / "coco", tmp_path / "s", input_size=(192, 256), people_per_shard=100)
+    found = rows(preprocess(run), VAL)
+    samples = reference["official_val_samples_test_images"]["samples"]
+    nose = apply_affine(found["image_to_crop"], found["keypoints"][:, :1, :2])[:, 0]
+    nose *= found["keypoints"][:, 0, 2:] > 0
+    assert len(nose) == len(samples) == 12
+    for sample in samples:
+        same_nose = np.abs(nose - sample["nose_input_xy"]).max(axis=1) < 1e-2
+        (row,) = np.flatnonzero((found["image_id"] == sample["image_id"]) & same_nose)
+        crop = found["images"][row]
+        np.testing.assert_allclose(crop.mean((0, 1)), sample["crop_mean_rgb"], atol=0.2)
+        np.testing.assert_allclose(crop.std((0, 1)), sample["crop_std_rgb"], atol=0.2)
+        assert (crop == 0).all(axis=-1).mean() == pytest.approx(sample["black_fraction"], abs=2e-3)
+        # The reference's 1e-2 is for float32; float16 keeps 11 bits of each cell.
+        assert found["heatmaps"][row].sum() == pytest.approx(sample["target_sum"], rel=1e-4)
+        assert found["weights"][row].sum() == sample["weight_sum"]
+
+
+# ---------------------------------------------------------------------------------- on Ray, and again
+
+
+def test_on_ray_and_again(coco: Path, tmp_path: Path, ray_local: None, capsys: Any) -> None:
+    """Ray's tasks write what the plain loop writes; a second run finds it all and starts nothing."""
+    first = run_preprocess(config(coco, tmp_path / "ray", variants=2))
+    assert (first.built, first.reused, first.people) == (5, 0, 16)
+    assert first.at_once >= 1
+    assert first.workers >= 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preprocess:")]
+    assert lines[0] == "preprocess: 16 people in 5 shards to make"
+    assert lines[-1].startswith("preprocess: 5 of 5 shards, 16 people")
+    first.manifest.verify()
+
+    again = run_preprocess(config(coco, tmp_path / "ray", variants=2))
+    assert (again.built, again.reused) == (0, 5)
+    assert again.manifest == first.manifest
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        alone = run_preprocess(config(coco, tmp_path / "plain", variants=2))
+    assert alone.manifest.digest == first.manifest.digest
+    assert contents(tmp_path / "plain") == contents(tmp_path / "ray")
+
+
+def test_the_summary_names_what_matters(coco: Path, tmp_path: Path, plain: list[str], capsys: Any) -> None:
+    with edited(coco) as data:
+        data["annotations"][0]["iscrowd"] = 1
+    manifest = preprocess(config(coco, tmp_path / "s"))
+    told = capsys.readouterr().out
+    for word in ("train2017", "val2017", "1 crowd", "people/s", manifest.digest, manifest.folder, "at once"):
+        assert word in told
+
+
+def test_most_at_once_is_counted_from_starts_and_ends() -> None:
+    progress = preprocess_module.Progress([])
+    spans = [(0, 4, "a"), (1, 2, "b"), (2, 5, "b"), (6, 7, "c")]
+    progress._answers = [{"start": s, "end": e, "worker": w} for s, e, w in spans]
+    assert progress.overlap() == (2, 3)
+    assert progress.seconds == 7
+    assert preprocess_module.Progress([]).overlap() == (0, 0)
+
+
+# ---------------------------------------------------------------------------------- recovery
+
+KILLED = """
+import os, signal, sys
+from pipelines import preprocess
+from pipelines.config import DataSettings, RunConfig
+from pipelines.shards import ShardWriter
+
+finish, count = ShardWriter.finish, 0
+
+def finish_or_die(writer, figures):
+    global count
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish(writer, figures)
+
+ShardWriter.finish = finish_or_die
+settings = DataSettings.model_validate_json(sys.argv[1])
+from pipelines.coco import read_coco
+from pipelines.plan import finished_shards, plan_shards
+from hrnet_core.skeleton import COCO17
+works = plan_shards(read_coco(settings.root, "train2017", COCO17), settings)
+finished_shards(works, settings.shards)
+for work in works:
+    preprocess.build_shard(work)
+"""
+
+
+def test_a_killed_run_is_gone_on_with(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    run = config(coco, tmp_path / "s", variants=2)
+    whole = preprocess(config(coco, tmp_path / "whole", variants=2))
+    killed = subprocess.run([sys.executable, "-c", KILLED, run.data.model_dump_json()], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = sorted(os.listdir(tmp_path / "s" / "data"))
+    # Shard 0 is there in both variants; of shard 1 only what it was writing, under no final name.
+    assert [n for n in left if not n.startswith(".")] == [
+        "train2017-00000-of-00004.parquet",
+        "train2017-v1-00000-of-00004.parquet",
+    ]
+    assert len(left) == 4
+    refused(lambda: Manifest.load(tmp_path / "s"), "no manifest.json")
+    plain.clear()
+    manifest = preprocess(run)
+    assert "data/train2017-00000-of-00004.parquet" not in plain
+    assert len(plain) == 4
+    assert manifest.digest == whole.digest
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_damaged_and_missing_shards_are_made_again(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    manifest = preprocess(config(coco, tmp_path / "s"))
+    before = contents(tmp_path / "s")
+    names = [shard.path for shard in manifest.shards(TRAIN)]
+    os.remove(tmp_path / "s" / names[0])
+    damaged = bytearray(before[names[2]])
+    damaged[len(damaged) // 3] ^= 1
+    (tmp_path / "s" / names[2]).write_bytes(damaged)
+    plain.clear()
+    assert preprocess(config(coco, tmp_path / "s")) == manifest
+    assert plain == [names[0], names[2]]
+    assert contents(tmp_path / "s") == before
+
+
+def test_two_writers_of_one_plan_do_no_harm(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    whole = preprocess(config(coco, tmp_path / "whole"))
+    data = config(coco, tmp_path / "s").data
+    (tmp_path / "s" / "data").mkdir(parents=True)
+    works = plan_shards(read_coco(coco, TRAIN, COCO17), data)
+    writers = [threading.Thread(target=lambda: [build_shard(work) for work in works]) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(os.listdir(tmp_path / "s" / "data")) == len(works)
+    plain.clear()
+    assert preprocess(config(coco, tmp_path / "s")).digest == whole.digest
+    assert plain == ["data/val2017-00000-of-00001.parquet"]
+
+
+def test_a_full_disk_leaves_what_was_whole(
+    coco: Path, tmp_path: Path, plain: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # a file and its folder for each shard
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "fsync", full)
+        refused(lambda: preprocess(config(coco, tmp_path / "s")), str(tmp_path / "s"), "No space", "again")
+    assert os.listdir(tmp_path / "s" / "data") == ["train2017-00000-of-00004.parquet"]
+    plain.clear()
+    preprocess(config(coco, tmp_path / "s")).verify()
+    assert "data/train2017-00000-of-00004.parquet" not in plain
+
+
+# ---------------------------------------------------------------------------------- targets
+
+
+def test_another_plan_and_foreign_files_are_refused_untouched(
+    coco: Path, tmp_path: Path, plain: list[str]
+) -> None:
+    target = tmp_path / "s"
+    preprocess(config(coco, target))
+    before = contents(target)
+    refused(lambda: preprocess(config(coco, target, seed=1)), str(target), "another dataset", "settings seed")
+    refused(lambda: preprocess(config(coco, target, codec="udp", sigma=1.5)), "settings codec, sigma")
+    with edited(coco) as data:
+        data["annotations"][0]["area"] += 1
+    refused(lambda: preprocess(config(coco, target)), "another dataset", "annotations or pictures")
+    os.remove(target / "manifest.json")  # an unfinished one
+    refused(lambda: preprocess(config(coco, target)), "another dataset", "train2017-00000-of-00004.parquet")
+    refused(
+        lambda: preprocess(config(coco, target, people_per_shard=100)), "train2017-00000-of-00004.parquet"
+    )
+    assert contents(target) == {name: c for name, c in before.items() if name != "manifest.json"}
+    assert len(plain) == 5
+
+    # One file of a shard's two that lies there under its name, but is somebody else's.
+    mine = tmp_path / "mine" / "data" / "train2017-00001-of-00004.parquet"
+    mine.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"a": [1]}), mine)
+    refused(lambda: preprocess(config(coco, tmp_path / "mine", variants=2)), mine.name)
+    assert pq.read_table(mine).to_pydict() == {"a": [1]}
+
+    holiday = tmp_path / "holiday"
+    holiday.mkdir()
+    (holiday / "beach.jpg").write_bytes(b"sand")
+    refused(lambda: preprocess(config(coco, holiday)), str(holiday), "beach.jpg")
+    refused(lambda: preprocess(config(coco, holiday / "beach.jpg")), "beach.jpg is a file")
+    assert contents(holiday) == {"beach.jpg": b"sand"}
+
+
+def test_a_replaced_picture_is_another_plan(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    preprocess(config(coco, tmp_path / "s"))
+    picture = coco / TRAIN / f"{TRAIN}-0.jpg"
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    refused(lambda: preprocess(config(coco, tmp_path / "s")), "annotations or pictures")
+
+
+def test_targets_that_cannot_be_written(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    (tmp_path / "file").touch()
+    refused(
+        lambda: preprocess(config(coco, tmp_path / "file" / "s")), str(tmp_path / "file" / "s"), "written"
+    )
+    assert plain == []
+
+
+def test_context_cuts_are_refused_for_now(coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.context 2.*variants"):
+        preprocess(config(coco, tmp_path / "s", context=2.0))
+
+
+# ---------------------------------------------------------------------------------- bad pictures
+
+
+def _header_only(path: Path) -> None:
+    """A PNG that promises 60000 x 60000 pixels in a few bytes."""
+    size = (60_000).to_bytes(4, "big")
+    header = b"IHDR" + size + size + b"\x08\x02\0\0\0"
+    checked = header + zlib.crc32(header).to_bytes(4, "big")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + checked + b"\0\0\0\0IEND\xaeB`\x82")
+
+
+SPOIL: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "not_an_image": lambda path: path.write_text("<html>404</html>"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "too_large": _header_only,
+    "size_differs": lambda path: path.write_bytes(encode_jpeg(np.zeros((40, 40, 3), np.uint8))),
+}
+
+
+def test_broken_pictures_are_rows_of_rejected_parquet(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    """E.3 cases 1, 2, 3, 9 and a picture of another size; five of seven pictures, nine of 13 people."""
+    people = [2, 3, 1, 2, 1]
+    for index, spoil in enumerate(SPOIL.values()):
+        spoil(coco / TRAIN / f"{TRAIN}-{index}.jpg")
+    manifest = preprocess(config(coco, tmp_path / "s"))
+    table = pq.read_table(tmp_path / "s" / "rejected.parquet").to_pylist()
+    assert [(r["reason"], r["file"], r["image_id"], r["ann_id"], r["people"]) for r in table] == [
+        (reason, f"{TRAIN}-{i}.jpg", 10 * (i + 1), None, people[i]) for i, reason in enumerate(SPOIL)
+    ]
+    assert all(row["split"] == TRAIN and row["detail"] for row in table)
+    assert manifest.people(TRAIN) == 13 - sum(people)
+    assert manifest.split(TRAIN)["photos"] == 2
+    assert manifest.split(TRAIN)["rejected"]["truncated"] == {"rows": 1, "people": 1}
+    assert rows(manifest)["image_id"].tolist() == [60, 60, 60, 70]
+    assert str(tmp_path) not in str(table)
+    # Found again with the shards on the next run.
+    assert preprocess(config(coco, tmp_path / "s")) == manifest
+
+
+def test_a_split_without_a_usable_picture_is_refused(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    for picture in (coco / VAL).iterdir():
+        picture.write_bytes(b"")
+    refused(lambda: preprocess(config(coco, tmp_path / "s")), VAL, "empty")
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    with edited(coco, VAL) as data:
+        for annotation in data["annotations"]:
+            annotation["iscrowd"] = 1
+    refused(lambda: preprocess(config(coco, tmp_path / "t")), VAL, "3 crowd")
+
+
+def test_strict_makes_any_defect_fatal(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    strict = {"strict": True}
+    with edited(coco) as data:
+        data["annotations"][0]["iscrowd"] = 1  # no defect
+    preprocess(config(coco, tmp_path / "a", **strict))
+    SPOIL["truncated"](coco / TRAIN / f"{TRAIN}-3.jpg")
+    broken = f"{TRAIN}-3.jpg (truncated)"
+    refused(lambda: preprocess(config(coco, tmp_path / "b", **strict)), broken, "--data.strict")
+    assert not (tmp_path / "b" / "manifest.json").exists()
+    preprocess(config(coco, tmp_path / "b"))
+    refused(lambda: preprocess(config(coco, tmp_path / "b", **strict)), broken)
+    with edited(coco) as data:
+        data["annotations"][5]["bbox"] = [1, 2, 3]
+    plain.clear()
+    refused(lambda: preprocess(config(coco, tmp_path / "c", **strict)), "bbox_invalid", "annotation 6")
+    assert plain == []
+    assert not (tmp_path / "c").exists()
+
+
+def test_exif_orientation_is_ignored(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    """The annotations belong to the stored pixels (E.3 case 5)."""
+    straight = rows(preprocess(config(coco, tmp_path / "a")))
+    from PIL import Image
+
+    for orientation, path in enumerate(sorted((coco / TRAIN).iterdir()), start=2):
+        content = path.read_bytes()
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        app1 = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+        path.write_bytes(content[:2] + b"\xff\xe1" + (len(app1) + 2).to_bytes(2, "big") + app1 + content[2:])
+        assert Image.open(path).getexif()[0x0112] == orientation
+    turned = rows(preprocess(config(coco, tmp_path / "b")))
+    np.testing.assert_array_equal(turned["images"], straight["images"])
+
+
+# ---------------------------------------------------------------------------------- stored views
+
+
+def test_a_mirrored_view_is_flip_pixels_flip_keypoints_encode(
+    coco: Path, tmp_path: Path, plain: list[str]
+) -> None:
+    """The published order of steps, done by hand on the mirrored photo; not the flip of a heatmap."""
+    manifest = preprocess(config(coco, tmp_path / "s", variants=3, codec="dark"))
+    codec, order = manifest.codec(), COCO17.flip_order
+    mirrored = 0
+    for variant in (1, 2):
+        found = rows(manifest, TRAIN, variant)
+        for i in np.flatnonzero(found["flipped"]):
+            mirrored += 1
+            photo = cv2.imread(str(coco / TRAIN / f"{TRAIN}-{found['image_id'][i] // 10 - 1}.jpg"))[
+                :, ::-1, ::-1
+            ]
+            places = found["keypoints"][i, :, :2].copy()
+            places[:, 0] = 160 - 1 - places[:, 0]
+            center = found["center"][i] * [-1, 1] + [160 - 1, 0]
+            matrix = codec.image_to_crop_matrix(center, found["scale"][i], found["rotation_deg"][i])
+            crop = cv2.warpAffine(np.ascontiguousarray(photo), matrix, (64, 96), flags=cv2.INTER_LINEAR)
+            difference = np.abs(crop.astype(int) - found["images"][i])
+            assert np.quantile(difference, 0.99) <= 2
+            heatmaps, weights = codec.encode(
+                apply_affine(matrix, places)[order], found["keypoints"][i, order, 2]
+            )
+            np.testing.assert_allclose(found["heatmaps"][i], heatmaps, atol=2e-3)
+            np.testing.assert_array_equal(found["weights"][i], weights)
+    assert mirrored >= 5
+
+
+@pytest.mark.parametrize(("codec", "bound"), [("official", 3.0), ("dark", 0.2), ("udp", 0.2)])
+def test_stored_heatmaps_decode_to_the_keypoints_of_their_own_crop(
+    coco: Path, tmp_path: Path, plain: list[str], codec: str, bound: float
+) -> None:
+    run = config(coco, tmp_path / "s", variants=2, codec=codec, input_size=(96, 128), sigma=2.0)
+    manifest = preprocess(run)
+    for variant in range(2):
+        found = rows(manifest, TRAIN, variant)
+        decoded, _ = manifest.codec().decode(found["heatmaps"])
+        crop = apply_affine(found["image_to_crop"], found["keypoints"][..., :2])
+        flipped = found["flipped"][:, None, None]
+        crop = np.where(flipped, crop[:, COCO17.flip_order], crop)
+        inside = ((crop > 20) & (crop < np.array([96, 128]) - 20)).all(axis=-1)
+        assert inside.sum() > 60
+        assert np.abs(decoded - crop)[inside].max() < bound
+
+
+def test_views_do_not_depend_on_shards_and_neighbours(coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    """Seed, person and variant alone; the validation split has the plain view only."""
+    whole = preprocess(config(coco, tmp_path / "a", variants=3))
+    assert whole.variants(VAL) == 1
+    with edited(coco) as data:
+        data["annotations"] = [a for a in data["annotations"] if a["id"] % 2]
+    half = preprocess(config(coco, tmp_path / "b", variants=2, people_per_shard=100))
+    ours, theirs = rows(half, TRAIN, 1), rows(whole, TRAIN, 1)
+    same = np.isin(theirs["ann_id"], ours["ann_id"])
+    assert 0 < same.sum() < len(same)
+    for name in ("images", "heatmaps", "image_to_crop", "rotation_deg", "flipped"):
+        np.testing.assert_array_equal(ours[name], theirs[name][same], err_msg=name)
+    again = rows(whole, TRAIN, 2)
+    assert (again["image_to_crop"] != theirs["image_to_crop"]).any(axis=(1, 2)).all()
+    plain_view = rows(whole, TRAIN, 0)
+    center, scale = box_to_center_scale(plain_view["bbox_xywh"], (64, 96))
+    np.testing.assert_array_equal(plain_view["center"], center)
+    np.testing.assert_array_equal(plain_view["scale"], scale)
+
+
+def test_real_coco(real_data: Path, tmp_path: Path, plain: list[str]) -> None:
+    report: Report = run_preprocess(
+        config(real_data / "coco", tmp_path / "s", people_per_shard=128, image_format="jpeg")
+    )
+    manifest = report.manifest
+    assert [manifest.people(split) for split in manifest.splits] == [281, 99]
+    assert manifest.split(TRAIN)["rejected"] == {
+        "crowd": {"rows": 9, "people": 9},
+        "no_keypoints": {"rows": 143, "people": 143},
+    }
+    fields = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert str(real_data) not in json.dumps(fields)
+    assert str(tmp_path) not in json.dumps(fields)

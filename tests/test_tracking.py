@@ -1,0 +1,200 @@
+"""MLflow store, metric log, registry: against MLflow's own client on a fresh SQLite file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hrnet_core.errors import CheckpointError, ConfigError
+from pipelines import tracking
+from pipelines.config import TrackSettings
+from pipelines.tracking import MetricLog, Tracker, fetch_model, record_evaluation
+
+DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def tracker(storage: Path) -> Tracker:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        return Tracker(TrackSettings(), storage)
+
+
+def checkpoint_folder(folder: Path, sha256: str) -> Path:
+    """A stand-in: tracking reads the weights' sha256 only."""
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text(json.dumps({"weights_sha256": sha256}))
+    (folder / "model.safetensors").write_bytes(sha256.encode())
+    return folder
+
+
+def open_run(tracker: Tracker, **extra: Any) -> str:
+    return tracker.open_run("r", {"train": {"lr": 0.1}}, {"dataset_digest": "ab" * 32}, DATASET, **extra)
+
+
+def test_a_run_holds_parameters_tags_and_the_dataset(tracker: Tracker, storage: Path) -> None:
+    run_id = open_run(tracker)
+    run = tracker.client.get_run(run_id)
+    assert (storage / "mlflow.db").is_file()
+    assert run.info.artifact_uri.startswith((storage.resolve() / "mlartifacts").as_uri())
+    assert run.data.params == {"train.lr": "0.1"}
+    assert run.data.tags["dataset_digest"] == "ab" * 32
+    inputs = run.inputs.dataset_inputs
+    assert {i.dataset.digest for i in inputs} == {("ab" * 32)[:36]}
+    contexts = {i.dataset.name: i.tags[0].value for i in inputs}
+    assert contexts == {"train2017": "training", "val2017": "validation"}
+    tracker.close_run(run_id, "FAILED")
+    assert tracker.client.get_run(run_id).info.status == "FAILED"
+    # The same run goes on; a run that is gone is replaced.
+    assert open_run(tracker, run_id=run_id) == run_id
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
+    assert open_run(tracker, run_id="0" * 32) not in (run_id, "0" * 32)
+
+
+def test_metrics_reach_mlflow_once_when_training_goes_back(tracker: Tracker, tmp_path: Path) -> None:
+    run_id = open_run(tracker)
+    file = tmp_path / "metrics.jsonl"
+    first = MetricLog(file, -1, tracker.uri, run_id)
+    for step in range(5):
+        first.write(step, {"train/loss": step / 10})
+    assert first.flush()
+    first.write(5, {"train/loss": 0.5})  # on disk, not sent: the process dies here
+    with file.open("a") as out:
+        out.write('{"step": 6, "tr')
+    again = MetricLog(file, 2, tracker.uri, run_id)  # the checkpoint was of step 2
+    assert [row["step"] for row in again.rows] == [0, 1, 2]
+    for step in range(3, 8):
+        again.write(step, {"train/loss": step / 10, "val_gt/AP": 0.5})
+    assert again.flush()
+    history = tracker.client.get_metric_history(run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(s, s / 10) for s in range(8)]
+    assert [m.step for m in tracker.client.get_metric_history(run_id, "val_gt/AP")] == [3, 4, 5, 6, 7]
+    assert [row["step"] for row in tracking.read_rows(file)] == list(range(8))
+
+
+def test_a_server_that_goes_away_does_not_stop_training(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    run_id = open_run(tracker)
+    file = tmp_path / "metrics.jsonl"
+    metrics = MetricLog(file, -1, tracker.uri, run_id)
+    metrics.write(0, {"train/loss": 1.0})
+    assert metrics.flush()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise ConnectionError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", refused)
+        metrics.write(1, {"train/loss": 0.5})
+        assert not metrics.flush()
+        metrics.write(2, {"train/loss": 0.25})
+    assert not metrics.flush()  # not asked again at once
+    assert [row["step"] for row in tracking.read_rows(file)] == [0, 1, 2]
+    replay = MetricLog(file, 2, tracker.uri, run_id)
+    assert replay.flush(force=True)
+    history = tracker.client.get_metric_history(run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(0, 1.0), (1, 0.5), (2, 0.25)]
+
+
+def test_a_version_is_found_by_alias_number_and_folder(
+    tracker: Tracker, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    run_id = open_run(tracker)
+    best = checkpoint_folder(tmp_path / "best", "5" * 64)
+    number = tracker.register(run_id, best, {"val_gt/AP": "0.5"})
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
+    version = tracker.version(str(best))
+    assert version is not None
+    assert version.version == number
+    assert version.run_id == run_id
+    assert version.tags["val_gt/AP"] == "0.5"
+    assert tracker.champion() is None
+    tracker.set_champion(version)
+    for reference in ("models:/hrnet-pose@champion", f"models:/hrnet-pose/{number}", str(number), None):
+        found = tracker.version(reference)
+        assert found is not None
+        assert found.version == number
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = fetch_model("models:/hrnet-pose@champion", TrackSettings(), storage)
+    assert (folder / "model.safetensors").read_bytes() == b"5" * 64
+    stored = {f.name for f in folder.parents[1].rglob("*")}
+    assert {"model.py", "mlflow_model.py"} <= stored  # hrnet_core travels with it
+    assert not {name for name in stored if name.endswith((".pkl", ".pickle"))}
+    with pytest.raises(CheckpointError, match=r"hrnet-pose/99"):
+        fetch_model("models:/hrnet-pose/99", TrackSettings(), storage)
+    assert fetch_model(str(best), TrackSettings(), storage) == best
+
+
+def test_an_evaluation_stands_at_version_and_run(tracker: Tracker, storage: Path, tmp_path: Path) -> None:
+    run_id = open_run(tracker)
+    best = checkpoint_folder(tmp_path / "best", "6" * 64)
+    number = tracker.register(run_id, best, {})
+    protocol = {"data_digest": "d", "boxes": "gt", "flip_test": True, "preset": "official", "images": 4}
+    picture = tmp_path / "overlay.txt"
+    picture.write_text("x")
+    name = record_evaluation(str(best), {"AP": 0.61, "AP50": 0.9}, protocol, [picture], storage=storage)
+    assert name == f"hrnet-pose/{number}"
+    run = tracker.client.get_run(run_id)
+    assert run.data.metrics == {"eval_gt/AP": 0.61, "eval_gt/AP50": 0.9}
+    version = tracker.version(str(number))
+    assert version is not None
+    (written,) = tracking.evaluations(version).values()
+    assert written == {"protocol": protocol, "stats": {"AP": 0.61, "AP50": 0.9}}
+    unknown = checkpoint_folder(tmp_path / "other", "7" * 64)
+    assert record_evaluation(str(unknown), {"AP": 0.1}, protocol, storage=storage) is None
+
+
+@pytest.mark.parametrize("field", tracking.PROTOCOL)
+def test_only_equal_protocols_are_comparable(field: str) -> None:
+    protocol = {"data_digest": "d", "boxes": "gt", "flip_test": True, "preset": "official"}
+    assert tracking.comparable({**protocol, "seconds": 3}) == tracking.comparable(protocol)
+    assert tracking.comparable({**protocol, field: "other"}) != tracking.comparable(protocol)
+
+
+def test_a_cluster_without_a_server_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        Tracker(TrackSettings(), tmp_path)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_store_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9 does not answer"):
+        Tracker(TrackSettings(uri="http://127.0.0.1:9"), tmp_path)
+
+
+@pytest.mark.slow
+def test_drivers_that_start_together_share_one_database(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    drivers = [context.Process(target=Tracker, args=(TrackSettings(), tmp_path)) for _ in range(4)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert [driver.exitcode for driver in drivers] == [0, 0, 0, 0]
+    assert Tracker(TrackSettings(), tmp_path).client.search_experiments(max_results=1)
+
+
+def test_a_store_does_not_become_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow writes the store it is given into the environment; a second Tracker must not read it there."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("one", "two"):
+        assert Tracker(TrackSettings(), tmp_path / name).uri.endswith(f"{name}/mlflow.db")
+    assert "MLFLOW_TRACKING_URI" not in os.environ

@@ -1,0 +1,430 @@
+"""Training: the step, the schedule, DDP against one process, and one run end to end through Ray Train."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_feed import AREA, dotted_shards
+from torch import multiprocessing
+
+from hrnet_core.architecture import HRNetConfig
+from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.model import HRNet
+from hrnet_core.skeleton import COCO17
+from pipelines import train as driver
+from pipelines import train_worker
+from pipelines.config import RunConfig, TrainSettings
+from pipelines.shards import Manifest
+from pipelines.train_worker import Part, Training, learning_rate, make_optimizer, train_step, wrap
+from pipelines.validation import Answers, Validation
+
+SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
+STEPS = 20
+
+
+# --- the step -----------------------------------------------------------------------------------------
+
+
+def made_up_part(step: int, rows: slice, share: float) -> Part:
+    """Rows of a made-up global batch of 8, the same wherever it is made."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(8, 3, 64, 64, generator=generator)
+    heatmaps = torch.rand(8, 17, 16, 16, generator=generator)
+    weights = (torch.rand(8, 17, generator=generator) > 0.3).float()
+    return Part(images[rows], heatmaps[rows], weights[rows], share)
+
+
+def new_model() -> HRNet:
+    torch.manual_seed(1)
+    return HRNet(SMALL, "kaiming").train()
+
+
+def ddp_rank(rank: int, folder: str) -> None:
+    """One of two DDP processes: the real wrap and train_step over its part of each batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    settings = TrainSettings()
+    for rows in (4, 5):
+        own = (slice(0, rows), slice(rows, 8))[rank]
+        model = wrap(new_model(), torch.device("cpu"), 2)
+        optimizer = make_optimizer(model, settings)
+        parts = [made_up_part(step, own, share=2 * (own.stop - own.start) / 8) for step in range(STEPS)]
+        losses = [train_step(model, optimizer, [part], settings) for part in parts]
+        torch.save(torch.stack(losses), f"{folder}/{rows}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ddp_ranks_equal_one_process_with_both_parts(tmp_path: Path) -> None:
+    """One process runs the same parts one after the other: BatchNorm sees each part by itself in both.
+    Halves of 4 rows, and 5 rows beside 3."""
+    multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = TrainSettings()
+    for rows in (4, 5):
+        together = (torch.load(tmp_path / f"{rows}-0.pt") + torch.load(tmp_path / f"{rows}-1.pt")) / 2
+        model = new_model()
+        optimizer = make_optimizer(model, settings)
+        alone = []
+        for step in range(STEPS):
+            parts = [made_up_part(step, slice(0, rows), rows / 8)]
+            parts += [made_up_part(step, slice(rows, 8), (8 - rows) / 8)]
+            alone.append(train_step(model, optimizer, parts, settings))
+        assert alone[-1] < 0.9 * alone[0]  # it does learn
+        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-6, atol=0)
+    torch.set_num_threads(threads)
+
+
+def test_the_loss_of_a_short_batch_is_the_mean_over_its_rows() -> None:
+    """Workers with 3, 1 and no rows of a global batch of 4: by hand, sum over rows / 4."""
+    model = new_model().eval()  # BatchNorm of single rows would differ
+    settings = TrainSettings()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    whole = made_up_part(0, slice(0, 4), 1.0)
+    expected = train_step(model, optimizer, [whole], settings)
+    shares = [train_step(model, optimizer, [made_up_part(0, slice(0, 3), 3 * 3 / 4)], settings)]
+    shares += [train_step(model, optimizer, [made_up_part(0, slice(3, 4), 1 * 3 / 4)], settings)]
+    shares += [train_step(model, optimizer, [made_up_part(0, slice(7, 8), 0.0)], settings)]
+    assert shares[2] == 0
+    torch.testing.assert_close(torch.stack(shares).mean(), expected)
+
+
+def test_adam_gets_no_weight_decay_and_the_published_rate() -> None:
+    """Trap 1: the published yaml names 1e-4, the published Adam never received it."""
+    optimizer = make_optimizer(new_model(), TrainSettings())
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["weight_decay"] == 0
+    assert optimizer.defaults["lr"] == 1e-3
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_the_rate_falls_with_the_first_batch_of_epoch_170_and_200() -> None:
+    """Trap 2: epochs counted from 0, as on the torch the published code was written for."""
+    settings = TrainSettings()
+    steps = 7
+    rates = {
+        epoch: {learning_rate(settings, epoch * steps + s, steps) for s in range(steps)}
+        for epoch in (0, 169, 170, 199, 200, 209)
+    }
+    expected = {0: 1e-3, 169: 1e-3, 170: 1e-4, 199: 1e-4, 200: 1e-5, 209: 1e-5}
+    for epoch, values in rates.items():
+        assert sorted(values) == [pytest.approx(expected[epoch])]
+
+
+def test_cosine_and_warm_up() -> None:
+    settings = TrainSettings(schedule="cosine", lr=1.0, epochs=10, warmup_steps=4)
+    rates = [learning_rate(settings, step, 10) for step in range(100)]
+    assert rates[:3] == [
+        pytest.approx((i + 1) / 4 * 0.5 * (1 + math.cos(math.pi * i / 100))) for i in range(3)
+    ]
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+
+
+# --- the loop, in this process ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return dotted_shards(tmp_path_factory.mktemp("shards"), {"train2017": 37, "val2017": 12})
+
+
+def small_config(manifest: Manifest, storage: Path, **train: Any) -> RunConfig:
+    network = {key: value for key, value in SMALL.as_dict().items() if key != "num_keypoints"}
+    return RunConfig(
+        run={"name": "r", "storage": str(storage)},
+        data={"shards": manifest.folder, "input_size": (64, 64), "row_group_people": 8},
+        model={**network, "initialization": "kaiming"},
+        train={"epochs": 2, "batch_size": 16, "log_every": 1, "max_failures": 0, **train},
+    )
+
+
+def one_worker(
+    config: RunConfig, folder: Path, checkpoint: Path | None = None
+) -> tuple[Training, list[dict[str, Any]]]:
+    """Worker 0 of 1 without Ray; the list fills with what it reports, its folders kept as "folder"."""
+    reports: list[dict[str, Any]] = []
+
+    def report(figures: dict[str, Any], saved: str | None) -> None:
+        reports.append({**figures, "folder": saved})
+
+    job = {
+        "config": config.model_dump(mode="json"),
+        "shards": config.data.shards,
+        "folder": str(folder),
+        "tracking_uri": None,
+        "run_id": None,
+    }
+    place = train_worker.Place(0, 1, torch.device("cpu"))
+    return train_worker.set_up(job, place, report, checkpoint), reports
+
+
+def losses(run: Training) -> dict[int, float]:
+    assert run.log is not None
+    return {row["step"]: row["train/loss"] for row in run.log.rows if "train/loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """A run of 2 epochs of 3 batches that saves after every batch: run, reports, outcome, config."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = small_config(manifest, folder, checkpoint_minutes=1e-9, schedule="cosine")
+    run, reports = one_worker(config, folder / "r")
+    return run, reports, train_worker.train_epochs(run), config
+
+
+def test_going_on_in_the_middle_of_an_epoch_is_exact(whole: tuple[Any, ...], tmp_path: Path) -> None:
+    """Weights and losses bit for bit: 37 people, 3 batches an epoch, going on after batch 4 of 6."""
+    run, reports, outcome, config = whole
+    assert [r["step"] for r in reports] == [1, 2, 3, 4, 5, 6]
+    assert (outcome["epochs"], outcome["step"], outcome["samples"]) == (2, 6, 74)
+    again, _ = one_worker(config, tmp_path / "again", Path(reports[3]["folder"]))
+    assert (again.progress.epoch, again.progress.step) == (1, 1)
+    train_worker.train_epochs(again)
+    assert losses(again) == {step: loss for step, loss in losses(run).items() if step > 4}
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...], manifest: Manifest) -> None:
+    """best/ through PosePredictor and pycocotools, without the loop: the same AP as the run said."""
+    from hrnet_core.predictor import PosePredictor
+
+    run, _, outcome, config = whole
+    predictor = PosePredictor.load(run.folder / "best", mode="channels_last")
+    provenance = predictor.spec.provenance
+    assert 0 < outcome["best_ap"] < 1
+    assert provenance["val_gt/AP"] == outcome["best_ap"]
+    assert provenance["epoch"] == outcome["best_epoch"]
+    assert provenance["dataset_digest"] == manifest.digest
+    assert provenance["config"]["train"]["schedule"] == "cosine"
+    stats, results = run.validation.score(run.validation.answer(predictor, True, 32), config.evaluate)
+    assert stats["AP"] == pytest.approx(outcome["best_ap"], abs=1e-9)
+    assert json.loads((run.folder / "predictions.json").read_text()) == results
+    validated = {row["step"]: row["val_gt/AP"] for row in run.log.rows if "val_gt/AP" in row}
+    assert list(validated) == [3, 6]
+    assert max(validated.values()) == outcome["best_ap"]
+    pictures = {p.name for p in (run.folder / "pictures").glob("*.png")}
+    assert pictures == {"curves.png", "people-epoch-0001.png", "people-epoch-0002.png"}
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(manifest, tmp_path, log_every=2)
+    run, reports = one_worker(config, tmp_path / "run")
+    batches = list(run.feed.batches(1))
+    original = run.feed.batches
+
+    def poisoned(epoch: int, start: int = 0) -> Any:
+        for number, batch in enumerate(original(epoch, start)):
+            broken = batch.heatmaps.copy()
+            broken[0, 0, 0, 0] = np.nan if (epoch, number) == (1, 2) else 0
+            yield replace(batch, heatmaps=broken)
+
+    monkeypatch.setattr(run.feed, "batches", poisoned)
+    problem = train_worker.train_epochs(run)["diverged"]
+    assert "epoch 2, batch 3" in problem  # the second of its window of two
+    assert f"ann_id {', '.join(map(str, batches[2].ann_ids.tolist()))}." in problem
+    assert [r["epoch"] for r in reports] == [1]  # nothing was saved after it
+    assert (tmp_path / "run" / "best" / "checkpoint.json").exists()
+    assert all(math.isfinite(loss) for loss in losses(run).values())
+
+
+# --- validation ---------------------------------------------------------------------------------------
+
+
+def perfect(validation: Validation, shift: float = 0.0) -> Answers:
+    truth = validation.truth()
+    keypoints = truth["keypoints"][..., :2] + np.float32(shift)
+    return Answers(truth["ann_id"], keypoints, np.ones(keypoints.shape[:2], np.float32), 0.0)
+
+
+def test_validation_scores_with_pycocotools(manifest: Manifest) -> None:
+    validation = Validation(manifest, "val2017")
+    settings = RunConfig().evaluate
+    stats, results = validation.score(perfect(validation), settings)
+    assert stats["AP"] == pytest.approx(1.0)
+    assert len(results) == 12
+    # A shift of (d, d) px gives each keypoint exp(-2 d² / (2 area (2 sigma)²)); COCO's OKS is their mean.
+    d = 8.0
+    similarity = np.exp(-(2 * d**2) / (2 * AREA * (2 * np.array(COCO17.oks_sigmas)) ** 2)).mean()
+    thresholds = np.linspace(0.5, 0.95, 10)
+    stats, _ = validation.score(perfect(validation, d), settings)
+    assert stats["AP"] == pytest.approx(float((similarity >= thresholds).mean()))
+
+
+def test_validation_of_several_workers_answers_everyone_once(manifest: Manifest) -> None:
+    class Constant:
+        def heatmaps(self, crops: np.ndarray, flip_test: bool, batch_size: int) -> np.ndarray:
+            return np.tile(crops[:, None, :16, :16, 0] / 255.0, (1, 17, 1, 1)).astype(np.float32)
+
+    alone = Validation(manifest, "val2017").answer(Constant(), True, 4)  # type: ignore[arg-type]
+    parts = [Validation(manifest, "val2017", r, 4).answer(Constant(), True, 4) for r in range(4)]  # type: ignore[arg-type]
+    joined = Answers.join(parts)
+    assert alone.ann_ids.tolist() == joined.ann_ids.tolist() == sorted(range(1000, 1012))
+    np.testing.assert_array_equal(alone.keypoints, joined.keypoints)
+    assert joined.loss == pytest.approx(alone.loss)
+    with pytest.raises(RuntimeError, match="12 people"):
+        Validation(manifest, "val2017").score(parts[0], RunConfig().evaluate)
+
+
+# --- the driver ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"input_size": (96, 128)}, r"data\.input_size is \[96, 128\], the shards have \[64, 64\]"),
+        ({"codec": "udp"}, "data.codec is udp, the shards have official"),
+        ({"sigma": 3.0}, r"data\.sigma is 3\.0, the shards have 0\.5"),
+        ({"variants": 4}, "data.variants is 4, the shards have 1"),
+    ],
+)
+def test_shards_of_other_settings_are_refused_by_name(
+    manifest: Manifest, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    config = small_config(manifest, tmp_path)
+    config = config.model_copy(update={"data": config.data.model_copy(update=change)})
+    with pytest.raises(ConfigError, match=named):
+        driver.train(config)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_damaged_shard_is_refused_before_training(tmp_path: Path) -> None:
+    manifest = dotted_shards(tmp_path / "shards", {"train2017": 9, "val2017": 4})
+    shard = tmp_path / "shards" / manifest.shards("train2017")[1].path
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"train2017-00001-of-00002\.parquet"):
+        driver.train(small_config(manifest, tmp_path / "runs"))
+
+
+def test_a_name_goes_on_only_with_the_same_settings(manifest: Manifest, tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    config = small_config(manifest, tmp_path)
+    driver._write_run(folder, config, manifest, "0" * 32)
+    driver._check_same_run(folder, config, manifest)
+    driver._check_same_run(folder, small_config(manifest, tmp_path, num_workers=2, log_every=50), manifest)
+    with pytest.raises(ConfigError, match=r"train\.lr was 0\.001, now 0\.5.*--run\.fresh"):
+        driver.train(small_config(manifest, tmp_path, lr=0.5))
+    driver._move_aside(folder)
+    assert not (folder / "run.json").exists()
+    assert (tmp_path / "r.1" / "run.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden"])
+def test_a_run_name_is_no_path(manifest: Manifest, tmp_path: Path, name: str) -> None:
+    config = small_config(manifest, tmp_path)
+    with pytest.raises(ConfigError, match="no path"):
+        driver.train(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
+
+
+def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    with (
+        driver._only_one(tmp_path / "r"),
+        pytest.raises(ConfigError, match="another process"),
+    ):
+        driver.train(small_config(manifest, tmp_path))
+
+
+@pytest.mark.ray
+def test_a_run_end_to_end(
+    ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers through Ray Train and MLflow; the same command again returns at once."""
+    from mlflow import MlflowClient
+
+    from hrnet_core.checkpoint import load_checkpoint
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5)
+    with pytest.raises(ConfigError, match="wants 8 workers of 2 CPU"):
+        driver.train(small_config(manifest, tmp_path, num_workers=8, cpus_per_worker=2))
+    result = driver.train(config)
+    assert (result.epochs, result.samples, result.run_name) == (2, 74, "r")
+    model, spec = load_checkpoint(result.best_checkpoint)
+    assert model.config == SMALL
+    assert spec.provenance["run_id"] == result.run_id
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.batch_size"] == "16"
+    assert run.data.tags["dataset_digest"] == manifest.digest
+    assert run.data.metrics["val_gt/AP"] == pytest.approx(result.best_ap, abs=1)
+    assert {"train/loss", "train/lr", "train/samples_per_s", "train/data_wait"} <= set(run.data.metrics)
+    steps = [m.step for m in client.get_metric_history(result.run_id, "train/loss")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    names = {a.path for a in client.list_artifacts(result.run_id)}
+    assert {"config.yaml", "metrics.jsonl", "pictures", "validation"} <= names
+    version = client.get_model_version("hrnet-pose", str(result.version))
+    assert version.run_id == result.run_id
+
+    monkeypatch.setattr(driver, "_fit", None)  # would fail if it were called
+    again = driver.train(config)
+    assert again == replace(result, already_finished=True)
+
+
+def dying_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """The real worker, but its process ends in the second epoch of the first attempt."""
+    import os
+    from pathlib import Path
+
+    import ray.train
+
+    from pipelines import train_worker
+
+    marker = Path(job["folder"]) / "died"
+    original = train_worker.train_epoch
+
+    def train_epoch(run: Any) -> str | None:
+        if run.progress.epoch == 1 and not marker.exists():
+            committed = ray.train.CheckpointConsistencyMode.COMMITTED
+            ray.train.get_all_reported_checkpoints(committed)
+            marker.touch()
+            os._exit(1)
+        return original(run)
+
+    train_worker.train_epoch = train_epoch
+    return train_worker.train_worker(job)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_counted_twice(
+    ray_local: None, whole: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of the run that was never interrupted, each step once in one MLflow run."""
+    import sys
+
+    from mlflow import MlflowClient
+    from ray import cloudpickle
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(train_worker, "train_worker", dying_worker)
+    run, _, _, config = whole
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"storage": str(tmp_path)}),
+            "train": config.train.model_copy(update={"max_failures": 1, "checkpoint_minutes": 10.0}),
+        }
+    )
+    result = driver.train(config)
+    assert (tmp_path / "r" / "died").exists()
+    assert result.epochs == 2
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    history = client.get_metric_history(result.run_id, "train/loss")
+    assert {m.step: m.value for m in history} == losses(run)
+    assert len(history) == 6
+    assert len(client.search_runs([client.get_run(result.run_id).info.experiment_id])) == 1
