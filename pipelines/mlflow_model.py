@@ -18,6 +18,7 @@ class PoseModel(mlflow.pyfunc.PythonModel):
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
         import numpy as np
+
         from hrnet_core.images import decode_image
 
         images = [decode_image(bytes(data), apply_exif=True) for data in model_input["image"]]
