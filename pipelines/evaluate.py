@@ -443,7 +443,7 @@ def _rows_on_ray(
     rows = [{"unit": index, "photos": json.dumps(unit)} for index, unit in pending.items()]
     with ray_session(ray_settings), _quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
-        require(ray_settings, settings.num_workers, cpus, gpus, "hrnet evaluate --num-workers")
+        require(ray_settings, settings.num_workers, cpus, gpus, "hrnet evaluate --evaluate.num-workers")
         actors = ray.data.ActorPoolStrategy(
             size=min(settings.num_workers, len(rows)), max_tasks_in_flight_per_actor=2
         )

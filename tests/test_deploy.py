@@ -87,10 +87,10 @@ def test_a_port_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} .*--port"):
+        with pytest.raises(ConfigError, match=rf"port {port} .*--serve.port"):
             deploying._refuse_port_in_use("127.0.0.1", port)
     deploying._refuse_port_in_use("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="--host"):
+    with pytest.raises(ConfigError, match=r"--serve\.host"):
         deploying._refuse_port_in_use("192.0.2.1", port)
 
 
@@ -164,7 +164,7 @@ def test_haproxy_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deploying._serve_environment(ServeSettings(**everywhere, haproxy=False)) == {}
     # Behind HAProxy replicas listen on `host`: on a loopback address other nodes would not reach them.
     assert deploying._serve_environment(ServeSettings()) == {}
-    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0"):
+    with pytest.raises(ConfigError, match=r"--serve.host 0\.0\.0\.0"):
         deploying._serve_environment(ServeSettings(haproxy=True))
 
 
@@ -220,7 +220,7 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    command = [sys.executable, "-m", "pipelines.cli", "deploy", str(checkpoint), "--port", str(port)]
+    command = [sys.executable, "-m", "pipelines.cli", "deploy", str(checkpoint), "--serve.port", str(port)]
     process = subprocess.Popen(
         [*command, "--ray.num-cpus", "1", "--run.storage", str(tmp_path)],
         stdout=subprocess.PIPE,

@@ -397,7 +397,7 @@ def test_wrong_input_is_one_paragraph(dots: dict[str, Any], tmp_path: Path, here
 @pytest.mark.usefixtures("ray_local")
 def test_more_actors_than_there_are_cpus(dots: dict[str, Any], tmp_path: Path) -> None:
     settings = EvaluateSettings(num_workers=3, batch_size=1)
-    with pytest.raises(ConfigError, match="hrnet evaluate --num-workers wants 3 workers"):
+    with pytest.raises(ConfigError, match=r"hrnet evaluate --evaluate\.num-workers wants 3 workers"):
         evaluate(dots["checkpoint"], dots["root"], out=tmp_path, settings=settings, ray=RaySettings())
 
 
