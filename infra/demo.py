@@ -31,6 +31,12 @@ def main() -> int:
     arguments.add_argument("--keep", action="store_true", help="leave the endpoint serving")
     keep = arguments.parse_args().keep
     DEMO.mkdir(exist_ok=True)
+    made = {
+        "draw": COCO / "drawn.json",
+        "preprocess": SHARDS / "manifest.json",
+        "train": RUNS / NAME / "result.json",
+    }
+    said = dict.fromkeys((stage for stage, file in made.items() if file.exists()), "there already")
     start = time.monotonic()
     common = ["--run.storage", str(RUNS)]
     data = ["--data.shards", str(SHARDS)]
@@ -49,11 +55,11 @@ def main() -> int:
     offer_samples(dict(list(photos.items())[:6]))
     server, times["deploy"] = deploy(common)
     try:
-        times["requests"] = ask(server.port, photos)
+        times["requests"], said["requests"] = ask(server.port, photos)
     except BaseException:
         server.stop()
         raise
-    summary(times, time.monotonic() - start)
+    summary(times, time.monotonic() - start, said)
     if keep:
         print(
             f"  the endpoint stays up: http://127.0.0.1:{server.port}/   end it with: kill -INT {server.pid}"
@@ -143,8 +149,8 @@ def offer_samples(photos: dict[Path, list[list[float]]]) -> None:
     (SAMPLES / "boxes.json").write_text(json.dumps({photo.name: boxes for photo, boxes in photos.items()}))
 
 
-def ask(port: int, photos: dict[Path, list[list[float]]]) -> float:
-    """Real requests, one after the other; prints what came back."""
+def ask(port: int, photos: dict[Path, list[list[float]]]) -> tuple[float, str]:
+    """Real requests, one after the other; prints what came back. Seconds, and people/s in words."""
     from serve.client import overlay, poses
 
     url = f"http://127.0.0.1:{port}"
@@ -156,18 +162,40 @@ def ask(port: int, photos: dict[Path, list[list[float]]]) -> float:
             sys.exit(f"{photo}: asked for {len(boxes)} people, got {len(persons)}")
     seconds = time.monotonic() - start
     total = sum(map(len, photos.values()))
-    print(f"{total} people in {len(photos)} requests, one after the other: {total / seconds:.0f} people/s")
+    speed = f"{total / seconds:.0f} people/s, {len(photos)} requests one after the other"
+    print(f"{total} people: {speed}")
     photo, boxes = next(iter(photos.items()))
     (DEMO / "served.png").write_bytes(overlay(url, photo, boxes))
     print("the first of them:", json.dumps(persons[0])[:160], "...")
-    return seconds
+    return seconds, speed
 
 
-def summary(times: dict[str, float], total: float) -> None:
-    """Where the time went and where to look."""
+def speeds(times: dict[str, float]) -> dict[str, str]:
+    """What each stage did in a second, from what it wrote; start-up is in the seconds, not in these."""
+    manifest = json.loads((SHARDS / "manifest.json").read_text())
+    people = sum(split["people"] for split in manifest["splits"].values())
+    trained = json.loads((RUNS / NAME / "result.json").read_text())
+    evaluated = json.loads((RUNS / NAME / "evaluation_gt" / "evaluation.json").read_text())["figures"]
+    return {
+        "draw": f"{IMAGES * 1.2 / times['draw']:.0f} pictures/s",
+        "preprocess": f"{people / times['preprocess']:.0f} people/s with Ray's start",
+        "train": f"{trained['samples'] / trained['seconds']:.0f} images/s, validation included",
+        "evaluate": f"{evaluated['people_per_second']:.0f} people/s"
+        if evaluated["people_per_second"]
+        else "",
+    }
+
+
+def summary(times: dict[str, float], total: float, said: dict[str, str]) -> None:
+    """The AP, where the time went, and where to look."""
+    found = json.loads((RUNS / NAME / "evaluation_gt" / "evaluation.json").read_text())["stats"]
+    print("\n  on people it never saw, ground-truth boxes:")
+    print("  " + "".join(f"{name:>7}" for name in found))
+    print("  " + "".join(f"{value:7.3f}" for value in found.values()))
+    done = {**speeds(times), **said}
     print("\n  stage         seconds")
     for name, seconds in times.items():
-        print(f"  {name:<12} {seconds:8.1f}")
+        print(f"  {name:<12} {seconds:8.1f}   {done.get(name, '')}".rstrip())
     print(f"  {'all':<12} {total:8.1f}\n")
     for what, where in {
         "a served photo": DEMO / "served.png",

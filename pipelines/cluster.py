@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -31,6 +32,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"num_cpus": settings.num_cpus, "include_dashboard": False} if address == "local" else {}
+    if not sys.stdout.isatty():  # Ray colours what workers print, also into files
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
