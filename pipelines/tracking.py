@@ -154,7 +154,9 @@ class Tracker:
             return str(found.experiment_id)
         place = (self.storage / "mlartifacts").as_uri() if self.local else None
         try:
-            return str(self.client.create_experiment(name, artifact_location=place))
+            # Without it MLflow's page opens in its view for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(name, artifact_location=place, tags=kind))
         except mlflow.MlflowException:  # another driver was faster
             return str(self.client.get_experiment_by_name(name).experiment_id)
 
