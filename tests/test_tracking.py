@@ -51,7 +51,8 @@ def test_a_run_holds_parameters_tags_and_the_dataset(tracker: Tracker, storage: 
     assert run.data.params == {"train.lr": "0.1"}
     assert run.data.tags["dataset_digest"] == "ab" * 32
     experiment = tracker.client.get_experiment(run.info.experiment_id)
-    assert (experiment.name, experiment.tags["mlflow.experimentKind"]) == ("hrnet", "custom_model_development")
+    assert experiment.name == "hrnet"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     inputs = run.inputs.dataset_inputs
     assert {i.dataset.digest for i in inputs} == {("ab" * 32)[:36]}
     contexts = {i.dataset.name: i.tags[0].value for i in inputs}
