@@ -232,6 +232,16 @@ def inspect_shard(
         return None
 
 
+def plan_of_shard(files: fs.FileSystem, path: str) -> str | None:
+    """The hash of the plan in a shard's footer, "" in a Parquet file that is none of ours; None where no
+    footer can be read."""
+    try:
+        metadata = pq.read_schema(path, filesystem=files).metadata or {}
+        return str(json.loads(metadata.get(b"hrnet", b"{}")).get("plan", ""))
+    except (OSError, pa.ArrowException, ValueError):
+        return None
+
+
 def write_rejected(files: fs.FileSystem, path: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """rejected.parquet from rows with the fields of REJECTED. Returns its sha256."""
     buffer = pa.BufferOutputStream()
