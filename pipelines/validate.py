@@ -358,5 +358,5 @@ def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
         yield f"  {kind:<24}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
     unusable = sum(1 for r in checked.rejected if r.is_defect and r.ann_id is None)
     if unusable:
-        yield f"  hrnet evaluate refuses {split.name} until its {unusable:,} unusable pictures are mended"
+        yield f"  hrnet evaluate refuses {split.name} while pictures cannot be used ({unusable:,})"
     yield ""

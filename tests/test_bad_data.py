@@ -151,7 +151,7 @@ CASES = {
 
 
 @cache
-def tests_of(file: str) -> set[str]:
+def names_in(file: str) -> set[str]:
     tree = ast.parse((TESTS / file).read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -160,7 +160,7 @@ def tests_of(file: str) -> set[str]:
 def test_each_case_has_its_tests(case: str) -> None:
     for name in CASES[case]:
         file, test = name.split("::")
-        assert test in tests_of(file), name
+        assert test in names_in(file), name
 
 
 def test_no_case_is_missing() -> None:

@@ -147,7 +147,7 @@ def test_the_table_names_kinds_counts_examples_and_ways_out(
         "train2017-1.jpg, annotation 3: bbox is 3 entries, not 4 numbers",
         "left out by the protocol: " + WAY_OUT["crowd"],
         "repaired: " + WAY_OUT["boxes_clipped"],
-        "hrnet evaluate refuses val2017 until its 1 unusable pictures are mended",
+        "hrnet evaluate refuses val2017 while pictures cannot be used (1)",
     ):
         assert words in table, table
     assert re.search(r"\n  size_differs +1 +2  left out: the picture was scaled", table)
