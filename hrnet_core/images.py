@@ -97,15 +97,12 @@ def read_header(data: bytes) -> ImageHeader:
     return ImageHeader(name, width, height, orientation, frames)
 
 
-def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = 100_000_000) -> Image:
-    """Picture bytes -> uint8 (H, W, 3) RGB.
-
-    apply_exif=True turns the picture as its EXIF orientation says (serving, predict). False leaves the
-    stored pixels, to which COCO's annotations belong.
+def check_image(data: bytes, max_pixels: int = 100_000_000) -> ImageHeader:
+    """The header of a picture after everything that can be judged without decoding a pixel.
 
     Raises ImageError: those of read_header, `too_large` when the header promises more than max_pixels,
     `truncated` when the end is missing (JPEG's EOI, PNG's IEND, WebP's and BMP's declared length; bytes
-    after the end are tolerated), `decode_failed` for any other damage.
+    after the end are tolerated).
     """
     header = read_header(data)
     if header.width * header.height > max_pixels:
@@ -121,6 +118,22 @@ def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = 100_000_000
             f"the {header.format} file is cut off: its end is missing after {len(data):,} bytes. "
             "Copy, download or send it again.",
         )
+    return header
+
+
+def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = 100_000_000) -> Image:
+    """Picture bytes -> uint8 (H, W, 3) RGB.
+
+    apply_exif=True turns the picture as its EXIF orientation says (serving, predict). False leaves the
+    stored pixels, to which COCO's annotations belong.
+
+    Raises ImageError: those of check_image, `decode_failed` for any other damage.
+    """
+    return decode_checked(data, check_image(data, max_pixels), apply_exif=apply_exif)
+
+
+def decode_checked(data: bytes, header: ImageHeader, *, apply_exif: bool) -> Image:
+    """decode_image for bytes that check_image has passed, with the header that it gave."""
     stored = _decode(header, data)
     # OpenCV's TIFF reader turns by itself, whatever its flags say.
     turn = 1 if header.format == "TIFF" else header.orientation

@@ -73,7 +73,7 @@ class Rejection:
     reason: str
     """missing_image, path_outside_root, image_size_invalid, bbox_invalid, bbox_degenerate,
     area_not_positive, keypoints_length, keypoints_invalid, visibility_invalid; crowd, no_keypoints
-    (PROTOCOL); for pictures that were opened: ImageError's reasons, unreadable, size_differs."""
+    (PROTOCOL); for pictures that were opened (photos.py): ImageError's reasons, unreadable, size_differs."""
     file: str
     image_id: int
     ann_id: int | None
@@ -97,8 +97,9 @@ class CocoSplit:
     rejected: tuple[Rejection, ...]
     """In order of (image_id, ann_id)."""
     repaired: Mapping[str, int] = field(default_factory=dict)
-    """Count of each kind: hidden_coordinates (v = 0 with a place: place dropped), num_keypoints (the
-    field disagrees with the keypoints: not used), other_category (no people: passed over)."""
+    """Count of each kind: boxes_clipped (more than a pixel beyond the picture), hidden_coordinates (v = 0
+    with a place: place dropped), num_keypoints (the field disagrees with the keypoints: not used),
+    other_category (no people: passed over)."""
     category_id: int = 1
 
     @property
@@ -135,7 +136,7 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
         name, here = image.get("file_name"), tuple(people.get(image_id, ()))
         problem = _image_problem(image) or listing.problem(name, needed=bool(here))
         if problem:
-            rejected.append(Rejection(problem[0], str(name), image_id, None, problem[1], len(here)))
+            rejected.append(Rejection(problem[0], _text(name), image_id, None, problem[1], len(here)))
         else:
             photos.append(Photo(image_id, name, f"{pictures}/{name}", image["width"], image["height"], here))
     rejected.sort(key=lambda r: (r.image_id, -1 if r.ann_id is None else r.ann_id))
@@ -151,15 +152,15 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
 
 
 def _check_folders(root: Path, split: str, annotation_file: Path, pictures: Path) -> None:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"data.root: {root} is not a folder. Give --data.root the folder of a COCO set.")
-    if not annotation_file.is_file():
+    if not os.path.isfile(annotation_file):
         there = sorted(p.name for p in annotation_file.parent.glob("*.json"))
         raise DataError(
             f"{annotation_file}: no such file. A COCO root has annotations/person_keypoints_{split}.json; "
             f"here annotations/ holds {_listed(there) or 'no JSON file'}. Check --data.root and the split."
         )
-    if not pictures.is_dir():
+    if not os.path.isdir(pictures):
         raise DataError(
             f"{pictures}: no such folder. The pictures of split {split!r} are looked for in {split}/ beside "
             f"annotations/. Check --data.root, or unpack the pictures there."
@@ -181,6 +182,10 @@ def _load(file: Path) -> tuple[Any, str]:
         problem = f"not valid JSON at byte {place:,} of {len(raw):,} ({error.msg})"
     except (ValueError, RecursionError) as error:
         problem = f"not JSON that can be read ({error})"
+    except MemoryError:
+        size = file.stat().st_size
+        problem = f"{size:,} bytes, more than the memory here can hold (about ten times its size is needed)"
+        way_out = "Give the machine more memory, or take out annotations that no person has."
     raise DataError(f"{file}: {problem}. {way_out}")
 
 
@@ -232,9 +237,10 @@ def _ids(file: Path, section: str, rows: list[dict[str, Any]]) -> list[int]:
     """Unique integer ids, or DataError: COCO's own index silently keeps the last of two."""
     ids = [row.get("id") for row in rows]
     for index, identity in enumerate(ids):
-        if type(identity) is not int:
+        if type(identity) is not int or not -(2**63) <= identity < 2**63:  # they are stored as int64
             raise DataError(
-                f"{file}: {section}[{index}].id is {identity!r}, no integer. Give each entry one of its own."
+                f"{file}: {section}[{index}].id is {identity!r}, no integer of 64 bits. Give each entry one "
+                f"of its own."
             )
     if len(set(ids)) != len(ids):
         twice = sorted(i for i, n in Counter(ids).items() if n > 1)
@@ -294,7 +300,8 @@ def _read_people(
     boxes = _numbers(rows, "bbox", 4, problems, "bbox_invalid", "bbox_invalid")
     told = boxes.tolist()
     problems.mark((boxes[:, 2:] <= 0).any(1), "bbox_invalid", lambda i: f"bbox {told[i]} is empty")
-    clean, inside = sanitize_boxes(boxes, *_sizes(rows, images))
+    sizes = _sizes(rows, images)
+    clean, inside = sanitize_boxes(boxes, *sizes)
     problems.mark(~inside, "bbox_degenerate", lambda i: f"bbox {told[i]} has no pixel in the picture")
     areas = [row.get("area") for row in rows]
     no_area = [not (_is_number(area) and area > 0) for area in areas]
@@ -303,7 +310,9 @@ def _read_people(
     hidden = visible == 0
     keep = np.array([problem is None for problem in problems.found], bool)
     declared = np.array([row.get("num_keypoints", n) == n for row, n in zip(rows, labels, strict=True)], bool)
+    beyond = (boxes[:, :2] < -1).any(1) | (boxes[:, :2] + boxes[:, 2:] > np.stack(sizes, 1) + 1).any(1)
     repaired = {
+        "boxes_clipped": int((keep & beyond).sum()),
         "hidden_coordinates": int((keep & (hidden & (places != 0).any(axis=2)).any(axis=1)).sum()),
         "num_keypoints": int((keep & ~declared).sum()),
     }
@@ -317,7 +326,7 @@ def _read_people(
             person = Person(image_id, row["id"], clean[i], places[i], visible[i], float(row["area"]))
             people.setdefault(image_id, []).append(person)
         else:
-            file = str(images[image_id].get("file_name"))
+            file = _text(images[image_id].get("file_name"))
             rejected.append(Rejection(problem[0], file, image_id, row["id"], problem[1]))
     return people, rejected, {kind: number for kind, number in repaired.items() if number}
 
@@ -372,11 +381,18 @@ def _image_problem(image: Mapping[str, Any]) -> tuple[str, str] | None:
     name, width, height = image.get("file_name"), image.get("width"), image.get("height")
     if not isinstance(name, str) or not name:
         return "missing_image", f"file_name is {name!r}"
+    if _text(name) != name:
+        return "missing_image", "file_name has half a character (a lone surrogate)"
     if name[0] == "/" or ".." in name.split("/") or "\\" in name or "\0" in name or name[1:2] == ":":
         return "path_outside_root", "file_name must be a relative path inside the split's folder"
     if not all(type(side) is int and 0 < side <= LARGEST for side in (width, height)):
         return "image_size_invalid", f"width and height are {width!r} and {height!r}"
     return None
+
+
+def _text(name: Any) -> str:
+    """A file name that can be printed and stored, whatever JSON made of it."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 class _Listing:
@@ -401,13 +417,19 @@ class _Listing:
         return "missing_image", f"upper and lower case differ: there is {twin!r}" if twin else "no such file"
 
     def _list(self, folder: str) -> dict[str, bool] | None:
-        """Name -> is a link, of what is in a folder; None for a folder that is elsewhere."""
+        """Name -> is a link, of the files in a folder; None for a folder that is elsewhere. What is no file
+        (a pipe, a device) is not there: opening it might never end."""
         if not os.path.isdir(folder):
             return {}
         if not self._is_inside(folder):
             return None
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries if not entry.is_dir()}
+        try:
+            with os.scandir(folder) as entries:
+                return {e.name: e.is_symlink() for e in entries if e.is_symlink() or e.is_file()}
+        except OSError as error:
+            raise DataError(
+                f"{folder}: the pictures cannot be listed ({error.strerror}). Check the rights of the folder."
+            ) from None
 
     def _is_inside(self, path: str) -> bool:
         real = os.path.realpath(path)

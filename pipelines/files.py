@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import tempfile
 import time
 import uuid
@@ -19,6 +20,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
+
+OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
 
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
@@ -66,10 +69,12 @@ def remove_leftovers(files: fs.FileSystem, folder: str) -> None:
     if not isinstance(files, fs.LocalFileSystem):
         return
     for path in Path(folder).glob(".*.tmp"):
-        process, _, host = path.name.removesuffix(".tmp").rsplit(".", 1)[-1].partition("@")
+        ours = OUR_TEMPORARY.fullmatch(path.name)
+        if ours is None:
+            continue
         with contextlib.suppress(FileNotFoundError):  # the writer was done first
-            if host == _host() and process.isdigit():
-                gone = not _alive(int(process))
+            if ours["host"] == _host():
+                gone = not _alive(int(ours["process"]))
             else:
                 gone = time.time() - path.stat().st_mtime > 86_400
             if gone:

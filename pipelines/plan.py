@@ -25,6 +25,7 @@ from pipelines.shards import (
     SCHEMA_VERSION,
     canonical_json,
     inspect_shard,
+    plan_of_shard,
     shard_entry,
     shard_name,
 )
@@ -101,10 +102,11 @@ def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, 
     DataError where the folder holds something that this plan would not write: nothing of it is touched.
     """
     files, root = open_folder(folder)
-    _check_target(files, root, folder, works)
     try:
+        check_target(folder, works)
         files.create_dir(f"{root}/data", recursive=True)
-        remove_leftovers(files, f"{root}/data")
+        for place in (root, f"{root}/data"):
+            remove_leftovers(files, place)
     except OSError as error:
         raise DataError(cannot_write(folder, error)) from None
     listing = files.get_file_info(fs.FileSelector(f"{root}/data"))
@@ -126,7 +128,10 @@ def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, 
     return {key: figure for key, figure in figures.items() if figure is not None}
 
 
-def _check_target(files: fs.FileSystem, root: str, folder: str, works: Sequence[ShardWork]) -> None:
+def check_target(folder: str, works: Sequence[ShardWork]) -> None:
+    """DataError where the folder holds files that these works would not write, or a manifest of another
+    plan. Asked at the start, and again at the end: another run may have taken the folder meanwhile."""
+    files, root = open_folder(folder)
     info = files.get_file_info(root)
     if info.type == fs.FileType.File:
         raise DataError(f"data.shards: {folder} is a file. Give a folder, new or of this dataset.")
@@ -147,6 +152,16 @@ def _check_target(files: fs.FileSystem, root: str, folder: str, works: Sequence[
             f"data.shards: {folder} holds {len(foreign)} files that this dataset does not have: "
             f"{', '.join(foreign[:5])}. Nothing was touched: give a new folder, or move them elsewhere."
         )
+
+
+def check_not_taken(files: fs.FileSystem, root: str, work: ShardWork) -> None:
+    """DataError where a shard of another plan has come to lie under one of the work's names: a run with
+    other settings writes into the same folder at this moment, and its shard is whole."""
+    for name in work.names:
+        if files.get_file_info(f"{root}/{name}").type == fs.FileType.File:
+            plan = plan_of_shard(files, f"{root}/{name}")
+            if plan is not None and plan != work.plan:
+                raise DataError(_another_plan(work.folder, name))
 
 
 def _check_same_plan(files: fs.FileSystem, path: str, folder: str, works: Sequence[ShardWork]) -> None:

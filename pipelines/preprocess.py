@@ -9,7 +9,6 @@ is the same for any number of tasks, after a kill, and for two writers at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -35,15 +34,23 @@ from hrnet_core.augment import (
     random_view,
     view_to_crop,
 )
-from hrnet_core.errors import ConfigError, DataError, ImageError, PoseError
+from hrnet_core.errors import ConfigError, DataError, PoseError
 from hrnet_core.geometry import box_to_center_scale, crop_people
-from hrnet_core.images import decode_image, encode_jpeg, encode_png
+from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
 from pipelines.cluster import ray_session, require
-from pipelines.coco import CocoSplit, Photo, Rejection, read_coco
+from pipelines.coco import CocoSplit, Rejection, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
-from pipelines.plan import ShardWork, cannot_write, finished_shards, plan_shards
+from pipelines.photos import open_photo
+from pipelines.plan import (
+    ShardWork,
+    cannot_write,
+    check_not_taken,
+    check_target,
+    finished_shards,
+    plan_shards,
+)
 from pipelines.shards import (
     Manifest,
     ShardWriter,
@@ -116,7 +123,7 @@ def run_preprocess(config: RunConfig) -> Report:
     if pending:
         with ray_session(config.ray):
             require(config.ray, 1, 1, 0, "preprocess")
-            progress.begin()
+            progress.begin(_slots())
             for key, built in _on_ray(pending):
                 figures[key] = built
                 progress.done(key, built)
@@ -186,6 +193,7 @@ def build_shard(work: ShardWork) -> Figures:
         if waiting:
             _write_group(work, waiting, common, views, encoded, hashes, writers)
         told = [asdict(rejection) for rejection in rejected]
+        check_not_taken(files, root, work)
         shards = []
         for variant, (name, writer) in enumerate(zip(work.names, writers, strict=True)):
             size, digest = writer.finish({"rejected": told})
@@ -196,27 +204,6 @@ def build_shard(work: ShardWork) -> Figures:
         for writer in writers:
             writer.discard()
     return {"rejected": told, "shards": shards}
-
-
-def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes] | Rejection:
-    """The stored pixels (EXIF ignored, as the annotations want) and the file's sha256, or why not."""
-    try:
-        with open(photo.path, "rb") as stream:
-            content = stream.read()
-        image = decode_image(content, apply_exif=False, max_pixels=max_pixels)
-    except FileNotFoundError:
-        reason, detail = "missing_image", "no such file"
-    except OSError as error:
-        reason, detail = "unreadable", str(error.strerror)
-    except ImageError as error:
-        reason, detail = error.reason, str(error)
-    else:
-        height, width = image.shape[:2]
-        if (width, height) == (photo.width, photo.height):
-            return image, hashlib.sha256(content).digest()
-        reason = "size_differs"
-        detail = f"{width} x {height} px, the annotations are for {photo.width} x {photo.height}"
-    return Rejection(reason, photo.file_name, photo.image_id, None, detail, len(photo.people))
 
 
 def _person_columns(work: ShardWork, people: Sequence[Any]) -> dict[str, Any]:
@@ -336,16 +323,29 @@ def _build_batch(batch: pa.Table) -> pa.Table:
     return pa.table({"answer": answers})
 
 
+def _slots() -> int:
+    """Tasks that can run at once: the CPUs of the Ray that is there."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
+
+
 class Progress:
-    """Lines that say how far it is, on a terminal or in a log: at most one in two seconds, and the last."""
+    """Lines that say how far it is, on a terminal or in a log: at most one in two seconds, and the last.
+
+    The time left follows from people per second of a task's work and the tasks at once, not from what is
+    finished so far: when the first of sixteen shards is, the others are nearly so.
+    """
 
     def __init__(self, pending: Sequence[ShardWork]) -> None:
         self._people = {work.key: work.people for work in pending}
         self._answers: list[Figures] = []
         self._told = 0.0
+        self._slots = 1
         self.people = 0
 
-    def begin(self) -> None:
+    def begin(self, slots: int) -> None:
+        self._slots = max(1, slots)
         people, shards = sum(self._people.values()), len(self._people)
         print(f"preprocess: {people:,} people in {shards} shards to make", flush=True)
 
@@ -362,9 +362,16 @@ class Progress:
             return
         self._told = answer["end"]
         rate = self.people / max(self.seconds, 1e-9)
-        eta = f", about {left / rate:,.0f} s left" if left else ""
+        eta = f", about {self.seconds_left():,.0f} s left" if left else ""
         shards = f"{len(self._answers)} of {len(self._people)} shards"
         print(f"preprocess: {shards}, {self.people:,} people, {rate:,.0f} people/s{eta}", flush=True)
+
+    def seconds_left(self) -> float:
+        """Until the last shard, from what the finished ones took; what is in work counts as not begun."""
+        left = sum(self._people.values()) - self.people
+        busy = sum(answer["end"] - answer["start"] for answer in self._answers)
+        at_once = min(self._slots, max(1, len(self._people) - len(self._answers)))
+        return left * busy / max(1, self.people) / at_once
 
     def overlap(self) -> tuple[int, int]:
         """Most shards in work at one moment, and the number of processes that worked."""
@@ -415,6 +422,7 @@ def finish(
     fields = {"config": data.semantic(), "splits": sections, "code": _code_versions()}
     files, root = open_folder(data.shards)
     try:
+        check_target(data.shards, works)
         sha256 = write_rejected(files, f"{root}/rejected.parquet", rows)
         fields["rejected"] = {"rows": len(rows), "sha256": sha256}
         return write_manifest(data.shards, fields)

@@ -128,14 +128,20 @@ class ShardWriter:
         scalars = [
             n for n, kind in COLUMNS.items() if not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
         ]
-        self._writer = pq.ParquetWriter(
-            self._temporary,
-            schema,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=scalars,
-            write_page_checksum=True,
-        )
+        # Opened here: a ParquetWriter that fails, at its first bytes or its last, leaves its file open.
+        self._stream = pa.OSFile(self._temporary, "wb")
+        try:
+            self._writer = pq.ParquetWriter(
+                self._stream,
+                schema,
+                compression="zstd",
+                use_dictionary=False,
+                write_statistics=scalars,
+                write_page_checksum=True,
+            )
+        except BaseException:
+            self._remove()
+            raise
         self.row_groups: list[int] = []
 
     def write(self, columns: Mapping[str, Any]) -> None:
@@ -150,6 +156,7 @@ class ShardWriter:
         """Close with `figures` (JSON) in the footer and publish. Returns (bytes, sha256)."""
         self._writer.add_key_value_metadata({"hrnet_figures": canonical_json(figures)})
         self._writer.close()
+        self._stream.close()
         size = os.path.getsize(self._temporary)
         digest = sha256_of(fs.LocalFileSystem(), self._temporary)
         publish(self._files, self._temporary, self._path)
@@ -160,6 +167,11 @@ class ShardWriter:
         """Remove the temporary file if it is still there."""
         with contextlib.suppress(OSError):  # a full disk is so again on closing; the first error is told
             self._writer.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.close()
         Path(self._temporary).unlink(missing_ok=True)
 
 
@@ -228,6 +240,16 @@ def inspect_shard(
             figures,
             (files.get_file_info(path).size, sha256_of(files, path), row_groups),
         )
+    except (OSError, pa.ArrowException, ValueError):
+        return None
+
+
+def plan_of_shard(files: fs.FileSystem, path: str) -> str | None:
+    """The hash of the plan in a shard's footer, "" in a Parquet file that is none of ours; None where no
+    footer can be read."""
+    try:
+        metadata = pq.read_schema(path, filesystem=files).metadata or {}
+        return str(json.loads(metadata.get(b"hrnet", b"{}")).get("plan", ""))
     except (OSError, pa.ArrowException, ValueError):
         return None
 
