@@ -153,7 +153,7 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
 
 def _check_folders(root: Path, split: str, annotation_file: Path, pictures: Path) -> None:
     if not os.path.isdir(root):
-        raise DataError(f"data.root: {root} is not a folder. Give --data.root the folder of a COCO set.")
+        raise DataError(f"{root} is not a folder: give the root of a COCO set (preprocess: --data.root).")
     if not os.path.isfile(annotation_file):
         there = sorted(p.name for p in annotation_file.parent.glob("*.json"))
         raise DataError(

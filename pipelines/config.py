@@ -238,6 +238,8 @@ class ServeSettings(Section):
     max_people: int = Field(default=128, ge=1)
     """Boxes in one request, over all its pictures."""
     max_images: int = Field(default=16, ge=1)
+    first_frame: bool = False
+    """Take the first picture of an animation or of a file with several pages; else it is refused (415)."""
     samples: str | None = None
     """Pictures for the page: a folder with a boxes.json, or the picture folder of a COCO split."""
     haproxy: bool | None = None

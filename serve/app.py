@@ -376,6 +376,13 @@ def prepare(model: Model, picture: Picture, limits: Limits, keep: bool) -> Prepa
 
     try:
         header = read_header(picture.data)
+        if header.frames > 1 and not limits.first_frame:
+            raise Problem(
+                "several-frames",
+                f"{picture.field}: the {header.format} file holds several frames or pages, and which one is "
+                f"meant is not said. Send one picture.",
+                field=picture.field,
+            )
         image = decode_image(picture.data, apply_exif=True, max_pixels=limits.max_pixels)
     except ImageError as error:
         slug = {"too_large": "too-many-pixels", "truncated": "truncated-picture"}.get(

@@ -37,6 +37,8 @@ class Limits(BaseModel):
     max_people: int = Field(default=128, ge=1)
     """Boxes over all pictures of the request."""
     max_images: int = Field(default=16, ge=1)
+    first_frame: bool = False
+    """Take the first picture of an animation or of a file with several pages; else it is refused."""
 
 
 class ServeArgs(BaseModel):
@@ -180,6 +182,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "method-not-allowed": (405, "This address does not take that method"),
     "body-too-large": (413, "The body is too large"),
     "media-type": (415, "This media type is not read"),
+    "several-frames": (415, "A file of several pictures is not read"),
     "invalid-field": (422, "A field is missing, unknown or wrong"),
     "invalid-boxes": (422, "The boxes cannot be used"),
     "too-many-images": (422, "Too many pictures in one request"),

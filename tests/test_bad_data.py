@@ -64,7 +64,11 @@ CASES = {
         "test_images.py::test_sixteen_bits_keep_the_upper_eight",
         "test_images.py::test_alpha_is_dropped_and_the_colours_stay",
     ),
-    "8 animations and pages: the first": ("test_images.py::test_of_an_animation_the_first_frame",),
+    "8 animations and pages: the first of a file, 415 of the endpoint": (
+        "test_images.py::test_of_an_animation_the_first_frame",
+        "test_serve.py::test_a_bad_request_is_a_problem_that_names_the_field",
+        "test_serve.py::test_the_first_frame_of_an_animation_where_that_is_asked_for",
+    ),
     "9 a bomb": (
         "test_images.py::test_a_bomb_is_refused_by_its_header",
         "test_bad_data.py::test_a_bomb_costs_no_memory",

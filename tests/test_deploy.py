@@ -108,6 +108,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "max_pixels": 23,
         "max_people": 29,
         "max_images": 31,
+        "first_frame": True,
     }
     renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
     kept_here = {"host", "port", "haproxy", "samples"}

@@ -132,6 +132,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------- kill -9
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_command_and_again(coco: Path, tmp_path: Path, plain: list[str]) -> None:
     """The real command on Ray, killed with all its processes as its first shard appears."""
     whole = preprocess(config(coco, tmp_path / "whole"))

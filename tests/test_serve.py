@@ -154,6 +154,15 @@ def test_without_boxes_the_whole_picture_is_one_person(
     assert_same(result["persons"], expected.keypoints.xy, expected.keypoints.conf)
 
 
+def test_the_first_frame_of_an_animation_where_that_is_asked_for(checkpoint: Path) -> None:
+    service = service_of(checkpoint, limits=Limits(first_frame=True))
+    answer = call(service, "POST", "/v1/poses", files={"image": ANIMATION}).json()
+    still = io.BytesIO()
+    Image.open(io.BytesIO(ANIMATION)).save(still, "GIF")  # its first frame alone
+    expected = call(service, "POST", "/v1/poses", files={"image": still.getvalue()}).json()
+    assert answer["results"] == expected["results"]
+
+
 def test_an_empty_list_of_boxes_is_an_answer_without_people(service: PoseService) -> None:
     answer = call(
         service, "POST", "/v1/poses", files={"image": encode_png(photo())}, data={"boxes": "[]"}
@@ -236,8 +245,18 @@ def test_models_says_what_is_loaded(service: PoseService, predictor: PosePredict
 
 # --- problems -----------------------------------------------------------------------------------
 
+
+def animation() -> bytes:
+    """A GIF of two frames."""
+    frames = [Image.fromarray(photo(seed, 64, 48)) for seed in (0, 1)]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:])
+    return content.getvalue()
+
+
 PNG = encode_png(photo(0, 64, 48))
 HEADER = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + PNG[24:29]  # promises 3.6 gigapixels
+ANIMATION = animation()
 HUGE = PNG[:12] + HEADER + zlib.crc32(HEADER).to_bytes(4, "big") + PNG[33:]
 
 
@@ -304,6 +323,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a text file": (form(b"not a picture at all"), "not-a-picture", "image"),
     "a cut JPEG": (form(encode_jpeg(photo())[:-900]), "truncated-picture", "image"),
     "the second one broken": ({"files": [("image", PNG), ("image", b"GIF?")]}, "not-a-picture", "image[1]"),
+    "an animation": (form(ANIMATION), "several-frames", "GIF file holds several frames"),
     "a bomb": (form(HUGE), "too-many-pixels", "image"),
     "JSON that is none": (
         {"content": b"{", "headers": {"content-type": "application/json"}},
