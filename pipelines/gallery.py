@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hrnet_core.augment import keypoints_in_view
-from hrnet_core.drawing import INK, PAPER, draw_heatmaps, draw_poses, tile
+from hrnet_core.drawing import INK, draw_heatmaps, draw_poses, tile
 from hrnet_core.errors import ImageError
-from hrnet_core.geometry import compose_affine, crop_people, invert_affine
+from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
 from hrnet_core.images import decode_image, encode_jpeg
 from hrnet_core.skeleton import Skeleton
 from pipelines.coco import PROTOCOL
@@ -40,6 +40,7 @@ REJECTED = 4
 """Pictures of each reason, those that cost the most people first."""
 HEIGHT = 256
 """Crops smaller than this are enlarged by a whole factor to about this many px."""
+RED = (255, 80, 60)
 ANNOTATIONS = 400_000_000
 """Bytes of an annotation file beyond which boxes of rejected people are not looked up."""
 
@@ -140,7 +141,8 @@ def view_sheet(
         heat = draw_heatmaps(_enlarged(rows["images"][index])[0], rows["heatmaps"][index])
         gap = np.full((len(pose), 4, 3), 255, np.uint8)
         pairs.append(np.concatenate([pose, gap, heat], axis=1))
-    return tile(pairs, 4, [_label(rows, index, variant) for index in range(len(pairs))])
+    turns = _turns(rows, manifest)
+    return tile(pairs, 4, [_label(rows, index, turn) for index, turn in enumerate(turns)])
 
 
 def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int, int]]) -> Picture:
@@ -152,7 +154,7 @@ def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int,
     for variant in views:
         rows = read_rows(manifest, split, variant, chosen)
         columns.append(_poses(rows, manifest.skeleton()))
-        labels.append(["plain" if not variant else _turn(rows, index) for index in range(len(chosen))])
+        labels.append([turn or "plain" for turn in _turns(rows, manifest)])
     by_person = [(columns[v][p], labels[v][p]) for p in range(len(chosen)) for v in views]
     return tile([picture for picture, _ in by_person], len(views), [label for _, label in by_person])
 
@@ -176,23 +178,31 @@ def _enlarged(crop: Picture) -> tuple[Picture, int]:
     return np.asarray(large, np.uint8), factor
 
 
-def _label(rows: Mapping[str, NDArray[Any]], index: int, variant: int) -> str:
+def _label(rows: Mapping[str, NDArray[Any]], index: int, turn: str) -> str:
     visible = rows["keypoints"][index, :, 2]
-    if variant:
-        return f"{_turn(rows, index)}, image {rows['image_id'][index]}"
-    return f"{(visible == 2).sum()} seen, {(visible == 1).sum()} hidden, image {rows['image_id'][index]}"
+    seen = f"{(visible == 2).sum()} seen, {(visible == 1).sum()} hidden"
+    return f"{turn or seen}, image {rows['image_id'][index]}"
 
 
-def _turn(rows: Mapping[str, NDArray[Any]], index: int) -> str:
-    return f"{rows['rotation_deg'][index]:+.0f}°" + (", mirrored" if rows["flipped"][index] else "")
+def _turns(rows: Mapping[str, NDArray[Any]], manifest: Manifest) -> list[str]:
+    """How each view differs from the plain one: "+12°, x0.80, mirrored"; "" for the plain one."""
+    plain = box_to_center_scale(rows["bbox_xywh"], manifest.input_size, manifest.config["padding"])[1]
+    zooms = rows["scale"][:, 1] / plain[:, 1]
+    turns = []
+    for variant, angle, zoom, flipped in zip(
+        rows["variant"], rows["rotation_deg"], zooms, rows["flipped"], strict=True
+    ):
+        turn = f"{angle:+.0f}°, " if angle else ""
+        turns.append(f"{turn}x{zoom:.2f}{', mirrored' if flipped else ''}" if variant else "")
+    return turns
 
 
 # ---------------------------------------------------------------------------------- what was left out
 
 
 def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
-    """Rows of rejected.parquet: of each split and reason those that cost the most people, with `rows` and
-    `all_people` of that reason. Defects come before what the protocol leaves out."""
+    """Rows of rejected.parquet: of each split and reason up to REJECTED that cost the most people, of
+    different photos. Defects come before what the protocol leaves out."""
     files, root = open_folder(manifest.folder)
     table = pq.read_table(f"{root}/rejected.parquet", filesystem=files)
     order = [("people", "descending"), ("image_id", "ascending"), ("ann_id", "ascending")]
@@ -201,9 +211,11 @@ def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
         counts = manifest.split(split)["rejected"]
         own = table.filter(pa.compute.equal(table["split"], split))
         for reason in sorted(counts, key=lambda r: (r in PROTOCOL, -counts[r]["people"], r)):
-            rows = own.filter(pa.compute.equal(own["reason"], reason)).sort_by(order).slice(0, REJECTED)
-            whole = {"rows": counts[reason]["rows"], "all_people": counts[reason]["people"]}
-            chosen += [{**row, **whole} for row in rows.to_pylist()]
+            rows = own.filter(pa.compute.equal(own["reason"], reason)).sort_by(order).slice(0, 16 * REJECTED)
+            by_file: dict[str, dict[str, Any]] = {}  # one of each photo, as long as there are others
+            for row in rows.to_pylist():
+                by_file.setdefault(row["file"], row)
+            chosen += list(by_file.values())[:REJECTED]
     return chosen
 
 
@@ -230,19 +242,32 @@ def _rejected_picture(
         photo = decode_image(file.read_bytes(), apply_exif=False, max_pixels=max_pixels)
     except (OSError, ImageError, ValueError):
         return _words(row["detail"])
+    left, top = 0, 0
+    if box is not None:
+        photo, left, top = _surroundings(photo, box)
     factor = min(360 / photo.shape[1], HEIGHT / photo.shape[0])
     size = (max(1, round(factor * photo.shape[1])), max(1, round(factor * photo.shape[0])))
     small = np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_AREA), np.uint8)
     if box is not None:
-        start, end = ([round(16 * factor * value) for value in corner] for corner in _corners(box))
-        for color, width in ((INK, 4), ((255, 80, 60), 2)):
+        x, y, w, h = box
+        corners = ((x - left, y - top), (x + w - left, y + h - top))
+        start, end = ([round(16 * factor * value) for value in corner] for corner in corners)
+        for color, width in ((INK, 4), (RED, 2)):
             cv2.rectangle(small, start, end, color, width, cv2.LINE_AA, 4)
     return small
 
 
-def _corners(box: Sequence[float]) -> tuple[tuple[float, float], tuple[float, float]]:
+def _surroundings(photo: Picture, box: Sequence[float]) -> tuple[Picture, int, int]:
+    """The part of the photo around a box, five times its size and at least a fifth of the photo; its left
+    and top in the photo. People that were left out are often too small to be seen in all of it."""
     x, y, w, h = box
-    return (x, y), (x + w, y + h)
+    height, width = photo.shape[:2]
+    side = max(5 * w, 5 * h, 0.2 * width, 0.2 * height) / 2
+    left, right = (int(np.clip(x + w / 2 + d, 0, width)) for d in (-side, side))
+    top, bottom = (int(np.clip(y + h / 2 + d, 0, height)) for d in (-side, side))
+    if left == right or top == bottom:  # the box lies outside
+        return photo, 0, 0
+    return photo[top:bottom, left:right], left, top
 
 
 def _words(text: str) -> Picture:

@@ -31,9 +31,7 @@ def write_figures(card: Mapping[str, Any], folder: Path) -> list[tuple[str, Path
     augmented = {name: split for name, split in splits.items() if split["variants"] > 1}
     if augmented:
         figures.append(("views", "Augmented views", _views, augmented))
-    return [
-        (title, draw(shown, folder / f"figure-{name}.png")) for name, title, draw, shown in figures
-    ]
+    return [(title, draw(shown, folder / f"figure-{name}.png")) for name, title, draw, shown in figures]
 
 
 def _axes(columns: int, height: float) -> tuple[Any, list[Axes]]:
@@ -64,7 +62,7 @@ def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
         ax.set(title=f"{split}: {card['people']:,} people", xlim=(0, 100), xlabel="% of people")
         ax.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
         ax.invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    _legend(figure, axes[0])
     figure.savefig(file, dpi=110)
     return file
 
@@ -81,8 +79,10 @@ def _people(splits: Mapping[str, Any], file: Path) -> Path:
     axes[0].set(title="height of the box", xscale="log", xlabel="px of the photo", ylabel="% of people")
     axes[1].set(title="people in one photo", xlabel=f"people ({MOST}: or more)", ylabel="% of photos")
     axes[2].set(title="labelled keypoints", xlabel="of one person", ylabel="% of people")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
     _plain_numbers(axes[0])
-    axes[0].legend(loc="upper left", frameon=False, fontsize=9)
+    _legend(figure, axes[0])
     figure.savefig(file, dpi=110)
     return file
 
@@ -92,41 +92,53 @@ def _views(splits: Mapping[str, Any], file: Path) -> Path:
     figure, axes = _axes(3, 3.2)
     for color, (split, card) in zip(_colors(), splits.items(), strict=False):
         views = card["views"]
-        _stairs(axes[0], _together([view["rotation_deg"] for view in views[1:]]), color, split, bars=5)
-        _stairs(axes[1], _together([view["zoom"] for view in views[1:]]), color, split, bars=4)
+        _stairs(axes[0], _together([view["rotation_deg"] for view in views[1:]]), color, split, 5, log=False)
+        _stairs(axes[1], _together([view["zoom"] for view in views[1:]]), color, split, 4)
         lost = [100 * (1 - view["targets"] / max(view["labelled"], 1)) for view in views]
         axes[2].bar([str(v["variant"] or "plain") for v in views], lost, color=color, label=split)
     axes[0].set(title="rotation, where rotated", xlabel="degrees", ylabel="% of rotated views")
     axes[1].set(title="scale against the plain view", xscale="log", xlabel="factor", ylabel="% of views")
     axes[2].set(title="labelled keypoints without heatmap", xlabel="view", ylabel="%")
     _plain_numbers(axes[1])
-    axes[0].legend(loc="upper left", frameon=False, fontsize=9)
+    _legend(figure, axes[1])
     figure.savefig(file, dpi=110)
     return file
+
+
+def _legend(figure: Any, ax: Axes) -> None:
+    """Under the figure, where it covers nothing."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
 def _colors() -> list[str]:
     return [SEEN, "#ff8000", "#3a9e5c", "#8a5bd1"]
 
 
-def _stairs(ax: Axes, histogram: Mapping[str, Any], color: str, label: str, bars: int = BARS) -> None:
-    """A histogram of the card, `bars` of its fine bins in one."""
+def _stairs(
+    ax: Axes, histogram: Mapping[str, Any], color: str, label: str, bars: int = BARS, log: bool = True
+) -> None:
+    """A histogram of the card, `bars` of its fine bins in one; `log` where its edges grow by a factor."""
     counts, edges = np.array(histogram["counts"]), np.array(histogram["edges"])
     if not len(counts):
         return
-    starts = np.arange(0, len(counts), bars)
-    grouped = np.add.reduceat(counts, starts)
-    share = 100 * grouped / grouped.sum()
-    ax.stairs(share, np.append(edges[starts], edges[-1]), color=color, label=label, fill=True, alpha=0.25)
-    ax.stairs(share, np.append(edges[starts], edges[-1]), color=color)
+    more = np.arange(1, -len(counts) % bars + 1)  # the last bar is as wide as the others
+    beyond = (
+        edges[-1] * (edges[-1] / edges[-2]) ** more if log else edges[-1] + (edges[-1] - edges[-2]) * more
+    )
+    grouped = np.add.reduceat(counts, np.arange(0, len(counts), bars))
+    _area(ax, 100 * grouped / grouped.sum(), np.append(edges, beyond)[::bars], color, label)
+
+
+def _area(ax: Axes, heights: Any, edges: Any, color: str, label: str) -> None:
+    ax.stairs(heights, edges, color=color, label=label, fill=True, alpha=0.25)
+    ax.stairs(heights, edges, color=color)
 
 
 def _steps(ax: Axes, counts: Any, first: int, color: str, label: str) -> None:
     """Shares of whole numbers from `first` on."""
     share = 100 * counts / max(int(counts.sum()), 1)
     edges = np.arange(first, first + len(counts) + 1) - 0.5
-    ax.stairs(share, edges, color=color, label=label, fill=True, alpha=0.25)
-    ax.stairs(share, edges, color=color)
+    _area(ax, share, edges, color, label)
 
 
 def _plain_numbers(ax: Axes) -> None:
@@ -146,7 +158,8 @@ def _together(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for start, end, count in zip(edges, edges[1:], histogram["counts"], strict=False):
             total[start, end] = total.get((start, end), 0) + count
     bins = sorted(total)
-    return {"edges": [start for start, _ in bins] + [bins[-1][1]] if bins else [], "counts": [total[b] for b in bins]}
+    edges = [start for start, _ in bins] + [end for _, end in bins[-1:]]
+    return {"edges": edges, "counts": [total[pair] for pair in bins]}
 
 
 # ---------------------------------------------------------------------------------- the page
@@ -225,7 +238,7 @@ def _left_out(
     if not counts:
         return '<p class="quiet">Nothing was left out.</p>'
     examples = [
-        (row["reason"], row["file"], "" if row["ann_id"] is None else row["ann_id"], row["people"], row["detail"])
+        ["" if row[key] is None else row[key] for key in ("reason", "file", "ann_id", "people", "detail")]
         for row in rejected
     ]
     return (
@@ -245,7 +258,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _fields(fields: Mapping[str, Any]) -> str:
-    return _table(("", ""), [(name, value) for name, value in fields.items() if value is not None])
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in fields.items()
+        if value is not None
+    )
+    return f'<table class="fields">{rows}</table>'
 
 
 def _img(path: Path, alt: str) -> str:

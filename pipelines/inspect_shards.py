@@ -26,6 +26,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
 from pipelines.config import TrackSettings
 from pipelines.files import open_folder, sha256_of
+from pipelines.gallery import write_gallery
 from pipelines.shards import REPAIR, Manifest, Shard, decode_rows
 
 SMALL_COLUMNS = (
@@ -72,8 +73,6 @@ def inspect_shards(
     left out. log: also as an MLflow run with the dataset as input. DataError where a shard is missing,
     unknown or not as the manifest says, and where `out` cannot be written or lies inside the dataset.
     """
-    from pipelines.gallery import write_gallery
-
     manifest = Manifest.load(shards)
     folder = output_folder(manifest, out, storage)
     verify(manifest)
@@ -108,8 +107,8 @@ def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Pat
     folder = Path(out).expanduser().absolute()
     if "://" not in manifest.folder and folder.resolve().is_relative_to(Path(manifest.folder).resolve()):
         raise DataError(
-            f"--out {out} lies inside the dataset {manifest.folder}, which holds its own files only: the next "
-            f"hrnet preprocess would refuse it. Give a folder beside it."
+            f"--out {out} lies inside the dataset {manifest.folder}, which holds its own files only: hrnet "
+            f"preprocess would refuse it the next time. Give a folder beside it."
         )
     return folder
 
@@ -146,7 +145,9 @@ def verify(manifest: Manifest) -> None:
     if found != expected:
         what = "is missing" if found == "missing" else "is not as written: sha256 differs"
         raise DataError(f"{manifest.folder}: rejected.parquet {what}. {REPAIR}")
-    print(f"checked: {len(shards)} shards, {total / 1e6:,.1f} MB, each sha256 as in manifest.json", flush=True)
+    print(
+        f"checked: {len(shards)} shards, {total / 1e6:,.1f} MB, each sha256 as in manifest.json", flush=True
+    )
 
 
 def all_shards(manifest: Manifest, split: str) -> list[Shard]:

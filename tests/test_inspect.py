@@ -21,6 +21,7 @@ from pipelines.cli import main
 from pipelines.coco import read_coco
 from pipelines.config import DataSettings, TrackSettings
 from pipelines.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
+from pipelines.gallery_page import write_figures
 from pipelines.inspect_shards import Histogram, make_card, measure, output_folder
 from pipelines.plan import finished_shards, plan_shards
 from pipelines.preprocess import build_shard, finish
@@ -91,7 +92,9 @@ def test_counts_are_the_annotations(card: dict[str, Any], coco: Path) -> None:
     assert list(train["segment_area"].values()) == [len(kept) - sum(sizes), *sizes]
     heights = np.sort([a["bbox"][3] - 1 for a in kept])  # sanitised: one pixel less
     assert train["box_height"]["median"] == pytest.approx(np.median(heights), rel=0.03)
-    assert heights[0] * 0.98 <= train["box_height"]["5 %"] <= train["box_height"]["95 %"] <= heights[-1] * 1.02
+    assert (
+        heights[0] * 0.98 <= train["box_height"]["5 %"] <= train["box_height"]["95 %"] <= heights[-1] * 1.02
+    )
     assert sum(train["box_height"]["counts"]) == 9
 
 
@@ -111,7 +114,9 @@ def test_views_are_counted_from_their_rows(card: dict[str, Any], pristine: Manif
     assert augmented["zoom"]["5 %"] < augmented["zoom"]["95 %"]
 
 
-def test_figures_do_not_touch_pictures_or_heatmaps(pristine: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_do_not_touch_pictures_or_heatmaps(
+    pristine: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory: a row group at a time, and of that the small columns."""
     seen = []
 
@@ -229,7 +234,9 @@ def test_people_of_a_sheet_are_spread_and_the_same_in_every_view(pristine: Manif
     assert len(spread_rows(pristine, TRAIN, 100)) == len(set(spread_rows(pristine, TRAIN, 100))) == 9
     plain, second = (read_rows(pristine, TRAIN, variant, places) for variant in (0, 2))
     assert plain["ann_id"].tolist() == second["ann_id"].tolist()
-    whole = [pq.read_table(f"{pristine.folder}/{s.path}")["ann_id"].to_pylist() for s in pristine.shards(TRAIN)]
+    whole = [
+        pq.read_table(f"{pristine.folder}/{s.path}")["ann_id"].to_pylist() for s in pristine.shards(TRAIN)
+    ]
     flat = [ann_id for part in whole for ann_id in part]
     assert plain["ann_id"].tolist() == [flat[i] for i in (1, 4, 7)]
 
@@ -273,6 +280,11 @@ def test_the_heaviest_of_each_reason_with_pictures_or_words(pristine: Manifest, 
     assert (missing == 225).any(axis=-1).mean() > 0.8
     outside = {**rows[1], "file": f"../{VAL}/{VAL}-0.jpg"}
     assert (gallery._rejected_picture(outside, coco, 10**6, None)[0, 0] == (225, 227, 231)).all()
+    # A person's part of the photo: at 160 x 120 px with a box of 10 x 10 it is 50 px wide and high.
+    part, left, top = gallery._surroundings(photo, (60, 40, 10, 10))
+    np.testing.assert_array_equal(part, photo[20:70, 40:90])
+    assert (left, top) == (40, 20)
+    assert gallery._surroundings(photo, (500, 500, 10, 10))[0] is photo
     assert rejected_sheet(rows, coco, 10**6).shape[2] == 3
 
 
@@ -308,6 +320,15 @@ def test_the_page_holds_everything_and_is_the_same_again(
     assert json.loads((first / "card.json").read_text())["digest"] == pristine.digest
 
 
+def test_views_that_are_never_rotated_have_a_figure(card: dict[str, Any], tmp_path: Path) -> None:
+    still = json.loads(json.dumps(card))
+    for view in still["splits"][TRAIN]["views"]:
+        view["rotation_deg"] = {"5 %": 0, "median": 0, "95 %": 0, "edges": [], "counts": []}
+    files = dict(write_figures(still, tmp_path))
+    assert list(files) == ["Keypoints", "People", "Augmented views"]
+    assert all(file.stat().st_size > 5000 for file in files.values())
+
+
 # ---------------------------------------------------------------------------------- MLflow
 
 
@@ -317,7 +338,15 @@ def test_a_search_for_the_digest_finds_the_card_and_the_training(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     storage = tmp_path / "runs"
-    command = ["inspect", pristine.folder, "--out", str(tmp_path / "out"), "--log", "--run.storage", str(storage)]
+    command = [
+        "inspect",
+        pristine.folder,
+        "--out",
+        str(tmp_path / "out"),
+        "--log",
+        "--run.storage",
+        str(storage),
+    ]
     assert main(command) == 0
     assert "none yet" in capsys.readouterr().out
     tracker = Tracker(TrackSettings(), storage)
@@ -341,6 +370,6 @@ def test_a_search_for_the_digest_finds_the_card_and_the_training(
     assert run.data.metrics[f"data/{TRAIN}/people_left_out"] == 4
     assert run.data.params["data.codec"] == "official"
     names = {i.dataset.name: (i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs}
-    assert names == {split: (pristine.digest[:36], "inspection") for split in (TRAIN, VAL)}
+    assert names == dict.fromkeys((TRAIN, VAL), (pristine.digest[:36], "inspection"))
     logged = {item.path for item in tracker.client.list_artifacts(run.info.run_id, "dataset")}
     assert {"dataset/card.json", "dataset/index.html", f"dataset/{TRAIN}-v1.jpg"} <= logged
