@@ -45,8 +45,11 @@ ANNOTATIONS = 400_000_000
 """Bytes of an annotation file beyond which boxes of rejected people are not looked up."""
 
 
-def write_gallery(manifest: Manifest, card: Mapping[str, Any], folder: Path, coco: str | None) -> Path:
-    """Pictures and index.html in `folder`; returns the page. OSError where they cannot be written.
+def write_gallery(
+    manifest: Manifest, card: Mapping[str, Any], folder: Path, coco: str | None
+) -> tuple[Path, list[Path]]:
+    """Pictures and index.html in `folder`; returns the page and the pictures. OSError where they cannot be
+    written.
 
     card: of inspect_shards.make_card. coco: the root with the photos of what was left out, if at hand.
     """
@@ -69,7 +72,7 @@ def write_gallery(manifest: Manifest, card: Mapping[str, Any], folder: Path, coc
         pictures["rejected"] = [_write(folder, "rejected", "left out", sheet)]
     page = folder / "index.html"
     write_page(page, card, pictures, rejected)
-    return page
+    return page, [file for group in pictures.values() for _, file in group]
 
 
 def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, Path]:
@@ -146,7 +149,7 @@ def view_sheet(
 
 
 def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int, int]]) -> Picture:
-    """A row for each person, a column for each of its views, with the keypoints as the view has them."""
+    """The views of each person side by side, with the keypoints as the view has them."""
     step = max(1, len(places) // VIEWED_PEOPLE)
     chosen = list(places)[::step][:VIEWED_PEOPLE]
     views = range(min(manifest.variants(split), VIEWS))
@@ -156,7 +159,8 @@ def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int,
         columns.append(_poses(rows, manifest.skeleton()))
         labels.append([turn or "plain" for turn in _turns(rows, manifest)])
     by_person = [(columns[v][p], labels[v][p]) for p in range(len(chosen)) for v in views]
-    return tile([picture for picture, _ in by_person], len(views), [label for _, label in by_person])
+    across = len(views) * max(1, VIEWS // len(views))  # whole people in a row
+    return tile([picture for picture, _ in by_person], across, [label for _, label in by_person])
 
 
 def _poses(rows: Mapping[str, NDArray[Any]], skeleton: Skeleton) -> list[Picture]:

@@ -196,8 +196,7 @@ people in every view, spread evenly over the split.</p>{views}</section>
 def _splits_line(splits: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{name}: {split['people']:,} people in {split['photos']:,} photos, "
-        f"{split['variants']} view{'s' if split['variants'] > 1 else ''} of each, {split['shards']} shards, "
-        f"{split['bytes'] / 1e6:,.1f} MB"
+        f"views of each: {split['variants']}, shards: {split['shards']}, {split['bytes'] / 1e6:,.1f} MB"
         for name, split in splits.items()
     )
 
@@ -212,9 +211,9 @@ def _tiles(splits: Mapping[str, Any]) -> str:
             (f"{split['people']:,}", name, f"people in {split['photos']:,} photos; {lost:,} left out"),
             (split["labelled_keypoints"]["mean"], name, f"labelled keypoints of {len(split['keypoints'])}"),
             (
-                f"{heights['median']:.0f} px",
+                f"{heights['median']:.0f}",
                 name,
-                f"median height; 90 % between {heights['5 %']:.0f} and {heights['95 %']:.0f} px",
+                f"px of median height; 90 % between {heights['5 %']:.0f} and {heights['95 %']:.0f}",
             ),
             (crowd["mean"], name, f"people in a photo, at most {crowd['most']}"),
         ]

@@ -75,13 +75,16 @@ def inspect_shards(
     """
     manifest = Manifest.load(shards)
     folder = output_folder(manifest, out, storage)
+    if coco is not None:
+        _check_coco(manifest, Path(coco).expanduser())
     verify(manifest)
     card = make_card(manifest, {split: measure(manifest, split) for split in manifest.splits})
     print(card_text(card), flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-        page = write_gallery(manifest, card, folder, coco)
+        told = folder / "card.json"
+        told.write_text(json.dumps(card, indent=1) + "\n")
+        page, pictures = write_gallery(manifest, card, folder, coco)
     except OSError as error:
         raise DataError(
             f"{folder}: the pictures cannot be written ({error.strerror or error}). Give --out a folder "
@@ -91,7 +94,7 @@ def inspect_shards(
     if log:
         from pipelines.tracking import record_dataset
 
-        files = [p for p in sorted(folder.iterdir()) if p.suffix in (".jpg", ".png", ".html", ".json")]
+        files = [told, page, *pictures]
         run_id, others = record_dataset(card, files, manifest.folder, track, storage)
         print(f"MLflow run {run_id}; other runs on this dataset: {', '.join(others) or 'none yet'}")
     return Inspection(card, folder, page, run_id)
@@ -111,6 +114,15 @@ def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Pat
             f"preprocess would refuse it the next time. Give a folder beside it."
         )
     return folder
+
+
+def _check_coco(manifest: Manifest, coco: Path) -> None:
+    missing = [split for split in manifest.splits if not (coco / split).is_dir()]
+    if missing:
+        raise DataError(
+            f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
+            f"made from, or leave --coco out: then rejections are told, not shown."
+        )
 
 
 # ---------------------------------------------------------------------------------- whole?

@@ -199,6 +199,8 @@ def test_no_dataset_and_a_place_inside_it_are_refused(
     for inside in (copy, copy / "data", copy / "look" / "here"):
         assert main(["inspect", str(copy), "--out", str(inside)]) == 2
         assert "--out" in capsys.readouterr().err
+    assert main(["inspect", str(copy), "--coco", str(tmp_path)]) == 2
+    assert f"--coco {tmp_path}: no folder {TRAIN}, {VAL}" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["inspect", str(copy), "--out", str(tmp_path / "file")]) == 2
     assert "--out" in capsys.readouterr().err
@@ -351,6 +353,7 @@ def test_a_search_for_the_digest_finds_the_card_and_the_training(
     assert "none yet" in capsys.readouterr().out
     tracker = Tracker(TrackSettings(), storage)
     # As hrnet train logs its input (pipelines/train.py).
+    (tmp_path / "out" / "other.jpg").write_bytes(b"of another dataset")
     dataset = {"source": pristine.folder, "digest": pristine.digest, "training": TRAIN, "validation": VAL}
     trained = tracker.open_run("w32", {}, {"dataset_digest": pristine.digest}, dataset)
     other = {**dataset, "digest": "0" * 64}
@@ -373,3 +376,4 @@ def test_a_search_for_the_digest_finds_the_card_and_the_training(
     assert names == dict.fromkeys((TRAIN, VAL), (pristine.digest[:36], "inspection"))
     logged = {item.path for item in tracker.client.list_artifacts(run.info.run_id, "dataset")}
     assert {"dataset/card.json", "dataset/index.html", f"dataset/{TRAIN}-v1.jpg"} <= logged
+    assert "dataset/other.jpg" not in logged
