@@ -79,7 +79,17 @@ Left out; rejected.parquet has each one with its reason:
 {_table(("column", "type", "meaning"), meaning)}
 
 Codec, sizes, skeleton and the plan's hash stand in each file's schema metadata under `hrnet`. In the crop a
-keypoint lies at `image_to_crop` of (x, y, 1); in a flipped row the pairs change places as well.
+keypoint lies at `image_to_crop` of (x, y, 1); in a flipped row the pairs change places as well. All views are
+rows of their split: keep `variant` 0 for one row a person. The bytes of `heatmaps` are little-endian, of the
+`dtype` and `shape` in that metadata:
+
+```python
+import json, numpy as np, pyarrow.parquet as pq
+from datasets import load_dataset
+row = load_dataset("PATH_OF_THIS_FOLDER")["{next(iter(splits))}"][0]
+own = json.loads(pq.read_schema("{next(iter(splits.values()))["shards"][0]["path"]}").metadata[b"hrnet"])
+heatmaps = np.frombuffer(row["heatmaps"], own["heatmaps"]["dtype"]).reshape(own["heatmaps"]["shape"])
+```
 """
 
 

@@ -169,6 +169,28 @@ def preprocess(argv: Sequence[str]) -> int:
     return 0
 
 
+class InspectArguments(Section):
+    shards: Annotated[str, *positional("SHARDS")]
+    """Folder or URI of a dataset that hrnet preprocess wrote."""
+    out: str | None = None
+    """Folder for the page, the pictures and card.json; default: SHARDS_inspection beside the dataset."""
+    coco: str | None = None
+    """The COCO root it was made from: shows the pictures of what was left out."""
+    log: bool = False
+    """Also record card and pictures in MLflow, as the run of this dataset's digest."""
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """check a dataset's shards, count what is in them, and draw a page of it"""
+    args = parse(InspectArguments, "inspect", argv, "Check, count and show a preprocessed dataset.")
+    from pipelines.inspect_shards import inspect_shards
+
+    print(inspect_shards(args.shards, args.out, args.coco, args.log, args.track, args.run.storage))
+    return 0
+
+
 def train(argv: Sequence[str]) -> int:
     """train HRNet on shards, DDP on Ray Train, followed in MLflow"""
     config = parse_config("train", argv, "Train an HRNet on preprocessed shards.")
@@ -363,6 +385,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "draw": draw,
     "validate": validate,
     "preprocess": preprocess,
+    "inspect": inspect,
     "train": train,
     "evaluate": evaluate,
     "promote": promote,

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -405,10 +405,12 @@ class Manifest:
     def skeleton(self) -> Skeleton:
         return skeleton_from_dict(self.config["skeleton"], f"{self.folder}/{MANIFEST}")
 
-    def verify(self, splits: Iterable[str] | None = None) -> None:
+    def verify(
+        self, splits: Iterable[str] | None = None, progress: Callable[[Shard], None] | None = None
+    ) -> None:
         """Hash every shard of `splits` (all by default) against the manifest: once a run, before reading.
 
-        DataError names each shard that differs.
+        `progress` is called in this thread for each shard in order. DataError names each that differs.
         """
         files, root = open_folder(self.folder)
         names = self.splits if splits is None else tuple(splits)
@@ -420,8 +422,13 @@ class Manifest:
             except FileNotFoundError:
                 return True
 
+        bad = []
         with ThreadPoolExecutor(4) as pool:
-            bad = [s.path for s, wrong in zip(shards, pool.map(differs, shards), strict=True) if wrong]
+            for shard, wrong in zip(shards, pool.map(differs, shards), strict=True):
+                if wrong:
+                    bad.append(shard.path)
+                if progress is not None:
+                    progress(shard)
         if bad:
             raise DataError(
                 f"{self.folder}: {', '.join(bad[:5])} ({len(bad)} in all) not as written: sha256 differs "

@@ -28,6 +28,7 @@ from pipelines.config import TrackSettings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 log = logging.getLogger("hrnet.tracking")
@@ -35,6 +36,8 @@ log = logging.getLogger("hrnet.tracking")
 CHAMPION = "champion"
 PROTOCOL = ("data_digest", "boxes", "flip_test", "preset")
 """What must be equal before two APs are compared (docs/contracts.md)."""
+DIGITS = 36
+"""MLflow's limit for the digest of a dataset: the run's tag dataset_digest has all 64."""
 EVALUATION = "evaluation."
 """Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats"}."""
 
@@ -110,9 +113,6 @@ class Tracker:
         logged as an input of that context.
         """
         import mlflow
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag, Param
 
         with _quiet():
             if run_id is not None:
@@ -120,19 +120,37 @@ class Tracker:
                     if self.client.get_run(run_id).info.lifecycle_stage == "active":
                         self.client.update_run(run_id, status="RUNNING")
                         return run_id
-            run = self.client.create_run(self._experiment(), run_name=name, tags=dict(tags))
-            source, digest = (
-                resolve_dataset_source(dataset["source"]),
-                dataset["digest"][:36],
-            )  # MLflow's limit
-            for context in ("training", "validation"):
-                entity = MetaDataset(source, dataset[context], digest)._to_mlflow_entity()
-                tag = InputTag("mlflow.data.context", context)
-                self.client.log_inputs(run.info.run_id, [DatasetInput(entity, [tag])])
-            rows = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
-            for start in range(0, len(rows), 100):
-                self.client.log_batch(run.info.run_id, params=rows[start : start + 100])
-            return run.info.run_id
+            run_id = self.new_run(name, tags)
+            pairs = [(context, dataset[context]) for context in ("training", "validation")]
+            self.log_dataset(run_id, dataset["source"], dataset["digest"], pairs)
+            self.log_params(run_id, params)
+            return run_id
+
+    def new_run(self, name: str, tags: Mapping[str, str]) -> str:
+        return str(self.client.create_run(self._experiment(), run_name=name, tags=dict(tags)).info.run_id)
+
+    def log_dataset(self, run_id: str, source: str, digest: str, pairs: Iterable[tuple[str, str]]) -> None:
+        """Splits of a dataset as inputs of a run: (context, split)."""
+        from mlflow.data.dataset_source_registry import resolve_dataset_source
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        for context, split in pairs:
+            entity = MetaDataset(resolve_dataset_source(source), split, digest[:DIGITS])._to_mlflow_entity()
+            self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        rows = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
+        for start in range(0, len(rows), 100):
+            self.client.log_batch(run_id, params=rows[start : start + 100])
+
+    def runs_on(self, digest: str) -> list[Run]:
+        """All runs of the experiment that have the dataset of this digest as an input, newest first."""
+        with _quiet():
+            found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
+            return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
     def close_run(self, run_id: str, status: str) -> None:
         """End the run: "FINISHED", "FAILED" or "KILLED". A store that is away is only reported."""
@@ -380,6 +398,36 @@ def record_evaluation(
                 tracker.client.log_metric(version.run_id, f"{prefix}/{name}", float(value))
             tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
     return f"{version.name}/{version.version}"
+
+
+def record_dataset(
+    card: Mapping[str, Any],
+    files: Sequence[Path],
+    source: str,
+    track: TrackSettings | None = None,
+    storage: str | Path = "runs",
+) -> tuple[str, list[str]]:
+    """A dataset's card (inspect_shards.make_card) and pictures as the one run of its digest, made or written
+    anew. Its inputs are those of a training run on the dataset, so one search finds both. Returns the run's
+    id and the names of the other runs on this dataset."""
+    tracker = Tracker(track or TrackSettings(), storage)
+    digest, splits = card["digest"], card["splits"]
+    known = tracker.runs_on(digest)
+    own = [run.info.run_id for run in known if run.data.tags.get("stage") == "inspect"]
+    with _quiet():
+        tags = {"stage": "inspect", "dataset_digest": digest, "code_version": code_version()}
+        name = f"dataset-{digest[:8]}"
+        run_id = own[0] if own else tracker.new_run(name, tags)
+        tracker.log_dataset(run_id, source, digest, [("inspection", split) for split in splits])
+        tracker.log_params(run_id, {"data": card["config"]})
+        for split, figures in splits.items():
+            lost = sum(count["people"] for count in figures["rejected"].values())
+            counts = {key: figures[key] for key in ("people", "photos", "variants", "shards", "bytes")}
+            for what, count in {**counts, "people_left_out": lost}.items():
+                tracker.client.log_metric(run_id, f"data/{split}/{what}", float(count))
+        tracker.log_files(run_id, files, "dataset")
+    tracker.close_run(run_id, "FINISHED")
+    return run_id, [str(run.info.run_name) for run in known if run.info.run_id not in own]
 
 
 def evaluations(version: ModelVersion) -> dict[str, dict[str, Any]]:

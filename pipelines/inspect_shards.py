@@ -1,0 +1,439 @@
+"""`hrnet inspect SHARDS`: is the dataset whole, what is in it, and what does it look like?
+
+    every sha256 against the manifest -> figures from the small columns -> the card
+    -> pictures and one page (gallery.py) -> on request a run in MLflow
+
+Memory does not grow with the dataset: counts and histograms are added up a row group at a time, pictures
+show a fixed number of rows, and both are the same whenever the digest is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from hrnet_core.errors import DataError
+from hrnet_core.geometry import box_to_center_scale
+from pipelines.config import TrackSettings
+from pipelines.files import open_folder, sha256_of
+from pipelines.gallery import write_gallery
+from pipelines.shards import REPAIR, Manifest, Shard, decode_rows
+
+SMALL_COLUMNS = (
+    "image_id", "keypoints", "weights", "bbox_xywh", "area", "scale", "rotation_deg", "flipped",
+)  # fmt: skip
+"""What the figures are made of: everything but pictures and heatmaps, which are 99 % of the bytes."""
+AREAS = {"small": 0.0, "medium": 32.0**2, "large": 96.0**2}
+"""COCO's classes of people by the area of their segment, each from this many px^2 on."""
+QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95}
+LENGTHS = np.geomspace(1, 20_000, 501)
+"""Edges for box sides in px: 2 % apart."""
+ANGLES = np.linspace(-180, 180, 181)
+FACTORS = np.geomspace(0.1, 10, 233)
+"""Edges for the scale of a view against the plain one: 2 % apart."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_shards` found and where it put it."""
+
+    card: dict[str, Any]
+    """Figures of the dataset, JSON types, no paths: equal for equal digests."""
+    out: Path
+    page: Path
+    run_id: str | None
+    """The MLflow run, where one was asked for."""
+
+    def __str__(self) -> str:
+        return f"pictures and page: {self.page}"
+
+
+def inspect_shards(
+    shards: str,
+    out: str | Path | None = None,
+    coco: str | None = None,
+    log: bool = False,
+    track: TrackSettings | None = None,
+    storage: str | Path = "runs",
+) -> Inspection:
+    """Check, count and draw the dataset in `shards` (path or URI); prints as it goes.
+
+    out: folder for card.json, the pictures and index.html; default: beside a local dataset, in `storage`
+    for one in a bucket. coco: the COCO root that the dataset came from, to show the pictures of what was
+    left out. log: also as an MLflow run with the dataset as input. DataError where a shard is missing,
+    unknown or not as the manifest says, and where `out` cannot be written or lies inside the dataset.
+    """
+    manifest = Manifest.load(shards)
+    folder = output_folder(manifest, out, storage)
+    if coco is not None:
+        _check_coco(manifest, Path(coco).expanduser())
+    verify(manifest)
+    card = make_card(manifest, {split: measure(manifest, split) for split in manifest.splits})
+    print(card_text(card), flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        told = folder / "card.json"
+        told.write_text(json.dumps(card, indent=1) + "\n")
+        page, pictures = write_gallery(manifest, card, folder, coco)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the pictures cannot be written ({error.strerror or error}). Give --out a folder "
+            f"that you may write to."
+        ) from None
+    run_id = None
+    if log:
+        from pipelines.tracking import record_dataset
+
+        files = [told, page, *pictures]
+        run_id, others = record_dataset(card, files, manifest.folder, track, storage)
+        print(f"MLflow run {run_id}; other runs on this dataset: {', '.join(others) or 'none yet'}")
+    return Inspection(card, folder, page, run_id)
+
+
+def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Path) -> Path:
+    """Where the pictures go: never into the dataset, whose folder holds nothing but its own files."""
+    if out is None and "://" in manifest.folder:
+        name = re.sub(r"[^\w.-]+", "_", manifest.folder)
+        return Path(storage).absolute() / "inspections" / name
+    if out is None:
+        return Path(f"{manifest.folder}_inspection")
+    folder = Path(out).expanduser().absolute()
+    if "://" not in manifest.folder and folder.resolve().is_relative_to(Path(manifest.folder).resolve()):
+        raise DataError(
+            f"--out {out} lies inside the dataset {manifest.folder}, which holds its own files only: hrnet "
+            f"preprocess would refuse it the next time. Give a folder beside it."
+        )
+    return folder
+
+
+def _check_coco(manifest: Manifest, coco: Path) -> None:
+    missing = [split for split in manifest.splits if not (coco / split).is_dir()]
+    if missing:
+        raise DataError(
+            f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
+            f"made from, or leave --coco out: then rejections are told, not shown."
+        )
+
+
+# ---------------------------------------------------------------------------------- whole?
+
+
+def verify(manifest: Manifest) -> None:
+    """Every shard and rejected.parquet against the sha256 in the manifest, with progress."""
+    shards = [shard for split in manifest.splits for shard in all_shards(manifest, split)]
+    total = sum(shard.bytes for shard in shards)
+    start = told = time.monotonic()
+    done = seen = 0
+
+    def progress(shard: Shard) -> None:
+        nonlocal done, seen, told
+        done, seen = done + 1, seen + shard.bytes
+        now = time.monotonic()
+        if now - told >= 2:
+            told, rate = now, seen / (now - start)
+            print(
+                f"inspect: {done} of {len(shards)} shards read, {seen / 1e9:.1f} of {total / 1e9:.1f} GB, "
+                f"about {(total - seen) / rate:,.0f} s left",
+                flush=True,
+            )
+
+    manifest.verify(progress=progress)
+    expected = manifest.fields["rejected"]["sha256"]
+    files, root = open_folder(manifest.folder)
+    try:
+        found = sha256_of(files, f"{root}/rejected.parquet")
+    except OSError:
+        found = "missing"
+    if found != expected:
+        what = "is missing" if found == "missing" else "is not as written: sha256 differs"
+        raise DataError(f"{manifest.folder}: rejected.parquet {what}. {REPAIR}")
+    print(
+        f"checked: {len(shards)} shards, {total / 1e6:,.1f} MB, each sha256 as in manifest.json", flush=True
+    )
+
+
+def all_shards(manifest: Manifest, split: str) -> list[Shard]:
+    return [shard for v in range(manifest.variants(split)) for shard in manifest.shards(split, v)]
+
+
+# ---------------------------------------------------------------------------------- figures
+
+
+class Histogram:
+    """Counts between fixed edges; what lies outside counts in the outermost bins."""
+
+    def __init__(self, edges: ArrayLike) -> None:
+        self.edges = np.asarray(edges, np.float64)
+        self.counts = np.zeros(len(self.edges) - 1, np.int64)
+        self._least, self._most = np.inf, -np.inf
+
+    def add(self, values: ArrayLike) -> None:
+        numbers = np.asarray(values, np.float64)
+        self._least = min(self._least, numbers.min(initial=np.inf))
+        self._most = max(self._most, numbers.max(initial=-np.inf))
+        bins = np.searchsorted(self.edges, numbers, side="right") - 1
+        self.counts += np.bincount(bins.clip(0, len(self.counts) - 1), minlength=len(self.counts))
+
+    def quantile(self, share: float) -> float:
+        """Within a bin's width of the values' own quantile; 0 without values."""
+        below = np.concatenate([[0], np.cumsum(self.counts)])
+        place = np.interp(share * below[-1], below, self.edges)
+        return float(np.clip(place, self._least, self._most)) if below[-1] else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The bins that hold something: `edges`, one more than `counts`."""
+        some = np.flatnonzero(self.counts)
+        if not len(some):
+            return {"edges": [], "counts": []}
+        first, end = int(some[0]), int(some[-1]) + 1
+        edges = [float(f"{edge:.4g}") for edge in self.edges[first : end + 1]]
+        return {"edges": edges, "counts": self.counts[first:end].tolist()}
+
+
+@dataclass
+class ViewFigures:
+    """Of one stored view of all people of a split."""
+
+    rows: int = 0
+    flipped: int = 0
+    rotated: int = 0
+    labelled: int = 0
+    """Keypoints with v > 0."""
+    targets: int = 0
+    """Of those, the ones with a heatmap: the others lie outside the view."""
+    rotation: Histogram = field(default_factory=lambda: Histogram(ANGLES))
+    """Degrees, of the rotated ones."""
+    zoom: Histogram = field(default_factory=lambda: Histogram(FACTORS))
+    """Scale of the view over that of the plain one: 1 for the plain one, 0.5 where half of it is seen."""
+
+
+@dataclass
+class SplitFigures:
+    """Of the people of a split, from their plain view; and of each view."""
+
+    visibility: NDArray[np.int64]
+    """(K, 3): people whose keypoint is not labelled, hidden, seen."""
+    heights: Histogram
+    widths: Histogram
+    areas: dict[str, int]
+    labelled: NDArray[np.int64]
+    """(K + 1,): people with so many labelled keypoints."""
+    crowding: NDArray[np.int64]
+    """Photos with so many people in the dataset; grows as needed."""
+    views: list[ViewFigures]
+
+
+def measure(manifest: Manifest, split: str) -> SplitFigures:
+    """Figures of all rows of a split, added up a row group at a time."""
+    num_keypoints = manifest.skeleton().num_keypoints
+    figures = SplitFigures(
+        visibility=np.zeros((num_keypoints, 3), np.int64),
+        heights=Histogram(LENGTHS),
+        widths=Histogram(LENGTHS),
+        areas=dict.fromkeys(AREAS, 0),
+        labelled=np.zeros(num_keypoints + 1, np.int64),
+        crowding=np.zeros(1, np.int64),
+        views=[ViewFigures() for _ in range(manifest.variants(split))],
+    )
+    for shard in all_shards(manifest, split):
+        image_ids = []  # a photo's people share a shard, not always a row group
+        for rows in _small_rows(manifest, shard):
+            _add_view(figures.views[shard.variant], rows, manifest)
+            if shard.variant == 0:
+                _add_people(figures, rows)
+                image_ids.append(rows["image_id"])
+        if image_ids:
+            people = np.unique(np.concatenate(image_ids), return_counts=True)[1]
+            counts = np.bincount(people, minlength=len(figures.crowding))
+            counts[: len(figures.crowding)] += figures.crowding
+            figures.crowding = counts
+    return figures
+
+
+def _small_rows(manifest: Manifest, shard: Shard) -> Iterator[dict[str, NDArray[Any]]]:
+    files, root = open_folder(manifest.folder)
+    columns = list(SMALL_COLUMNS)
+    try:
+        with pq.ParquetFile(
+            f"{root}/{shard.path}", filesystem=files, page_checksum_verification=True
+        ) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield decode_rows(parquet.read_row_group(group, columns=columns), manifest)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{manifest.folder}: {shard.path}: {error}. {REPAIR}") from None
+
+
+def _add_view(view: ViewFigures, rows: dict[str, NDArray[Any]], manifest: Manifest) -> None:
+    config = manifest.config
+    plain = box_to_center_scale(rows["bbox_xywh"], manifest.input_size, config["padding"])[1]
+    view.rows += len(rows["flipped"])
+    view.flipped += int(rows["flipped"].sum())
+    view.rotated += int((rows["rotation_deg"] != 0).sum())
+    view.labelled += int((rows["keypoints"][..., 2] > 0).sum())
+    view.targets += int((rows["weights"] > 0).sum())
+    view.rotation.add(rows["rotation_deg"][rows["rotation_deg"] != 0])
+    view.zoom.add(rows["scale"][:, 1] / plain[:, 1])
+
+
+def _add_people(figures: SplitFigures, rows: dict[str, NDArray[Any]]) -> None:
+    visible = rows["keypoints"][..., 2]
+    figures.visibility += np.stack([(visible == v).sum(axis=0) for v in (0, 1, 2)], axis=1)
+    figures.widths.add(rows["bbox_xywh"][:, 2])
+    figures.heights.add(rows["bbox_xywh"][:, 3])
+    figures.labelled += np.bincount((visible > 0).sum(axis=1), minlength=len(figures.labelled))
+    classes = np.searchsorted(list(AREAS.values()), rows["area"], side="right") - 1
+    for name, count in zip(AREAS, np.bincount(classes.clip(0), minlength=len(AREAS)).tolist(), strict=True):
+        figures.areas[name] += count
+
+
+# ---------------------------------------------------------------------------------- the card
+
+
+def make_card(manifest: Manifest, figures: dict[str, SplitFigures]) -> dict[str, Any]:
+    """The figures with what the manifest says, as JSON."""
+    codec = manifest.codec()
+    names = manifest.skeleton().keypoints
+    return {
+        "digest": manifest.digest,
+        "config": manifest.config,
+        "heatmap_size": list(codec.heatmap_size),
+        "code": manifest.fields["code"],
+        "splits": {
+            split: {
+                **{key: manifest.split(split)[key] for key in ("people", "photos", "variants", "rejected")},
+                "repaired": manifest.split(split)["repaired"],
+                "annotation_sha256": manifest.split(split)["annotation_sha256"],
+                "shards": len(all_shards(manifest, split)),
+                "bytes": sum(shard.bytes for shard in all_shards(manifest, split)),
+                **_split_card(found, names),
+            }
+            for split, found in figures.items()
+        },
+    }
+
+
+def _split_card(figures: SplitFigures, names: Sequence[str]) -> dict[str, Any]:
+    photos = int(figures.crowding.sum())
+    people = int(np.arange(len(figures.crowding)) @ figures.crowding)
+    joints = int(np.arange(len(figures.labelled)) @ figures.labelled)
+    return {
+        "keypoints": {
+            name: dict(zip(("not_labelled", "hidden", "seen"), counts, strict=True))
+            for name, counts in zip(names, figures.visibility.tolist(), strict=True)
+        },
+        "labelled_keypoints": {
+            "mean": round(joints / max(people, 1), 2),
+            "people_with": figures.labelled.tolist(),
+        },
+        "box_height": _spread(figures.heights),
+        "box_width": _spread(figures.widths),
+        "segment_area": figures.areas,
+        "people_per_photo": {
+            "mean": round(people / max(photos, 1), 2),
+            "most": len(figures.crowding) - 1,
+            "photos_with": figures.crowding.tolist(),
+        },
+        "views": [
+            {
+                "variant": variant,
+                "rows": view.rows,
+                "flipped": view.flipped,
+                "rotated": view.rotated,
+                "labelled": view.labelled,
+                "targets": view.targets,
+                "rotation_deg": _spread(view.rotation),
+                "zoom": _spread(view.zoom),
+            }
+            for variant, view in enumerate(figures.views)
+        ],
+    }
+
+
+def _spread(histogram: Histogram) -> dict[str, Any]:
+    places = {name: float(f"{histogram.quantile(share):.3g}") for name, share in QUANTILES.items()}
+    return {**places, **histogram.as_dict()}
+
+
+def card_text(card: dict[str, Any]) -> str:
+    """The card as it is printed."""
+    config, splits = card["config"], card["splits"]
+    width, height = config["input_size"]
+    cells = "x".join(map(str, card["heatmap_size"][::-1]))
+    names = list(next(iter(splits.values()))["keypoints"])
+    codec = f"{config['codec']} heatmaps of {len(names)} x {cells} (float16, sigma {config['sigma']:g} cells)"
+    quality = f"JPEG q{config['jpeg_quality']}" if config["image_format"] == "jpeg" else "PNG"
+    made_by = ", ".join(f"{name} {version}" for name, version in card["code"].items() if version)
+    lines = [
+        f"digest {card['digest']}",
+        f"crops of {height}x{width} in {quality}, {codec}, skeleton {config['skeleton']['name']}",
+        f"made by {made_by}",
+        "",
+        f"{'split':<18}" + "".join(f"{name:>18}" for name in splits),
+        *_rows_of(splits),
+        "",
+        f"{'labelled (hidden)':<18}" + "".join(f"{name:>18}" for name in splits),
+    ]
+    for name in names:
+        cells = [_visibility_cell(split["keypoints"][name]) for split in splits.values()]
+        lines.append(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, split in splits.items():
+        lines += ["", f"left out of {name}: {_rejected_line(split)}", *_view_lines(name, split)]
+    return "\n".join(lines)
+
+
+def _rows_of(splits: dict[str, Any]) -> list[str]:
+    """A line for each figure, a column for each split."""
+
+    def spread(values: dict[str, Any]) -> str:
+        return f"{values['5 %']:.0f} {values['median']:.0f} {values['95 %']:.0f}"
+
+    def areas(split: dict[str, Any]) -> str:
+        return " ".join(f"{100 * n / max(split['people'], 1):.0f}%" for n in split["segment_area"].values())
+
+    tell = {
+        "people": lambda s: f"{s['people']:,}",
+        "photos": lambda s: f"{s['photos']:,}",
+        "views of each": lambda s: f"{s['variants']}",
+        "shards": lambda s: f"{s['shards']}",
+        "MB": lambda s: f"{s['bytes'] / 1e6:,.1f}",
+        "people a photo": lambda s: f"{s['people_per_photo']['mean']}, most {s['people_per_photo']['most']}",
+        "labelled joints": lambda s: f"{s['labelled_keypoints']['mean']}",
+        "small medium large": areas,
+        "box height 5 50 95": lambda s: spread(s["box_height"]),
+        "box width 5 50 95": lambda s: spread(s["box_width"]),
+    }
+    return [
+        f"{what:<18}" + "".join(f"{of(split):>18}" for split in splits.values()) for what, of in tell.items()
+    ]
+
+
+def _visibility_cell(counts: dict[str, int]) -> str:
+    people, labelled = sum(counts.values()), counts["hidden"] + counts["seen"]
+    hidden = 100 * counts["hidden"] / max(labelled, 1)
+    return f"{100 * labelled / max(people, 1):.0f}% ({hidden:.0f}%)"
+
+
+def _rejected_line(split: dict[str, Any]) -> str:
+    reasons = [f"{n['rows']:,} {reason} ({n['people']:,} people)" for reason, n in split["rejected"].items()]
+    return ", ".join(reasons) or "none"
+
+
+def _view_lines(name: str, split: dict[str, Any]) -> list[str]:
+    lines = [f"views of {name}: mirrored, rotated, zoom 5 50 95, labelled joints with a heatmap"]
+    for view in split["views"]:
+        rows, zoom = max(view["rows"], 1), view["zoom"]
+        shares = f"{100 * view['flipped'] / rows:>5.0f}%  {100 * view['rotated'] / rows:>4.0f}%"
+        zooms = f"{zoom['5 %']:.2f} {zoom['median']:.2f} {zoom['95 %']:.2f}"
+        kept = 100 * view["targets"] / max(view["labelled"], 1)
+        lines.append(f"  {view['variant'] or 'plain':>5}  {shares}  {zooms}  {kept:6.2f}%")
+    return lines
