@@ -175,7 +175,22 @@ class TrainSettings(Section):
         return self
 
 
-class EvaluateSettings(Section):
+class WorkerSettings(Section):
+    """How the network runs over work units, in evaluate and predict alike (pipelines/units.py)."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """People of a forward pass; fixed per work unit, because it changes float results."""
+    mode: Literal["auto", "float32", "channels_last", "bfloat16"] = "auto"
+    """How the network runs. auto: the fastest that the checkpoint has measured as exact enough."""
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Data actors, each with the model."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPUs and threads of an actor. Results do not depend on num_workers; on this, by rounding only."""
+    use_gpu: bool = False
+    """One GPU for each actor."""
+
+
+class EvaluateSettings(WorkerSettings):
     flip_test: bool = True
     """Average with the mirror image, shifted as the codec wants."""
     preset: Literal["official", "mmpose"] = "official"

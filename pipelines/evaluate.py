@@ -9,20 +9,17 @@ threads, and answers are sorted by (image_id, instance id) before anything is sc
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
 import io
 import itertools
 import json
-import logging
 import os
 import shutil
-import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,80 +28,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError, ConfigError, DataError, ImageError
+from hrnet_core.errors import CheckpointError, DataError, ImageError
 from hrnet_core.geometry import box_to_center_scale
 from hrnet_core.images import decode_image
 from hrnet_core.oks import oks, oks_nms, rescore, soft_oks_nms
 from hrnet_core.skeleton import Skeleton
-from pipelines.cluster import ray_session, require
 from pipelines.coco import CocoSplit, Person, Photo, poses_to_results, read_coco, read_detections
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.report import Matched, contact_sheets, write_html
-from pipelines.score import MAX_DETS, STATS, evaluate_results, read_json
+from pipelines.report import Evaluation, Matched, contact_sheets, write_html
+from pipelines.score import MAX_DETS, evaluate_results, read_json
+from pipelines.units import UNFINISHED, Answer, Unit, digest_of, local_checkpoint, run_units, stored
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
-    from hrnet_core.model import HRNet
     from hrnet_core.predictor import PosePredictor
-
-UNFINISHED = "unfinished"
-"""Folder of the answers of a run that has not ended; a second call goes on from it."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found out; the same stands in `folder`/evaluation.json."""
-
-    stats: dict[str, float]
-    """STATS by name; -1 where the ground truth has no such person."""
-    metric: str
-    """ "eval_gt" (ground-truth boxes) or "eval_det" (a detector's)."""
-    protocol: dict[str, Any]
-    """What decides the figures. Two evaluations compare where data_digest, boxes, flip_test and preset
-    are equal."""
-    figures: dict[str, Any]
-    """people, photos, results, seconds, people_per_second (0 where all was there), median_oks, and
-    left_out: annotations or boxes not predicted, by reason."""
-    folder: Path
-    version: str | None = None
-    """The registered model that the figures were recorded with, "hrnet-pose/3"."""
-
-    @property
-    def results_file(self) -> Path:
-        return self.folder / "results.json"
-
-    def table(self) -> str:
-        """The ten figures under their names, the protocol above them and the work below."""
-        return "\n".join(
-            [
-                protocol_line(self.protocol),
-                "  ".join(f"{name:>6}" for name in STATS),
-                "  ".join(f"{self.stats[name]:6.3f}" for name in STATS),
-                work_line(self.figures),
-            ]
-        )
-
-
-def protocol_line(protocol: dict[str, Any]) -> str:
-    """One line that says what the figures are of."""
-    p = protocol
-    boxes = "ground-truth boxes" if p["boxes"] == "gt" else f"detector boxes {p['boxes_file']}"
-    flip = "flip test" if p["flip_test"] else "no flip test"
-    width, height = p["input_size"]
-    nms = "soft OKS-NMS" if p["soft_nms"] else "OKS-NMS"
-    return (
-        f"{p['split']}, {boxes}, {flip}, {nms} {p['oks_nms']:g}, preset {p['preset']}; "
-        f"{height}x{width} {p['codec']['name']}, {p['mode']}"
-    )
-
-
-def work_line(figures: dict[str, Any]) -> str:
-    f = figures
-    speed = f", {f['people_per_second']:.1f} people/s" if f["people_per_second"] else ""
-    return (
-        f"{f['people']} people in {f['photos']} photographs, {f['results']} results after OKS-NMS"
-        f"{speed}; median OKS of a labelled person {f['median_oks']:.3f}"
-    )
 
 
 def evaluate(
@@ -122,9 +59,9 @@ def evaluate(
 ) -> Evaluation:
     """OKS-AP of a checkpoint on the photographs of a COCO split.
 
-    checkpoint: a folder, or "models:/name@alias". boxes: a detector's COCO results file; None takes the
-    ground truth's boxes, of people with keypoints, as published. track: record the figures with the
-    registered version (`storage` is the folder of MLflow's database where no server is named); None: no.
+    checkpoint: a folder, a URI of one, or "models:/name@alias". boxes: a detector's COCO results file; None
+    takes the ground truth's boxes, of people with keypoints, as published. track: record the figures with
+    the registered version (`storage` is the folder of MLflow's database where no server is named); None: no.
     Writes into `out`: results.json (COCO results), evaluation.json, overlays/*.jpg; `report` names one
     HTML page. A call that was cut short goes on from the units it has.
 
@@ -135,14 +72,13 @@ def evaluate(
 
     settings, ray = settings or EvaluateSettings(), ray or RaySettings()
     out = Path(out)
-    folder = _checkpoint_folder(checkpoint, track, storage)
-    spec = read_spec(folder)
-    people = read_people(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
-    units = plan_units(people.photos, 2 * settings.batch_size)
-
-    start = time.monotonic()
-    store = out / UNFINISHED / _plan_digest(units, spec, settings)
-    answers, mode, speed = predict_units(units, folder, settings, ray, store)
+    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as folder:
+        spec = read_spec(folder)
+        people = read_people(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
+        units = plan_units(people.photos, 2 * settings.batch_size)
+        start = time.monotonic()
+        store = out / UNFINISHED / _plan_digest(units, spec, settings)
+        answers, mode, speed = predict_units(units, folder, settings, ray, store)
     results = to_results(answers, people, spec, settings)
     stats = evaluate_results(results, people.truth, skeleton=spec.skeleton)
     matched = match_people(answers, people, spec.skeleton)
@@ -175,9 +111,6 @@ def evaluate(
 
 
 # --- people and work units ----------------------------------------------------------------------------
-
-Unit = list[dict[str, Any]]
-"""Photographs with boxes: {image_id, path, width, height, ids, boxes} each, JSON types."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +167,7 @@ def read_people(
 def plan_units(photos: Sequence[Photo], people: int) -> list[Unit]:
     """Photos in order, cut into work units of at most `people` boxes (or one photo that has more).
 
-    Who works on a unit, and how many do, changes nothing: its inner batches follow from its boxes alone.
+    A photograph of a unit is {image_id, path, width, height, ids, boxes}.
     """
     units: list[Unit] = []
     room = 0
@@ -313,10 +246,8 @@ def answer_dtype(num_keypoints: int) -> np.dtype[Any]:
     )
 
 
-def answer_unit(
-    unit: Unit, predictor: PosePredictor, settings: EvaluateSettings
-) -> tuple[NDArray[Any], list[tuple[str, str]]]:
-    """Boxes of a unit -> answers (P,) of answer_dtype, and (file, reason) of each photo that is unusable.
+def answer_unit(unit: Unit, predictor: PosePredictor, settings: EvaluateSettings) -> Answer:
+    """Boxes of a unit -> answers (P,) of answer_dtype as npy bytes, or why its photos are unusable.
 
     COCO's annotations live on stored pixels: EXIF orientation is ignored, as published.
     """
@@ -332,10 +263,8 @@ def answer_unit(
             annotated = f"{photo['width']}x{photo['height']}"
             problems.append((photo["path"], f"is {width}x{height} px, annotated as {annotated}"))
         images.append(image)
-    count = 0 if problems else sum(len(photo["ids"]) for photo in unit)
-    answers = np.zeros(count, answer_dtype(predictor.spec.skeleton.num_keypoints))
     if problems:
-        return answers, problems
+        return Answer(b"", 0, tuple(problems))
     poses = predictor(
         images,
         boxes_xywh=[np.array(photo["boxes"], np.float32) for photo in unit],
@@ -343,43 +272,15 @@ def answer_unit(
         batch_size=settings.batch_size,
         border=settings.preset,
     )
+    people = sum(len(photo["ids"]) for photo in unit)
+    answers = np.zeros(people, answer_dtype(predictor.spec.skeleton.num_keypoints))
     answers["image_id"] = np.repeat([p["image_id"] for p in unit], [len(p["ids"]) for p in unit])
     answers["id"] = np.concatenate([photo["ids"] for photo in unit])
     answers["keypoints"] = np.concatenate([p.keypoints.xy for p in poses])
     answers["scores"] = np.concatenate([p.keypoints.conf for p in poses])
-    return answers, []
-
-
-class _Actor:
-    """Holds the model in a Ray Data actor. A row in is a unit, a row out its answers as npy bytes."""
-
-    def __init__(self, load: Callable[[], tuple[HRNet, CheckpointSpec]], settings: EvaluateSettings) -> None:
-        import cv2
-        import torch
-
-        from hrnet_core.predictor import PosePredictor
-
-        # Threads decide the order of float additions: fixed, so that any number of actors agrees.
-        cv2.setNumThreads(1)
-        torch.set_num_threads(settings.cpus_per_worker)
-        device = "cuda" if settings.use_gpu else "cpu"
-        self.predictor = PosePredictor(*load(), device, settings.mode)
-        self.settings = settings
-
-    def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        """A batch of one row: Ray Data wants lists."""
-        start = time.perf_counter()
-        answers, problems = answer_unit(json.loads(rows["photos"][0]), self.predictor, self.settings)
-        content = io.BytesIO()
-        np.save(content, answers, allow_pickle=False)
-        return {
-            "unit": [int(rows["unit"][0])],
-            "answers": [content.getvalue()],
-            "problems": [json.dumps(problems)],
-            "mode": [self.predictor.mode],
-            "actor": [f"{socket.gethostname()} {os.getpid()}"],
-            "seconds": [time.perf_counter() - start],
-        }
+    content = io.BytesIO()
+    np.save(content, answers, allow_pickle=False)
+    return Answer(content.getvalue(), people)
 
 
 def predict_units(
@@ -387,28 +288,16 @@ def predict_units(
 ) -> tuple[NDArray[Any], str, float]:
     """Answers to all boxes sorted by (image_id, id), the mode they were computed in, and people/s.
 
-    Each unit's answers go to `store` as they arrive; units that lie there are not predicted again.
-    Every box is answered exactly once, or it is an error.
+    Every box is answered exactly once, or it is an error. DataError names all unusable photographs.
     """
-    store.mkdir(parents=True, exist_ok=True)
-    done = {int(file.stem): _load_unit(file) for file in sorted(store.glob("*.npz"))}
-    pending = {index: unit for index, unit in enumerate(units) if index not in done}
-    if done:
-        print(f"evaluate: going on, {len(done)} of {len(units)} units are there", flush=True)
-    speed = 0.0
-    if pending:
-        found, speed = _collect(_rows_on_ray(pending, checkpoint, settings, ray), pending, store)
-        done |= found
-    modes = {mode for _, mode in done.values()}
-    if len(modes) > 1:
-        raise ConfigError(
-            f"the actors computed in different modes ({', '.join(sorted(modes))}), whose results differ: the "
-            f"machines are not of one kind. Remove {store} and start again on machines that are."
-        )
-    answers = np.concatenate([done[index][0] for index in range(len(units))])
+    work = functools.partial(answer_unit, settings=settings)
+    done = run_units(units, work, checkpoint, settings, ray, store, "evaluate")
+    if done.problems:
+        raise _unusable_photos(list(done.problems))
+    answers = np.concatenate([np.load(file, allow_pickle=False) for file in stored(store).values()])
     answers = answers[np.lexsort((answers["id"], answers["image_id"]))]
     check_answers(units, answers)
-    return answers, modes.pop(), speed
+    return answers, done.mode, done.people_per_second
 
 
 def check_answers(units: list[Unit], answers: NDArray[Any]) -> None:
@@ -430,98 +319,6 @@ def check_answers(units: list[Unit], answers: NDArray[Any]) -> None:
         )
 
 
-def _rows_on_ray(
-    pending: dict[int, Unit], checkpoint: Path, settings: EvaluateSettings, ray_settings: RaySettings
-) -> Iterator[dict[str, Any]]:
-    """What _Actor returns for each pending unit, in the order of finishing."""
-    import ray
-    import ray.data
-
-    from hrnet_core.checkpoint import load_checkpoint
-
-    model_and_spec = load_checkpoint(checkpoint)
-    rows = [{"unit": index, "photos": json.dumps(unit)} for index, unit in pending.items()]
-    with ray_session(ray_settings), _quiet_ray_data():
-        cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
-        require(ray_settings, settings.num_workers, cpus, gpus, "hrnet evaluate --evaluate.num-workers")
-        actors = ray.data.ActorPoolStrategy(
-            size=min(settings.num_workers, len(rows)), max_tasks_in_flight_per_actor=2
-        )
-        # The network travels through the object store: machines need not see the checkpoint folder.
-        arguments = (functools.partial(ray.get, ray.put(model_and_spec)), settings)
-        yield from (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(
-                _Actor,
-                batch_size=1,
-                compute=actors,
-                fn_constructor_args=arguments,
-                num_cpus=cpus,
-                num_gpus=gpus,
-            )
-            .iter_rows()
-        )
-
-
-def _collect(
-    rows: Iterable[dict[str, Any]], pending: dict[int, Unit], store: Path
-) -> tuple[dict[int, tuple[NDArray[Any], str]], float]:
-    """Answers and mode of each unit, each kept in `store` at once; and people/s while actors were at work.
-
-    DataError when all rows are in, if photographs were unusable: it names them all.
-    """
-    found: dict[int, tuple[NDArray[Any], str]] = {}
-    problems: list[tuple[str, str]] = []
-    busy: Counter[str] = Counter()
-    total = sum(len(photo["ids"]) for unit in pending.values() for photo in unit)
-    people, told = 0, time.monotonic()
-    for row in rows:
-        if row["unit"] in found:
-            raise RuntimeError(f"unit {row['unit']} was answered twice")
-        problems += [(file, why) for file, why in json.loads(row["problems"])]
-        answers = np.load(io.BytesIO(row["answers"]), allow_pickle=False)
-        found[row["unit"]] = answers, row["mode"]
-        if not problems:
-            _save_unit(store / f"{row['unit']:06d}.npz", answers, row["mode"])
-        busy[row["actor"]] += row["seconds"]
-        people += len(answers)
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            print(f"evaluate: {people} of {total} people", flush=True)
-    if problems:
-        raise _unusable_photos(sorted(problems))
-    return found, people / max(busy.values())
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data's own progress bars and plans off for a block; ours is one line."""
-    from ray.data import DataContext
-
-    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = bars
-        logger.setLevel(level)
-
-
-def _save_unit(file: Path, answers: NDArray[Any], mode: str) -> None:
-    # Written under another name first: a file that is there is whole.
-    part = file.with_suffix(".part")
-    with part.open("wb") as out:
-        np.savez(out, answers=answers, mode=np.array(mode))
-    part.replace(file)
-
-
-def _load_unit(file: Path) -> tuple[NDArray[Any], str]:
-    with np.load(file, allow_pickle=False) as stored:
-        return stored["answers"], str(stored["mode"])
-
-
 def _plan_digest(units: list[Unit], spec: CheckpointSpec, settings: EvaluateSettings) -> str:
     """16 hex digits of all that decides the answers of a unit, the photographs' size and time included."""
     files = [os.stat(p["path"]) if os.path.exists(p["path"]) else None for unit in units for p in unit]
@@ -533,7 +330,7 @@ def _plan_digest(units: list[Unit], spec: CheckpointSpec, settings: EvaluateSett
             include={"flip_test", "preset", "batch_size", "mode", "cpus_per_worker", "use_gpu"}
         ),
     ]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(*decides)
 
 
 # --- from answers to results ----------------------------------------------------------------------------
@@ -681,14 +478,6 @@ def _write(
         write_html(Path(report), evaluation, matched, sheets, spec.skeleton, made)
         files.append(Path(report))
     return files
-
-
-def _checkpoint_folder(checkpoint: str | Path, track: TrackSettings | None, storage: str | Path) -> Path:
-    if not str(checkpoint).startswith("models:/"):
-        return Path(checkpoint)
-    from pipelines.tracking import fetch_model
-
-    return fetch_model(str(checkpoint), track or TrackSettings(), storage)
 
 
 def _sha256(file: Path) -> str:

@@ -7,15 +7,13 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.skeleton import Skeleton
-
-if TYPE_CHECKING:
-    from pipelines.evaluate import Evaluation
+from pipelines.score import STATS
 
 PAIRS = 12
 """People of a contact sheet."""
@@ -33,6 +31,62 @@ MEANINGS = {
     "ARm": "medium people",
     "ARl": "large people",
 }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found out; the same stands in `folder`/evaluation.json."""
+
+    stats: dict[str, float]
+    """STATS by name; -1 where the ground truth has no such person."""
+    metric: str
+    """ "eval_gt" (ground-truth boxes) or "eval_det" (a detector's)."""
+    protocol: dict[str, Any]
+    """What decides the figures. Two evaluations compare where data_digest, boxes, flip_test and preset
+    are equal."""
+    figures: dict[str, Any]
+    """people, photos, results, seconds, people_per_second (0 where all was there), median_oks, and
+    left_out: annotations or boxes not predicted, by reason."""
+    folder: Path
+    version: str | None = None
+    """The registered model that the figures were recorded with, "hrnet-pose/3"."""
+
+    @property
+    def results_file(self) -> Path:
+        return self.folder / "results.json"
+
+    def table(self) -> str:
+        """The ten figures under their names, the protocol above them and the work below."""
+        return "\n".join(
+            [
+                protocol_line(self.protocol),
+                "  ".join(f"{name:>6}" for name in STATS),
+                "  ".join(f"{self.stats[name]:6.3f}" for name in STATS),
+                work_line(self.figures),
+            ]
+        )
+
+
+def protocol_line(protocol: dict[str, Any]) -> str:
+    """One line that says what the figures are of."""
+    p = protocol
+    boxes = "ground-truth boxes" if p["boxes"] == "gt" else f"detector boxes {p['boxes_file']}"
+    flip = "flip test" if p["flip_test"] else "no flip test"
+    width, height = p["input_size"]
+    nms = "soft OKS-NMS" if p["soft_nms"] else "OKS-NMS"
+    return (
+        f"{p['split']}, {boxes}, {flip}, {nms} {p['oks_nms']:g}, preset {p['preset']}; "
+        f"{height}x{width} {p['codec']['name']}, {p['mode']}"
+    )
+
+
+def work_line(figures: dict[str, Any]) -> str:
+    f = figures
+    speed = f", {f['people_per_second']:.1f} people/s" if f["people_per_second"] else ""
+    return (
+        f"{f['people']} people in {f['photos']} photographs, {f['results']} results after OKS-NMS"
+        f"{speed}; median OKS of a labelled person {f['median_oks']:.3f}"
+    )
 
 
 @dataclass(frozen=True)
@@ -124,8 +178,6 @@ def write_html(
     details: dict[str, Any],
 ) -> None:
     """One page without any other file or address: figures, protocol, pictures, distributions."""
-    from pipelines.evaluate import protocol_line
-
     stats, figures = evaluation.stats, evaluation.figures
     title = f"AP {stats['AP']:.3f}, {evaluation.protocol['split']}"
     tiles = "".join(

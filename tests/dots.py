@@ -23,8 +23,8 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.skeleton import COCO17
-from pipelines.config import EvaluateSettings, RaySettings
-from pipelines.evaluate import Unit, _Actor
+from pipelines.config import RaySettings, WorkerSettings
+from pipelines.units import Actor, Unit, Work
 
 SMALL = HRNetConfig(width=32, stem_width=32, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -138,14 +138,19 @@ def fitted_network(root: Path, codec: HeatmapCodec, split: str = "val2017", seed
 
 
 def rows_here(
-    pending: dict[int, Unit], checkpoint: Path, settings: EvaluateSettings, ray: RaySettings
+    pending: dict[int, Unit],
+    work: Work,
+    checkpoint: Path,
+    settings: WorkerSettings,
+    ray: RaySettings,
+    verb: str,
 ) -> Iterator[dict[str, Any]]:
-    """In place of evaluate._rows_on_ray: the same actor, in this process and on one thread."""
+    """In place of units.rows_on_ray: the same actor, in this process and on one thread."""
     before = torch.get_num_threads()
     try:
-        actor = _Actor(lambda: load_checkpoint(checkpoint), settings)
+        actor = Actor(lambda: load_checkpoint(checkpoint), work, settings)
         for index, unit in pending.items():
-            row = actor({"unit": np.array([index]), "photos": np.array([json.dumps(unit)])})
+            row = actor({"unit": np.array([index]), "pictures": np.array([json.dumps(unit)])})
             yield {name: values[0] for name, values in row.items()}
     finally:
         torch.set_num_threads(before)

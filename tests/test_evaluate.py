@@ -28,7 +28,6 @@ from pipelines.coco import CocoSplit, Person, Photo
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import (
     People,
-    Unit,
     answer_dtype,
     check_answers,
     evaluate,
@@ -38,6 +37,7 @@ from pipelines.evaluate import (
     to_results,
 )
 from pipelines.score import STATS, evaluate_results
+from pipelines.units import Unit
 
 CODEC = HeatmapCodec("official", (96, 128))
 SPEC = CheckpointSpec(SMALL, CODEC)
@@ -57,7 +57,7 @@ def dots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The actors' work in this process."""
-    monkeypatch.setattr(module, "_rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
 
 
 # --- the whole way ------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_run_that_was_cut_short_goes_on(
                 raise KeyboardInterrupt
             yield row
 
-    monkeypatch.setattr(module, "_rows_on_ray", two_units_then_death)
+    monkeypatch.setattr("pipelines.units.rows_on_ray", two_units_then_death)
     settings = EvaluateSettings(batch_size=1)  # six units of two people
     with pytest.raises(KeyboardInterrupt):
         evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "a", settings=settings)
