@@ -26,8 +26,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint
-from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.errors import ConfigError, DataError, ImageError
 from hrnet_core.geometry import Float64, box_to_center_scale, crop_people, place_in_image
+from hrnet_core.images import decode_image
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.results import Boxes, Keypoints, Poses
 
@@ -83,7 +84,7 @@ class PosePredictor:
 
     def __call__(
         self,
-        images: UInt8 | Sequence[UInt8],
+        images: UInt8 | str | Path | Sequence[UInt8 | str | Path],
         boxes_xywh: Any = None,
         box_scores: Any = None,
         flip_test: bool | None = None,
@@ -93,7 +94,8 @@ class PosePredictor:
     ) -> list[Poses]:
         """Poses of one image or of several, one Poses an image, one person a box in the order given.
 
-        images: uint8 (H, W, 3) RGB, or a sequence of them, of any sizes.
+        images: uint8 (H, W, 3) RGB, the path of a picture (its EXIF orientation is applied), or a sequence
+            of them, of any sizes.
         boxes_xywh: (P, 4) left, top, width, height in image px; for several images a sequence with one
             array, or None, for each. None: the whole image is one person, and Poses.boxes_source says so.
             Boxes are used as given. One that lies wholly or partly outside is answered like any other: the
@@ -103,7 +105,8 @@ class PosePredictor:
         batch_size: people of a forward pass, over all images of the call.
         border: see HeatmapCodec.decode.
 
-        DataError: images, boxes or scores of another shape or type, not finite, without width or height.
+        DataError: images, boxes or scores of another shape or type, not finite, without width or height; a
+        file that cannot be read. ImageError: one that is no picture.
         """
         clock = [time.perf_counter()]
         requests = _requests(images, boxes_xywh, box_scores)
@@ -128,6 +131,7 @@ class PosePredictor:
                 self.spec.skeleton,
                 request.boxes_source,
                 dict(zip(("preprocess", "inference", "postprocess"), shares.tolist(), strict=True)),
+                request.path,
             )
             for request, end in zip(requests, ends, strict=True)
         ]
@@ -224,11 +228,12 @@ class _Request:
     image: UInt8
     boxes: Boxes
     boxes_source: Literal["given", "whole_image"]
+    path: str | None
 
 
 def _requests(images: Any, boxes_xywh: Any, box_scores: Any) -> list[_Request]:
     """The arguments of a call, one _Request an image. DataError names the argument that does not fit."""
-    if isinstance(images, np.ndarray) and images.ndim == 3:
+    if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 3):
         return [_request(images, boxes_xywh, box_scores, "")]
     boxes = _one_each(boxes_xywh, len(images), "boxes_xywh")
     scores = _one_each(box_scores, len(images), "box_scores")
@@ -243,6 +248,9 @@ def _one_each(values: Any, count: int, name: str) -> list[Any]:
 
 
 def _request(image: Any, boxes_xywh: Any, box_scores: Any, which: str) -> _Request:
+    path = str(image) if isinstance(image, str | Path) else None
+    if path is not None:
+        image = _read(path)
     if (
         not isinstance(image, np.ndarray)
         or image.dtype != np.uint8
@@ -251,15 +259,28 @@ def _request(image: Any, boxes_xywh: Any, box_scores: Any, which: str) -> _Reque
     ):
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(
-            f"images{which} must be a uint8 array (H, W, 3), RGB, got {got}. hrnet_core.images.decode_image "
-            f"makes one of a file's bytes."
+            f"images{which} must be a uint8 array (H, W, 3), RGB, or the path of a picture, got {got}. "
+            f"hrnet_core.images.decode_image makes one of a file's bytes."
         )
     image = np.ascontiguousarray(image)
     if boxes_xywh is None:
         whole = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
-        return _Request(image, Boxes(whole, _scores(box_scores, 1, which)), "whole_image")
+        return _Request(image, Boxes(whole, _scores(box_scores, 1, which)), "whole_image", path)
     boxes = _boxes(boxes_xywh, which)
-    return _Request(image, Boxes(boxes, _scores(box_scores, len(boxes), which)), "given")
+    return _Request(image, Boxes(boxes, _scores(box_scores, len(boxes), which)), "given", path)
+
+
+def _read(path: str) -> UInt8:
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Check its name and its rights."
+        ) from None
+    try:
+        return decode_image(content, apply_exif=True)
+    except ImageError as error:
+        raise ImageError(error.reason, f"{path}: {error}") from None
 
 
 def _boxes(given: Any, which: str) -> Float32:

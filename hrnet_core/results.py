@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 from hrnet_core.errors import DataError
 from hrnet_core.oks import rescore
 from hrnet_core.skeleton import COCO17, Skeleton
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import supervision as sv
 
 Float32 = NDArray[np.float32]
 
@@ -29,12 +34,24 @@ OPENPOSE18 = (
 )  # fmt: skip
 
 
+class _OnHost:
+    """Code written for torch results calls these; NumPy arrays are there already."""
+
+    def cpu(self) -> Any:
+        return self
+
+    def numpy(self) -> Any:
+        return self
+
+
 @dataclass(frozen=True)
-class Keypoints:
+class Keypoints(_OnHost):
     """P people of K keypoints."""
 
     data: Float32
     """(P, K, 3): x, y in image px, and the score (the peak of the heatmap)."""
+    orig_shape: tuple[int, int] = (0, 0)
+    """(height, width) of the image; Poses fills it in."""
 
     @property
     def xy(self) -> Float32:
@@ -42,9 +59,24 @@ class Keypoints:
         return self.data[..., :2]
 
     @property
+    def xyn(self) -> Float32:
+        """(P, K, 2), as fractions of the image's width and height: x / width, y / height."""
+        return self.xy / _size(self.orig_shape)
+
+    @property
     def conf(self) -> Float32:
         """(P, K), as the network gave them: about 0 to 1, and possibly below 0."""
         return self.data[..., 2]
+
+    @property
+    def has_visible(self) -> bool:
+        """True: every keypoint has a score."""
+        return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(P, K, 3)"""
+        return self.data.shape
 
     def visible(self, threshold: float = 0.3) -> NDArray[np.bool_]:
         """(P, K): whose score is above `threshold`."""
@@ -53,27 +85,53 @@ class Keypoints:
     def __len__(self) -> int:
         return len(self.data)
 
+    def __getitem__(self, index: int | slice | NDArray[Any]) -> Keypoints:
+        return Keypoints(self.data[_rows(len(self), index)], self.orig_shape)
+
 
 @dataclass(frozen=True)
-class Boxes:
+class Boxes(_OnHost):
     """P boxes, as they were given."""
 
     xywh: Float32
-    """(P, 4): left, top, width, height in image px."""
+    """(P, 4): left, top, width, height in image px. (Ultralytics' xywh starts at the centre.)"""
     conf: Float32
     """(P,): the detector's scores, 1 where none were given."""
+    orig_shape: tuple[int, int] = (0, 0)
+    """(height, width) of the image; Poses fills it in."""
 
     @property
     def xyxy(self) -> Float32:
         """(P, 4): left, top, right, bottom in image px."""
         return np.concatenate([self.xywh[:, :2], self.xywh[:, :2] + self.xywh[:, 2:]], axis=1)
 
+    @property
+    def xyxyn(self) -> Float32:
+        """(P, 4): left, top, right, bottom as fractions of the image's width and height."""
+        size = _size(self.orig_shape)
+        fractions: Float32 = self.xyxy / np.concatenate([size, size])
+        return fractions
+
+    @property
+    def cls(self) -> Float32:
+        """(P,): 0, the index of the one class in Poses.names."""
+        return np.zeros(len(self), np.float32)
+
+    @property
+    def id(self) -> None:
+        """None: nothing is tracked."""
+        return None
+
     def __len__(self) -> int:
         return len(self.xywh)
 
+    def __getitem__(self, index: int | slice | NDArray[Any]) -> Boxes:
+        rows = _rows(len(self), index)
+        return Boxes(self.xywh[rows], self.conf[rows], self.orig_shape)
+
 
 @dataclass(frozen=True)
-class Poses:
+class Poses(_OnHost):
     """The people of one image, in the order of the boxes."""
 
     keypoints: Keypoints
@@ -81,10 +139,16 @@ class Poses:
     orig_shape: tuple[int, int]
     """(height, width) of the image."""
     skeleton: Skeleton = COCO17
-    boxes_source: Literal["given", "whole_image"] = "given"
+    boxes_source: Literal["given", "whole_image", "detector"] = "given"
     """"whole_image": no boxes were given, so the image was taken for one person."""
     speed: dict[str, float] = field(default_factory=dict)
     """Milliseconds of preprocess, inference and postprocess: this image's share of its call."""
+    path: str | None = None
+    """The file of the image, where it came from one."""
+
+    def __post_init__(self) -> None:
+        for name in ("keypoints", "boxes"):
+            object.__setattr__(self, name, replace(getattr(self, name), orig_shape=self.orig_shape))
 
     @property
     def names(self) -> dict[int, str]:
@@ -101,16 +165,7 @@ class Poses:
 
     def __getitem__(self, index: int | slice | NDArray[Any]) -> Poses:
         """Some of the people: an index, a slice, indices or a mask."""
-        chosen = np.atleast_1d(np.arange(len(self))[index])
-        boxes = Boxes(self.boxes.xywh[chosen], self.boxes.conf[chosen])
-        return Poses(
-            Keypoints(self.keypoints.data[chosen]),
-            boxes,
-            self.orig_shape,
-            self.skeleton,
-            self.boxes_source,
-            self.speed,
-        )
+        return replace(self, keypoints=self.keypoints[index], boxes=self.boxes[index])
 
     def __iter__(self) -> Iterator[Poses]:
         """One person after the other, each as a Poses of one."""
@@ -178,11 +233,82 @@ class Poses:
             ],
         }
 
-    def plot(self, image: NDArray[np.uint8], threshold: float = 0.3, boxes: bool = True) -> NDArray[np.uint8]:
-        """A copy of `image`, uint8 (H, W, 3) RGB, with the poses drawn in."""
+    def to_df(self) -> pd.DataFrame:
+        """A row a person: path, person, score, box_x, box_y, box_w, box_h, box_score, then of each keypoint
+        NAME_x, NAME_y, NAME_score; image px. Needs pandas."""
+        import pandas as pd
+
+        names = [f"{name}_{part}" for name in self.skeleton.keypoints for part in ("x", "y", "score")]
+        keypoints = pd.DataFrame(self.keypoints.data.reshape(-1, len(names)), columns=names)
+        people = pd.DataFrame(self.boxes.xywh, columns=["box_x", "box_y", "box_w", "box_h"])
+        people.insert(0, "path", self.path)
+        people.insert(1, "person", np.arange(len(self)))
+        people.insert(2, "score", self.scores)
+        people["box_score"] = self.boxes.conf
+        return pd.concat([people, keypoints], axis=1)
+
+    def to_supervision(self) -> sv.KeyPoints:
+        """supervision's KeyPoints (0.29 or newer), for its annotators and trackers. Needs supervision.
+
+        detection_confidence is the box's score, keypoint_confidence the keypoints', untouched.
+        """
+        import supervision as sv
+
+        return sv.KeyPoints(
+            xy=self.keypoints.xy.copy(),
+            class_id=np.zeros(len(self), int),
+            keypoint_confidence=self.keypoints.conf.copy(),
+            detection_confidence=self.boxes.conf.copy(),
+            data={"class_name": np.array(["person"] * len(self))},
+        )
+
+    def plot(
+        self, image: NDArray[np.uint8] | None = None, threshold: float = 0.3, boxes: bool = True
+    ) -> NDArray[np.uint8]:
+        """A copy of `image`, uint8 (H, W, 3) RGB, with the poses drawn in.
+
+        None: the file of `path`, read again with its EXIF orientation applied. DataError where there is
+        none; ImageError where it is no picture any more.
+        """
         from hrnet_core.drawing import draw_poses
 
+        canvas = self._read_again() if image is None else image
+        if canvas.shape[:2] != self.orig_shape:
+            raise DataError(
+                f"plot: the image is (height, width) {canvas.shape[:2]}, but these poses are of one of "
+                f"{self.orig_shape}. Give the image that was predicted."
+            )
         boxes_xywh = self.boxes.xywh if boxes and self.boxes_source != "whole_image" else None
         return draw_poses(
-            image, self.keypoints.xy, self.keypoints.conf, self.skeleton, threshold, boxes_xywh=boxes_xywh
+            canvas, self.keypoints.xy, self.keypoints.conf, self.skeleton, threshold, boxes_xywh=boxes_xywh
         )
+
+    def save(self, file: str | Path, image: NDArray[np.uint8] | None = None, threshold: float = 0.3) -> Path:
+        """plot() into a file; .png keeps every pixel, anything else is a JPEG."""
+        from hrnet_core.images import encode_jpeg, encode_png
+
+        file = Path(file)
+        drawn = self.plot(image, threshold)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_png(drawn) if file.suffix.lower() == ".png" else encode_jpeg(drawn))
+        return file
+
+    def _read_again(self) -> NDArray[np.uint8]:
+        from hrnet_core.images import decode_image
+
+        if self.path is None:
+            raise DataError("plot: these poses know no file: give the image that was predicted.")
+        try:
+            content = Path(self.path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}). Give plot the image.") from None
+        return decode_image(content, apply_exif=True)
+
+
+def _size(orig_shape: tuple[int, int]) -> Float32:
+    """(width, height)"""
+    return np.array(orig_shape[::-1], np.float32)
+
+
+def _rows(count: int, index: int | slice | NDArray[Any]) -> NDArray[np.int64]:
+    return np.atleast_1d(np.arange(count)[index])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
-from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.errors import ConfigError, DataError, ImageError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.predictor import PosePredictor, fastest_exact
@@ -191,7 +191,7 @@ def test_boxes_that_are_none_are_refused_by_row(boxes: Any, named: str) -> None:
 
 def test_images_and_scores_are_checked() -> None:
     predictor = color_predictor()
-    for image in (blobs()[..., 0], blobs() / 255.0, blobs()[..., :2], np.zeros((0, 5, 3), np.uint8), "a.jpg"):
+    for image in (blobs()[..., 0], blobs() / 255.0, blobs()[..., :2], np.zeros((0, 5, 3), np.uint8), 7):
         with pytest.raises(DataError, match=r"images\[0\] must be a uint8 array"):
             predictor([image])
     with pytest.raises(DataError, match="box_scores must be 1 finite"):
@@ -219,6 +219,30 @@ def test_arrays_of_any_layout_are_taken_and_left_alone() -> None:
     crops = np.zeros((1, 256, 192, 3), np.uint8)
     crops.flags.writeable = False
     assert predictor.predict_crops(crops)[1].max() == 0
+
+
+def test_a_path_is_read_as_it_is_shown(tmp_path: Path) -> None:
+    """Stored turned, EXIF turns it back: the answer is the array's, and knows its file."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(blobs()).copy()).save(tmp_path / "a.png", exif=exif)
+    predictor = color_predictor("udp")
+    expected = predictor(blobs(), [BOX])[0]
+    for given in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        (poses,) = predictor(given, [BOX])
+        assert (poses.keypoints.data == expected.keypoints.data).all()
+        assert poses.path == str(tmp_path / "a.png")
+        assert poses.orig_shape == (480, 640)
+    assert expected.path is None
+    both = predictor([tmp_path / "a.png", blobs()], [[BOX], [BOX]])
+    assert [p.path for p in both] == [str(tmp_path / "a.png"), None]
+    (tmp_path / "b.png").write_bytes(b"none")
+    with pytest.raises(ImageError, match=r"b\.png: the file begins with"):
+        predictor(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read \(No such file"):
+        predictor([tmp_path / "gone.png"])
 
 
 def test_border_rule_reaches_the_decoder() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -34,6 +39,65 @@ def test_views_of_the_arrays(poses: Poses) -> None:
     assert poses.boxes.xyxy.tolist() == [[10, 20, 310, 310], [15.5, 18, 295.5, 308]]
     assert poses.names == {0: "person"}
     assert (len(poses), len(poses.keypoints), len(poses.boxes)) == (2, 2, 2)
+
+
+def test_the_fields_of_ultralytics_results(poses: Poses) -> None:
+    """By hand, of an image 500 wide and 400 high."""
+    assert poses.keypoints.shape == (2, 17, 3)
+    assert poses.keypoints.xyn[1, 3].tolist() == pytest.approx(
+        [poses.keypoints.xy[1, 3, 0] / 500, poses.keypoints.xy[1, 3, 1] / 400]
+    )
+    assert poses.boxes.xyxyn[0].tolist() == pytest.approx([10 / 500, 20 / 400, 310 / 500, 310 / 400])
+    assert poses.boxes.cls.tolist() == [0, 0]
+    assert poses.names[int(poses.boxes.cls[0])] == "person"
+    assert poses.boxes.id is None
+    assert poses.keypoints.has_visible
+    # As it is written for torch results.
+    assert (poses.keypoints.cpu().numpy().data == poses.keypoints.data).all()
+    assert poses.cpu().numpy() is poses
+    assert poses.boxes.cpu().numpy().xyxy.shape == (2, 4)
+    one = poses[1]
+    assert (one.orig_shape, one.keypoints.orig_shape, one.boxes.orig_shape) == ((400, 500),) * 3
+    assert one.keypoints.xyn.tolist() == poses.keypoints.xyn[1:].tolist()
+    assert poses.keypoints[0].data.tolist() == poses.keypoints.data[:1].tolist()
+
+
+def test_a_table_with_a_row_a_person(poses: Poses) -> None:
+    table = Poses(poses.keypoints, poses.boxes, (400, 500), path="a.jpg").to_df()
+    assert table.shape == (2, 3 + 5 + 51)
+    assert table["path"].tolist() == ["a.jpg", "a.jpg"]
+    assert table["nose_x"].tolist() == poses.keypoints.xy[:, 0, 0].tolist()
+    assert table["right_ear_score"].iloc[0] == np.float32(-0.01)  # index 4, never zeroed
+    assert table["box_w"].tolist() == [300, 280]
+    assert table["score"].tolist() == poses.scores.tolist()
+    assert len(poses[:0].to_df()) == 0
+
+
+def test_supervision_gets_its_new_field_names(poses: Poses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the constructor of supervision 0.29 and newer: unknown names are refused."""
+
+    class KeyPoints:
+        def __init__(
+            self,
+            xy: Any,
+            class_id: Any = None,
+            keypoint_confidence: Any = None,
+            detection_confidence: Any = None,
+            visible: Any = None,
+            data: Any = None,
+        ) -> None:
+            self.__dict__.update(locals())
+
+    supervision = ModuleType("supervision")
+    supervision.KeyPoints = KeyPoints  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "supervision", supervision)
+    found: Any = poses.to_supervision()
+    assert (found.xy == poses.keypoints.xy).all()
+    assert (found.keypoint_confidence == poses.keypoints.conf).all()
+    assert found.detection_confidence.tolist() == poses.boxes.conf.tolist()
+    assert (found.class_id.tolist(), found.data["class_name"].tolist()) == ([0, 0], ["person"] * 2)
+    found.xy[:] = 0
+    assert (poses.keypoints.xy != 0).all()
 
 
 def test_score_is_box_times_mean_of_what_is_above_0_2(poses: Poses) -> None:
@@ -128,3 +192,22 @@ def test_plot_draws_on_a_copy(poses: Poses) -> None:
     assert (drawn != 128).any()
     without = Poses(poses.keypoints, poses.boxes, (400, 500), COCO17, "whole_image").plot(image, threshold=2)
     assert (without == 128).all()  # nothing scores 2, and a box that nobody gave is not drawn
+
+
+def test_plot_and_save_read_the_file_again(poses: Poses, tmp_path: Path) -> None:
+    """EXIF is applied, as it was when the path was predicted: stored 400 wide, shown 500 wide."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 500), (128, 128, 128)).save(tmp_path / "a.png", exif=exif)
+    known = Poses(poses.keypoints, poses.boxes, (400, 500), path=str(tmp_path / "a.png"))
+    image = np.full((400, 500, 3), 128, np.uint8)
+    assert (known.plot() == poses.plot(image)).all()
+    saved = known.save(tmp_path / "deep" / "drawn.png")
+    assert (np.asarray(Image.open(saved)) == poses.plot(image)).all()
+    assert Image.open(poses.save(tmp_path / "drawn.jpg", image)).size == (500, 400)
+    with pytest.raises(DataError, match="know no file"):
+        poses.plot()
+    with pytest.raises(DataError, match=r"image is \(height, width\) \(10, 20\).*\(400, 500\)"):
+        poses.plot(np.zeros((10, 20, 3), np.uint8))
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+        Poses(poses.keypoints, poses.boxes, (400, 500), path=str(tmp_path / "gone.png")).plot()
