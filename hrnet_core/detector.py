@@ -1,0 +1,346 @@
+"""A user's own person detector in ONNX, described by a small JSON file beside it: image in, boxes out.
+
+    image -> resized and normalised as declared -> ONNX Runtime -> boxes and scores as declared
+          -> people above the score threshold -> NMS, if declared -> image px
+
+Two layouts cover what is common. "boxes": outputs with one box a row (torchvision, RT-DETR, D-FINE,
+mmdeploy's exports). "yolox": YOLOX's own export, one output of (centre, size, objectness, classes) a cell.
+docs/predict.md has a declaration for each. ONNX Runtime is imported when a detector is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.errors import ConfigError
+
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+STRIDES = (8, 16, 32)  # of YOLOX's three maps, in px of its input
+LARGEST_LOGIT = 80.0  # exp stays finite in float32
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a detector wants and gives: the fields of MODEL.json. ConfigError where they contradict."""
+
+    layout: Literal["boxes", "yolox"]
+    input_size: tuple[int, int]
+    """(width, height) of its input, px."""
+    person_class: int = 0
+    """Index of the class person: 0 in most, 1 where 0 is the background (torchvision)."""
+    score_threshold: float = 0.3
+    nms_iou: float | None = None
+    """Of two boxes with a higher IoU, the lower score goes. None: the model did it, or needs none."""
+    resize: Literal["letterbox", "letterbox_center", "stretch"] = "letterbox"
+    """letterbox: one scale for both sides, the image in the top left corner; letterbox_center: in the
+    middle; stretch: each side to its own."""
+    pad_value: int = 114
+    """Of the letterbox's rest."""
+    channels: Literal["RGB", "BGR"] = "RGB"
+    divide_by: float = 255.0
+    """Pixels 0..255 are divided by this first; then mean and std, in the order of `channels`."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    boxes: str = ""
+    """Layout boxes: name of the output with (N, 4) boxes, or (N, 5) with the score behind."""
+    scores: str = ""
+    """Name of the output with (N,) scores or (N, classes); not needed where boxes has five columns."""
+    labels: str = ""
+    """Name of the output with (N,) class indices, where scores are (N,)."""
+    box_format: Literal["xyxy", "cxcywh", "xywh"] = "xyxy"
+    normalized: bool = False
+    """Boxes are fractions of the input instead of its px."""
+    logits: bool = False
+    """Scores have not been through the sigmoid yet."""
+    decoded: bool = False
+    """Layout yolox: boxes are px already (exported with --decode_in_inference)."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        hints = get_type_hints(Declaration)
+        for name in ("layout", "resize", "channels", "box_format"):
+            if getattr(self, name) not in get_args(hints[name]):
+                choices = ", ".join(get_args(hints[name]))
+                problems.append(f"{name} is {getattr(self, name)!r}, choose one of {choices}")
+        if len(self.input_size) != 2 or not all(type(side) is int and side > 0 for side in self.input_size):
+            problems.append(f"input_size must be [width, height] in px, got {list(self.input_size)}")
+        if self.layout == "boxes" and not self.boxes:
+            problems.append("layout boxes needs the field boxes, the name of that output")
+        if self.layout == "yolox" and (self.boxes or self.scores or self.labels):
+            problems.append("layout yolox has one output: leave out boxes, scores and labels")
+        if self.layout == "yolox" and any(side % max(STRIDES) for side in self.input_size):
+            problems.append(f"layout yolox wants an input_size in multiples of {max(STRIDES)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in (*self.std, self.divide_by)):
+            problems.append("mean and std must be 3 numbers each, std and divide_by above 0")
+        if self.nms_iou is not None and not 0 < self.nms_iou <= 1:
+            problems.append(f"nms_iou must lie above 0 and at most at 1, got {self.nms_iou}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+def read_declaration(file: str | Path) -> Declaration:
+    """MODEL.json. ConfigError names the field that is missing, unknown or wrong."""
+    file = Path(file)
+    way_out = "docs/predict.md describes the fields, with an example for each kind of detector."
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: no readable JSON ({error}). A detector MODEL.onnx is declared in MODEL.json beside it: "
+            f"{way_out}"
+        ) from None
+    known = {f.name for f in fields(Declaration)}
+    given = set(content) if isinstance(content, dict) else set()
+    missing, unknown = sorted({"layout", "input_size"} - given), sorted(given - known)
+    if missing or unknown:
+        raise ConfigError(f"{file}: missing fields {missing}, unknown fields {unknown}. {way_out}")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    try:
+        return Declaration(**values)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{file}: {error}. {way_out}") from None
+
+
+class PersonDetector:
+    """An ONNX detector that finds people. Can be sent to another process: it is opened where it works.
+
+    model: the bytes of the ONNX file. name: for messages. threads: CPU threads of a run, fixed because
+    they decide the last digits. use_gpu: CUDA where ONNX Runtime has it (onnxruntime-gpu), else the CPU.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        declaration: Declaration,
+        name: str = "the detector",
+        threads: int = 1,
+        use_gpu: bool = False,
+    ) -> None:
+        self.model, self.declaration, self.name = model, declaration, name
+        self.threads, self.use_gpu = threads, use_gpu
+        self._session: Any = None
+
+    @classmethod
+    def load(cls, file: str | Path, threads: int = 1, use_gpu: bool = False) -> PersonDetector:
+        """MODEL.onnx with MODEL.json beside it, tried on a black image. ConfigError says what is wrong."""
+        file = Path(file)
+        declaration = read_declaration(file.with_suffix(".json"))
+        try:
+            model = file.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{file}: cannot be read ({error.strerror}). Name an ONNX detector, with its declaration "
+                f"{file.with_suffix('.json').name} beside it."
+            ) from None
+        detector = cls(model, declaration, str(file), threads, use_gpu)
+        detector(np.zeros((64, 64, 3), np.uint8))
+        return detector
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}
+
+    def __call__(self, image: UInt8, score_threshold: float | None = None) -> tuple[Float32, Float32]:
+        """uint8 (H, W, 3) RGB -> boxes float32 (P, 4) left, top, width, height in image px, scores (P,).
+
+        Best first. score_threshold: instead of the declared one.
+        """
+        declared = self.declaration
+        threshold = declared.score_threshold if score_threshold is None else score_threshold
+        blob, to_image = _prepare(image, declared)
+        outputs = self._run(blob)
+        read = _read_yolox if declared.layout == "yolox" else _read_boxes
+        corners, scores = read(outputs, declared, self.name)
+        keep = (scores >= threshold) & np.isfinite(corners).all(axis=1)
+        keep &= (corners[:, 2:] > corners[:, :2]).all(axis=1)
+        corners, scores = corners[keep], scores[keep]
+        order = np.argsort(-scores, kind="stable")
+        corners, scores = corners[order], scores[order]
+        if declared.nms_iou is not None:
+            kept = suppress(corners, declared.nms_iou)
+            corners, scores = corners[kept], scores[kept]
+        scale, shift = to_image
+        start, end = corners[:, :2] * scale + shift, corners[:, 2:] * scale + shift
+        return np.concatenate([start, end - start], axis=1).astype(np.float32), scores
+
+    def _run(self, blob: Float32) -> dict[str, NDArray[Any]]:
+        """Outputs by name, without the batch axis."""
+        session = self._open()
+        given = session.get_inputs()[0]
+        if len(given.shape) == 3:  # torchvision's exports take one image
+            blob = blob[0]
+        try:
+            values = session.run(None, {given.name: blob})
+        except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+            width, height = self.declaration.input_size
+            raise ConfigError(
+                f"{self.name}: does not take float32 {blob.shape}, input_size {width}x{height} "
+                f"({_first_line(error)}). Check input_size in its declaration."
+            ) from None
+        outputs = {out.name: value for out, value in zip(session.get_outputs(), values, strict=True)}
+        main = outputs.get(self.declaration.boxes, values[0])
+        return {name: v[0] for name, v in outputs.items()} if main.ndim == 3 else outputs
+
+    def _open(self) -> Any:
+        if self._session is not None:
+            return self._session
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ConfigError(
+                f"{self.name}: a detector needs ONNX Runtime: pip install 'hrnet-ray[onnx]'."
+            ) from None
+        wanted = ["CPUExecutionProvider"]
+        if self.use_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            wanted.insert(0, "CUDAExecutionProvider")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(self.model, options, providers=wanted)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.name}: not a model that ONNX Runtime opens ({_first_line(error)})."
+            ) from None
+        if len(session.get_inputs()) != 1:
+            names = ", ".join(i.name for i in session.get_inputs())
+            raise ConfigError(
+                f"{self.name}: has the inputs {names}, but one image is all there is to give. "
+                f"Export it without the others."
+            )
+        self._session = session
+        return session
+
+
+def suppress(boxes_xyxy: Float32, iou: float) -> NDArray[np.int64]:
+    """Greedy NMS: boxes float32 (N, 4), best first -> indices of the kept, in order."""
+    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+    rest, kept = np.arange(len(boxes_xyxy)), []
+    while len(rest):
+        best, rest = rest[0], rest[1:]
+        kept.append(best)
+        start = np.maximum(boxes_xyxy[best, :2], boxes_xyxy[rest, :2])
+        end = np.minimum(boxes_xyxy[best, 2:], boxes_xyxy[rest, 2:])
+        shared = (end - start).clip(min=0).prod(axis=1)
+        rest = rest[shared <= iou * (area[best] + area[rest] - shared)]
+    return np.array(kept, np.int64)
+
+
+def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, tuple[Float32, Float32]]:
+    """float32 (1, 3, h, w), and (scale, shift) that take input px to image px.
+
+    Here px are edges, not centres: (0, 0) is the corner of the first pixel, as detectors count.
+    """
+    width, height = declared.input_size
+    sides = np.array([image.shape[1], image.shape[0]], np.float64)
+    factor = np.array([width, height]) / sides
+    if declared.resize != "stretch":
+        factor[:] = factor.min()
+    inner = np.maximum(1, (sides * factor + 1e-6).astype(int))
+    canvas = np.full((height, width, 3), declared.pad_value, np.uint8)
+    offset = (np.array([width, height]) - inner) // 2
+    if declared.resize != "letterbox_center":
+        offset[:] = 0
+    (x, y), (w, h) = offset, inner
+    canvas[y : y + h, x : x + w] = cv2.resize(image, (int(w), int(h)), interpolation=cv2.INTER_LINEAR)
+    if declared.channels == "BGR":
+        canvas = canvas[..., ::-1]
+    pixels: Float32 = canvas.astype(np.float32) / np.float32(declared.divide_by)
+    mean, std = np.array(declared.mean, np.float32), np.array(declared.std, np.float32)
+    pixels = (pixels - mean) / std
+    scale = (1 / factor).astype(np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]), (scale, -offset.astype(np.float32) * scale)
+
+
+def _read_boxes(
+    outputs: dict[str, NDArray[Any]], declared: Declaration, name: str
+) -> tuple[Float32, Float32]:
+    """Corners float32 (N, 4) in input px and the scores (N,) of people, 0 for other classes."""
+    for field in ("boxes", "scores", "labels"):
+        wanted = getattr(declared, field)
+        if wanted and wanted not in outputs:
+            raise ConfigError(
+                f"{name}: {field} is declared as output {wanted!r}, but its outputs are "
+                f"{', '.join(sorted(outputs))}."
+            )
+    boxes = outputs[declared.boxes].astype(np.float32)
+    if boxes.ndim != 2 or boxes.shape[1] not in (4, 5) or (boxes.shape[1] == 4 and not declared.scores):
+        raise ConfigError(
+            f"{name}: output {declared.boxes!r} has shape {boxes.shape} without the batch; (N, 4) with an "
+            f"output of scores, or (N, 5), is what layout boxes reads."
+        )
+    scores = outputs[declared.scores].astype(np.float32) if declared.scores else boxes[:, 4]
+    if declared.logits:
+        scores = _sigmoid(scores)
+    if scores.ndim == 2 and declared.person_class < scores.shape[1]:
+        scores = scores[:, declared.person_class]
+    elif declared.labels:
+        scores = np.where(outputs[declared.labels] == declared.person_class, scores, 0)
+    if scores.shape != boxes.shape[:1]:
+        raise ConfigError(
+            f"{name}: {len(boxes)} boxes, but scores of shape {scores.shape} for person_class "
+            f"{declared.person_class}. Check scores, labels and person_class in its declaration."
+        )
+    corners = _corners(boxes[:, :4], declared.box_format)
+    if declared.normalized:
+        corners = corners * np.tile(np.array(declared.input_size, np.float32), 2)
+    return corners, scores
+
+
+def _read_yolox(
+    outputs: dict[str, NDArray[Any]], declared: Declaration, name: str
+) -> tuple[Float32, Float32]:
+    """As _read_boxes, of YOLOX's one output (cells, 5 + classes): (cx, cy, w, h, objectness, classes ...).
+
+    Undecoded, cx and cy count from the cell's corner in strides, w and h are logarithms of strides
+    (YOLOX demo_postprocess); cells are those of stride 8, then 16, then 32, row by row.
+    """
+    width, height = declared.input_size
+    grids, strides = [], []
+    for stride in STRIDES:
+        columns, rows = width // stride, height // stride
+        y, x = np.mgrid[:rows, :columns]
+        grids.append(np.stack([x.ravel(), y.ravel()], axis=1))
+        strides.append(np.full((rows * columns, 1), stride))
+    grid = np.concatenate(grids).astype(np.float32)
+    stride_px = np.concatenate(strides).astype(np.float32)
+    found = next(iter(outputs.values())).astype(np.float32)
+    columns_needed = 6 + declared.person_class
+    if len(outputs) != 1 or found.ndim != 2 or len(found) != len(grid) or found.shape[1] < columns_needed:
+        shapes = ", ".join(f"{k} {v.shape}" for k, v in outputs.items())
+        raise ConfigError(
+            f"{name}: its outputs are {shapes}; layout yolox reads one of ({len(grid)}, {columns_needed} or "
+            f"more) at input_size {width}x{height}."
+        )
+    centers, sizes = found[:, :2], found[:, 2:4]
+    if not declared.decoded:
+        centers = (centers + grid) * stride_px
+        sizes = np.exp(np.minimum(sizes, LARGEST_LOGIT)) * stride_px
+    scores = found[:, 4] * found[:, 5 + declared.person_class]
+    return _corners(np.concatenate([centers, sizes], axis=1), "cxcywh"), scores
+
+
+def _corners(boxes: Float32, box_format: str) -> Float32:
+    start, other = boxes[:, :2], boxes[:, 2:]
+    if box_format == "xyxy":
+        return boxes
+    if box_format == "cxcywh":
+        start = start - other / np.float32(2)
+    return np.concatenate([start, start + other], axis=1)
+
+
+def _sigmoid(values: Float32) -> Float32:
+    exponentials: Float32 = np.exp(-values.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
+    return np.float32(1) / (1 + exponentials)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
