@@ -21,6 +21,7 @@ from hrnet_core.errors import ConfigError, PoseError
 from pipelines.config import (
     DataSettings,
     EvaluateSettings,
+    PredictSettings,
     RaySettings,
     RunConfig,
     RunSettings,
@@ -288,6 +289,45 @@ def _evaluation_folder(args: EvaluateArguments) -> Path:
     return Path(args.checkpoint).parent / kind
 
 
+class PredictArguments(Section):
+    sources: Annotated[tuple[str, ...], *positional("SOURCE...")] = ()
+    """Pictures, videos, folders, globs, URIs of buckets."""
+    checkpoint: str = "models:/hrnet-pose@champion"
+    """Checkpoint folder, URI or registered model."""
+    boxes: str | None = None
+    """JSON with people's boxes: COCO annotations or detections, or {"picture.jpg": [[x, y, w, h], ...]}."""
+    detector: str | None = None
+    """ONNX person detector, its declaration MODEL.json beside it. Neither: each picture is one person."""
+    out: str | None = None
+    """Folder for the results; default: STORAGE/predictions/NAME-DIGEST."""
+    predict: PredictSettings = PredictSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+    ray: RaySettings = RaySettings()
+
+
+def predict(argv: Sequence[str]) -> int:
+    """poses of pictures and videos, as COCO, Parquet, OpenPose, overlays"""
+    args = parse(PredictArguments, "predict", argv, "Predict poses of pictures and videos.")
+    _need(args.sources, "SOURCE", "a picture, a video, a folder, a glob or a URI")
+    from pipelines.predict import predict as answer
+
+    print(
+        answer(
+            args.sources,
+            args.checkpoint,
+            out=args.out,
+            boxes=args.boxes,
+            detector=args.detector,
+            settings=args.predict,
+            ray=args.ray,
+            track=args.track,
+            storage=args.run.storage,
+        )
+    )
+    return 0
+
+
 class PromoteArguments(Section):
     candidate: Annotated[str | None, *positional("CANDIDATE")] = None
     """Version of the registered model; default: the newest."""
@@ -376,7 +416,7 @@ def reproduce(argv: Sequence[str]) -> int:
     return 0 if outcome.passed else 1
 
 
-def _need(value: str | None, flag: str, what: str) -> None:
+def _need(value: str | tuple[str, ...] | None, flag: str, what: str) -> None:
     if not value:
         raise ConfigError(f"{flag} is missing: {what}.")
 
@@ -388,6 +428,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
     "promote": promote,
     "deploy": deploy,
     "import": import_,

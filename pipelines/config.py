@@ -202,15 +202,23 @@ class EvaluateSettings(WorkerSettings):
     oks_nms: float = Field(default=0.9, gt=0, le=1)
     """Of two predictions of one image with a higher OKS, the lower score goes."""
     soft_nms: bool = False
-    batch_size: int = Field(default=32, ge=1)
-    """People of a forward pass; fixed per work unit, because it changes float results."""
-    mode: Literal["auto", "float32", "channels_last", "bfloat16"] = "auto"
-    """How the network runs. auto: the fastest that the checkpoint has measured as exact enough."""
-    num_workers: int = Field(default=1, ge=1)
-    """Ray Data actors, each with the model."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """CPUs and threads of an actor. Figures do not depend on num_workers; on this, by rounding only."""
-    use_gpu: bool = False
+
+
+class PredictSettings(WorkerSettings):
+    formats: tuple[Literal["coco", "parquet", "openpose", "overlays", "videos"], ...] = ("coco", "parquet")
+    """What to write: COCO results, a table, a JSON file a picture, pictures and videos with skeletons."""
+    flip_test: bool | None = None
+    """Average with the mirror image: twice the work. Default: what the checkpoint says."""
+    exif: bool = True
+    """Turn pictures as their EXIF says, as viewers do. Off for boxes of stored pixels: COCO's annotations."""
+    score_threshold: float | None = None
+    """Boxes scoring less are left out. Default: what the detector's declaration says; 0 for a boxes file."""
+    draw_threshold: float = 0.3
+    """Keypoints above this are drawn. Files always hold all of them."""
+    video_stride: int = Field(default=1, ge=1)
+    """Every how many-th frame of a video, from the first."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """A picture or video whose header promises more is rejected before it is decoded."""
 
 
 class TrackSettings(Section):
@@ -283,6 +291,7 @@ class RunConfig(Section):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    predict: PredictSettings = PredictSettings()
     track: TrackSettings = TrackSettings()
     serve: ServeSettings = ServeSettings()
     ray: RaySettings = RaySettings()

@@ -1,0 +1,464 @@
+"""Predict: any pictures and videos through PosePredictor on Ray Data, into the formats that others read.
+
+    sources, boxes -> work units -> Ray Data actors -> rows, kept as they come -> COCO, Parquet, OpenPose, ...
+
+A picture that cannot be used costs a row in rejected.json, never the run. Memory holds a few pictures an
+actor and the list of file names; everything else goes to disk unit by unit, and a second call goes on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hrnet_core.detector import PersonDetector
+from hrnet_core.errors import ConfigError, DataError, ImageError
+from hrnet_core.images import decode_image, encode_jpeg, read_header
+from pipelines.boxes import BoxesFile, Entry, read_boxes
+from pipelines.config import PredictSettings, RaySettings, TrackSettings
+from pipelines.formats import ROW, Row, poses_of, write_all
+from pipelines.media import Listing, Media, Video, list_media, read_picture
+from pipelines.units import UNFINISHED, Answer, Unit, digest_of, local_checkpoint, run_units, stored
+
+if TYPE_CHECKING:
+    from hrnet_core.checkpoint import CheckpointSpec
+    from hrnet_core.predictor import PosePredictor
+
+GROUP_PIXELS = 2**26
+"""Decoded pixels that an actor holds at once (200 MB), or one picture that has more."""
+SUMMARY = "prediction.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict` did; the same stands in `folder`/prediction.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+    people_per_second: float = 0.0
+    """While actors were at work; 0 where all was there."""
+
+    def __str__(self) -> str:
+        counts, speed = self.summary["counts"], self.people_per_second
+        told = [f"{counts[what]:,} {what}" for what in ("pictures", "frames") if counts.get(what)]
+        lines = [
+            f"{counts.get('people', 0):,} people in {' and '.join(told)}, boxes: "
+            + self.summary["boxes"]["source"]
+            + (f"; {speed:.1f} people/s" if speed else "")
+        ]
+        rejected = self.summary["rejected"]
+        if rejected:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejected.items()))
+            lines.append(f"left out: {reasons}; each with its reason in rejected.json")
+        if self.summary["boxes_unmatched"]:
+            lines.append(f"{self.summary['boxes_unmatched']:,} entries of the boxes file fit no picture")
+        return "\n".join([*lines, f"{', '.join(self.summary['formats'])}: {self.folder}"])
+
+
+def predict(
+    sources: Sequence[str],
+    checkpoint: str | Path = "models:/hrnet-pose@champion",
+    *,
+    out: str | Path | None = None,
+    boxes: str | Path | None = None,
+    detector: str | Path | None = None,
+    settings: PredictSettings | None = None,
+    ray: RaySettings | None = None,
+    track: TrackSettings | None = None,
+    storage: str | Path = "runs",
+) -> Prediction:
+    """Poses of all pictures and videos that the sources name (pipelines/media.py).
+
+    boxes: a JSON file (pipelines/boxes.py). detector: an ONNX file with its declaration beside it
+    (hrnet_core/detector.py). Neither: each picture is taken as one person. out: default
+    STORAGE/predictions/NAME-DIGEST, so that the same call finds its own folder again.
+
+    DataError: a source that names nothing, a boxes file that fits none of the pictures, or no picture at all
+    that could be used. ConfigError: boxes and detector together, or `out` holds another prediction.
+    """
+    from hrnet_core.checkpoint import read_spec
+
+    settings, ray, track = settings or PredictSettings(), ray or RaySettings(), track or TrackSettings()
+    if boxes is not None and detector is not None:
+        raise ConfigError(
+            "boxes and detector are both given: where shall the boxes come from? Leave one out."
+        )
+    if "://" in str(out):
+        raise ConfigError(
+            f"out {out}: results are written to a folder of this machine. Copy them on from there."
+        )
+    with local_checkpoint(checkpoint, track, storage) as folder:
+        spec = read_spec(folder)
+        listing = list_media(sources, exclude=out or Path(storage) / "predictions")
+        given = read_boxes(boxes, settings.score_threshold or 0.0) if boxes is not None else None
+        people = (
+            PersonDetector.load(detector, settings.cpus_per_worker, settings.use_gpu)
+            if detector is not None
+            else None
+        )
+        plan = make_plan(listing, given, people, settings, spec)
+        out = Path(out) if out is not None else _default_folder(storage, listing, plan)
+        if (done := _finished(out, plan)) is not None:
+            return done
+        store = out / UNFINISHED / plan.digest
+        work = Worker(settings, people, "overlays" in settings.formats)
+        start = time.monotonic()
+        progress = run_units(plan.units, work, folder, settings, ray, store, "predict")
+    return _write(out, plan, listing, store, settings, spec, str(checkpoint), progress.mode, start, progress)
+
+
+# --- the plan ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    units: list[Unit]
+    rejected: list[Row]
+    """Known before any picture was opened."""
+    digest: str
+    boxes: dict[str, Any]
+    """Where boxes come from: source, and the file with its sha256."""
+    unmatched: int = 0
+    """Entries of the boxes file that fit no picture."""
+    image_ids: str = "numbered"
+
+
+def make_plan(
+    listing: Listing,
+    given: BoxesFile | None,
+    detector: PersonDetector | None,
+    settings: PredictSettings,
+    spec: CheckpointSpec,
+) -> Plan:
+    """Pictures and stretches of videos with their boxes, in work units."""
+    import hashlib
+
+    entries, unmatched = given.match(listing.media) if given else ({}, [])
+    ids, id_source = _image_ids(listing.media, entries)
+    rejected: list[Row] = []
+    items = []
+    for media in listing.media:
+        entry = entries.get(media.name)
+        if given is not None and entry is None:
+            if given.complete:
+                detail = f"{given.path} does not list it"
+                rejected.append(_rejected(media.name, None, "not_in_boxes_file", detail))
+                continue
+            entry = Entry()  # a detector that found nobody leaves no trace
+        if entry is not None:
+            rejected += [_rejected(media.name, None, "bbox_invalid", why) for why in entry.invalid]
+        item = {"name": media.name, "uri": media.uri, "kind": media.kind, "image_id": ids.get(media.name)}
+        item |= {"boxes": None if entry is None else entry.rows, "size": entry.size if entry else None}
+        if media.kind == "picture":
+            items.append(item)
+            continue
+        try:
+            items += _stretches(item, entry, settings)
+        except ImageError as error:
+            rejected.append(_rejected(media.name, None, error.reason, str(error)))
+    source = "whole picture"
+    boxes: dict[str, Any] = {"source": source}
+    if given is not None:
+        boxes = {"source": given.path, "sha256": given.sha256}
+    if detector is not None:
+        digest = hashlib.sha256(detector.model).hexdigest()
+        boxes = {"source": detector.name, "sha256": digest, "declaration": vars(detector.declaration)}
+    decides = [
+        spec.as_dict(),
+        items,
+        [(m.size, m.modified_ns) for m in listing.media],
+        boxes,
+        settings.model_dump(exclude={"num_workers"}),
+    ]
+    units = _units(items, 2 * settings.batch_size)
+    return Plan(units, rejected, digest_of(*decides), boxes, len(unmatched), id_source)
+
+
+def _image_ids(media: Sequence[Media], entries: Mapping[str, Entry]) -> tuple[dict[str, int], str]:
+    """Ids by name, and where they are from. They are all of one origin, so that no two can be equal."""
+    pictures = [m for m in media if m.kind == "picture"]
+    if not entries or len(pictures) < len(media):
+        return {}, "numbered"
+    ids = {m.name: entries[m.name].image_id for m in pictures if m.name in entries}
+    if None in ids.values() or len(set(ids.values())) < len(ids) or len(ids) < len(pictures):
+        return {}, "numbered"
+    return ids, "boxes file"  # type: ignore[return-value]
+
+
+def _stretches(
+    item: dict[str, Any], entry: Entry | None, settings: PredictSettings
+) -> Iterator[dict[str, Any]]:
+    """A video cut into stretches of frames; the last one goes to the end, wherever that is."""
+    video = Video(item["uri"], settings.max_pixels)
+    video.close()
+    length = 2 * settings.batch_size * settings.video_stride
+    starts = list(range(0, max(1, video.expected), length))
+    for start in starts:
+        stop = start + length if start != starts[-1] else None
+        stretch = {**item, "start": start, "stop": stop, "expected": video.expected}
+        if entry is not None and entry.frames is not None:
+            last = stop if stop is not None else max([*entry.frames, start]) + 1
+            stretch["frames"] = {str(n): rows for n, rows in entry.frames.items() if start <= n < last}
+        yield stretch
+
+
+def _units(items: list[dict[str, Any]], people: int) -> list[Unit]:
+    """Items in order, cut into units of at most `people` boxes; a stretch of video is a unit of its own."""
+    units: list[Unit] = []
+    room = 0
+    for item in items:
+        count = people if item["kind"] == "video" else max(1, len(item["boxes"] or [0]))
+        if not units or count > room:
+            units.append([])
+            room = people
+        room -= count
+        units[-1].append(item)
+    return units
+
+
+def _default_folder(storage: str | Path, listing: Listing, plan: Plan) -> Path:
+    first = Path(listing.media[0].name).parts[0]
+    return Path(storage) / "predictions" / f"{Path(first).stem}-{plan.digest[:8]}"
+
+
+def _finished(out: Path, plan: Plan) -> Prediction | None:
+    """The prediction that lies in `out`, if it is this one. ConfigError if it is another."""
+    file = out / SUMMARY
+    if not file.is_file():
+        return None
+    summary = json.loads(file.read_text())
+    if summary.get("plan") != plan.digest:
+        raise ConfigError(
+            f"{out}: holds a prediction of other sources, boxes, weights or settings. Name another --out, or "
+            f"remove that folder."
+        )
+    print(f"predict: {out} is there already, of the same sources and settings", flush=True)
+    return Prediction(out, summary)
+
+
+def _rejected(name: str, frame: int | None, reason: str, detail: str) -> Row:
+    return {**dict.fromkeys(ROW.names), "name": name, "frame": frame, "reason": reason, "detail": detail}
+
+
+# --- the work of an actor ---------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A unit -> rows (pipelines.formats.ROW) as Parquet bytes. Keeps a video open from unit to unit."""
+
+    settings: PredictSettings
+    detector: PersonDetector | None = None
+    draw: bool = False
+    _video: Video | None = field(default=None, repr=False)
+
+    def __call__(self, unit: Unit, predictor: PosePredictor) -> Answer:
+        rows: list[Row] = []
+        group: list[_Seen] = []
+        people = pixels = 0
+        for seen in self._read(unit):
+            rows.append(seen.row)
+            if seen.image is None:
+                continue
+            group.append(seen)
+            people += 1 if seen.boxes is None else len(seen.boxes)
+            pixels += seen.image.shape[0] * seen.image.shape[1]
+            # Groups follow from the unit alone, and so do the batches in them.
+            if people >= 2 * self.settings.batch_size or pixels >= GROUP_PIXELS:
+                self._predict(group, predictor)
+                group, people, pixels = [], 0, 0
+        self._predict(group, predictor)
+        content = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, ROW), content, compression="zstd", write_page_checksum=True)
+        return Answer(
+            content.getvalue(), sum(len(row["box_scores"]) for row in rows if row["reason"] is None)
+        )
+
+    def _predict(self, group: list[_Seen], predictor: PosePredictor) -> None:
+        """Fill the rows of a group. A pose that is not finite rejects its picture: the weights are bad."""
+        found = predictor(
+            [seen.image for seen in group],
+            [seen.boxes for seen in group],
+            [seen.scores for seen in group],
+            self.settings.flip_test,
+            batch_size=self.settings.batch_size,
+        )
+        for seen, poses in zip(group, found, strict=True):
+            if not np.isfinite(poses.keypoints.data).all():
+                seen.row |= {
+                    "reason": "not_finite",
+                    "detail": "the network gave NaN: its weights are damaged",
+                }
+                continue
+            seen.row |= {
+                "boxes_xywh": poses.boxes.xywh.ravel(),
+                "box_scores": poses.boxes.conf,
+                "keypoints": poses.keypoints.data.ravel(),
+            }
+            if self.draw and seen.row["frame"] is None:
+                known = poses_of(seen.row, predictor.spec.skeleton)  # knows where its boxes came from
+                seen.row["overlay"] = encode_jpeg(known.plot(seen.image, self.settings.draw_threshold), 90)
+
+    def _read(self, unit: Unit) -> Iterator[_Seen]:
+        """Pictures and frames one after the other, decoded; those that cannot be used without an image."""
+        for item in unit:
+            if item["kind"] == "video":
+                yield from self._read_frames(item)
+                continue
+            row = {**dict.fromkeys(ROW.names), "name": item["name"], "uri": item["uri"]}
+            row["image_id"] = item["image_id"]
+            try:
+                data = read_picture(item["uri"])
+                rotated = self.settings.exif and read_header(data).orientation != 1
+                image = decode_image(data, apply_exif=self.settings.exif, max_pixels=self.settings.max_pixels)
+                _check_size(item, image, rotated)
+            except ImageError as error:
+                yield _Seen(row | {"reason": error.reason, "detail": str(error)})
+                continue
+            yield self._seen(row | {"exif_rotated": rotated}, image, item["boxes"])
+
+    def _read_frames(self, item: dict[str, Any]) -> Iterator[_Seen]:
+        """Frames of a stretch. A video that ends too early says so once."""
+        start, stop, expected = item["start"], item["stop"], item["expected"]
+        base = {**dict.fromkeys(ROW.names), "name": item["name"], "uri": item["uri"], "exif_rotated": False}
+        try:
+            video = self._open(item["uri"], start)
+        except ImageError as error:
+            yield _Seen(base | {"reason": error.reason, "detail": str(error)})
+            return
+        if not video.skip_to(start):
+            return  # it ended in an earlier stretch, which told
+        for number, image in video.frames(start, stop, self.settings.video_stride):
+            boxes = item["boxes"]
+            if "frames" in item:
+                boxes = item["frames"].get(str(number), [])
+            yield self._seen(base | {"frame": number}, image, boxes)
+        wanted = expected if stop is None else min(stop, expected)
+        # The header's count is an estimate: off by a few frames it means nothing.
+        if video.position == 0 or video.position < wanted - max(
+            self.settings.video_stride, expected // 50, 2
+        ):
+            yield _Seen(
+                base
+                | {
+                    "frame": video.position,
+                    "reason": "video_cut_off",
+                    "detail": f"no frame can be read after {video.position}, its header promises {expected}",
+                }
+            )
+
+    def _open(self, uri: str, start: int) -> Video:
+        """The video at or before a frame; the one that is open, if it goes on there."""
+        if self._video is None or self._video.uri != uri or self._video.position > start:
+            if self._video is not None:
+                self._video.close()
+            self._video = Video(uri, self.settings.max_pixels)
+        return self._video
+
+    def _seen(self, row: Row, image: NDArray[np.uint8], rows: list[list[float]] | None) -> _Seen:
+        """A decoded picture with its boxes: given, found, or none."""
+        row |= {"height": image.shape[0], "width": image.shape[1], "boxes_source": "given"}
+        if self.detector is not None:
+            row["boxes_source"] = "detector"
+            return _Seen(row, image, *self.detector(image, self.settings.score_threshold))
+        if rows is None:
+            row["boxes_source"] = "whole_image"
+            return _Seen(row, image)
+        table = np.array(rows, np.float32).reshape(-1, 5)
+        return _Seen(row, image, table[:, :4], table[:, 4])
+
+
+@dataclass
+class _Seen:
+    """A picture or frame in an actor's hands."""
+
+    row: Row
+    image: NDArray[np.uint8] | None = None
+    """None where it was rejected."""
+    boxes: NDArray[np.float32] | None = None
+    scores: NDArray[np.float32] | None = None
+
+
+def _check_size(item: dict[str, Any], image: NDArray[np.uint8], rotated: bool) -> None:
+    """ImageError where the boxes were made for a picture of another size."""
+    size = (image.shape[1], image.shape[0])
+    if item["size"] is None or tuple(item["size"]) == size:
+        return
+    turned = " once turned as its EXIF says (--predict.no-exif leaves it as stored)" if rotated else ""
+    raise ImageError(
+        "size_differs",
+        f"the picture is {size[0]}x{size[1]} px{turned}, its boxes are of one of "
+        f"{item['size'][0]}x{item['size'][1]}.",
+    )
+
+
+# --- what is written --------------------------------------------------------------------------------
+
+
+def _write(
+    out: Path,
+    plan: Plan,
+    listing: Listing,
+    store: Path,
+    settings: PredictSettings,
+    spec: CheckpointSpec,
+    checkpoint: str,
+    mode: str,
+    start: float,
+    progress: Any,
+) -> Prediction:
+    """All formats from the stored units, prediction.json last. DataError where no picture was usable."""
+    counts = write_all(_rows(plan, store), listing.media, out, settings, spec.skeleton)
+    rejected = {key.removeprefix("rejected "): n for key, n in counts.items() if key.startswith("rejected ")}
+    counts = Counter({key: n for key, n in counts.items() if not key.startswith("rejected ")})
+    if not counts["pictures"] + counts["frames"]:
+        first = json.loads((out / "rejected.json").read_text())[0]
+        raise DataError(
+            f"none of {len(listing.media)} pictures and videos could be used. The first, {first['name']}: "
+            f"{first['detail']} All of them: {out / 'rejected.json'}."
+        )
+    summary = {
+        "checkpoint": checkpoint,
+        "weights_sha256": spec.weights_sha256,
+        "mode": mode,
+        "flip_test": spec.flip_test if settings.flip_test is None else settings.flip_test,
+        "input_size": list(spec.input_size),
+        "codec": spec.codec.as_dict(),
+        "keypoints": list(spec.skeleton.keypoints),
+        "boxes": plan.boxes,
+        "boxes_unmatched": plan.unmatched,
+        "exif": "applied" if settings.exif else "ignored",
+        "image_ids": plan.image_ids,
+        "formats": list(settings.formats),
+        "counts": counts,
+        "rejected": rejected,
+        "passed_over": listing.passed_over,
+        "seconds": round(time.monotonic() - start, 3),
+        "predicted": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "code_version": version("hrnet-ray"),
+        "plan": plan.digest,
+    }
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return Prediction(out, summary, progress.people_per_second)
+
+
+def _rows(plan: Plan, store: Path) -> Iterator[Row]:
+    """Rows of all units in their order, one unit in memory at a time."""
+    yield from plan.rejected
+    for file in stored(store).values():
+        yield from pq.read_table(file, page_checksum_verification=True).to_pylist()
