@@ -61,13 +61,13 @@ class BoxesFile:
         number that it is. DataError where nothing fits.
         """
         last = Counter(posixpath.basename(m.name) for m in media)
-        number = Counter(_number(m.name) for m in media)
+        number = Counter(number_in(m.name) for m in media)
         found: dict[str, Entry] = {}
         used = set()
         for one in media:
             keys = [one.name]
             keys += [base] if last[base := posixpath.basename(one.name)] == 1 else []
-            keys += [digits] if number[digits := _number(one.name)] == 1 else []
+            keys += [digits] if number[digits := number_in(one.name)] == 1 else []
             key = next((k for k in keys if k in self.entries), None)
             if key is not None:
                 found[one.name] = self.entries[key]
@@ -183,7 +183,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= LARGEST
 
 
-def _number(name: str) -> str:
+def number_in(name: str) -> str:
     """ "139" of "val/000000000139.jpg", "" of a name that is no number."""
     stem = posixpath.splitext(posixpath.basename(name))[0]
     return str(int(stem)) if stem.isascii() and stem.isdigit() else ""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError, DataError, ImageError
 from hrnet_core.images import decode_image, encode_jpeg, read_header
-from pipelines.boxes import BoxesFile, Entry, read_boxes
+from pipelines.boxes import BoxesFile, Entry, number_in, read_boxes
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.formats import ROW, Row, poses_of, write_all
 from pipelines.media import Listing, Media, Video, list_media, read_picture
@@ -66,7 +66,8 @@ class Prediction:
             lines.append(f"left out: {reasons}; each with its reason in rejected.json")
         if self.summary["boxes_unmatched"]:
             lines.append(f"{self.summary['boxes_unmatched']:,} entries of the boxes file fit no picture")
-        return "\n".join([*lines, f"{', '.join(self.summary['formats'])}: {self.folder}"])
+        lines.append(f"{', '.join(self.summary['formats'])}: {self.folder}")
+        return "\n".join([*lines, f"image ids: {self.summary['image_ids']} (images.json)"])
 
 
 def predict(
@@ -189,14 +190,20 @@ def make_plan(
 
 
 def _image_ids(media: Sequence[Media], entries: Mapping[str, Entry]) -> tuple[dict[str, int], str]:
-    """Ids by name, and where they are from. They are all of one origin, so that no two can be equal."""
+    """Ids by name, and where they are from: the boxes file, the numbers that the names are (COCO's), or none.
+
+    They are all of one origin, so that no two can be equal.
+    """
     pictures = [m for m in media if m.kind == "picture"]
-    if not entries or len(pictures) < len(media):
+    if len(pictures) < len(media):
         return {}, "numbered"
-    ids = {m.name: entries[m.name].image_id for m in pictures if m.name in entries}
-    if None in ids.values() or len(set(ids.values())) < len(ids) or len(ids) < len(pictures):
-        return {}, "numbered"
-    return ids, "boxes file"  # type: ignore[return-value]
+    given = {m.name: entries[m.name].image_id for m in pictures if m.name in entries}
+    named = {m.name: int(number_in(m.name) or -1) for m in pictures}
+    for ids, origin in ((given, "boxes file"), (named, "file names")):
+        distinct = {i for i in ids.values() if i is not None and i >= 0}
+        if len(distinct) == len(pictures):
+            return ids, origin  # type: ignore[return-value]
+    return {}, "numbered"
 
 
 def _stretches(

@@ -341,7 +341,12 @@ def test_three_kinds_of_boxes_files_give_the_same_people(
     for results in found.values():
         assert [r["keypoints"] for r in results] == [r["keypoints"] for r in expected]
         assert [r["score"] for r in results] == pytest.approx([r["score"] / 2 for r in expected])
-    assert [r["image_id"] for r in found["detections"]] == [r["image_id"] for r in expected]
+        assert [r["image_id"] for r in results] == [r["image_id"] for r in expected]
+    # A picture without a detection keeps its id too, or the results would be of other pictures.
+    shutil.copy(dots["pictures"] / "picture-0.png", folder / "000000000007.png")
+    run(dots, folder, tmp_path / "more", tmp_path / "detections.json", score_threshold=0.3)
+    assert load(tmp_path / "more" / "poses.json") == found["detections"]
+    assert load(tmp_path / "more" / "images.json")[0]["id"] == 7
 
 
 def test_boxes_that_are_none_and_pictures_that_have_none(
