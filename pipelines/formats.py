@@ -65,6 +65,14 @@ def poses_of(row: Row, skeleton: Skeleton) -> Poses:
     )
 
 
+def check_formats(formats: Sequence[str], skeleton: Skeleton) -> None:
+    """DataError where a format is not for these keypoints."""
+    if "openpose" in formats:
+        nobody = Keypoints(np.zeros((0, skeleton.num_keypoints, 3), np.float32))
+        boxes = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+        Poses(nobody, boxes, (1, 1), skeleton).to_openpose()
+
+
 def write_all(
     rows: Iterable[Row], media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
 ) -> Counter[str]:
@@ -72,10 +80,6 @@ def write_all(
 
     Returns counts: pictures, frames, people, and "rejected REASON".
     """
-    if "openpose" in settings.formats:
-        Poses(
-            Keypoints(np.zeros((0, skeleton.num_keypoints, 3), np.float32)), _NONE, (1, 1), skeleton
-        ).to_openpose()
     counts: Counter[str] = Counter()
     with contextlib.ExitStack() as files:
         images = files.enter_context(json_list(out / "images.json"))
@@ -96,9 +100,6 @@ def write_all(
             for writer in writers:
                 writer.send((image_id, row, poses))
     return counts
-
-
-_NONE = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
 
 
 def _image(row: Row, image_id: int) -> dict[str, Any]:

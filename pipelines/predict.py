@@ -9,11 +9,11 @@ actor and the list of file names; everything else goes to disk unit by unit, and
 from __future__ import annotations
 
 import datetime
+import hashlib
 import io
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -30,9 +30,9 @@ from hrnet_core.errors import ConfigError, DataError, ImageError
 from hrnet_core.images import decode_image, encode_jpeg, read_header
 from pipelines.boxes import BoxesFile, Entry, number_in, read_boxes
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
-from pipelines.formats import ROW, Row, poses_of, write_all
+from pipelines.formats import ROW, Row, check_formats, poses_of, write_all
 from pipelines.media import Listing, Media, Video, list_media, read_picture
-from pipelines.units import UNFINISHED, Answer, Unit, digest_of, local_checkpoint, run_units, stored
+from pipelines.units import UNFINISHED, Answer, Progress, Unit, digest_of, local_checkpoint, run_units, stored
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -104,6 +104,7 @@ def predict(
         )
     with local_checkpoint(checkpoint, track, storage) as folder:
         spec = read_spec(folder)
+        check_formats(settings.formats, spec.skeleton)
         listing = list_media(sources, exclude=out or Path(storage) / "predictions")
         given = read_boxes(boxes, settings.score_threshold or 0.0) if boxes is not None else None
         people = (
@@ -119,7 +120,17 @@ def predict(
         work = Worker(settings, people, "overlays" in settings.formats)
         start = time.monotonic()
         progress = run_units(plan.units, work, folder, settings, ray, store, "predict")
-    return _write(out, plan, listing, store, settings, spec, str(checkpoint), progress.mode, start, progress)
+    counts, rejected = _write_formats(out, plan, listing, store, settings, spec)
+    summary = _summary(plan, listing, settings, spec, progress)
+    summary |= {
+        "checkpoint": str(checkpoint),
+        "counts": counts,
+        "rejected": rejected,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return Prediction(out, summary, progress.people_per_second)
 
 
 # --- the plan ---------------------------------------------------------------------------------------
@@ -146,8 +157,6 @@ def make_plan(
     spec: CheckpointSpec,
 ) -> Plan:
     """Pictures and stretches of videos with their boxes, in work units."""
-    import hashlib
-
     entries, unmatched = given.match(listing.media) if given else ({}, [])
     ids, id_source = _image_ids(listing.media, entries)
     rejected: list[Row] = []
@@ -416,32 +425,36 @@ def _check_size(item: dict[str, Any], image: NDArray[np.uint8], rotated: bool) -
 # --- what is written --------------------------------------------------------------------------------
 
 
-def _write(
+def _write_formats(
     out: Path,
     plan: Plan,
     listing: Listing,
     store: Path,
     settings: PredictSettings,
     spec: CheckpointSpec,
-    checkpoint: str,
-    mode: str,
-    start: float,
-    progress: Any,
-) -> Prediction:
-    """All formats from the stored units, prediction.json last. DataError where no picture was usable."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """All formats from the stored units; counts of what was answered, and of what was rejected by reason.
+
+    DataError where no picture was usable.
+    """
     counts = write_all(_rows(plan, store), listing.media, out, settings, spec.skeleton)
     rejected = {key.removeprefix("rejected "): n for key, n in counts.items() if key.startswith("rejected ")}
-    counts = Counter({key: n for key, n in counts.items() if not key.startswith("rejected ")})
     if not counts["pictures"] + counts["frames"]:
         first = json.loads((out / "rejected.json").read_text())[0]
         raise DataError(
             f"none of {len(listing.media)} pictures and videos could be used. The first, {first['name']}: "
             f"{first['detail']} All of them: {out / 'rejected.json'}."
         )
-    summary = {
-        "checkpoint": checkpoint,
+    return {key: n for key, n in counts.items() if n and not key.startswith("rejected ")}, rejected
+
+
+def _summary(
+    plan: Plan, listing: Listing, settings: PredictSettings, spec: CheckpointSpec, progress: Progress
+) -> dict[str, Any]:
+    """What decides the poses, and what made them."""
+    return {
         "weights_sha256": spec.weights_sha256,
-        "mode": mode,
+        "mode": progress.mode,
         "flip_test": spec.flip_test if settings.flip_test is None else settings.flip_test,
         "input_size": list(spec.input_size),
         "codec": spec.codec.as_dict(),
@@ -451,17 +464,11 @@ def _write(
         "exif": "applied" if settings.exif else "ignored",
         "image_ids": plan.image_ids,
         "formats": list(settings.formats),
-        "counts": counts,
-        "rejected": rejected,
         "passed_over": listing.passed_over,
-        "seconds": round(time.monotonic() - start, 3),
         "predicted": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code_version": version("hrnet-ray"),
         "plan": plan.digest,
     }
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    return Prediction(out, summary, progress.people_per_second)
 
 
 def _rows(plan: Plan, store: Path) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from PIL import Image
 from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
+from hrnet_core.skeleton import Skeleton
 from pipelines.boxes import read_boxes
 from pipelines.cli import main
 from pipelines.config import PredictSettings
@@ -183,11 +186,20 @@ def test_a_call_that_was_cut_short_goes_on(
 
 
 def test_the_default_folder_is_the_calls_own(
-    dots: dict[str, Any], tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+    dots: dict[str, Any],
+    tmp_path: Path,
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = [str(dots["pictures"] / "picture-1.png")]
+    assert main(["predict", *source, "--checkpoint", str(dots["checkpoint"])]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3].startswith("1 people in 1 pictures, boxes: whole picture; ")
     first = predict(source, dots["checkpoint"])
+    assert told[-2:] == [f"coco, parquet: {first.folder}", "image ids: numbered (images.json)"]
+    assert "is there already" in capsys.readouterr().out
     other = predict(source, dots["checkpoint"], settings=PredictSettings(flip_test=False))
     assert first.folder.parent == Path("runs/predictions")
     assert first.folder.name.startswith("picture-1-")
@@ -265,6 +277,16 @@ def test_wrong_arguments_end_with_2_before_any_work(
         assert error.count("\n") == 1
     assert main(["predict", source, "--checkpoint", str(tmp_path / "none")]) == 2
     assert "no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_format_that_is_not_for_these_keypoints_is_refused_first(
+    dots: dict[str, Any], tmp_path: Path
+) -> None:
+    three = Skeleton("three", ("a", "b", "c"), (), (0.1, 0.1, 0.1))
+    small = replace(SMALL, num_keypoints=3)
+    save_checkpoint(tmp_path / "three", HRNet(small), CheckpointSpec(small, CODEC, three))
+    with pytest.raises(DataError, match="'three' has no left_ankle"):
+        predict([str(dots["pictures"])], tmp_path / "three", settings=PredictSettings(formats=("openpose",)))
 
 
 def test_a_diverged_network_rejects_what_it_answers(
@@ -467,6 +489,23 @@ def test_every_frame_of_a_video_is_answered_in_order(
     frame = drawn.read()[1][..., ::-1].astype(int)
     assert frame.shape == (160, 200, 3)
     assert (np.abs(frame - picture(dots)) > 80).any(axis=2)[12, 14:80].mean() > 0.5  # the box's upper edge
+
+
+def test_a_video_held_upright_is_read_upright(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    """As phones write it: frames stored lying, and a matrix in the track's header that turns them."""
+    clip = write_video(tmp_path / "clip.mp4", dots, 3, "mp4v")
+    content = bytearray(clip.read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO 14496-12, 8.3.2, version 0
+    quarter = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 160 << 16, 0, 1 << 30], ">i4")
+    content[matrix : matrix + 36] = quarter.tobytes()
+    clip.write_bytes(content)
+    run(dots, clip, tmp_path / "out", formats=("coco", "videos"))
+    images = load(tmp_path / "out" / "images.json")
+    assert [(i["width"], i["height"]) for i in images] == [(160, 200)] * 3
+    drawn = cv2.VideoCapture(str(tmp_path / "out" / "videos" / "clip.mp4")).read()[1][..., ::-1]
+    assert drawn.shape == (200, 160, 3)
+    shown = np.rot90(picture(dots), -1)  # clockwise
+    assert np.abs(drawn.astype(int) - shown).mean() < np.abs(drawn.astype(int) - shown[::-1, ::-1]).mean() / 2
 
 
 def test_boxes_by_frame_and_every_third_frame(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
