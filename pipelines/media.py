@@ -88,10 +88,8 @@ def _of_path(source: str) -> tuple[list[Media], int]:
     local = fs.LocalFileSystem()
     if os.path.isdir(source):
         return _of_folder(local, os.path.abspath(source), os.path.abspath(source))
-    if os.path.exists(source):
-        paths = [source]
-    else:
-        paths = sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
+    matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+    paths = [p for p in matches if os.path.isfile(p)]  # a pipe would be waited for
     infos = local.get_file_info([os.path.abspath(p) for p in paths])
     return [_media(info, info.base_name, info.path) for info in infos], 0
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError, DataError, ImageError
-from hrnet_core.images import decode_image, encode_jpeg, read_header
+from hrnet_core.images import check_image, decode_checked, encode_jpeg
 from pipelines.boxes import BoxesFile, Entry, number_in, read_boxes
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.formats import ROW, Row, check_formats, poses_of, write_all
@@ -339,8 +339,9 @@ class Worker:
             row["image_id"] = item["image_id"]
             try:
                 data = read_picture(item["uri"])
-                rotated = self.settings.exif and read_header(data).orientation != 1
-                image = decode_image(data, apply_exif=self.settings.exif, max_pixels=self.settings.max_pixels)
+                header = check_image(data, self.settings.max_pixels)
+                rotated = self.settings.exif and header.orientation != 1
+                image = decode_checked(data, header, apply_exif=self.settings.exif)
                 _check_size(item, image, rotated)
             except ImageError as error:
                 yield _Seen(row | {"reason": error.reason, "detail": str(error)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -255,11 +256,13 @@ def test_wrong_arguments_end_with_2_before_any_work(
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
     (tmp_path / "b.json").write_text('{"else.jpg": [[1, 2, 3, 4]]}')
+    os.mkfifo(tmp_path / "pipe.jpg")
     boxes = str(tmp_path / "b.json")
     for argv, named in (
         ([], "SOURCE is missing"),
         ([f"{tmp_path}/no/*.jpg"], "no/*.jpg: nothing there"),
         ([str(tmp_path / "empty")], "empty: nothing there"),
+        ([str(tmp_path / "pipe.jpg")], "pipe.jpg: nothing there"),
         ([str(tmp_path / "texts")], "texts: no picture or video there"),
         ([f"file://{tmp_path}/none"], "none: nothing there"),
         (["nowhere://x/y"], "nowhere://x/y"),
