@@ -1,7 +1,8 @@
 """The keypoints of a body: names, mirror pairs, OKS constants, limbs and colours.
 
-COCO17 is built in; any other skeleton comes from one JSON file with the same fields
-(docs/skeletons.md). Everything that depends on the number or order of keypoints asks a Skeleton.
+COCO17 is built in, CrowdPose's and MPII's are shipped as skeletons/NAME.json, any other comes from one JSON
+file with the same fields (docs/skeletons.md). Everything that depends on the number or order of keypoints
+asks a Skeleton.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hrnet_core.errors import DataError
 
 # MMPose's and rtmlib's palette, known to the field: head blue, left green, right orange (RGB).
 HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 0), (255, 128, 0)
+SHIPPED = Path(__file__).parent / "skeletons"
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,17 @@ def skeleton_from_dict(fields: dict[str, Any], source: str = "skeleton") -> Skel
 
 
 def load_skeleton(name_or_file: str | Path) -> Skeleton:
-    """ "coco17", or the path of a skeleton JSON file."""
+    """ "coco17", "crowdpose14", "mpii16", or the path of a skeleton JSON file."""
     if str(name_or_file) == COCO17.name:
         return COCO17
-    path = Path(name_or_file)
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
+    path = shipped.get(str(name_or_file), Path(name_or_file))
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: not a readable skeleton JSON file ({error}). Name a file, or {COCO17.name!r}."
+            f"{path}: not a readable skeleton JSON file ({error}). Name a file, or one of "
+            f"{', '.join([COCO17.name, *shipped])}."
         ) from None
     if not isinstance(fields, dict):
         raise DataError(f"{path}: a skeleton file holds one JSON object, got {type(fields).__name__}.")

@@ -21,7 +21,7 @@ MEANING = {
     "scale": "width and height of the view in photo px",
     "rotation_deg": "rotation of the view",
     "flipped": "the view is a mirror image",
-    "area": "the annotated area in px^2",
+    "area": "the annotated area in px^2; 0.53 x width x height of the box where there is none",
     "width": "of the photo",
     "height": "of the photo",
     "image_sha256": "of the photo's file",
@@ -53,6 +53,12 @@ def readme(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         for name, split in splits.items()
         for reason, count in split["rejected"].items()
     ]
+    notes = [
+        f"\n{name}: {split['repaired']['area_from_box']} people have no annotated area; it is 0.53 x width x "
+        f"height of\ntheir box. An AP on them is not comparable to COCO's.\n"
+        for name, split in splits.items()
+        if "area_from_box" in split.get("repaired", {})
+    ]
     meaning = [(name, f"`{kind}`", MEANING[name]) for name, kind in columns.items()]
     return f"""---
 configs:
@@ -75,7 +81,7 @@ digest `{fields["digest"]}`
 Left out; rejected.parquet has each one with its reason:
 
 {_table(("split", "reason", "rows", "people"), rejected)}
-
+{"".join(notes)}
 {_table(("column", "type", "meaning"), meaning)}
 
 Codec, sizes, skeleton and the plan's hash stand in each file's schema metadata under `hrnet`. In the crop a

@@ -29,9 +29,13 @@ from numpy.typing import ArrayLike, NDArray
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import sanitize_boxes
 from hrnet_core.skeleton import Skeleton
+from pipelines.paths import absolute, file_sizes, is_file, is_folder, is_uri, join, list_files, read_file
 
-PROTOCOL = frozenset({"crowd", "no_keypoints"})
-"""Reasons that are no defect: the published protocol leaves these people out."""
+PROTOCOL = frozenset({"crowd", "no_keypoints", "no_label", "empty_label"})
+"""Reasons that are no defect: people whom the published protocol leaves out, YOLO pictures without any."""
+BOX_AREA = 0.53
+"""Area of a person by that of the box, where the annotations have none: as CrowdPose and AI Challenger are
+scored, and as YOLO-pose models are."""
 LARGEST = 1e9
 """A coordinate or area beyond this (or NaN) is not one."""
 
@@ -73,7 +77,9 @@ class Rejection:
     reason: str
     """missing_image, path_outside_root, image_size_invalid, bbox_invalid, bbox_degenerate,
     area_not_positive, keypoints_length, keypoints_invalid, visibility_invalid; crowd, no_keypoints
-    (PROTOCOL); for pictures that were opened (photos.py): ImageError's reasons, unreadable, size_differs."""
+    (PROTOCOL); of YOLO-pose labels: no_label, empty_label (PROTOCOL), class_invalid, label_unreadable,
+    label_shared, exif_rotated; for pictures that were opened (photos.py): ImageError's reasons, unreadable,
+    size_differs."""
     file: str
     image_id: int
     ann_id: int | None
@@ -99,7 +105,8 @@ class CocoSplit:
     repaired: Mapping[str, int] = field(default_factory=dict)
     """Count of each kind: boxes_clipped (more than a pixel beyond the picture), hidden_coordinates (v = 0
     with a place: place dropped), num_keypoints (the field disagrees with the keypoints: not used),
-    other_category (no people: passed over)."""
+    other_category (no people: passed over), area_from_box (no annotation has an area: BOX_AREA of the box),
+    duplicates (YOLO-pose: the same line again)."""
     category_id: int = 1
 
     @property
@@ -111,14 +118,14 @@ class CocoSplit:
 
 
 def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
-    """ROOT/annotations/person_keypoints_SPLIT.json and the listing of ROOT/SPLIT/.
+    """ROOT/annotations/person_keypoints_SPLIT.json and the listing of ROOT/SPLIT/; ROOT may be a URI.
 
     DataError where the folder, the file or its index is wrong as a whole. A photo's place comes from its
     file_name, never from its id. A missing picture costs a rejection only if it had people.
     """
-    root = Path(root).expanduser().absolute()  # workers may run elsewhere
-    annotation_file = root / "annotations" / f"person_keypoints_{split}.json"
-    pictures = root / split
+    root = absolute(str(root))  # workers may run elsewhere
+    annotation_file = join(root, f"annotations/person_keypoints_{split}.json")
+    pictures = join(root, split)
     _check_folders(root, split, annotation_file, pictures)
     content, sha256 = _load(annotation_file)
     data = _sections(annotation_file, content)
@@ -126,7 +133,7 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     images = dict(zip(_ids(annotation_file, "images", data["images"]), data["images"], strict=True))
     annotations = _annotations(annotation_file, data, images)
     ours = [a for a in annotations if a["category_id"] == category_id]
-    people, rejected, repaired = _read_people(ours, images, skeleton.num_keypoints)
+    people, rejected, repaired = people_of(ours, images, skeleton.num_keypoints)
     if len(ours) < len(annotations):
         repaired["other_category"] = len(annotations) - len(ours)
 
@@ -136,13 +143,14 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
         name, here = image.get("file_name"), tuple(people.get(image_id, ()))
         problem = _image_problem(image) or listing.problem(name, needed=bool(here))
         if problem:
-            rejected.append(Rejection(problem[0], _text(name), image_id, None, problem[1], len(here)))
+            rejected.append(Rejection(problem[0], printable(name), image_id, None, problem[1], len(here)))
         else:
-            photos.append(Photo(image_id, name, f"{pictures}/{name}", image["width"], image["height"], here))
+            place = join(pictures, name)
+            photos.append(Photo(image_id, name, place, image["width"], image["height"], here))
     rejected.sort(key=lambda r: (r.image_id, -1 if r.ann_id is None else r.ann_id))
     return CocoSplit(
         name=split,
-        annotation_file=str(annotation_file),
+        annotation_file=annotation_file,
         annotation_sha256=sha256,
         photos=tuple(photos),
         rejected=tuple(rejected),
@@ -151,27 +159,33 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     )
 
 
-def _check_folders(root: Path, split: str, annotation_file: Path, pictures: Path) -> None:
-    if not os.path.isdir(root):
+def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -> None:
+    if not is_folder(root):
         raise DataError(f"{root} is not a folder: give the root of a COCO set (preprocess: --data.root).")
-    if not os.path.isfile(annotation_file):
-        there = sorted(p.name for p in annotation_file.parent.glob("*.json"))
+    if not is_file(annotation_file):
+        there = sorted(n for n in list_files(join(root, "annotations")) if n.endswith(".json"))
+        if not there and (is_folder(join(root, "labels")) or is_file(join(root, "data.yaml"))):
+            raise DataError(
+                f"{root}: YOLO-pose labels (labels/ or data.yaml, no annotations/). Preprocess takes them "
+                f"with --data.format yolo_pose. They have no areas and no crowds: an AP on them would not "
+                f"be COCO's, so evaluate wants COCO annotations."
+            )
         raise DataError(
             f"{annotation_file}: no such file. A COCO root has annotations/person_keypoints_{split}.json; "
             f"here annotations/ holds {_listed(there) or 'no JSON file'}. Check --data.root and the split."
         )
-    if not os.path.isdir(pictures):
+    if not is_folder(pictures):
         raise DataError(
             f"{pictures}: no such folder. The pictures of split {split!r} are looked for in {split}/ beside "
             f"annotations/. Check --data.root, or unpack the pictures there."
         )
 
 
-def _load(file: Path) -> tuple[Any, str]:
+def _load(file: str | Path) -> tuple[Any, str]:
     """Parsed JSON and the sha256 of the bytes. Errors say at which byte."""
     way_out = "The file is damaged or incomplete: copy or unpack it again."
     try:
-        raw = file.read_bytes()
+        raw = read_file(str(file))
         return json.loads(raw.decode()), hashlib.sha256(raw).hexdigest()
     except OSError as error:
         problem, way_out = f"cannot be read ({error.strerror})", "Check its name and its rights."
@@ -183,13 +197,13 @@ def _load(file: Path) -> tuple[Any, str]:
     except (ValueError, RecursionError) as error:
         problem = f"not JSON that can be read ({error})"
     except MemoryError:
-        size = file.stat().st_size
+        (size,) = file_sizes([str(file)])
         problem = f"{size:,} bytes, more than the memory here can hold (about ten times its size is needed)"
         way_out = "Give the machine more memory, or take out annotations that no person has."
     raise DataError(f"{file}: {problem}. {way_out}")
 
 
-def _sections(file: Path, content: Any) -> dict[str, list[dict[str, Any]]]:
+def _sections(file: str, content: Any) -> dict[str, list[dict[str, Any]]]:
     if not isinstance(content, dict):
         raise DataError(
             f"{file}: a COCO annotation file is one JSON object with images, annotations and categories, "
@@ -203,7 +217,7 @@ def _sections(file: Path, content: Any) -> dict[str, list[dict[str, Any]]]:
     return content
 
 
-def _person_category(file: Path, categories: list[dict[str, Any]], skeleton: Skeleton) -> int:
+def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skeleton) -> int:
     """Id of the category that is read, after its keypoint names were compared with the skeleton's."""
     with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list)]
     people = [c for c in with_keypoints if c.get("name") == "person"] or with_keypoints
@@ -218,22 +232,23 @@ def _person_category(file: Path, categories: list[dict[str, Any]], skeleton: Ske
     if theirs != ours:
         raise DataError(
             f"{file}: categories[{category.get('name')!r}].keypoints is not skeleton {skeleton.name!r}: "
-            f"{_name_difference(theirs, ours)}. Every number would go to the wrong joint: give the skeleton "
+            f"{name_difference(theirs, ours)}. Every number would go to the wrong joint: give the skeleton "
             f"of this file with --data.skeleton FILE.json, or bring its keypoints into that order."
         )
     return int(category["id"])
 
 
-def _name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+def name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     if len(theirs) != len(ours):
         missing, unknown = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
         return f"{len(theirs)} keypoints instead of {len(ours)} (missing {missing}, unknown {unknown})"
     pairs = enumerate(zip(theirs, ours, strict=True))
-    places = _listed([f"position {i} has {a!r} instead of {b!r}" for i, (a, b) in pairs if a != b])
+    differing = [f"position {i} has {a!r} instead of {b!r}" for i, (a, b) in pairs if a != b]
+    places = _listed(differing, shown=len(ours))
     return f"{'the same names in another order' if set(theirs) == set(ours) else 'other names'}: {places}"
 
 
-def _ids(file: Path, section: str, rows: list[dict[str, Any]]) -> list[int]:
+def _ids(file: str, section: str, rows: list[dict[str, Any]]) -> list[int]:
     """Unique integer ids, or DataError: COCO's own index silently keeps the last of two."""
     ids = [row.get("id") for row in rows]
     for index, identity in enumerate(ids):
@@ -252,7 +267,7 @@ def _ids(file: Path, section: str, rows: list[dict[str, Any]]) -> list[int]:
 
 
 def _annotations(
-    file: Path, data: dict[str, list[dict[str, Any]]], images: Mapping[int, Any]
+    file: str, data: dict[str, list[dict[str, Any]]], images: Mapping[int, Any]
 ) -> list[dict[str, Any]]:
     """All annotations in order of (image_id, id), none without its image or category."""
     annotations = data["annotations"]
@@ -281,10 +296,13 @@ class _Problems:
             self.found[index] = self.found[index] or (reason, detail(index))
 
 
-def _read_people(
+def people_of(
     rows: list[dict[str, Any]], images: Mapping[int, dict[str, Any]], num_keypoints: int
 ) -> tuple[dict[int, list[Person]], list[Rejection], dict[str, int]]:
-    """Annotations -> people by image_id, a rejection for each of the others, the count of repairs."""
+    """Annotations -> people by image_id, a rejection for each of the others, the count of repairs.
+
+    Where none of them has an area, the field is not part of this data: it is BOX_AREA of the box.
+    """
     problems = _Problems(len(rows))
     problems.mark([bool(row.get("iscrowd")) for row in rows], "crowd", lambda i: "iscrowd")
     triples = _numbers(
@@ -304,6 +322,9 @@ def _read_people(
     clean, inside = sanitize_boxes(boxes, *sizes)
     problems.mark(~inside, "bbox_degenerate", lambda i: f"bbox {told[i]} has no pixel in the picture")
     areas = [row.get("area") for row in rows]
+    from_box = not any("area" in row for row in rows)
+    if from_box:
+        areas = (BOX_AREA * boxes[:, 2] * boxes[:, 3]).tolist()
     no_area = [not (_is_number(area) and area > 0) for area in areas]
     problems.mark(no_area, "area_not_positive", lambda i: f"area is {areas[i]!r}")
 
@@ -315,6 +336,7 @@ def _read_people(
         "boxes_clipped": int((keep & beyond).sum()),
         "hidden_coordinates": int((keep & (hidden & (places != 0).any(axis=2)).any(axis=1)).sum()),
         "num_keypoints": int((keep & ~declared).sum()),
+        "area_from_box": int(keep.sum()) if from_box else 0,
     }
     places = np.where(hidden[..., None], 0, places).astype(np.float32)
     visible = visible.astype(np.float32)
@@ -323,10 +345,10 @@ def _read_people(
     for i, (row, problem) in enumerate(zip(rows, problems.found, strict=True)):
         image_id = row["image_id"]
         if problem is None:
-            person = Person(image_id, row["id"], clean[i], places[i], visible[i], float(row["area"]))
+            person = Person(image_id, row["id"], clean[i], places[i], visible[i], float(areas[i]))
             people.setdefault(image_id, []).append(person)
         else:
-            file = _text(images[image_id].get("file_name"))
+            file = printable(images[image_id].get("file_name"))
             rejected.append(Rejection(problem[0], file, image_id, row["id"], problem[1]))
     return people, rejected, {kind: number for kind, number in repaired.items() if number}
 
@@ -381,7 +403,7 @@ def _image_problem(image: Mapping[str, Any]) -> tuple[str, str] | None:
     name, width, height = image.get("file_name"), image.get("width"), image.get("height")
     if not isinstance(name, str) or not name:
         return "missing_image", f"file_name is {name!r}"
-    if _text(name) != name:
+    if printable(name) != name:
         return "missing_image", "file_name has half a character (a lone surrogate)"
     if name[0] == "/" or ".." in name.split("/") or "\\" in name or "\0" in name or name[1:2] == ":":
         return "path_outside_root", "file_name must be a relative path inside the split's folder"
@@ -390,7 +412,7 @@ def _image_problem(image: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _text(name: Any) -> str:
+def printable(name: Any) -> str:
     """A file name that can be printed and stored, whatever JSON made of it."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
@@ -398,16 +420,16 @@ def _text(name: Any) -> str:
 class _Listing:
     """What lies in the split's folder, listed once a folder: 118,000 single looks would take longer."""
 
-    def __init__(self, pictures: Path) -> None:
-        self._pictures = str(pictures)
-        self._inside = [os.path.realpath(folder) for folder in (pictures, pictures.parent)]
+    def __init__(self, pictures: str) -> None:
+        self._pictures = pictures
+        self._inside = [os.path.realpath(folder) for folder in (pictures, os.path.dirname(pictures))]
         self._folders: dict[str, dict[str, bool] | None] = {}
 
     def problem(self, file_name: str, needed: bool) -> tuple[str, str] | None:
         """(reason, detail) where the picture is needed and not there, or a link that leads elsewhere."""
         folder, _, name = file_name.rpartition("/")
         if folder not in self._folders:
-            self._folders[folder] = self._list(f"{self._pictures}/{folder}")
+            self._folders[folder] = self._list(join(self._pictures, folder) if folder else self._pictures)
         listing = self._folders[folder]
         if listing is None or (listing.get(name) and not self._is_inside(f"{self._pictures}/{file_name}")):
             return "path_outside_root", "a symbolic link leads out of the COCO folder"
@@ -419,6 +441,8 @@ class _Listing:
     def _list(self, folder: str) -> dict[str, bool] | None:
         """Name -> is a link, of the files in a folder; None for a folder that is elsewhere. What is no file
         (a pipe, a device) is not there: opening it might never end."""
+        if is_uri(folder):
+            return dict.fromkeys(list_files(folder), False)
         if not os.path.isdir(folder):
             return {}
         if not self._is_inside(folder):

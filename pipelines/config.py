@@ -35,16 +35,23 @@ class RunSettings(Section):
     """Folder for checkpoints, pictures, reports and, without a tracking server, MLflow's database."""
 
 
+SOURCES = ("root", "format", "shards", "strict")
+"""Settings of DataSettings that say where the data is, not what it becomes."""
+
+
 class DataSettings(Section):
     root: str = ""
-    """COCO root: annotations/person_keypoints_SPLIT.json beside SPLIT/ with the pictures."""
+    """Folder or URI (s3://, gs://) of the annotated pictures; what lies there: docs/sources.md."""
+    format: Literal["coco", "yolo_pose"] = "coco"
+    """coco: annotations/person_keypoints_SPLIT.json beside SPLIT/ with the pictures. yolo_pose: images/ and
+    labels/ with a text file a picture; for training, not for AP."""
     shards: str = ""
-    """Folder of the preprocessed dataset (manifest.json, data/)."""
+    """Folder or URI of the preprocessed dataset (manifest.json, data/)."""
     train_split: str = "train2017"
     val_split: str = "val2017"
     """May be the training split itself, to see whether a network can learn what it is shown."""
     skeleton: str = "coco17"
-    """"coco17" or the path of a skeleton JSON file."""
+    """"coco17", "crowdpose14", "mpii16", or the path of a skeleton JSON file."""
     input_size: tuple[int, int] = (192, 256)
     """(width, height) of a crop in px, multiples of 32."""
     codec: Literal["official", "dark", "udp"] = "official"
@@ -90,7 +97,7 @@ class DataSettings(Section):
         # Imported here: the skeleton needs numpy, a config file does not.
         from hrnet_core.skeleton import load_skeleton
 
-        fields = self.model_dump(mode="json", exclude={"root", "shards", "strict", "skeleton", "sigma"})
+        fields = self.model_dump(mode="json", exclude={*SOURCES, "skeleton", "sigma"})
         return {**fields, "sigma": self.sigma_cells, "skeleton": load_skeleton(self.skeleton).as_dict()}
 
 
@@ -301,7 +308,7 @@ class RunConfig(Section):
     def decides(self) -> dict[str, Any]:
         """{"train.lr": 0.001, ...}: what decides a run's result. A run goes on only with the same ones."""
         decides = self.model_dump(mode="json", include={"data", "model", "train"})
-        for free in ("root", "shards", "strict"):
+        for free in SOURCES:
             decides["data"].pop(free)
         for free in (
             "num_workers",

@@ -35,6 +35,7 @@ from hrnet_core.oks import oks, oks_nms, rescore, soft_oks_nms
 from hrnet_core.skeleton import Skeleton
 from pipelines.coco import CocoSplit, Person, Photo, poses_to_results, read_coco, read_detections
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
+from pipelines.paths import is_uri
 from pipelines.report import Evaluation, Matched, contact_sheets, write_html
 from pipelines.score import MAX_DETS, evaluate_results, read_json
 from pipelines.units import UNFINISHED, Answer, Unit, digest_of, local_checkpoint, run_units, stored
@@ -80,7 +81,9 @@ def evaluate(
         store = out / UNFINISHED / _plan_digest(units, spec, settings)
         answers, mode, speed = predict_units(units, folder, settings, ray, store)
     results = to_results(answers, people, spec, settings)
-    stats = evaluate_results(results, people.truth, skeleton=spec.skeleton)
+    # A data set without areas (CrowdPose) is scored by its boxes.
+    use_area = any("area" in annotation for annotation in people.truth["annotations"])
+    stats = evaluate_results(results, people.truth, skeleton=spec.skeleton, use_area=use_area)
     matched = match_people(answers, people, spec.skeleton)
 
     evaluation = Evaluation(
@@ -145,6 +148,10 @@ def read_people(
     A person whose annotation is unusable is left out of the prediction (as published) and stays in the
     ground truth: it counts as missed. A picture that is missing is refused: DataError lists them.
     """
+    if is_uri(str(coco_root)):
+        raise DataError(
+            f"{coco_root}: evaluate reads photographs from a folder. Copy the split's files to one."
+        )
     annotation_file = Path(coco_root) / "annotations" / f"person_keypoints_{split}.json"
     truth: dict[str, Any] = {}
     if annotation_file.is_file():  # else read_coco says what is wrong with the folder

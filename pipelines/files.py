@@ -1,12 +1,16 @@
 """Files of a dataset, on this machine or in a bucket, that appear whole or not at all.
 
 Local: temporary name, fsync, rename. Bucket: made here, copied there in one go; an object is visible once
-it is complete. A folder is a path or a URI that pyarrow.fs knows.
+it is complete. A folder is a path, or a URI that pyarrow.fs knows: s3:// and gs:// (docs/sources.md).
+
+Requests to a bucket are repeated by its client, with growing random pauses; what still fails becomes a
+DataError that names the key (`answering`). A file that is not there stays a FileNotFoundError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -14,24 +18,101 @@ import re
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
+from pipelines.paths import is_uri
+
+TRIES = 8
+"""Of a request to S3 that is throttled or fails: about half a minute of pauses in all."""
+STALL_SECONDS = 30
+"""A request to S3 over which nothing comes for so long is given up and tried again."""
+RETRY_SECONDS = 60
+"""How long Google's client repeats a request."""
+
+
+# ---------------------------------------------------------------------------------- file systems
 
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
 
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI and the folder's path on it."""
-    if "://" not in folder:
+    """The file system of a path or URI and the folder's (or file's) path on it.
+
+    DataError for a URI that pyarrow cannot open, and for one with credentials in it: a URI is printed.
+    """
+    if not is_uri(folder):
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(folder))
+    parts = urlsplit(folder)
+    if parts.scheme in ("s3", "gs", "gcs") and "@" in parts.netloc.replace("anonymous@", ""):
+        raise DataError(
+            f"{parts.scheme}://...@...: credentials do not belong in a URI, which is printed and logged. "
+            f"Take them out and set them in the environment (docs/sources.md)."
+        )
     try:
+        if parts.scheme == "s3":
+            bucket = parts.netloc
+            return _s3(bucket, parts.query), unquote(f"{bucket}{parts.path}").rstrip("/")
+        if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+            folder += f"{'&' if parts.query else '?'}retry_limit_seconds={RETRY_SECONDS}"
         return fs.FileSystem.from_uri(folder)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{folder}: not a folder that can be opened ({error}).") from None
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise DataError(f"{folder}: not a folder that can be opened ({one_line(error)}).") from None
+
+
+@functools.cache
+def _s3(bucket: str, query: str) -> fs.S3FileSystem:
+    """The client of a bucket: credentials from the environment, region and endpoint from the URI's query,
+    else from the environment. Not by `from_uri`: its client repeats every 200 ms and knows no pause.
+
+    Kept for the process: each new one would connect and look for its credentials again.
+    """
+    options = {key: values[-1] for key, values in parse_qs(query, strict_parsing=bool(query)).items()}
+    if unknown := sorted(set(options) - {"region", "scheme", "endpoint_override"}):
+        raise ValueError(f"unknown {', '.join(unknown)}; an s3 URI takes region, scheme, endpoint_override")
+    environment = os.environ
+    if not options.get("endpoint_override"):
+        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        options |= {"endpoint_override": endpoint} if endpoint else {}
+    if not options.get("region"):
+        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+        if not region:  # Amazon's buckets answer in their own region only; others have none
+            region = "us-east-1" if options.get("endpoint_override") else fs.resolve_s3_region(bucket)
+        options["region"] = region
+    retry = fs.AwsStandardS3RetryStrategy(max_attempts=int(environment.get("AWS_MAX_ATTEMPTS", TRIES)))
+    return fs.S3FileSystem(
+        retry_strategy=retry,
+        request_timeout=STALL_SECONDS,
+        allow_delayed_open=True,  # a small file is one request
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def answering(place: str) -> Iterator[None]:
+    """OSErrors of the block, where `place` is a URI, as a DataError; a missing file stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:  # Invalid: a name like a//b
+        if not is_uri(place):
+            raise
+        raise DataError(
+            f"{place.partition('?')[0]}: the bucket did not give it ({one_line(error)}). Check the bucket's "
+            f"name, the credentials in the environment and the network, then run the same command again: "
+            f"what is finished is kept."
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """An error's text, which Arrow may spread over lines."""
+    return " ".join(str(error).split())
 
 
 def sha256_of(files: fs.FileSystem, path: str) -> str:
@@ -41,6 +122,9 @@ def sha256_of(files: fs.FileSystem, path: str) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------- write
 
 
 def put_file(files: fs.FileSystem, path: str, content: bytes) -> None:
@@ -59,7 +143,8 @@ def temporary_name(files: fs.FileSystem, path: str) -> str:
     writes, so that `remove_leftovers` knows what a killed process left behind."""
     folder, name = os.path.split(path)
     if not isinstance(files, fs.LocalFileSystem):
-        folder = tempfile.gettempdir()
+        folder = _uploads()
+        os.makedirs(folder, 0o700, exist_ok=True)
     return os.path.join(folder, f".{name}.{uuid.uuid4().hex}.{os.getpid()}@{_host()}.tmp")
 
 
@@ -67,7 +152,7 @@ def remove_leftovers(files: fs.FileSystem, folder: str) -> None:
     """Remove the temporary files of writers that are gone: of this machine's dead processes, and those
     that no other machine has touched for a day."""
     if not isinstance(files, fs.LocalFileSystem):
-        return
+        folder = _uploads()
     for path in Path(folder).glob(".*.tmp"):
         ours = OUR_TEMPORARY.fullmatch(path.name)
         if ours is None:
@@ -79,6 +164,11 @@ def remove_leftovers(files: fs.FileSystem, folder: str) -> None:
                 gone = time.time() - path.stat().st_mtime > 86_400
             if gone:
                 path.unlink()
+
+
+def _uploads() -> str:
+    """Where this user's files for buckets are made."""
+    return os.path.join(tempfile.gettempdir(), f"hrnet-uploads-{os.getuid()}")
 
 
 def _host() -> str:
@@ -96,13 +186,25 @@ def _alive(process: int) -> bool:
 
 
 def publish(files: fs.FileSystem, temporary: str, path: str) -> None:
-    """Make a finished local temporary file visible under its final name."""
+    """Make a finished local temporary file visible under its final name. OSError where that failed."""
     if not isinstance(files, fs.LocalFileSystem):
-        fs.copy_files(temporary, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
+        _upload(files, temporary, path)
         return
     _sync(temporary, os.O_RDWR)
     os.replace(temporary, path)
     _sync(os.path.dirname(path), os.O_RDONLY)
+
+
+def _upload(files: fs.FileSystem, temporary: str, path: str) -> None:
+    """Copy to a bucket. Not by fs.copy_files: Arrow 25's loses the errors of an upload and returns as if all
+    were well. All in one write: closing after a part of it would make that part the object."""
+    with pa.memory_map(temporary) as source:
+        content = source.read_buffer()
+        with files.open_output_stream(path) as target:
+            target.write(content)
+        size = content.size
+    if files.get_file_info(path).size != size:
+        raise OSError(f"after its upload {path} has not the {size} bytes that were sent")
 
 
 def _sync(path: str, mode: int) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hrnet_core.errors import ImageError
 from hrnet_core.images import ImageHeader, check_image, decode_checked
 from pipelines.coco import Photo, Rejection
+from pipelines.paths import read_file
 
 
 def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes] | Rejection:
@@ -30,8 +31,7 @@ def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes]
 def read_photo(photo: Photo, max_pixels: int) -> tuple[bytes, ImageHeader] | Rejection:
     """The file's bytes and header after all that is judged without decoding a pixel, or why it is out."""
     try:
-        with open(photo.path, "rb") as stream:
-            content = stream.read()
+        content = read_file(photo.path)
         header = check_image(content, max_pixels)
     except FileNotFoundError:
         return left_out(photo, "missing_image", "no such file")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from pyarrow import fs
 from hrnet_core.errors import DataError
 from pipelines.coco import CocoSplit, Photo
 from pipelines.config import DataSettings
-from pipelines.files import open_folder, remove_leftovers
+from pipelines.files import answering, one_line, open_folder, remove_leftovers
+from pipelines.paths import absolute, file_sizes, is_uri, join, list_files, read_file
 from pipelines.shards import (
     MANIFEST,
     OWN_FILES,
@@ -74,26 +74,23 @@ def plan_shards(split: CocoSplit, data: DataSettings) -> list[ShardWork]:
             f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures."
         )
     config = data.semantic()
-    members = [(p.image_id, _file_size(p.path), [person.ann_id for person in p.people]) for p in photos]
+    sizes = file_sizes([photo.path for photo in photos])
+    members = [
+        (photo.image_id, size, [person.ann_id for person in photo.people])
+        for photo, size in zip(photos, sizes, strict=True)
+    ]
     text = canonical_json([SCHEMA_VERSION, config, split.name, split.annotation_sha256, members])
     plan = hashlib.sha256(text.encode()).hexdigest()
     people = np.cumsum([len(photo.people) for photo in photos])
     count = -(-int(people[-1]) // data.people_per_shard)
     borders = np.searchsorted(people, np.arange(1, count) * people[-1] / count) + 1
     cuts = sorted({0, *borders.tolist(), len(photos)})
-    folder = data.shards if "://" in data.shards else open_folder(data.shards)[1]
+    folder = absolute(data.shards)
     variants = data.variants if split.name == data.train_split else 1
     return [
         ShardWork(folder, split.name, i, len(cuts) - 1, variants, tuple(photos[a:b]), config, plan)
         for i, (a, b) in enumerate(pairwise(cuts))
     ]
-
-
-def _file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # gone since the folder was listed: opening it will tell
-        return -1
 
 
 def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -103,17 +100,18 @@ def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, 
     """
     files, root = open_folder(folder)
     try:
-        check_target(folder, works)
-        files.create_dir(f"{root}/data", recursive=True)
+        with answering(folder):
+            check_target(folder, works)
+        if not is_uri(folder):  # a bucket has no folders, only names
+            files.create_dir(f"{root}/data", recursive=True)
         for place in (root, f"{root}/data"):
             remove_leftovers(files, place)
     except OSError as error:
         raise DataError(cannot_write(folder, error)) from None
-    listing = files.get_file_info(fs.FileSelector(f"{root}/data"))
-    there = {f"data/{info.base_name}" for info in listing}
+    there = {f"data/{name}" for name in list_files(join(folder, "data"))}
 
     def look(work: ShardWork) -> dict[str, Any] | None:
-        found = [inspect_shard(files, f"{root}/{name}") if name in there else None for name in work.names]
+        found = [inspect_shard(join(folder, name)) if name in there else None for name in work.names]
         if any(f is not None and f[0] != work.plan for f in found):
             raise DataError(_another_plan(folder, work.names[0]))
         if any(f is None for f in found):
@@ -136,9 +134,12 @@ def check_target(folder: str, works: Sequence[ShardWork]) -> None:
     if info.type == fs.FileType.File:
         raise DataError(f"data.shards: {folder} is a file. Give a folder, new or of this dataset.")
     if info.type == fs.FileType.NotFound:
+        bucket = root.partition("/")[0]
+        if is_uri(folder) and files.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise DataError(f"data.shards: {folder}: no bucket {bucket!r}. Make it, or check the name.")
         return
     if files.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
-        _check_same_plan(files, f"{root}/{MANIFEST}", folder, works)
+        _check_same_plan(join(folder, MANIFEST), folder, works)
     inside = [i.base_name for i in files.get_file_info(fs.FileSelector(root))]
     shards = files.get_file_info(fs.FileSelector(f"{root}/data", allow_not_found=True))
     ours = {name for work in works for name in work.names}
@@ -164,10 +165,9 @@ def check_not_taken(files: fs.FileSystem, root: str, work: ShardWork) -> None:
                 raise DataError(_another_plan(work.folder, name))
 
 
-def _check_same_plan(files: fs.FileSystem, path: str, folder: str, works: Sequence[ShardWork]) -> None:
+def _check_same_plan(path: str, folder: str, works: Sequence[ShardWork]) -> None:
     try:
-        with files.open_input_stream(path) as stream:
-            theirs = json.loads(stream.read())
+        theirs = json.loads(read_file(path))
         plans = {name: split["plan"] for name, split in theirs["splits"].items()}
         config = theirs["config"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -187,7 +187,8 @@ def _another_plan(folder: str, where: str, what: str = "settings, annotations or
 
 
 def cannot_write(folder: str, error: OSError) -> str:
+    why = error.strerror or one_line(error)
     return (
-        f"data.shards: {folder} cannot be written ({error.strerror or error}). Free space, or give a folder "
-        f"that you may write to; then run the same command again: finished shards are kept."
+        f"data.shards: {folder} cannot be written ({why}). Free space, or give a folder that you may write "
+        f"to; then run the same command again: finished shards are kept."
     )

@@ -42,6 +42,7 @@ from pipelines.cluster import ray_session, require
 from pipelines.coco import CocoSplit, Rejection, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
+from pipelines.paths import relative
 from pipelines.photos import open_photo
 from pipelines.plan import (
     ShardWork,
@@ -61,6 +62,7 @@ from pipelines.shards import (
     write_manifest,
     write_rejected,
 )
+from pipelines.yolo import read_yolo
 
 Figures = dict[str, Any]
 """Of one shard: `shards`, its manifest entries by variant, and `rejected`, as dicts; of this run also
@@ -87,7 +89,7 @@ class Report:
 
 
 def preprocess(config: RunConfig) -> Manifest:
-    """`data.root` (COCO) -> `data.shards`, both splits; what is finished there already is kept.
+    """`data.root` (COCO or YOLO-pose) -> `data.shards`, both splits; what is finished there already is kept.
 
     DataError for a COCO folder that is not one, a target that holds another plan or foreign files, and,
     with data.strict, for any picture or person left out. Prints progress, and a table at the end.
@@ -106,9 +108,8 @@ def run_preprocess(config: RunConfig) -> Report:
             f"data.context 1.0 with train.views stored; data.variants stores several views of each person."
         )
     skeleton = load_skeleton(data.skeleton)
-    splits = [
-        read_coco(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))
-    ]
+    read = read_yolo if data.format == "yolo_pose" else read_coco
+    splits = [read(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))]
     if data.strict:
         refuse_rejected([r for split in splits for r in split.rejected])
     works = [work for split in splits for work in plan_shards(split, data)]
@@ -409,7 +410,7 @@ def finish(
             )
         lost = sum(1 for work in own for row in figures[work.key]["rejected"])
         sections[split.name] = {
-            "annotation_file": f"annotations/{os.path.basename(split.annotation_file)}",
+            "annotation_file": relative(split.annotation_file, data.root),
             "annotation_sha256": split.annotation_sha256,
             "plan": own[0].plan,
             "photos": sum(len(work.photos) for work in own) - lost,
@@ -457,6 +458,8 @@ def summary(report: Report) -> str:
         reasons = ", ".join(f"{count['rows']} {reason}" for reason, count in split["rejected"].items())
         counts = f"{split['people']:>9,}{split['photos']:>9,}{split['variants']:>7}{len(split['shards']):>8}"
         lines.append(f"{name:<14}{counts}{size:>9.1f}  {reasons or 'none'}")
+        if "area_from_box" in split["repaired"]:
+            lines.append("  the annotations have no areas: 0.53 x box instead, for training, not for an AP")
     if report.built:
         rate = report.people / max(report.seconds, 1e-9)
         lines.append(

@@ -34,7 +34,8 @@ from pyarrow import fs
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton, skeleton_from_dict
 from pipelines.cards import croissant, readme
-from pipelines.files import open_folder, publish, put_file, sha256_of, temporary_name
+from pipelines.files import answering, one_line, open_folder, publish, put_file, sha256_of, temporary_name
+from pipelines.paths import absolute, is_uri, join, list_files, read_file
 
 if TYPE_CHECKING:
     from hrnet_core.heatmaps import HeatmapCodec
@@ -222,24 +223,21 @@ def shard_entry(path: str, variant: int, size: int, sha256: str, row_groups: Seq
     }
 
 
-def inspect_shard(
-    files: fs.FileSystem, path: str
-) -> tuple[str, dict[str, Any], tuple[int, str, list[int]]] | None:
+def inspect_shard(path: str) -> tuple[str, dict[str, Any], tuple[int, str, list[int]]] | None:
     """What lies there: its plan's hash ("" for a Parquet file that is none of ours), its footer's figures,
     and (bytes, sha256, row_groups). None where the file or one of its pages is damaged.
+
+    DataError for a bucket that does not answer: that says nothing about the shard.
     """
     try:
-        with pq.ParquetFile(path, filesystem=files, page_checksum_verification=True) as shard:
+        content = read_file(path)  # once, for the pages and for the hash
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as shard:
             metadata = shard.metadata.metadata or {}
             own, figures = (json.loads(metadata.get(key, b"{}")) for key in (b"hrnet", b"hrnet_figures"))
             row_groups = [shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)]
             for index in range(shard.num_row_groups):
                 shard.read_row_group(index)
-        return (
-            own.get("plan", ""),
-            figures,
-            (files.get_file_info(path).size, sha256_of(files, path), row_groups),
-        )
+        return own.get("plan", ""), figures, (len(content), hashlib.sha256(content).hexdigest(), row_groups)
     except (OSError, pa.ArrowException, ValueError):
         return None
 
@@ -317,24 +315,23 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         """The dataset in `folder` (path or URI). DataError where it is none, is of a newer schema, or has
         files that are missing, of another size or unknown. Contents are checked by `verify`."""
-        files, root = open_folder(str(folder))
-        where = f"{folder}/{MANIFEST}"
-        if files.get_file_info(f"{root}/{MANIFEST}").type != fs.FileType.File:
-            raise DataError(
-                f"{folder}: no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet "
-                f"preprocess` with --data.shards {folder}: what is there already is used."
-            )
+        folder = absolute(str(folder))
+        where = join(folder, MANIFEST)
         try:
-            with files.open_input_stream(f"{root}/{MANIFEST}") as stream:
-                fields = json.loads(stream.read())
+            fields = json.loads(read_file(where))
             version = fields["schema_version"]
-            manifest = cls(str(folder) if "://" in str(folder) else root, fields)
+            manifest = cls(folder, fields)
             known = {
                 s.path: s
                 for split in manifest.splits
                 for v in range(manifest.variants(split))
                 for s in manifest.shards(split, v)
             }
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(
+                f"{folder}: no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet "
+                f"preprocess` with --data.shards {folder}: what is there already is used."
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: not a manifest ({error!r}). Preprocess into a new folder.") from None
         if version != SCHEMA_VERSION:
@@ -342,14 +339,12 @@ class Manifest:
                 f"{where}: schema_version {version}, this code reads {SCHEMA_VERSION}. Use the hrnet that "
                 f"wrote it ({fields.get('code', {}).get('hrnet')}), or preprocess again."
             )
-        manifest._check_listing(files, root, known)
+        manifest._check_listing(known)
         return manifest
 
-    def _check_listing(self, files: fs.FileSystem, root: str, known: Mapping[str, Shard]) -> None:
-        listing = files.get_file_info(fs.FileSelector(f"{root}/data", allow_not_found=True))
-        there = {
-            f"data/{info.base_name}": info.size for info in listing if info.base_name.endswith(".parquet")
-        }
+    def _check_listing(self, known: Mapping[str, Shard]) -> None:
+        listing = list_files(join(self.folder, "data"))
+        there = {f"data/{name}": size for name, size in listing.items() if name.endswith(".parquet")}
         problems = [f"{path} is missing" for path in sorted(set(known) - set(there))]
         problems += [f"{path} is not in the manifest" for path in sorted(set(there) - set(known))]
         problems += [
@@ -418,7 +413,8 @@ class Manifest:
 
         def differs(shard: Shard) -> bool:
             try:
-                return sha256_of(files, f"{root}/{shard.path}") != shard.sha256
+                with answering(join(self.folder, shard.path)):
+                    return sha256_of(files, f"{root}/{shard.path}") != shard.sha256
             except FileNotFoundError:
                 return True
 
@@ -460,14 +456,16 @@ def read_row_group(
     """One row group, every page checked against its CRC. DataError names the shard that is damaged."""
     shard = manifest.shards(split, variant)[shard_index]
     files, root = open_folder(manifest.folder)
+    far = is_uri(manifest.folder)  # there, few large requests beat many small ones
     try:
         with pq.ParquetFile(
-            f"{root}/{shard.path}", filesystem=files, page_checksum_verification=True
+            f"{root}/{shard.path}", filesystem=files, page_checksum_verification=True, pre_buffer=far
         ) as parquet:
             return parquet.read_row_group(row_group_index, columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
+        way_out = f"If the bucket did not answer, run the command again. {REPAIR}" if far else REPAIR
         raise DataError(
-            f"{manifest.folder}: {shard.path}, row group {row_group_index}: {error}. {REPAIR}"
+            f"{manifest.folder}: {shard.path}, row group {row_group_index}: {one_line(error)}. {way_out}"
         ) from None
 
 

@@ -27,6 +27,7 @@ from pipelines.coco import CocoSplit, Person, Photo, Rejection, read_coco
 from pipelines.config import DataSettings
 from pipelines.photos import left_out, open_photo, read_photo
 from pipelines.preprocess import refuse_rejected
+from pipelines.yolo import read_yolo
 
 WAY_OUT = {
     "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",
@@ -46,11 +47,19 @@ WAY_OUT = {
     "decode_failed": "copy or download the picture again, or save it anew as 8-bit JPEG or PNG",
     "unreadable": "check the rights of the file and the disk",
     "size_differs": "the picture was scaled or turned after it was annotated: bring back the original",
+    "class_invalid": "write the number of the class as the first field of the line",
+    "label_unreadable": "write the label file as text, a line a person",
+    "label_shared": "two pictures of one name have one label file: rename one of them",
+    "exif_rotated": "YOLO-pose labels are of the picture as displayed: turn the pixels, drop the EXIF tag",
+    "no_label": "YOLO-pose pictures without a label file count as pictures without people",
+    "empty_label": "YOLO-pose pictures with an empty label file are pictures without people",
     "crowd": "the published protocol trains on no crowds; they stay in the ground truth of evaluation",
     "no_keypoints": "the published protocol trains on no one without a labelled keypoint",
     "hidden_coordinates": "v = 0 with a place: the place is not used",
     "num_keypoints": "the field disagrees with the keypoints, which are counted instead",
     "other_category": "annotations of other categories are passed over",
+    "area_from_box": "no annotation has an area: 0.53 x box instead; for training, an AP is not COCO's",
+    "duplicates": "lines of YOLO-pose labels that stand twice are read once",
     "boxes_clipped": "boxes beyond the picture are cut at its border; if many: are they x, y, x2, y2?",
     "keypoints_outside_box": "more than half of the keypoints lie outside the box: in px, of this picture?",
     "in_both_splits": "the same bytes are in both splits: take the picture out of one of them",
@@ -138,12 +147,13 @@ def validate(
     whatever is left out is fatal, as it is for preprocess. Prints progress. DataError for the list itself.
     """
     skeleton = load_skeleton(data.skeleton)
+    read = read_yolo if data.format == "yolo_pose" else read_coco
     known = read_checksums(checksums) if checksums else None
     splits: list[CheckedSplit] = []
     fatal: dict[str, None] = {}
     for name in dict.fromkeys((data.train_split, data.val_split)):
         try:
-            split = read_coco(root, name, skeleton)
+            split = read(root, name, skeleton)
         except DataError as error:
             fatal[str(error)] = None  # once, where both splits have it
             continue

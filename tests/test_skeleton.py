@@ -8,10 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.cocoeval import Params
+from small_coco import annotation_file, edited, write_coco
+from test_preprocess import config, without_ray
 
+from hrnet_core import skeleton as skeleton_module
 from hrnet_core.errors import DataError
+from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, skeleton_from_dict
+from pipelines.coco import read_coco
+from pipelines.config import TrainSettings
+from pipelines.feed import Feed
+from pipelines.preprocess import preprocess
+from pipelines.train_worker import Part, make_optimizer, train_step
 
 HAND = {
     "name": "hand3",
@@ -110,3 +120,140 @@ def test_a_file_that_is_no_skeleton_is_named(tmp_path: Path, content: str | None
         file.write_text(content)
     with pytest.raises(DataError, match=r"mine\.json"):
         load_skeleton(file)
+
+
+# ---------------------------------------------------------------------------------- the shipped ones
+
+SHIPPED = sorted(file.stem for file in (Path(skeleton_module.__file__).parent / "skeletons").glob("*.json"))
+# pycocotools' constants by joint; head and neck are CrowdPose's (crowdposetools' cocoeval.py).
+BY_JOINT = {
+    "shoulder": 0.079, "elbow": 0.072, "wrist": 0.062, "hip": 0.107, "knee": 0.087, "ankle": 0.089,
+    "head": 0.079, "neck": 0.079, "head_top": 0.079, "upper_neck": 0.079, "thorax": 0.079, "pelvis": 0.107,
+}  # fmt: skip
+
+
+def test_there_are_shipped_skeletons_and_a_wrong_name_lists_them(tmp_path: Path) -> None:
+    assert SHIPPED == ["crowdpose14", "mpii16"]
+    with pytest.raises(DataError, match="coco17, crowdpose14, mpii16"):
+        load_skeleton("crowdpose")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_skeleton_is_a_body(name: str) -> None:
+    """Constants by joint, every left with its right, one connected figure, lower and upper half by name."""
+    body = load_skeleton(name)
+    assert body.name == name
+    assert skeleton_from_dict(json.loads(json.dumps(body.as_dict()))) == body
+    parts = [n.removeprefix("left_").removeprefix("right_") for n in body.keypoints]
+    assert list(body.oks_sigmas) == [BY_JOINT[part] for part in parts]
+    swap = {"left": "right", "right": "left"}
+    for one, other in zip(body.keypoints, np.array(body.keypoints)[body.flip_order].tolist(), strict=True):
+        side, _, part = one.partition("_")
+        assert other == (f"{swap[side]}_{part}" if side in swap else one)
+    lower = {i for i, part in enumerate(parts) if part in ("hip", "knee", "ankle", "pelvis")}
+    assert set(body.upper_body) == set(range(body.num_keypoints)) - lower
+    joined = {0}
+    for _ in body.limbs:
+        joined |= {i for limb in body.limbs for i in limb if joined & set(limb)}
+    assert joined == set(range(body.num_keypoints))
+    if body.joint_weights:
+        weight = {"elbow": 1.2, "knee": 1.2, "wrist": 1.5, "ankle": 1.5}
+        assert list(body.joint_weights) == [weight.get(part, 1) for part in parts]
+
+
+def test_crowdpose14_is_that_of_its_annotations(real_data: Path) -> None:
+    file = real_data / "evaluator" / "crowdpose_example" / "gt.json"
+    category = json.loads(file.read_text())["categories"][0]
+    assert list(load_skeleton("crowdpose14").keypoints) == category["keypoints"]
+
+
+def test_crowdpose_annotations_are_read(real_data: Path, tmp_path: Path) -> None:
+    """They have no area: it is that of the box by the rule that they are scored by."""
+    data = json.loads((real_data / "evaluator" / "crowdpose_example" / "gt.json").read_text())
+    root = root_of(tmp_path, data)
+    split = read_coco(root, "train2017", load_skeleton("crowdpose14"))
+    labelled = [a for a in data["annotations"] if a["num_keypoints"]]
+    assert (len(split.photos), split.people) == (4, len(labelled)) == (4, 9)
+    assert [r.reason for r in split.rejected] == ["no_keypoints"]
+    assert split.repaired["area_from_box"] == 9
+    boxes = {a["id"]: a["bbox"] for a in data["annotations"]}
+    for person in (person for photo in split.photos for person in photo.people):
+        assert person.area == pytest.approx(0.53 * boxes[person.ann_id][2] * boxes[person.ann_id][3])
+    # One that has an area: then its absence is a defect of the others, as before.
+    labelled[0]["area"] = 100.0
+    split = read_coco(root_of(tmp_path / "b", data), "train2017", load_skeleton("crowdpose14"))
+    assert (split.people, {r.reason for r in split.rejected}) == (1, {"area_not_positive", "no_keypoints"})
+
+
+def root_of(root: Path, data: dict[str, Any]) -> Path:
+    """A COCO root of annotations; the pictures are empty, nothing here opens them."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "train2017").mkdir()
+    annotation_file(root, "train2017").write_text(json.dumps(data))
+    for image in data["images"]:
+        (root / "train2017" / image["file_name"]).touch()
+    return root
+
+
+@pytest.mark.parametrize("name", ["coco17", *SHIPPED])
+def test_another_order_is_refused_name_by_name(tmp_path: Path, name: str) -> None:
+    """CVAT exports the names in an order of its own (cvat issues 5048, 8484)."""
+    body = load_skeleton(name)
+    theirs = sorted(body.keypoints)
+    data: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    data["categories"] = [{"id": 1, "name": "person", "keypoints": theirs}]
+    with pytest.raises(DataError) as caught:
+        read_coco(root_of(tmp_path, data), "train2017", body)
+    message = str(caught.value)
+    assert f"skeleton {name!r}: the same names in another order" in message
+    differing = [(i, a, b) for i, (a, b) in enumerate(zip(theirs, body.keypoints, strict=True)) if a != b]
+    assert len(differing) > 10
+    for place, a, b in differing:
+        assert f"position {place} has {a!r} instead of {b!r}" in message
+    assert "--data.skeleton" in message
+
+
+def test_another_skeleton_is_refused_by_its_names(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    names = list(load_skeleton("crowdpose14").keypoints)
+    data["categories"] = [{"id": 1, "name": "person", "keypoints": names}]
+    with pytest.raises(DataError, match=r"14 keypoints instead of 17 \(missing .*'nose'.*unknown .*'neck'"):
+        read_coco(root_of(tmp_path, data), "train2017", COCO17)
+
+
+def test_a_training_step_with_14_keypoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the settings alone: annotations of CrowdPose's layout -> shards -> feed -> loss that falls."""
+    body = load_skeleton("crowdpose14")
+    places = [*range(5, 17), 0, 1]
+    root = write_coco(tmp_path / "coco", {"train2017": [2, 2], "val2017": [1]})
+    for split in ("train2017", "val2017"):
+        with edited(root, split) as data:
+            data["categories"][0]["keypoints"] = list(body.keypoints)
+            for annotation in data["annotations"]:
+                triples = np.array(annotation["keypoints"]).reshape(17, 3)[places]
+                annotation |= {"keypoints": triples.ravel().tolist(), "num_keypoints": 14}
+                del annotation["area"]
+    without_ray(monkeypatch)
+    run = config(root, tmp_path / "s", skeleton="crowdpose14")
+    small = run.model.model_copy(
+        update={"width": 8, "stem_width": 8, "bottlenecks": 1, "modules": (1, 1, 1), "blocks": 1}
+    )
+    manifest = preprocess(run)
+    assert manifest.skeleton() == body
+    settings = TrainSettings(batch_size=4, lanes=4)
+    (batch,) = Feed(manifest, "train2017", settings).batches(0)
+    assert batch.heatmaps.shape == (4, 14, 24, 16)
+    torch.manual_seed(0)
+    model = HRNet(small.architecture(manifest.skeleton().num_keypoints), "kaiming").train()
+    optimizer = make_optimizer(model, settings)
+    part = Part(
+        torch.from_numpy(batch.images).permute(0, 3, 1, 2) / 255,
+        torch.from_numpy(batch.heatmaps).float(),
+        torch.from_numpy(batch.weights.copy()),
+        1.0,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    losses = [float(train_step(model, optimizer, [part], settings)) for _ in range(6)]
+    torch.set_num_threads(threads)
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,161 @@
+"""A real S3 server (moto) on loopback, and in front of it a proxy that fails as asked.
+
+The server runs in a process of its own. What is asked of the proxy goes on to it unchanged, except where a
+`Fault` fits: then the proxy answers with an error, or is slow, as many times as the fault says.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+HOP = ("content-length", "connection", "transfer-encoding", "date", "server", "expect")
+ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
+
+
+@dataclass
+class Fault:
+    """What happens to requests whose method and path (with query) fit."""
+
+    method: str
+    path: str
+    """Part of the path."""
+    status: int = 0
+    """Answered; 0 goes on to the server."""
+    code: str = ""
+    times: int = 10**6
+    """How often; then requests pass."""
+    delay: float = 0.0
+    """Seconds before the answer, and before the last byte of its body."""
+
+
+@dataclass
+class Bucket:
+    """The proxy's address, its faults, and (method, path) of all that was asked of it."""
+
+    address: str
+    faults: list[Fault] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        with self.lock:
+            self.asked.append((method, path))
+            for fault in self.faults:
+                if fault.times and fault.method == method and fault.path in path:
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def running() -> Iterator[Bucket]:
+    """Server and proxy for the time of the block."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    bucket = Bucket(f"http://127.0.0.1:{proxy.server_address[1]}")
+    proxy.RequestHandlerClass = _handler(bucket, port)
+    proxy.daemon_threads = True
+    try:
+        _wait(server, port)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield bucket
+        proxy.shutdown()
+    finally:
+        proxy.server_close()
+        server.terminate()
+        server.wait()
+
+
+def _wait(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"the S3 server did not start (exit code {server.poll()})")
+
+
+def _handler(bucket: Bucket, port: int) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            content = self._content()
+            fault = bucket.fault(self.command, self.path)
+            if fault:
+                time.sleep(fault.delay)
+            if fault and fault.status:
+                body = ERROR.format(fault.code, "made by the test").encode()
+                self._answer(fault.status, [("Content-Type", "application/xml")], body, 0.0)
+                return
+            server = http.client.HTTPConnection("127.0.0.1", port)
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
+            server.request(self.command, self.path, content, headers)
+            answer = server.getresponse()
+            self._answer(answer.status, answer.getheaders(), answer.read(), fault.delay if fault else 0.0)
+            server.close()
+
+        def _content(self) -> bytes:
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            while self.rfile.readline().strip():  # trailers
+                pass
+            return content
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, delay: float) -> None:
+            self.send_response(status)
+            told = {name.lower(): value for name, value in headers}
+            for name, value in headers:
+                if name.lower() not in HOP:
+                    self.send_header(name, value)
+            head = self.command == "HEAD"
+            self.send_header("Content-Length", told.get("content-length", "0") if head else str(len(body)))
+            self.end_headers()
+            if not head:
+                self.wfile.write(body[:-1])
+                time.sleep(delay)
+                self.wfile.write(body[-1:])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    return Handler
+
+
+def environment(bucket: Bucket) -> dict[str, str]:
+    """What a user sets: credentials and the endpoint."""
+    return {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ENDPOINT_URL": bucket.address,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "PATH": os.environ["PATH"],
+    }

@@ -1,0 +1,341 @@
+"""Buckets: the same digest as on disk, nothing half visible, and errors that are tried again, then named.
+
+The server is moto's S3, a process on loopback; the proxy in front of it fails as the test asks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bucket_server
+import numpy as np
+import pytest
+from bucket_server import Bucket, Fault
+from pyarrow import fs
+from small_coco import edited, write_coco
+from test_preprocess import TRAIN, VAL, config, contents, rows, without_ray
+
+from hrnet_core.errors import DataError
+from hrnet_core.images import encode_png
+from hrnet_core.skeleton import COCO17
+from pipelines import files
+from pipelines.coco import read_coco
+from pipelines.config import TrainSettings
+from pipelines.feed import Feed
+from pipelines.files import open_folder, put_file
+from pipelines.paths import absolute, file_sizes, is_file, is_folder, join, list_files, read_file
+from pipelines.preprocess import preprocess
+from pipelines.shards import Manifest, read_row_group
+from pipelines.yolo import read_yolo
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Bucket]:
+    with bucket_server.running() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """URI of a bucket of the test's own, reached as a user would: by the environment."""
+    for name, value in bucket_server.environment(server).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    files._s3.cache_clear()
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    fs.S3FileSystem(endpoint_override=server.address, allow_bucket_creation=True).create_dir(name)
+    server.asked.clear()
+    yield f"s3://{name}"
+    server.faults.clear()
+    files._s3.cache_clear()
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return without_ray(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 people in 4 pictures, 2 in one; one picture's name has what a URI would misread."""
+    root = write_coco(tmp_path_factory.mktemp("coco") / "root", {TRAIN: [2, 1, 2, 1], VAL: [2]})
+    with edited(root) as data:
+        data["images"][1]["file_name"] = "50% #1?.jpg"
+    os.rename(root / TRAIN / f"{TRAIN}-1.jpg", root / TRAIN / "50% #1?.jpg")
+    return root
+
+
+def upload(folder: Path, uri: str) -> str:
+    target, root = open_folder(uri)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        put_file(target, f"{root}/{path.relative_to(folder)}", path.read_bytes())
+    return uri
+
+
+def objects(uri: str) -> dict[str, bytes]:
+    """Every object below a URI, by the server's own listing."""
+    source, root = open_folder(uri)
+    found = source.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    paths = [info.path for info in found if info.type == fs.FileType.File]
+    return {path.removeprefix(f"{root}/"): source.open_input_stream(path).read() for path in paths}
+
+
+def refused(run: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        run()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == [], message
+
+
+# ---------------------------------------------------------------------------------- there and back
+
+
+def test_the_same_dataset_as_on_disk(
+    bucket: str, coco: Path, tmp_path: Path, plain: list[str], server: Bucket
+) -> None:
+    """Annotations and pictures from a bucket, shards into it: byte by byte what the disk gets."""
+    local = preprocess(config(coco, tmp_path / "s", variants=2))
+    source = upload(coco, f"{bucket}/in/coco")
+    remote = preprocess(config(source, f"{bucket}/out/s/", variants=2))  # type: ignore[arg-type]
+    assert remote.digest == local.digest
+    assert objects(f"{bucket}/out/s") == contents(tmp_path / "s")
+    assert not list(Path(files._uploads()).glob(f".*.{os.getpid()}@*"))  # what was made here is gone
+
+    loaded = Manifest.load(f"{bucket}/out/s")
+    loaded.verify()
+    for name, column in rows(loaded).items():
+        np.testing.assert_array_equal(column, rows(local)[name], err_msg=name)
+    settings = TrainSettings(batch_size=8, lanes=4, num_workers=1)
+    here, there = (next(iter(Feed(m, TRAIN, settings).batches(0))) for m in (local, loaded))
+    np.testing.assert_array_equal(here.images, there.images)
+    np.testing.assert_array_equal(here.ann_ids, there.ann_ids)
+
+    server.asked.clear()
+    plain.clear()
+    assert preprocess(config(source, f"{bucket}/out/s", variants=2)) == remote  # type: ignore[arg-type]
+    assert plain == []  # all found
+    sizes = [path for method, path in server.asked if method == "HEAD" and "/in/coco/train2017/" in path]
+    assert sizes == []  # the pictures' sizes come from the listing
+
+
+def test_the_endpoint_may_stand_in_the_uri(bucket: str, server: Bucket, monkeypatch: Any) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    address = server.address.removeprefix("http://")
+    uri = f"{bucket}/a b?endpoint_override={address}&scheme=http"
+    target, root = open_folder(uri)
+    assert root == f"{bucket.removeprefix('s3://')}/a b"
+    put_file(target, f"{root}/50% #1?", b"content")
+    assert join(uri, "50% #1?").startswith(f"{bucket}/a b/50%25%20%231%3F?endpoint_override=")
+    assert read_file(join(uri, "50% #1?")) == b"content"
+    assert read_file(join(uri, "50% #1?"), 4) == b"cont"
+    assert list_files(uri) == {"50% #1?": 7}
+    assert file_sizes([join(uri, "50% #1?"), join(uri, "no")]) == [7, -1]
+    assert (is_folder(uri), is_file(uri), is_file(join(uri, "50% #1?"))) == (True, False, True)
+    assert list_files(join(uri, "nothing")) == {}
+    assert absolute(f"{bucket}/a/?region=eu-west-1") == f"{bucket}/a?region=eu-west-1"
+    with pytest.raises(FileNotFoundError):
+        read_file(join(uri, "no"))
+
+
+def test_uris_that_cannot_be_used_are_named(bucket: str) -> None:
+    refused(lambda: open_folder("s3://key:secret@bucket/a"), "credentials", "environment")
+    with pytest.raises(DataError) as caught:
+        open_folder("s3://key:secret@bucket/a")
+    assert "secret@" not in str(caught.value)
+    refused(lambda: open_folder("s3://bucket/a?endpoint=x"), "unknown endpoint", "endpoint_override")
+    refused(lambda: open_folder("ftp://host/a"), "ftp://host/a")
+    refused(lambda: list_files(f"{bucket}/a//b"), f"{bucket}/a//b", "Empty path component")
+
+
+# ---------------------------------------------------------------------------------- recovery
+
+
+def test_resume_keeps_finished_shards(bucket: str, coco: Path, tmp_path: Path, plain: list[str]) -> None:
+    target = f"{bucket}/s"
+    whole = preprocess(config(coco, target))  # type: ignore[arg-type]
+    before = objects(target)
+    shards = [shard.path for shard in whole.shards(TRAIN)]
+    files_, root = open_folder(target)
+    files_.delete_file(f"{root}/manifest.json")
+    files_.delete_file(f"{root}/{shards[0]}")
+    put_file(files_, f"{root}/{shards[1]}", before[shards[1]][:-100])  # as a cut upload would look
+    refused(lambda: Manifest.load(target), "no manifest.json", "hrnet preprocess")
+    plain.clear()
+    assert preprocess(config(coco, target)).digest == whole.digest  # type: ignore[arg-type]
+    assert plain == shards[:2]
+    assert objects(target) == before
+    refused(lambda: preprocess(config(coco, target, seed=1)), "another dataset", "seed")  # type: ignore[arg-type]
+    assert objects(target) == before
+    put_file(files_, f"{root}/{shards[0]}", before[shards[0]][:-1] + b"x")
+    refused(lambda: Manifest.load(target).verify(), shards[0], "sha256")
+
+
+UPLOAD = """
+import sys
+from pipelines.files import open_folder, put_file
+files, root = open_folder(sys.argv[1])
+put_file(files, f"{root}/big.bin", bytes(12_000_000))
+"""
+
+
+def test_a_killed_upload_is_not_visible(bucket: str, server: Bucket) -> None:
+    """12 MB go up in parts; the process dies when one is there and the last is still on its way."""
+    server.faults.append(Fault("PUT", "partNumber=2", delay=60))
+    process = subprocess.Popen([sys.executable, "-c", UPLOAD, f"{bucket}/s"])
+    deadline = time.monotonic() + 60
+    while not any("partNumber=2" in path for _, path in server.asked):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert objects(bucket) == {}
+    leftovers = list(Path(files._uploads()).glob(f".big.bin.*.{process.pid}@*"))
+    assert len(leftovers) == 1
+    files.remove_leftovers(open_folder(bucket)[0], "")  # as the next run does
+    assert not leftovers[0].exists()
+
+
+@pytest.mark.parametrize("code", ["InternalError", "AccessDenied"])
+def test_a_failed_upload_is_an_error_and_not_visible(bucket: str, server: Bucket, code: str) -> None:
+    """Arrow's own copy_files returned as if all were well."""
+    target, root = open_folder(f"{bucket}/s")
+    status = {"InternalError": 500, "AccessDenied": 403}[code]
+    for path in ("small.bin", "partNumber=2"):
+        server.faults.append(Fault("PUT", path, status, code))
+    with pytest.raises(OSError, match=r"s/small\.bin"):
+        put_file(target, f"{root}/small.bin", b"x")
+    with pytest.raises(OSError, match=r"s/big\.bin"):
+        put_file(target, f"{root}/big.bin", bytes(12_000_000))
+    assert objects(bucket) == {}
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+def test_throttling_errors_and_slow_answers_are_outlived(
+    bucket: str, server: Bucket, coco: Path, tmp_path: Path, plain: list[str], monkeypatch: Any
+) -> None:
+    """One failure of each kind of request, of reading and of writing; the same digest."""
+    monkeypatch.setattr(files, "STALL_SECONDS", 1)
+    local = preprocess(config(coco, tmp_path / "s"))
+    source = upload(coco, f"{bucket}/coco")
+    files._s3.cache_clear()
+    faults = [
+        Fault("GET", "list-type", 503, "SlowDown", times=1),
+        Fault("HEAD", "person_keypoints", 503, "SlowDown", times=1),
+        Fault("GET", "train2017-0.jpg", 500, "InternalError", times=1),
+        Fault("GET", "val2017-0.jpg", delay=3, times=1),
+        Fault("PUT", "parquet", 503, "SlowDown", times=1),
+        Fault("PUT", "manifest.json", 500, "InternalError", times=1),
+        Fault("GET", "manifest.json", 503, "SlowDown", times=1),
+    ]
+    server.faults += faults
+    assert preprocess(config(source, f"{bucket}/s")).digest == local.digest  # type: ignore[arg-type]
+    assert [fault.times for fault in faults] == [0] * len(faults)
+
+
+def test_what_goes_on_failing_is_named(bucket: str, server: Bucket, coco: Path, plain: list[str]) -> None:
+    """The tries are bounded, the key is in the message, nothing is taken for a bad picture."""
+    source, target = upload(coco, f"{bucket}/coco"), f"{bucket}/s"
+
+    def run() -> Manifest:
+        return preprocess(config(source, target))  # type: ignore[arg-type]
+
+    def failing(method: str, path: str, status: int, code: str, *words: str) -> None:
+        server.faults[:] = [Fault(method, path, status, code)]
+        server.asked.clear()
+        refused(run, *words)
+        fitting = [asked for asked in server.asked if asked[0] == method and path in asked[1]]
+        assert len(fitting) == (1 if status == 403 else 2)
+        server.faults.clear()
+
+    failing(
+        "GET", "val2017.json", 503, "SlowDown", "annotations/person_keypoints_val2017.json", "credentials"
+    )
+    failing("GET", "train2017-2.jpg", 500, "InternalError", "coco/train2017/train2017-2.jpg", "again")
+    failing("GET", "train2017-2.jpg", 403, "AccessDenied", "coco/train2017/train2017-2.jpg", "ACCESS_DENIED")
+    failing("PUT", "train2017-00001", 503, "SlowDown", "s/data/train2017-00001-of-00002.parquet", "kept")
+    manifest = run()
+    shard = manifest.shards(TRAIN)[0].path
+    server.faults.append(Fault("GET", shard, 503, "SlowDown"))
+    refused(lambda: read_row_group(manifest, TRAIN, 0, 0), shard, "bucket")
+    refused(run, shard, "bucket")  # not made again: it may well be whole
+    assert is_file(f"{target}/{shard}")
+
+
+def test_a_missing_bucket_and_a_missing_root(bucket: str, coco: Path, plain: list[str]) -> None:
+    missing = "s3://no-such-bucket-anywhere"
+    refused(lambda: preprocess(config(coco, f"{missing}/s")), missing, "no bucket")  # type: ignore[arg-type]
+    refused(lambda: read_coco(f"{missing}/coco", TRAIN, COCO17), f"{missing}/coco", "not a folder")
+    refused(lambda: Manifest.load(f"{missing}/s"), f"{missing}/s", "no manifest.json")
+    upload(coco, f"{bucket}/coco")
+    refused(
+        lambda: read_coco(f"{bucket}/coco", "test2017", COCO17), "test2017.json", "person_keypoints_train"
+    )
+    assert plain == []
+
+
+def test_a_picture_that_is_gone_costs_a_row(bucket: str, coco: Path, plain: list[str]) -> None:
+    source = upload(coco, f"{bucket}/coco")
+    target, root = open_folder(source)
+    target.delete_file(f"{root}/{TRAIN}/{TRAIN}-0.jpg")
+    split = read_coco(source, TRAIN, COCO17)
+    assert [(r.reason, r.file, r.people) for r in split.rejected] == [("missing_image", f"{TRAIN}-0.jpg", 2)]
+    with pytest.raises(FileNotFoundError):
+        read_file(join(source, f"{TRAIN}/{TRAIN}-0.jpg"))
+
+
+def test_yolo_labels_from_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """The same people, under the same sha256, as from the disk."""
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for index in range(3):
+        (tmp_path / "images" / f"a #{index}.png").write_bytes(encode_png(np.zeros((40, 60, 3), np.uint8)))
+        (tmp_path / "labels" / f"a #{index}.txt").write_text("0 .5 .5 .8 .8" + " .5 .5 2" * 17)
+    local, remote = (read_yolo(root, "all", COCO17) for root in (tmp_path, upload(tmp_path, f"{bucket}/y")))
+    assert (remote.people, remote.rejected, remote.repaired) == (3, (), local.repaired)
+    assert remote.annotation_sha256 == local.annotation_sha256
+    assert [p.file_name for p in remote.photos] == [p.file_name for p in local.photos]
+    for here, there in zip(local.photos, remote.photos, strict=True):
+        assert read_file(there.path) == read_file(here.path)
+        np.testing.assert_array_equal(there.people[0].keypoints, here.people[0].keypoints)
+
+
+# ---------------------------------------------------------------------------------- the whole way
+
+
+@pytest.mark.slow
+def test_on_ray_by_the_command_line(bucket: str, server: Bucket, coco: Path, tmp_path: Path) -> None:
+    """Ray's workers find the credentials in the environment that the command was given."""
+    source = upload(coco, f"{bucket}/coco")
+    command = [sys.executable, "-m", "pipelines.cli", "preprocess", "tiny", "--data.people-per-shard", "2"]
+    command += ["--ray.num-cpus", "2", "--data.image-format", "png"]
+    digests = []
+    for root, shards in ((source, f"{bucket}/s"), (str(coco), str(tmp_path / "s"))):
+        made = subprocess.run(
+            [*command, "--data.root", root, "--data.shards", shards],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert made.returncode == 0, made.stderr
+        digests.append(Manifest.load(shards).digest)
+    assert digests[0] == digests[1]
+    server.faults.append(Fault("GET", "train2017-2.jpg", 403, "AccessDenied"))
+    failed = subprocess.run(
+        [*command, "--data.root", source, "--data.shards", f"{bucket}/t"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert failed.returncode == 2
+    assert "coco/train2017/train2017-2.jpg" in failed.stderr
+    assert "Traceback" not in failed.stderr
