@@ -170,17 +170,15 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
 
 def _published(folder: Path, storage: str, sha256: str) -> str:
     """A copy where every node can read it: STORAGE/deployed/SHA. Nodes do not see this one's downloads."""
-    from pyarrow import fs
+    from pipelines.files import open_folder, put_file
 
     target = f"{storage.rstrip('/')}/deployed/{sha256[:16]}"
+    filesystem, path = open_folder(target)
     try:
-        if "://" in target:
-            filesystem, path = fs.FileSystem.from_uri(target)
-        else:
-            filesystem, path = fs.LocalFileSystem(), str(Path(target).resolve())
         filesystem.create_dir(path, recursive=True)
-        fs.copy_files(str(folder), path, destination_filesystem=filesystem)
-    except (OSError, ValueError) as error:
+        for file in sorted(folder.iterdir()):
+            put_file(filesystem, f"{path}/{file.name}", file.read_bytes())
+    except OSError as error:
         raise CheckpointError(
             f"{target}: the checkpoint cannot be copied there for the replicas ({error}). Set --run.storage "
             f"to a folder or URI that every node can read and write."
