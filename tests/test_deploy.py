@@ -146,6 +146,9 @@ def test_a_registered_model_keeps_its_version_and_its_name(
     assert copied.parent == tmp_path / "runs" / "deployed"
     assert (copied / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     assert {f.name for f in copied.iterdir()} == {f.name for f in checkpoint.iterdir()}
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"--run\.storage"):
+        deploying._published(checkpoint, str(tmp_path / "taken"), "ab" * 32)
 
 
 def test_a_checkpoint_by_uri_is_checked_here_and_fetched_by_the_replicas(
@@ -257,13 +260,3 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         process.kill()
         reader.join(30)
     assert not any("Traceback" in line for line in lines), "".join(lines)
-
-
-def test_a_registered_checkpoint_is_copied_where_every_node_reads(checkpoint: Path, tmp_path: Path) -> None:
-    where = deploying._published(checkpoint, str(tmp_path / "runs"), "ab" * 32)
-    assert where == str(tmp_path / "runs" / "deployed" / "abababababababab")
-    files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
-    assert {file.name: file.read_bytes() for file in Path(where).iterdir()} == files
-    (tmp_path / "taken").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"--run\.storage"):
-        deploying._published(checkpoint, str(tmp_path / "taken"), "ab" * 32)
