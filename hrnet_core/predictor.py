@@ -12,7 +12,7 @@ is padded.
 from __future__ import annotations
 
 import contextlib
-import copy
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,20 +23,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
 
-from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint
+from hrnet_core.checkpoint import ONNX, CheckpointSpec, load_checkpoint
 from hrnet_core.errors import ConfigError, DataError, ImageError
 from hrnet_core.geometry import Float64, box_to_center_scale, crop_people, place_in_image
 from hrnet_core.images import decode_image
 from hrnet_core.model import HRNet, normalize
+from hrnet_core.modes import build_network, fastest_exact
 from hrnet_core.results import Boxes, Keypoints, Poses
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
-MODES = ("float32", "channels_last", "bfloat16")
-EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
+logger = logging.getLogger(__name__)
 LARGEST = 1e6  # px: no photograph has such a coordinate, and OpenCV's fixed point ends not far above
 
 # cuDNN's switches are process-wide: calls on a GPU that set them take turns.
@@ -48,26 +47,30 @@ class PosePredictor:
 
     model: copied, so a network in training may be passed and goes on unchanged.
     device: "cpu", "cuda", "cuda:1" ..., or "auto": a GPU where there is one.
-    mode: "float32"; "channels_last", the same numbers up to rounding; "bfloat16", convolutions in bfloat16
-        and channels last; or "auto", the fastest that checkpoint.json has measured on this kind of device
-        within 0.001 AP of float32, and float32 where nothing was measured.
+    mode: one of modes.MODES, or "auto": the fastest that checkpoint.json has measured on this kind of device
+        within 0.001 AP of float32 and that can run here; float32 where nothing was measured. The attribute
+        `mode` says which.
+    onnx_file: for mode "onnx", a model.onnx of these weights; None: made here, which takes a while.
 
-    ConfigError: a device or mode there is not.
+    ConfigError: a device or mode there is not. CheckpointError: a model.onnx of other weights.
     """
 
-    def __init__(self, model: HRNet, spec: CheckpointSpec, device: str = "auto", mode: str = "auto") -> None:
+    def __init__(
+        self,
+        model: HRNet,
+        spec: CheckpointSpec,
+        device: str = "auto",
+        mode: str = "auto",
+        onnx_file: Path | None = None,
+    ) -> None:
         self.spec = spec
         self.device = _find_device(device)
         self.mode = fastest_exact(spec.modes, self.device.type) if mode == "auto" else mode
-        if self.mode not in MODES:
-            raise ConfigError(f"mode {mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
-        self._format = torch.contiguous_format if self.mode == "float32" else torch.channels_last
-        self._network = copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
-        self._network.to(memory_format=self._format)  # type: ignore[call-overload]  # unknown to its stub
-        if self.mode == "bfloat16":
-            for module in self._network.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.to(torch.bfloat16)  # once, where autocast would cast in every forward
+        if mode == "auto":
+            logger.info("mode auto on %s is %s", self.device.type, self.mode)
+        self._network = build_network(model, spec, self.device, self.mode, onnx_file)
+        plain = self.mode in ("float32", "onnx")
+        self._format = torch.contiguous_format if plain else torch.channels_last
 
     @classmethod
     def load(
@@ -80,7 +83,8 @@ class PosePredictor:
         if threads is not None:
             torch.set_num_threads(threads)
         model, spec = load_checkpoint(folder)
-        return cls(model, spec, device, mode)
+        onnx_file = Path(folder) / ONNX
+        return cls(model, spec, device, mode, onnx_file if onnx_file.is_file() else None)
 
     def __call__(
         self,
@@ -164,9 +168,10 @@ class PosePredictor:
         return result
 
     def warm_up(self) -> None:
-        """One crop through everything, so that the first request does not pay for what starts lazily."""
+        """A batch of one and one of two, so that no request pays for what starts, or is compiled, lazily."""
         width, height = self.spec.input_size
-        self.predict_crops(np.zeros((1, height, width, 3), np.uint8), flip_test=True)
+        for people in (1, 2):
+            self.predict_crops(np.zeros((people, height, width, 3), np.uint8), flip_test=True)
 
     def _batches(
         self, crops: UInt8, flip_test: bool | None, batch_size: int
@@ -197,28 +202,12 @@ class PosePredictor:
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
-        """bfloat16 where asked; else float32 that is float32, also on a GPU that would take TF32."""
-        if self.mode == "bfloat16":
-            with torch.autocast(self.device.type, torch.bfloat16):
-                yield
-        elif self.device.type == "cuda":
+        """float32 that is float32, also on a GPU that would take TF32."""
+        if self.device.type == "cuda":
             with _cudnn, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 yield
         else:
             yield
-
-
-def fastest_exact(modes: dict[str, Any], device_type: str) -> str:
-    """What "auto" means for the measurements of a checkpoint on "cpu" or "cuda"."""
-    exact = {
-        name: figures["ms_per_crop"]
-        for name, figures in modes.items()
-        if name in MODES
-        and figures.get("device") == device_type
-        and "ms_per_crop" in figures
-        and abs(figures.get("ap_difference", 1.0)) <= EXACT_ENOUGH
-    }
-    return min(exact, key=lambda name: exact[name], default="float32")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Each verb is a function below: it reads its arguments, calls its stage and retur
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The verbs, a line each, in the order of a project's life."""
-    lines = [f"  {name:<11} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<15} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "hrnet VERB ...    top-down human pose, from a COCO folder to a served model\n\n" + "\n".join(
         [*lines, "", "hrnet VERB --help shows its arguments."]
     )
@@ -218,8 +219,11 @@ class EvaluateArguments(Section):
     """For `results`: whose OKS constants to use."""
     use_area: bool = True
     """For `results`: OKS by the annotations' area; without it by the box, for sets that have none."""
+    measure_modes: bool = False
+    """Evaluate in every execution mode and write the differences into checkpoint.json, for mode auto."""
     out: str | None = None
-    """Folder for results, report and pictures; default: beside the checkpoint."""
+    """Folder for results, report and pictures; default: beside the checkpoint. For `results`: for
+    figures.json with all digits."""
     report: str | None = None
     """Also write one HTML file with figures and pictures here."""
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -239,6 +243,8 @@ def evaluate(argv: Sequence[str]) -> int:
         "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json",
     )
     _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
+    if args.measure_modes:
+        return _measure_modes(args)
     from pipelines.evaluate import evaluate as measure
 
     result = measure(
@@ -273,11 +279,41 @@ def _score(args: EvaluateArguments) -> int:
     from hrnet_core.skeleton import load_skeleton
     from pipelines.score import evaluate_results
 
+    if args.report or args.boxes or args.measure_modes or args.checkpoint:
+        raise ConfigError(
+            "--results scores a file: CHECKPOINT, --boxes, --report and --measure-modes belong to running a "
+            "model on photographs. Leave them out, or leave out --results."
+        )
     stats = evaluate_results(
         args.results, args.ground_truth, skeleton=load_skeleton(args.skeleton), use_area=args.use_area
     )
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
+    if args.out:
+        target = Path(args.out) / "figures.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(stats, indent=1) + "\n")
+        print(f"all digits: {target}")
+    return 0
+
+
+def _measure_modes(args: EvaluateArguments) -> int:
+    """A table of all modes; what auto takes from now on."""
+    if args.report:
+        raise ConfigError("--measure-modes writes no report: evaluate once more without it, with --report.")
+    from pipelines.measure import measure_modes
+
+    measured = measure_modes(
+        args.checkpoint,
+        args.coco,
+        out=args.out or Path(f"{_evaluation_folder(args)}_modes"),
+        split=args.split,
+        boxes=args.boxes,
+        settings=args.evaluate,
+        ray=args.ray,
+    )
+    print(measured)
+    print(f"written into {Path(args.checkpoint) / 'checkpoint.json'}")
     return 0
 
 
@@ -385,6 +421,64 @@ def import_(argv: Sequence[str]) -> int:
     return 0
 
 
+class ExportArguments(Section):
+    checkpoint: Annotated[str, *positional("CHECKPOINT")]
+    """Checkpoint folder, or models:/hrnet-pose@champion."""
+    out: Annotated[str | None, *positional("OUT")] = None
+    """ONNX file to write; default: model.onnx in the checkpoint folder, where mode onnx finds it."""
+    coco: str | None = None
+    """COCO root: compare keypoints and AP on some of its people too."""
+    split: str = "val2017"
+    boxes: str | None = None
+    """Person detections as COCO results JSON; default: the ground truth's boxes."""
+    people: int = Field(default=200, ge=1)
+    """How many people to compare on, in whole photographs from the first."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
+def export(argv: Sequence[str]) -> int:
+    """a checkpoint as an ONNX file, with a report of how equal it is"""
+    args = parse(ExportArguments, "export", argv, "Write the network as ONNX and compare it with torch.")
+    from pipelines.export import export as write
+
+    parity = write(
+        args.checkpoint,
+        args.out,
+        coco_root=args.coco,
+        split=args.split,
+        boxes=args.boxes,
+        people=args.people,
+        settings=args.evaluate,
+        track=args.track,
+        storage=args.run.storage,
+    )
+    print(parity)
+    return 0
+
+
+class EstimateSigmasArguments(Section):
+    files: Annotated[tuple[str, ...], *positional("ANNOTATIONS.json")] = ()
+    """Two or more COCO keypoint files of the same people, one an annotator."""
+    out: str = "skeleton.json"
+    """Skeleton file to write."""
+    skeleton: str | None = None
+    """Skeleton whose other fields are kept; default: names and limbs of the annotations."""
+    use_area: bool = True
+    """Distances by the annotations' area; without it by the box, for sets that have none."""
+
+
+def estimate_sigmas(argv: Sequence[str]) -> int:
+    """OKS constants of a skeleton from people whom several annotators labelled"""
+    args = parse(EstimateSigmasArguments, "estimate-sigmas", argv, "Estimate OKS constants.")
+    from pipelines.sigmas import estimate_sigmas as estimate
+
+    print(estimate(args.files, args.out, skeleton=args.skeleton, use_area=args.use_area))
+    print(f"wrote {args.out}")
+    return 0
+
+
 class ReproduceArguments(Section):
     coco: Annotated[str, *positional("COCO")]
     """COCO root with val2017."""
@@ -432,6 +526,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "promote": promote,
     "deploy": deploy,
     "import": import_,
+    "export": export,
+    "estimate-sigmas": estimate_sigmas,
     "reproduce": reproduce,
 }
 

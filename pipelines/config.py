@@ -187,8 +187,11 @@ class WorkerSettings(Section):
 
     batch_size: int = Field(default=32, ge=1)
     """People of a forward pass; fixed per work unit, because it changes float results."""
-    mode: Literal["auto", "float32", "channels_last", "bfloat16"] = "auto"
-    """How the network runs. auto: the fastest that the checkpoint has measured as exact enough."""
+    mode: Literal["auto", "float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx"] = (
+        "auto"
+    )
+    """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
+    enough; the table and the protocol say which."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Data actors, each with the model."""
     cpus_per_worker: int = Field(default=1, ge=1)
@@ -249,7 +252,8 @@ class ServeSettings(Section):
     device: str = "auto"
     """Torch device of the model; auto: the replica's GPU if it has one, else the CPU."""
     mode: str = "auto"
-    """How the network runs (float32, bfloat16, ...); auto: the checkpoint's measured default."""
+    """How the network runs (float32, channels_last, bfloat16, compiled, compiled_bfloat16, onnx); auto: the
+    fastest that the checkpoint has measured as exact enough."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a forward pass; default: cpus_per_replica."""
     flip_test: bool | None = None

@@ -160,10 +160,14 @@ def _resolve(checkpoint: str, run: RunSettings, track: TrackSettings, scratch: P
 
 def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     from hrnet_core.checkpoint import read_spec, verify_checkpoint
-    from hrnet_core.predictor import MODES
+    from hrnet_core.modes import MODES, unusable
 
     if settings.mode not in ("auto", *MODES):
         raise ConfigError(f"mode {settings.mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
+    # On a cluster the replicas' machines decide, not this one.
+    why = "" if on_cluster() else unusable(settings.mode, "cuda" if settings.use_gpu else "cpu")
+    if why:
+        raise ConfigError(f"mode {settings.mode!r} cannot run here: {why}.")
     verify_checkpoint(folder)
     return read_spec(folder)
 

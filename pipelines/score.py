@@ -19,6 +19,8 @@ STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 """The ten figures of COCO's keypoint task, in pycocotools' order."""
 MAX_DETS = 20
 """Best results of an image that count (COCO keypoints)."""
+BOX_AREA = 0.53
+"""Area of a person in areas of its box, where annotations have none (CrowdPose, AI Challenger)."""
 
 
 def evaluate_results(
@@ -124,7 +126,7 @@ def _checked_truth(truth: Any, name: str, skeleton: Skeleton, use_area: bool) ->
             )
     if use_area:
         return truth
-    boxed = [{**a, "area": 0.53 * (a["bbox"][3] * a["bbox"][2])} for a in truth["annotations"]]
+    boxed = [{**a, "area": BOX_AREA * (a["bbox"][3] * a["bbox"][2])} for a in truth["annotations"]]
     return {**truth, "annotations": boxed}
 
 

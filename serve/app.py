@@ -254,7 +254,8 @@ class PoseService:
             logger.error("keeping %s: %s", self.model.choice.version, self.load_error)
             return
         self.model, self.load_error = model, None
-        logger.info("serving %s from %s", choice.version or "a checkpoint", choice.checkpoint)
+        version, mode = choice.version or "a checkpoint", model.predictor.mode
+        logger.info("serving %s from %s, mode %s", version, choice.checkpoint, mode)
 
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""

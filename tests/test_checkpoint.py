@@ -29,6 +29,7 @@ from hrnet_core.checkpoint import (
     read_spec,
     read_trainer_state,
     read_weights,
+    record_modes,
     save_checkpoint,
     start_from,
     verify_checkpoint,
@@ -107,6 +108,26 @@ def test_what_was_saved_comes_back(tmp_path: Path, model: HRNet) -> None:
     assert verify_checkpoint(tmp_path / "a" / "best") < 1e-6
     assert sorted(os.listdir(tmp_path / "a")) == ["best"]
     assert set(json.loads((tmp_path / "a" / "best" / "checkpoint.json").read_text())) == set(FIELDS)
+
+
+def test_measured_modes_are_written_and_nothing_else(folder: Path) -> None:
+    before = json.loads((folder / "checkpoint.json").read_text())
+    figures = {"bfloat16": {"ap_difference": -0.0004, "ms_per_crop": 58.1}}
+    record_modes(folder, "cpu", {"channels_last": {"ap_difference": 0.0, "ms_per_crop": 9.0}})
+    record_modes(folder, "cuda", {"float32": {"ap_difference": 0.0, "ms_per_crop": 1.0}})
+    spec = record_modes(folder, "cpu", figures)
+    after = json.loads((folder / "checkpoint.json").read_text())
+    assert after.pop("modes") == spec.modes
+    assert spec.modes == {"cpu": figures, "cuda": {"float32": {"ap_difference": 0.0, "ms_per_crop": 1.0}}}
+    before.pop("modes")
+    assert after == before
+    assert load_checkpoint(folder)[1] == spec
+    assert verify_checkpoint(folder) < 1e-6
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.json", "model.safetensors", "selftest.safetensors",
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        record_modes(folder / "none", "cpu", figures)
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "supervision",
     },
     "hrnet_core.detector": {"numpy", "cv2", "onnxruntime", "hrnet_core"},
+    "hrnet_core.modes": {"torch", "onnxruntime", "hrnet_core.errors", "hrnet_core.checkpoint"},
     "hrnet_core": CORE,
     "pipelines.config": {
         "pydantic",

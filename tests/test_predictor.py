@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
-from hrnet_core.errors import ConfigError, DataError, ImageError
+from hrnet_core.errors import CheckpointError, ConfigError, DataError, ImageError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
-from hrnet_core.predictor import PosePredictor, fastest_exact
+from hrnet_core.modes import compiler, export_onnx, fastest_exact, fold_batch_norms, unusable
+from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17, Skeleton
 
 COLORS = Skeleton("colors", ("red", "green", "blue"), (), (0.1, 0.1, 0.1))
@@ -279,52 +282,185 @@ def test_flip_test_is_the_published_average() -> None:
 COCO_MEAN, COCO_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def test_modes_agree_as_far_as_they_promise() -> None:
+EXACT = 1e-5  # of the heatmaps' range: float32 in another order
+ROUGH = 0.05  # bfloat16 keeps 8 bits; a wrong layer costs the whole range
+
+
+@pytest.mark.parametrize(
+    ("mode", "tolerance"),
+    [
+        ("channels_last", EXACT),
+        ("bfloat16", ROUGH),
+        ("onnx", EXACT),
+        pytest.param("compiled", EXACT, marks=pytest.mark.slow),
+        pytest.param("compiled_bfloat16", ROUGH, marks=pytest.mark.slow),
+    ],
+)
+def test_modes_agree_as_far_as_they_promise(mode: str, tolerance: float) -> None:
+    """Against float32: batches of three, of two (compiled once for all) and of one, and the flip test."""
     model, exact = hrnet_predictor()
-    crops = noise(2)
+    _, other = hrnet_predictor(mode)
+    crops = noise(3)
     truth = exact.heatmaps(crops)
     spread = truth.max() - truth.min()
-    assert np.abs(hrnet_predictor("channels_last")[1].heatmaps(crops) - truth).max() < 1e-5 * spread
-    rough = hrnet_predictor("bfloat16")[1].heatmaps(crops, flip_test=False)
-    assert rough.dtype == np.float32
-    assert 1e-5 * spread < np.abs(rough - exact.heatmaps(crops, flip_test=False)).max() < 0.1 * spread
-    # What torch's autocast does by itself, weights cast in every forward.
-    images = normalize(
-        torch.from_numpy(crops),
-        tuple(COCO_MEAN),
-        tuple(COCO_STD),
-        torch.channels_last,  # type: ignore[arg-type]
-    )
+    for count in (3, 2, 1):
+        heatmaps = other.heatmaps(crops[:count])
+        assert heatmaps.dtype == np.float32
+        difference = np.abs(heatmaps - truth[:count]).max() / spread
+        assert difference < tolerance
+        if tolerance == ROUGH:
+            assert difference > EXACT, "bfloat16 that equals float32 is float32"
+    # Batch size must not be baked in, nor anything of the first input.
+    assert np.abs(other.heatmaps(noise(5, 1)) - exact.heatmaps(noise(5, 1))).max() < tolerance * spread
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert model.bn1.running_mean is not None, "the caller's network was folded"
+
+
+def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
+    """Folded BatchNorm rounds once less a layer, and the head is float32."""
+    model, exact = hrnet_predictor()
+    crops = noise(4)
+    truth = exact.heatmaps(crops, flip_test=False)
+    ours = hrnet_predictor("bfloat16")[1].heatmaps(crops, flip_test=False)
+    images = normalize(torch.from_numpy(crops), tuple(COCO_MEAN), tuple(COCO_STD))  # type: ignore[arg-type]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        auto = model.eval().to(memory_format=torch.channels_last)(images).float().numpy()
-    assert np.abs(rough - auto).max() < 1e-6 * spread
+        auto = model.eval()(images).float().numpy()
+    assert np.sqrt(((ours - truth) ** 2).mean()) < 0.9 * np.sqrt(((auto - truth) ** 2).mean())
+
+
+def test_folding_leaves_no_batch_norm_and_the_same_answer() -> None:
+    model, _ = hrnet_predictor()
+    folded = copy.deepcopy(model).eval()
+    fold_batch_norms(folded)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 40
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    images = torch.randn(2, 3, 128, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval()(images)
+        spread = expected.max() - expected.min()
+        assert (folded(images) - expected).abs().max() < EXACT * spread
+
+
+def figures(difference: float = 0.0, ms: float = 50.0) -> dict[str, float]:
+    return {"ap_difference": difference, "ms_per_crop": ms}
 
 
 @pytest.mark.parametrize(
     ("modes", "device", "chosen"),
     [
         ({}, "cpu", "float32"),
-        ({"bfloat16": {"ap_difference": 0.0004, "ms_per_crop": 50, "device": "cpu"}}, "cpu", "bfloat16"),
-        ({"bfloat16": {"ap_difference": -0.002, "ms_per_crop": 50, "device": "cpu"}}, "cpu", "float32"),
-        ({"bfloat16": {"ap_difference": 0.0004, "ms_per_crop": 50, "device": "cpu"}}, "cuda", "float32"),
-        ({"bfloat16": {"ms_per_crop": 50, "device": "cpu"}}, "cpu", "float32"),
-        ({"bfloat16": {"ap_difference": 0.0, "device": "cpu"}}, "cpu", "float32"),
-        ({"onnx": {"ap_difference": 0.0, "ms_per_crop": 1, "device": "cpu"}}, "cpu", "float32"),
+        ({"cpu": {"channels_last": figures(0.0004)}}, "cpu", "channels_last"),
+        ({"cpu": {"channels_last": figures(0.001)}}, "cpu", "channels_last"),
+        ({"cpu": {"channels_last": figures(-0.002)}}, "cpu", "float32"),
+        ({"cpu": {"channels_last": figures(0.002)}}, "cpu", "float32"),
+        ({"cpu": {"channels_last": figures()}}, "cuda", "float32"),
+        ({"cpu": {"channels_last": {"ms_per_crop": 50}}}, "cpu", "float32"),
+        ({"cpu": {"channels_last": {"ap_difference": 0.0}}}, "cpu", "float32"),
+        ({"cpu": {"unheard_of": figures(ms=1)}}, "cpu", "float32"),
         (
             {
-                "float32": {"ap_difference": 0.0, "ms_per_crop": 140, "device": "cpu"},
-                "channels_last": {"ap_difference": 0.0, "ms_per_crop": 119, "device": "cpu"},
-                "bfloat16": {"ap_difference": 0.002, "ms_per_crop": 58, "device": "cpu"},
+                "cpu": {
+                    "float32": figures(ms=140),
+                    "channels_last": figures(ms=119),
+                    "bfloat16": figures(0.002, ms=58),
+                },
+                "cuda": {"bfloat16": figures(ms=1)},
             },
             "cpu",
             "channels_last",
         ),
     ],
 )
-def test_auto_takes_the_fastest_measured_to_be_exact(modes: Any, device: str, chosen: str) -> None:
+def test_auto_takes_the_fastest_measured_to_be_exact(
+    modes: Any, device: str, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
     assert fastest_exact(modes, device) == chosen
     if device == "cpu":
-        assert color_predictor(modes=modes).mode == chosen
+        model, exact = hrnet_predictor()
+        with caplog.at_level("INFO", logger="hrnet_core.predictor"):
+            predictor = PosePredictor(model, replace(exact.spec, modes=modes), device="cpu")
+        assert predictor.mode == chosen
+        assert f"mode auto on cpu is {chosen}" in caplog.text
+
+
+def test_auto_passes_by_what_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on another machine: no compiler here, no ONNX Runtime, no bfloat16 in the processor."""
+    measured = {
+        "cpu": {
+            "compiled_bfloat16": figures(ms=10), "compiled": figures(ms=20), "onnx": figures(ms=30),
+            "bfloat16": figures(ms=40), "channels_last": figures(ms=50),
+        }
+    }  # fmt: skip
+    monkeypatch.setenv("CXX", "true")  # any program that is there
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert fastest_exact(measured, "cpu") == "compiled_bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert fastest_exact(measured, "cpu") == "compiled"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert fastest_exact(measured, "cpu") == "onnx"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fastest_exact(measured, "cpu") == "channels_last"
+
+
+def test_a_mode_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, predictor = hrnet_predictor()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compiler() is None
+    for mode in ("compiled", "compiled_bfloat16"):
+        with pytest.raises(
+            ConfigError, match=rf"mode '{mode}' cannot run here: .*no compiler: install g\+\+"
+        ):
+            PosePredictor(model, predictor.spec, device="cpu", mode=mode)
+        assert unusable(mode, "cuda") == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(ConfigError, match=r"onnxruntime is not installed \(pip install 'hrnet-ray"):
+        PosePredictor(model, predictor.spec, device="cpu", mode="onnx")
+    with pytest.raises(ConfigError, match="an ONNX file cannot be made here: onnxruntime"):
+        export_onnx(model, predictor.spec)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match=r"mode 'compiled': torch\.compile failed here .*headers of Python"):
+        hrnet_predictor("compiled")[1].heatmaps(noise(2))
+    torch._dynamo.reset()
+
+
+def test_onnx_file_of_the_folder_is_used_or_refused(tmp_path: Path) -> None:
+    model, predictor = hrnet_predictor()
+    spec = save_checkpoint(tmp_path / "c", model, predictor.spec)
+    content = export_onnx(model, spec)
+    (tmp_path / "c" / "model.onnx").write_bytes(content)
+    loaded = PosePredictor.load(tmp_path / "c", device="cpu", mode="onnx")
+    crops = noise(2)
+    truth = predictor.heatmaps(crops)
+    assert np.abs(loaded.heatmaps(crops) - truth).max() < EXACT * (truth.max() - truth.min())
+    # Whoever finds the file finds how to use it.
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content)
+    told = json.loads(session.get_modelmeta().custom_metadata_map["hrnet"])
+    assert told == {k: v for k, v in json.loads(json.dumps(spec.as_dict())).items() if k != "modes"}
+    assert [session.get_inputs()[0].name, session.get_outputs()[0].name] == ["images", "heatmaps"]
+    assert session.get_inputs()[0].shape[1:] == [3, 128, 96]
+    assert isinstance(session.get_inputs()[0].shape[0], str), "any number of people"
+
+    with torch.no_grad():
+        model.final_layer.bias.add_(1)
+    save_checkpoint(tmp_path / "other", model, predictor.spec)
+    (tmp_path / "other" / "model.onnx").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.onnx: made from weights .*: hrnet export"):
+        PosePredictor.load(tmp_path / "other", device="cpu", mode="onnx")
+    (tmp_path / "other" / "model.onnx").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.onnx: ONNX Runtime cannot open it"):
+        PosePredictor.load(tmp_path / "other", device="cpu", mode="onnx")
+    # Saving other weights there takes the stale file away.
+    save_checkpoint(tmp_path / "other", model, predictor.spec)
+    assert not (tmp_path / "other" / "model.onnx").exists()
 
 
 def test_unknown_modes_and_devices_are_refused() -> None:

@@ -1,0 +1,234 @@
+"""`hrnet export`: the network as an ONNX file, written only after ONNX Runtime gave the same answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.errors import CheckpointError, ConfigError, DataError, ImageError
+from hrnet_core.images import decode_image
+from pipelines.config import EvaluateSettings, TrackSettings
+from pipelines.evaluate import People, answer_dtype, read_people, to_results
+from pipelines.score import evaluate_results
+
+if TYPE_CHECKING:
+    from hrnet_core.checkpoint import CheckpointSpec
+    from hrnet_core.predictor import PosePredictor
+
+TOLERANCE = 1e-3
+"""Of the heatmaps' range: what rounding in another order gives is about 1e-5."""
+PEOPLE = 200
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime is from torch in float32, on the same crops."""
+
+    file: Path
+    crops: int
+    heatmap: float
+    """Largest absolute difference of a heatmap cell."""
+    spread: float
+    """The heatmaps' range, highest less lowest cell."""
+    keypoint_mean: float
+    """Distance of the decoded keypoints, crop px."""
+    keypoint_max: float
+    moved: int
+    """Keypoints further than 0.5 crop px apart: elsewhere on the map two cells were equal up to rounding."""
+    ap: tuple[float, float] | None = None
+    """AP on the slice: torch, ONNX Runtime. None without COCO."""
+    people: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"wrote {self.file} ({self.file.stat().st_size / 2**20:.1f} MiB)",
+            f"ONNX Runtime against torch in float32, {self.crops} crops:",
+            f"  heatmaps   largest difference {self.heatmap:.2e}, {self.heatmap / self.spread:.1e} of their "
+            f"range",
+            f"  keypoints  mean {self.keypoint_mean:.2e} px of the crop, largest {self.keypoint_max:.2e} px, "
+            f"{self.moved} further than 0.5 px",
+        ]
+        if self.ap is None:
+            lines.append("  AP         not compared: name a COCO folder with --coco")
+        else:
+            torch_ap, onnx_ap = self.ap
+            lines.append(
+                f"  AP         {torch_ap:.4f} and {onnx_ap:.4f}, difference {onnx_ap - torch_ap:+.4f}, on "
+                f"{self.people} people"
+            )
+        return "\n".join(lines)
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path | None = None,
+    *,
+    coco_root: str | Path | None = None,
+    split: str = "val2017",
+    boxes: str | Path | None = None,
+    people: int = PEOPLE,
+    settings: EvaluateSettings | None = None,
+    track: TrackSettings | None = None,
+    storage: str | Path = "runs",
+) -> Parity:
+    """Write the checkpoint's network as ONNX (modes.export_onnx) and compare it with torch.
+
+    out: default model.onnx in the checkpoint folder, where mode "onnx" finds it. coco_root: compare also on
+    the first photographs that hold `people` people, with AP. Runs in this process.
+
+    ConfigError: a package is missing, or ONNX Runtime's heatmaps differ by more than 1e-3 of their range (no
+    file is left then). CheckpointError, DataError: as in evaluating.
+    """
+    from hrnet_core.checkpoint import ONNX, load_checkpoint
+    from hrnet_core.modes import export_onnx
+    from hrnet_core.predictor import PosePredictor
+
+    settings = settings or EvaluateSettings()
+    if out is None and str(checkpoint).startswith("models:/"):
+        raise ConfigError(
+            f"name the file to write: hrnet export {checkpoint} OUT.onnx (the store's is not ours)."
+        )
+    folder = Path(checkpoint)
+    if str(checkpoint).startswith("models:/"):
+        from pipelines.tracking import fetch_model
+
+        folder = fetch_model(str(checkpoint), track or TrackSettings(), storage)
+    model, spec = load_checkpoint(folder)
+    target = folder / ONNX if out is None else Path(out)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(export_onnx(model, spec))
+        torch_side = PosePredictor(model, spec, "cpu", "float32")
+        onnx_side = PosePredictor(model, spec, "cpu", "onnx", part)
+        crops = recorded_crops(folder)
+        difference = _difference(torch_side, onnx_side, crops)
+        if difference["heatmap"] > TOLERANCE * difference["spread"]:
+            raise ConfigError(
+                f"{target}: ONNX Runtime's heatmaps differ by {difference['heatmap']:.3g}, their range is "
+                f"{difference['spread']:.3g}: these versions of onnx, onnxscript and onnxruntime do not "
+                f"compute the same network. Install those of constraints.txt. Nothing was written."
+            )
+        compared: dict[str, Any] = {}
+        if coco_root is not None:
+            compared = _on_coco(torch_side, onnx_side, coco_root, split, boxes, people, settings)
+        os.replace(part, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}). Name another file.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return Parity(file=target, **{**difference, **compared})
+
+
+def recorded_crops(folder: Path) -> NDArray[np.uint8]:
+    """The self-test's crop, its mirror image, turned, and inverted: uint8 (4, h, w, 3)."""
+    import safetensors.numpy
+
+    from hrnet_core.checkpoint import SELFTEST
+
+    crop = safetensors.numpy.load((folder / SELFTEST).read_bytes())["crops"][0]
+    return np.stack([crop, crop[:, ::-1], crop[::-1, ::-1], 255 - crop])
+
+
+def crop_px(
+    spec: CheckpointSpec, one: NDArray[Any], other: NDArray[Any], boxes: NDArray[Any]
+) -> NDArray[Any]:
+    """Distances (P, K) of keypoints (P, K, 2) in photo px, in px of the crop that each box (P, 4) gives."""
+    from hrnet_core.geometry import box_to_center_scale
+
+    _, scale = box_to_center_scale(boxes, spec.input_size, spec.padding)
+    return np.linalg.norm(one - other, axis=-1) * (spec.input_size[0] / scale[:, :1])
+
+
+def told_distances(distances: NDArray[Any]) -> dict[str, Any]:
+    return {
+        "keypoint_mean": float(distances.mean()),
+        "keypoint_max": float(distances.max()),
+        "moved": int((distances > 0.5).sum()),
+    }
+
+
+def _difference(one: PosePredictor, other: PosePredictor, crops: NDArray[np.uint8]) -> dict[str, Any]:
+    a, b = one.heatmaps(crops), other.heatmaps(crops)
+    keypoints = [one.spec.codec.decode(heatmaps)[0] for heatmaps in (a, b)]
+    return {
+        "crops": len(crops),
+        "heatmap": float(np.abs(a - b).max()),
+        "spread": float(a.max() - a.min()),
+        **told_distances(np.linalg.norm(keypoints[0] - keypoints[1], axis=-1)),
+    }
+
+
+def _on_coco(
+    torch_side: PosePredictor,
+    onnx_side: PosePredictor,
+    coco_root: str | Path,
+    split: str,
+    boxes: str | Path | None,
+    people: int,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """Keypoints and AP of both on the first photographs with `people` people."""
+    spec = torch_side.spec
+    everyone = read_people(coco_root, split, boxes, settings, spec.skeleton)
+    some = first_people(everyone, people)
+    answers = [_answers(some, side, settings) for side in (torch_side, onnx_side)]
+    asked = np.array([p.bbox_xywh for photo in some.photos for p in photo.people])
+    distances = crop_px(spec, answers[0]["keypoints"], answers[1]["keypoints"], asked)
+    stats = [
+        evaluate_results(to_results(a, some, spec, settings), some.truth, skeleton=spec.skeleton)
+        for a in answers
+    ]
+    return {
+        "crops": len(asked),
+        **told_distances(distances),
+        "ap": (stats[0]["AP"], stats[1]["AP"]),
+        "people": len(asked),
+    }
+
+
+def first_people(everyone: People, count: int) -> People:
+    """The first photographs whose people are `count` or more, and the ground truth of these alone."""
+    photos, found = [], 0
+    for photo in everyone.photos:
+        if found >= count:
+            break
+        photos.append(photo)
+        found += len(photo.people)
+    ids = {photo.image_id for photo in photos}
+    truth = {
+        **everyone.truth,
+        "images": [i for i in everyone.truth["images"] if i["id"] in ids],
+        "annotations": [a for a in everyone.truth["annotations"] if a["image_id"] in ids],
+    }
+    return replace(everyone, split=replace(everyone.split, photos=tuple(photos)), truth=truth)
+
+
+def _answers(some: People, predictor: PosePredictor, settings: EvaluateSettings) -> NDArray[Any]:
+    """Answers to all boxes, sorted by (image_id, id), photograph after photograph."""
+    parts = []
+    for photo in some.photos:
+        try:
+            image = decode_image(Path(photo.path).read_bytes(), apply_exif=False)
+        except (OSError, ImageError) as error:
+            raise DataError(f"{photo.path}: cannot be used ({error}). Copy the photograph again.") from None
+        (poses,) = predictor(
+            [image],
+            [np.array([p.bbox_xywh for p in photo.people])],
+            flip_test=settings.flip_test,
+            batch_size=settings.batch_size,
+            border=settings.preset,
+        )
+        answers = np.zeros(len(poses), answer_dtype(predictor.spec.skeleton.num_keypoints))
+        answers["image_id"] = photo.image_id
+        answers["id"] = [p.ann_id for p in photo.people]
+        answers["keypoints"], answers["scores"] = poses.keypoints.xy, poses.keypoints.conf
+        parts.append(answers)
+    return np.concatenate(parts)
