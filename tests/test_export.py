@@ -1,4 +1,4 @@
-"""`hrnet export` and `--measure-modes`: the ONNX file gives torch's answers, every mode's figures are kept."""
+"""`hrnet export` and `--measure-modes`: ONNX gives the answers of torch, every mode has its figures."""
 
 from __future__ import annotations
 

@@ -296,6 +296,7 @@ ROUGH = 0.05  # bfloat16 keeps 8 bits; a wrong layer costs the whole range
         pytest.param("compiled_bfloat16", ROUGH, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, when it compiles
 def test_modes_agree_as_far_as_they_promise(mode: str, tolerance: float) -> None:
     """Against float32: batches of three, of two (compiled once for all) and of one, and the flip test."""
     model, exact = hrnet_predictor()
@@ -420,6 +421,7 @@ def test_a_mode_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

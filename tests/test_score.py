@@ -14,6 +14,7 @@ import pytest
 from hrnet_core.errors import DataError
 from hrnet_core.oks import oks_nms, rescore, soft_oks_nms
 from hrnet_core.skeleton import COCO17, Skeleton
+from pipelines.cli import main
 from pipelines.coco import poses_to_results
 from pipelines.score import STATS, evaluate_results
 
@@ -203,6 +204,50 @@ def test_bad_ground_truth_and_files_are_refused(tmp_path: Path) -> None:
     assert evaluate_results(packed, truth, skeleton=ONE, use_area=False)["AP"] == pytest.approx(1.0)
 
 
+def test_crowding_and_no_area_by_hand() -> None:
+    """Three pictures with one person each, d = 0, 20 and 500 px. Box 200 x 100, no area: 0.53 x 20,000 is
+    10,600; sigma 0.1: OKS 1, exp(-400 / 848) = .624 (three thresholds) and 0. By crowdIndex: 1, .3 and 0."""
+    images, annotations, results = [], [], []
+    for image_id, (crowding, error) in enumerate([(0.1, 0), (0.5, 20), (0.9, 500)], start=1):
+        truth, found = hand_made(error)
+        images.append({"id": image_id, "crowdIndex": crowding})
+        annotation = {**truth["annotations"][0], "id": image_id, "image_id": image_id}
+        annotation.pop("area")
+        annotations.append(annotation)
+        results.append({**found[0], "image_id": image_id})
+    truth = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    stats = evaluate_results(results, truth, skeleton=ONE, use_area=False)
+    assert (stats["AP_easy"], stats["AP_medium"], stats["AP_hard"]) == (1.0, 0.3, 0.0)
+    assert stats["AR"] == pytest.approx((1 + 0.3 + 0) / 3)
+    del images[0]["crowdIndex"]
+    assert set(evaluate_results(results, truth, skeleton=ONE, use_area=False)) == set(STATS)
+
+
+def test_on_the_command_line_with_all_digits(
+    tmp_path: Path, truth: Truth, mmpose_cases: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = mmpose_cases["coco_metric"]["cases"][0]
+    found = predictions(truth, [(0.98, 1.02, 0.8)] * 14, [0.98] * 14)
+    results = suppressed(found, rescore(found["scores"], found["box_scores"]), oks_nms)
+    for name, content in (("r.json", results), ("gt.json", truth)):
+        (tmp_path / name).write_text(json.dumps(content))
+    argv = ["evaluate", "--results", str(tmp_path / "r.json"), "--ground-truth", str(tmp_path / "gt.json")]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert "0.5287" in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert told == pytest.approx(expected_of(case), abs=1e-12)
+    # What would be passed by in silence is refused; so is a skeleton of another number of keypoints.
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(ONE.as_dict()))
+    for more, why in (
+        (["--report", "x.html"], "--report"),
+        (["--measure-modes"], "--measure-modes"),
+        (["--skeleton", str(one)], "17 keypoints, the skeleton 'one' has 1"),
+    ):
+        assert main([*argv, *more]) == 2
+        assert why in capsys.readouterr().err
+
+
 # --- real files with published figures (not part of the project) --------------------------------------
 
 
@@ -280,3 +325,24 @@ def test_tinypose_on_the_real_val_photographs(real_data: Path) -> None:
     )
     published = {"AP": 0.6867, "AP50": 0.8822, "AP75": 0.7648, "APm": 0.6886, "APl": 0.6990, "AR": 0.7152}
     assert {name: stats[name] for name in published} == pytest.approx(published, abs=5.1e-5)
+
+
+@pytest.mark.parametrize("case", ["align1", "align2", "perfect"])
+def test_mmposes_own_files(real_data: Path, case: str) -> None:
+    """The files as MMPose ships them. "perfect" is 1 there because xtcocotools drops what scores nothing."""
+    folder = real_data / "evaluator" / "mmpose_test_coco"
+    truth = json.loads((folder / "test_coco.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text())
+    if case == "perfect":
+        found = predictions(truth, [(1, 1, 1)] * 14, [1.0] * 14)
+        totals = rescore(found["scores"], found["box_scores"])
+        results = [r for r in suppressed(found, totals, oks_nms) if r["score"] > 0]
+    else:
+        found = predictions(truth, [(0.98, 1.02, 0.8)] * 14, [0.98] * 14)
+        totals = rescore(found["scores"], found["box_scores"])
+        if case == "align2":
+            totals = found["box_scores"] + found["scores"].mean(axis=1) + found["scores"].max(axis=1)
+        results = suppressed(found, totals, oks_nms)
+    assert evaluate_results(results, truth) == pytest.approx(
+        long_names(expected[case]["expected"]), abs=1e-12
+    )
