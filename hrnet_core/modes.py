@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MODES = ("float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx")
 EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 METADATA = "hrnet"
 """Entry of model.onnx's metadata: checkpoint.json without what was measured."""
 Network = Callable[[Tensor], Tensor]
@@ -52,7 +52,7 @@ def build_network(
     """
     if mode not in MODES:
         raise ConfigError(f"mode {mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
-    why = unusable(mode, device.type)
+    why = unusable(mode, device.type, onnx_file is not None)
     if why:
         raise ConfigError(f"mode {mode!r} cannot run here: {why}.")
     if mode == "onnx":
@@ -67,10 +67,14 @@ def build_network(
     return _compiled(network, mode) if mode.startswith("compiled") else network
 
 
-def unusable(mode: str, device_type: str) -> str:
-    """Why a mode cannot run on "cpu" or "cuda" here, with the way out; "" where it can."""
+def unusable(mode: str, device_type: str, with_file: bool = False) -> str:
+    """Why a mode cannot run on "cpu" or "cuda" here, with the way out; "" where it can.
+
+    with_file: there is a model.onnx; else mode "onnx" also needs what makes one.
+    """
     if mode == "onnx":
-        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        needed = ONNX_PACKAGES[:1] if with_file else ONNX_PACKAGES
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:
             return f"{', '.join(missing)} is not installed (pip install 'hrnet-ray[onnx]')"
         if device_type != "cpu":
@@ -89,7 +93,7 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or usual)
 
 
-def fastest_exact(modes: dict[str, Any], device_type: str) -> str:
+def fastest_exact(modes: dict[str, Any], device_type: str, with_file: bool = False) -> str:
     """What "auto" means for the measurements of a checkpoint on "cpu" or "cuda".
 
     The fastest mode measured there within 0.001 AP of float32 that can run here; float32 where nothing was
@@ -101,7 +105,7 @@ def fastest_exact(modes: dict[str, Any], device_type: str) -> str:
         if name in MODES
         and abs(figures.get("ap_difference", 1.0)) <= EXACT_ENOUGH
         and "ms_per_crop" in figures
-        and not unusable(name, device_type)
+        and not unusable(name, device_type, with_file)
         and not (name.endswith("bfloat16") and device_type == "cpu" and not has_bfloat16())
     }
     return min(exact, key=lambda name: exact[name], default="float32")

@@ -65,7 +65,9 @@ class PosePredictor:
     ) -> None:
         self.spec = spec
         self.device = _find_device(device)
-        self.mode = fastest_exact(spec.modes, self.device.type) if mode == "auto" else mode
+        self.mode = (
+            fastest_exact(spec.modes, self.device.type, onnx_file is not None) if mode == "auto" else mode
+        )
         if mode == "auto":
             logger.info("mode auto on %s is %s", self.device.type, self.mode)
         self._network = build_network(model, spec, self.device, self.mode, onnx_file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from hrnet_core.images import decode_image
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import People, answer_dtype, read_people, to_results
 from pipelines.score import evaluate_results
+from pipelines.units import local_checkpoint
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -85,46 +85,49 @@ def export(
     ConfigError: a package is missing, or ONNX Runtime's heatmaps differ by more than 1e-3 of their range (no
     file is left then). CheckpointError, DataError: as in evaluating.
     """
-    from hrnet_core.checkpoint import ONNX, load_checkpoint
+    from hrnet_core.checkpoint import ONNX, read_spec
+
+    if out is None and ":/" in str(checkpoint):
+        raise ConfigError(
+            f"name the file to write, hrnet export {checkpoint} OUT.onnx: only a checkpoint folder of this "
+            f"machine is ours to add to."
+        )
+    settings = settings or EvaluateSettings()
+    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as folder:
+        read_spec(folder)  # before a folder is made where there is none
+        target = folder / ONNX if out is None else Path(out)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sides = _written(folder, part)
+            figures = _difference(*sides, recorded_crops(folder))
+            if figures["heatmap"] > TOLERANCE * figures["spread"]:
+                raise ConfigError(
+                    f"{target}: ONNX Runtime's heatmaps differ by {figures['heatmap']:.3g}, their range is "
+                    f"{figures['spread']:.3g}: these versions of onnx, onnxscript and onnxruntime do not "
+                    f"compute the same network. Install those of constraints.txt. Nothing was written."
+                )
+            if coco_root is not None:
+                figures |= _on_coco(*sides, coco_root, split, boxes, people, settings)
+            part.replace(target)
+        except OSError as error:
+            reason = f"{target}: cannot be written ({error.strerror}). Name another file."
+            raise CheckpointError(reason) from None
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+    return Parity(file=target, **figures)
+
+
+def _written(folder: Path, file: Path) -> tuple[PosePredictor, PosePredictor]:
+    """The checkpoint in torch's float32 and from `file`, which is written first."""
+    from hrnet_core.checkpoint import load_checkpoint
     from hrnet_core.modes import export_onnx
     from hrnet_core.predictor import PosePredictor
 
-    settings = settings or EvaluateSettings()
-    if out is None and str(checkpoint).startswith("models:/"):
-        raise ConfigError(
-            f"name the file to write: hrnet export {checkpoint} OUT.onnx (the store's is not ours)."
-        )
-    folder = Path(checkpoint)
-    if str(checkpoint).startswith("models:/"):
-        from pipelines.tracking import fetch_model
-
-        folder = fetch_model(str(checkpoint), track or TrackSettings(), storage)
     model, spec = load_checkpoint(folder)
-    target = folder / ONNX if out is None else Path(out)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(export_onnx(model, spec))
-        torch_side = PosePredictor(model, spec, "cpu", "float32")
-        onnx_side = PosePredictor(model, spec, "cpu", "onnx", part)
-        crops = recorded_crops(folder)
-        difference = _difference(torch_side, onnx_side, crops)
-        if difference["heatmap"] > TOLERANCE * difference["spread"]:
-            raise ConfigError(
-                f"{target}: ONNX Runtime's heatmaps differ by {difference['heatmap']:.3g}, their range is "
-                f"{difference['spread']:.3g}: these versions of onnx, onnxscript and onnxruntime do not "
-                f"compute the same network. Install those of constraints.txt. Nothing was written."
-            )
-        compared: dict[str, Any] = {}
-        if coco_root is not None:
-            compared = _on_coco(torch_side, onnx_side, coco_root, split, boxes, people, settings)
-        os.replace(part, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror}). Name another file.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-    return Parity(file=target, **{**difference, **compared})
+    file.write_bytes(export_onnx(model, spec))
+    return PosePredictor(model, spec, "cpu", "float32"), PosePredictor(model, spec, "cpu", "onnx", file)
 
 
 def recorded_crops(folder: Path) -> NDArray[np.uint8]:

@@ -72,16 +72,16 @@ def measure_modes(
     Each mode's results go to `out`/MODE. ms per crop is one forward pass without the mirror image, in batches
     of 16 and alone, in a Ray task with the CPUs and GPU of an evaluation's actor, the modes in turn.
 
-    ConfigError: a registered version instead of a folder (the store's files are not ours to change).
+    ConfigError: a registered version or a URI instead of a folder: figures are written into it.
     CheckpointError, DataError: as in evaluating.
     """
     from hrnet_core.checkpoint import read_spec, record_modes
     from hrnet_core.modes import MODES, fastest_exact, unusable
 
-    if str(checkpoint).startswith("models:/"):
+    if ":/" in str(checkpoint):
         raise ConfigError(
-            f"{checkpoint} lies in the registry, whose files stay as they are: measure the checkpoint folder "
-            f"(runs/NAME/best), and name the mode when you deploy the version (--serve.mode)."
+            f"{checkpoint} is not a folder of this machine, and the registry's files stay as they are: "
+            f"measure the checkpoint folder (runs/NAME/best), and name the mode where you deploy (--serve.mode)."
         )
     settings, ray = settings or EvaluateSettings(), ray or RaySettings()
     device = "cuda" if settings.use_gpu else "cpu"

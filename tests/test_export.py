@@ -144,7 +144,7 @@ def test_measured_modes_stand_in_the_checkpoint(
     dots: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process. The figures are those of evaluations, and auto follows them."""
-    monkeypatch.setattr(evaluate_module, "_rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
 
     def timed(folder: Path, modes: Any, settings: EvaluateSettings) -> Any:
         return time_modes(*load_checkpoint(folder), modes, "cpu", settings.cpus_per_worker)
@@ -193,5 +193,5 @@ def test_on_ray_and_on_the_command_line(
 
 
 def test_the_registrys_files_are_left_alone(dots: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lies in the registry"):
+    with pytest.raises(ConfigError, match="not a folder of this machine"):
         measure_modes("models:/hrnet-pose@champion", dots[0], out=tmp_path)
