@@ -80,8 +80,8 @@ def measure_modes(
 
     if ":/" in str(checkpoint):
         raise ConfigError(
-            f"{checkpoint} is not a folder of this machine, and the registry's files stay as they are: "
-            f"measure the checkpoint folder (runs/NAME/best), and name the mode where you deploy (--serve.mode)."
+            f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
+            f"the checkpoint folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."
         )
     settings, ray = settings or EvaluateSettings(), ray or RaySettings()
     device = "cuda" if settings.use_gpu else "cpu"

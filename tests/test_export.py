@@ -193,5 +193,5 @@ def test_on_ray_and_on_the_command_line(
 
 
 def test_the_registrys_files_are_left_alone(dots: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a folder of this machine"):
+    with pytest.raises(ConfigError, match="no folder of this machine"):
         measure_modes("models:/hrnet-pose@champion", dots[0], out=tmp_path)
