@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, ConfigError
-from pipelines.cluster import ray_session, require
+from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, TrackSettings, WorkerSettings
 from pipelines.files import open_folder, put_file
 
@@ -181,7 +181,12 @@ def rows_on_ray(
     import ray.data
 
     from hrnet_core.checkpoint import load_checkpoint
+    from hrnet_core.modes import unusable
 
+    # On a cluster the actors' machines decide, not this one.
+    why = "" if on_cluster() else unusable(settings.mode, "cuda" if settings.use_gpu else "cpu")
+    if why:
+        raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     model_and_spec = load_checkpoint(checkpoint)
     rows = [{"unit": index, "pictures": json.dumps(unit)} for index, unit in pending.items()]
     with ray_session(ray_settings), _quiet_ray_data():
