@@ -43,7 +43,7 @@ from hrnet_core.geometry import box_to_center_scale, crop_people, cut_around, cu
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
 from pipelines.cluster import ray_session, require
-from pipelines.coco import CocoSplit, Rejection, read_coco
+from pipelines.coco import CocoSplit, Rejection, collector_paused, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
 from pipelines.paths import relative
@@ -337,7 +337,8 @@ def _on_ray(pending: Sequence[ShardWork]) -> Iterator[tuple[tuple[str, int], Fig
     bars, context.enable_progress_bars = context.enable_progress_bars, False
     try:
         # A row a shard and a block a row: a task each, however Ray would like to group them.
-        blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
+        with collector_paused():
+            blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
         answers = ray.data.from_arrow(blocks).map_batches(
             _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
@@ -354,8 +355,10 @@ def _build_batch(batch: pa.Table) -> pa.Table:
     """The task: shards as pickled ShardWork in, their figures as JSON out."""
     cv2.setNumThreads(1)  # a task has one CPU
     answers = []
-    for work in map(pickle.loads, batch["work"].to_pylist()):
+    for pickled in batch["work"].to_pylist():
         start = time.time()
+        with collector_paused():
+            work = pickle.loads(pickled)
         try:
             answer = {"key": work.key, **build_shard(work)}
         except PoseError as error:  # the user's to mend: told as one paragraph, not as a worker's traceback
