@@ -74,8 +74,18 @@ def draw(rng: np.random.Generator) -> Float64:
 def draw_stored(seed: int, ann_ids: Iterable[int], variant: int) -> Float64:
     """The numbers of each person's stored view, float64 (P, 6): from SeedSequence([seed, ann_id, variant])
     alone, whatever is drawn beside it."""
-    seeds = (np.random.SeedSequence([seed, ann_id % 2**64, variant]) for ann_id in ann_ids)
-    return np.array([draw(np.random.default_rng(s)) for s in seeds]).reshape(-1, 6)
+    return _draw_each([seed, ann_id % 2**64, variant] for ann_id in ann_ids)
+
+
+def draw_fresh(seed: int, epoch: int, ann_ids: Iterable[int]) -> Float64:
+    """The numbers of each person's view of an epoch, float64 (P, 6): from SeedSequence([seed, epoch,
+    ann_id]) alone."""
+    return _draw_each([seed, epoch, ann_id % 2**64] for ann_id in ann_ids)
+
+
+def _draw_each(entropies: Iterable[list[int]]) -> Float64:
+    generators = (np.random.default_rng(np.random.SeedSequence(entropy)) for entropy in entropies)
+    return np.array([draw(rng) for rng in generators]).reshape(-1, 6)
 
 
 def random_view(

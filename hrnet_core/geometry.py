@@ -7,7 +7,7 @@ its codec's business: ask `HeatmapCodec.image_to_crop_matrix`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -136,6 +136,50 @@ def crop_people(
     for matrix, crop in zip(matrices, crops, strict=True):
         cv2.warpAffine(image, matrix, (width, height), dst=crop, flags=cv2.INTER_LINEAR)
     return crops
+
+
+class PhotoCuts(NamedTuple):
+    """Axis-aligned cuts of photos (`cut_around`); every field has the leading shape of its input."""
+
+    box: NDArray[np.int64]
+    """(..., 4): x0, y0, x1, y1 in photo px, whole pixels, the ends not included."""
+    size: NDArray[np.int64]
+    """(..., 2): width and height of the picture made of it."""
+    image_to_picture: Float64
+    """(..., 2, 3)"""
+
+
+def cut_around(center: ArrayLike, side: ArrayLike, image_size: ArrayLike, largest: int) -> PhotoCuts:
+    """Squares of `side` (...,) around `center` (..., 2), in photo px, as far as the photo reaches.
+
+    image_size (..., 2): width and height of the photo. A cut keeps the photo's pixels as they are; one
+    with more than `largest` px on a side is made smaller as a whole, to fit.
+    """
+    center, half = np.asarray(center, np.float64), np.asarray(side, np.float64)[..., None] / 2
+    limit = np.asarray(image_size, np.int64)
+    first = np.clip(np.floor(center - half), 0, limit - 1).astype(np.int64)
+    last = np.clip(np.ceil(center + half), first, limit - 1).astype(np.int64)
+    extent = last + 1 - first
+    shrink = np.minimum(1, largest / extent.max(axis=-1, keepdims=True))
+    size = np.maximum(1, np.rint(extent * shrink)).astype(np.int64)
+    factor = size / extent
+    matrix = np.zeros((*factor.shape, 3))
+    matrix[..., 0, 0], matrix[..., 1, 1] = factor[..., 0], factor[..., 1]
+    # Edges meet, not the centres of the outermost pixels: that is how cv2.resize makes a picture smaller.
+    matrix[..., 2] = (0.5 - first) * factor - 0.5
+    return PhotoCuts(np.concatenate([first, last + 1], axis=-1), size, matrix)
+
+
+def cut_photo(image: NDArray[np.uint8], box: ArrayLike, size: ArrayLike) -> NDArray[np.uint8]:
+    """One cut of `cut_around`: image uint8 (H, W, 3), box (4,), size (2,) -> uint8 (h, w, 3)."""
+    x0, y0, x1, y1 = (int(edge) for edge in np.asarray(box))
+    width, height = (int(side) for side in np.asarray(size))
+    cut = image[y0:y1, x0:x1]
+    if cut.shape[:2] == (height, width):
+        return np.ascontiguousarray(cut)
+    smaller = np.empty((height, width, 3), np.uint8)
+    cv2.resize(cut, (width, height), dst=smaller, interpolation=cv2.INTER_AREA)
+    return smaller
 
 
 def place_in_image(keypoints: ArrayLike, image_to_crop: ArrayLike) -> Float32:

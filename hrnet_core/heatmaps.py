@@ -94,6 +94,15 @@ class HeatmapCodec:
         reaches the map keeps weight 1; one whose Gaussian ends just before it too, with an all-zero map,
         as published (`right >= 0`, JointsDataset.py:262-267). Coordinates where visible is 0 are not read.
         """
+        rows, columns, weights = self.factors(keypoints, visible)
+        # A Gaussian is the product of its two axes; einsum is the fastest way to write that product once.
+        return np.einsum("...y,...x->...yx", rows, columns), weights
+
+    def factors(self, keypoints: ArrayLike, visible: ArrayLike) -> tuple[Float32, Float32, Float32]:
+        """What `encode` multiplies: rows float32 (..., K, H), columns float32 (..., K, W), and its weights.
+
+        heatmaps[..., y, x] = rows[..., y] * columns[..., x]; the rows are zero where the weight is.
+        """
         keypoints, visible = np.asarray(keypoints), np.asarray(visible)
         if keypoints.shape != (*visible.shape, 2):
             raise ValueError(
@@ -115,8 +124,7 @@ class HeatmapCodec:
         columns = self._gaussian(center[..., 0], window[..., 0], self.heatmap_size[0])
         rows = self._gaussian(center[..., 1], window[..., 1], self.heatmap_size[1])
         rows *= weights[..., None]
-        # A Gaussian is the product of its two axes; einsum is the fastest way to write that product once.
-        return np.einsum("...y,...x->...yx", rows, columns), weights
+        return rows, columns, weights
 
     def _gaussian(self, center: Float64, window: Float64, cells: int) -> Float32:
         """center, window (..., K) on one axis -> float32 (..., K, cells), that axis' factor of a heatmap."""

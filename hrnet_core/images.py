@@ -202,7 +202,7 @@ def _jpeg_ends(data: bytes) -> bool:
     while marker := JPEG_MARKER.search(data, at):
         at, code = marker.end(), data[marker.end() - 1]
         if code == 0xDA:  # start of scan: in what follows, FF D9 is the end and nothing else
-            return data.find(b"\xff\xd9", at) >= 0
+            return data.rfind(b"\xff\xd9", at) >= 0  # it is near the end
         if not (0xD0 <= code <= 0xD8 or code == 0x01):  # markers without a length
             at += int.from_bytes(data[at : at + 2], "big")
     return False

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MEANING = {
-    "image": "the picture stored for the person: the view's own crop, RGB once decoded",
+    "image": "the picture stored for the person: the view's crop or a cut of the photo; RGB once decoded",
     "image_to_picture": "2 x 3, row by row: photo px to px of the stored picture",
     "image_to_crop": "2 x 3, row by row: photo px to px of the network's input; mirrors where flipped",
     "keypoints": "K x (x, y, v): photo px, v 0 not labelled, 1 hidden, 2 seen; skeleton order, never flipped",

@@ -13,17 +13,19 @@ Decided here, on the JSON and the folder's listing alone (pictures are opened by
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from hrnet_core.errors import DataError
@@ -117,6 +119,20 @@ class CocoSplit:
 # ---------------------------------------------------------------------------------- annotations
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's search for garbage off: it walks over all objects again and again while annotations become
+    hundreds of thousands of them, none of which is garbage. Worth a quarter of the reading."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@collector_paused()
 def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     """ROOT/annotations/person_keypoints_SPLIT.json and the listing of ROOT/SPLIT/; ROOT may be a URI.
 
@@ -181,12 +197,20 @@ def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -
         )
 
 
+def _parsed(raw: bytes) -> Any:
+    """JSON as Python's own parser takes it; orjson, four times as fast, does the plain cases."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:  # NaN, say, which is refused person by person; or no JSON, and where
+        return json.loads(raw.decode())
+
+
 def _load(file: str | Path) -> tuple[Any, str]:
     """Parsed JSON and the sha256 of the bytes. Errors say at which byte."""
     way_out = "The file is damaged or incomplete: copy or unpack it again."
     try:
         raw = read_file(str(file))
-        return json.loads(raw.decode()), hashlib.sha256(raw).hexdigest()
+        return _parsed(raw), hashlib.sha256(raw).hexdigest()
     except OSError as error:
         problem, way_out = f"cannot be read ({error.strerror})", "Check its name and its rights."
     except UnicodeDecodeError as error:

@@ -69,7 +69,8 @@ class DataSettings(Section):
     half_body_probability: float = Field(default=0.3, ge=0, le=1)
     flip_probability: float = Field(default=0.5, ge=0, le=1)
     context: Literal[1.0, 2.0] = 1.0
-    """1.0 stores the view's own crop; 2.0 stores a cut of the photo for fresh views on the device."""
+    """1.0 stores the view's own crop. 2.0 stores a cut of the photo around the person, twice as wide as the
+    plain view: fresh views can be made of it (train.views device), stored ones are cropped from it."""
     people_per_shard: int = Field(default=2048, ge=1)
     row_group_people: int = Field(default=128, ge=1)
     image_format: Literal["jpeg", "png"] = "jpeg"
@@ -147,7 +148,8 @@ class TrainSettings(Section):
     ohkm: int = Field(default=0, ge=0)
     """Keep only this many hardest keypoints of each person in the loss; 0: all."""
     views: Literal["stored", "device"] = "stored"
-    """stored: the shards' precomputed heatmaps. device: fresh views each epoch."""
+    """stored: the shards' precomputed heatmaps. device: fresh views each epoch, made on the worker's device
+    from shards with data.context 2.0."""
     channels_last: bool = True
     """Memory layout of the network; the result differs by rounding only."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -24,13 +24,23 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hrnet_core.augment import (
+    Augmentation,
+    draw_fresh,
+    keypoints_in_view,
+    plain_view,
+    random_view,
+    view_to_crop,
+)
+from hrnet_core.geometry import compose_affine, invert_affine
 from pipelines.config import TrainSettings
-from pipelines.shards import Manifest, decode_rows, read_row_group
+from pipelines.shards import CROP_COLUMNS, Manifest, decode_pictures, decode_rows, read_row_group
 
 Ints = NDArray[np.int64]
 Item = TypeVar("Item")
 
-COLUMNS = ("image", "heatmaps", "weights", "ann_id")
+STORED = (*CROP_COLUMNS, "heatmaps", "weights", "ann_id")
+FRESH = ("image", "image_to_picture", "keypoints", "center", "scale", "width", "ann_id")
 
 
 @dataclass(frozen=True)
@@ -121,11 +131,34 @@ class Batch:
     """Rows of the global batch."""
 
 
+@dataclass(frozen=True)
+class FreshBatch:
+    """One worker's part of a global batch of fresh views, n rows, as hrnet_core/views.py wants it."""
+
+    pixels: NDArray[np.uint8]
+    """(M, 3) RGB: the pixels of the n stored pictures, one picture after the other, row by row."""
+    sizes: Ints
+    """(n, 2) width and height of the pictures."""
+    picture_to_crop: NDArray[np.float64]
+    """(n, 2, 3) of each view."""
+    heatmap_rows: NDArray[np.float32]
+    """(n, K, H) and `heatmap_columns` (n, K, W): the factors of the targets."""
+    heatmap_columns: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    """(n, K)."""
+    ann_ids: Ints
+    """(n,) COCO's annotation ids."""
+    rows: int
+    """As in Batch, and `total` too."""
+    total: int
+
+
 class Feed:
     """The batches of one split for worker `rank` of `world`.
 
-    Stored variants: epoch e reads variant (e + ann_id) mod variants of each person. A row group is read
+    Stored views: epoch e reads variant (e + ann_id) mod variants of each person. A row group is read
     in all its variants for that, so the reading grows with their number, the decoding does not.
+    Fresh views: each from SeedSequence([seed, epoch, ann_id]), of the row of variant 0.
     """
 
     def __init__(
@@ -135,7 +168,8 @@ class Feed:
             raise ValueError(f"{world} workers do not divide {settings.lanes} lanes")
         self.manifest, self.split, self.settings = manifest, split, settings
         self.rank, self.world = rank, world
-        self.variants = manifest.variants(split)
+        self.fresh = settings.views == "device"
+        self.variants = 1 if self.fresh else manifest.variants(split)
         shards = manifest.shards(split)
         self.groups = [(s, g) for s, shard in enumerate(shards) for g in range(len(shard.row_groups))]
         self.group_rows = tuple(rows for shard in shards for rows in shard.row_groups)
@@ -151,11 +185,11 @@ class Feed:
             self.group_rows, s.seed, epoch, self.manifest.digest, s.lanes, s.batch_size, s.shuffle_row_groups
         )
 
-    def batches(self, epoch: int, start: int = 0, ahead: int = 4) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0, ahead: int = 4) -> Iterator[Batch | FreshBatch]:
         """Batches `start`, start + 1, ... of an epoch, `ahead` of them read and decoded by a thread."""
         return prefetch(self._batches(epoch, start), ahead)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch | FreshBatch]:
         order = self.order(epoch)
         per_lane = order.batch_size // order.lanes
         lanes = range(self.rank, order.lanes, self.world)
@@ -173,7 +207,8 @@ class Feed:
                     place += part.num_rows
             rows = sum(part.num_rows for part in parts)
             table = pa.concat_tables(parts) if parts else self._read(np.zeros((1, 2), np.int64), epoch)
-            yield self._decode(table, rows, order.batch_rows(step))
+            total = order.batch_rows(step)
+            yield self._fresh(table, epoch, rows, total) if self.fresh else self._stored(table, rows, total)
 
     def _read(self, rows: Ints, epoch: int) -> pa.Table:
         """The rows (M, 2) of (row group, row within it), in that order."""
@@ -189,12 +224,38 @@ class Feed:
 
     def _read_group(self, group: int, variant: int) -> pa.Table:
         shard, row_group = self.groups[group]
-        return read_row_group(self.manifest, self.split, shard, row_group, COLUMNS, variant)
+        return read_row_group(
+            self.manifest, self.split, shard, row_group, FRESH if self.fresh else STORED, variant
+        )
 
-    def _decode(self, table: pa.Table, rows: int, total: int) -> Batch:
+    def _stored(self, table: pa.Table, rows: int, total: int) -> Batch:
         columns = decode_rows(table, self.manifest, heatmap_dtype=np.float16)
         return Batch(
             columns["images"], columns["heatmaps"], columns["weights"], columns["ann_id"], rows, total
+        )
+
+    def _fresh(self, table: pa.Table, epoch: int, rows: int, total: int) -> FreshBatch:
+        config, codec, skeleton = self.manifest.config, self.manifest.codec(), self.manifest.skeleton()
+        columns = decode_rows(table.drop_columns("image"), self.manifest)
+        places, visible = columns["keypoints"][..., :2], columns["keypoints"][..., 2]
+        how = Augmentation(**{name: config[name] for name in Augmentation.__dataclass_fields__})
+        plain = plain_view(columns["center"], columns["scale"])
+        draws = draw_fresh(self.settings.seed, epoch, columns["ann_id"].tolist())
+        view = random_view(draws, plain.center, plain.scale, places, visible, skeleton, codec.input_size, how)
+        image_to_crop = view_to_crop(view, codec, columns["width"])
+        crop = keypoints_in_view(image_to_crop, view.flipped, places, visible, skeleton)
+        heatmap_rows, heatmap_columns, weights = codec.factors(*crop)
+        pictures = decode_pictures(table["image"].combine_chunks())
+        return FreshBatch(
+            pixels=np.concatenate([picture.reshape(-1, 3) for picture in pictures]),
+            sizes=np.array([picture.shape[1::-1] for picture in pictures], np.int64),
+            picture_to_crop=compose_affine(image_to_crop, invert_affine(columns["image_to_picture"])),
+            heatmap_rows=heatmap_rows,
+            heatmap_columns=heatmap_columns,
+            weights=weights,
+            ann_ids=columns["ann_id"],
+            rows=rows,
+            total=total,
         )
 
 

@@ -9,16 +9,20 @@ is the same for any number of tasks, after a kill, and for two writers at once.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import os
 import pickle
 import platform
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -34,12 +38,12 @@ from hrnet_core.augment import (
     random_view,
     view_to_crop,
 )
-from hrnet_core.errors import ConfigError, DataError, PoseError
-from hrnet_core.geometry import box_to_center_scale, crop_people
+from hrnet_core.errors import DataError, PoseError
+from hrnet_core.geometry import box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
 from pipelines.cluster import ray_session, require
-from pipelines.coco import CocoSplit, Rejection, read_coco
+from pipelines.coco import CocoSplit, Rejection, collector_paused, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
 from pipelines.paths import relative
@@ -56,17 +60,23 @@ from pipelines.shards import (
     Manifest,
     ShardWriter,
     codec_of,
+    float16_heatmaps,
     shard_entry,
     shard_schema,
-    to_float16,
     write_manifest,
     write_rejected,
 )
 from pipelines.yolo import read_yolo
 
+LARGEST_CUT = 4
+"""A side of a stored cut (data.context 2.0) is at most this many times the network's longer input side; a
+larger cut is made smaller. The plain view then has two pixels of the cut to one of the crop, and a view of
+half its size (a half body, a zoom) still one to one: nothing that a crop could show is lost. COCO's photos
+have 640 px at most: at 256x192 their cuts are never touched. Another number makes another schema version."""
+
 Figures = dict[str, Any]
 """Of one shard: `shards`, its manifest entries by variant, and `rejected`, as dicts; of this run also
-`start`, `end` (s since the epoch) and `worker`."""
+`start`, `end` (s since the epoch), `worker` and `peak_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class Report:
     """Most shards in work at the same moment."""
     workers: int
     """Processes that made them."""
+    peak_bytes: int = 0
+    """Resident memory of the largest of them, at its largest."""
 
 
 def preprocess(config: RunConfig) -> Manifest:
@@ -102,11 +114,6 @@ def preprocess(config: RunConfig) -> Manifest:
 def run_preprocess(config: RunConfig) -> Report:
     """`preprocess` with the figures of the run, without the table."""
     data = config.data
-    if data.context != 1.0:
-        raise ConfigError(
-            f"data.context {data.context:g}: cuts for fresh views on the device cannot be written yet. Use "
-            f"data.context 1.0 with train.views stored; data.variants stores several views of each person."
-        )
     skeleton = load_skeleton(data.skeleton)
     read = read_yolo if data.format == "yolo_pose" else read_coco
     splits = [read(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))]
@@ -132,7 +139,16 @@ def run_preprocess(config: RunConfig) -> Report:
                     refuse_rejected([Rejection(**row) for row in built["rejected"]])
     manifest = finish(splits, works, figures, data)
     at_once, workers = progress.overlap()
-    return Report(manifest, len(pending), reused, progress.people, progress.seconds, at_once, workers)
+    return Report(
+        manifest,
+        built=len(pending),
+        reused=reused,
+        people=progress.people,
+        seconds=progress.seconds,
+        at_once=at_once,
+        workers=workers,
+        peak_bytes=progress.peak_bytes,
+    )
 
 
 def refuse_rejected(rejected: Sequence[Rejection]) -> None:
@@ -159,61 +175,87 @@ def build_shard(work: ShardWork) -> Figures:
     Each photo is decoded once for all its people and views. One that cannot be used becomes a rejection.
     DataError where the target cannot be written; then no file of this shard is left half.
     """
-    config = work.config
-    people = [person for photo in work.photos for person in photo.people]
-    common = _person_columns(work, people)
+    common = _person_columns(work)
     views = [_view_columns(work, common, variant) for variant in range(work.variants)]
-    encoded: list[list[bytes]] = [[b""] * len(people) for _ in views]
-    hashes = [b""] * len(people)
+    schema = shard_schema(work.config, work.plan, work.split)
     rejected: list[Rejection] = []
-    waiting: list[int] = []
     files, root = open_folder(work.folder)
-    writers: list[ShardWriter] = []
     try:
-        for name in work.names:
-            schema = shard_schema(config, work.plan, work.split)
-            writers.append(ShardWriter(files, f"{root}/{name}", schema))
-        first = 0
-        for photo in work.photos:
-            rows, first = range(first, first + len(photo.people)), first + len(photo.people)
-            opened = open_photo(photo, config["max_pixels"])
-            if isinstance(opened, Rejection):
-                rejected.append(opened)
-                continue
-            image, sha256 = opened
-            for view, pictures in zip(views, encoded, strict=True):
-                matrices = view["image_to_crop"][rows.start : rows.stop]
-                for row, crop in zip(rows, crop_people(image, matrices, config["input_size"]), strict=True):
-                    pictures[row] = _encode(crop, config)
-            for row in rows:
-                hashes[row] = sha256
-            waiting += rows
-            while len(waiting) >= config["row_group_people"]:
-                group, waiting = waiting[: config["row_group_people"]], waiting[config["row_group_people"] :]
-                _write_group(work, group, common, views, encoded, hashes, writers)
-        if waiting:
-            _write_group(work, waiting, common, views, encoded, hashes, writers)
-        told = [asdict(rejection) for rejection in rejected]
-        check_not_taken(files, root, work)
-        shards = []
-        for variant, (name, writer) in enumerate(zip(work.names, writers, strict=True)):
-            size, digest = writer.finish({"rejected": told})
-            shards.append(shard_entry(name, variant, size, digest, writer.row_groups))
+        with contextlib.ExitStack() as stack:
+            writers = []
+            for name in work.names:
+                writers.append(ShardWriter(files, f"{root}/{name}", schema))
+                stack.callback(writers[-1].discard)
+            # One row group after the other: no more pictures are kept than it has.
+            rows = _rows(work, common, views, rejected)
+            while group := list(itertools.islice(rows, work.config["row_group_people"])):
+                _write_group(work, group, common, views, writers)
+            told = [asdict(rejection) for rejection in rejected]
+            check_not_taken(files, root, work)
+            written = [writer.finish({"rejected": told}) for writer in writers]
     except OSError as error:
         raise DataError(cannot_write(work.folder, error)) from None
-    finally:
-        for writer in writers:
-            writer.discard()
+    shards = [
+        shard_entry(name, variant, *written[variant], writers[variant].row_groups)
+        for variant, name in enumerate(work.names)
+    ]
     return {"rejected": told, "shards": shards}
 
 
-def _person_columns(work: ShardWork, people: Sequence[Any]) -> dict[str, Any]:
+class Row(NamedTuple):
+    """A person of the shard whose photo could be used."""
+
+    index: int
+    """Among all people of the shard."""
+    pictures: list[bytes]
+    """To store, encoded, one for each variant."""
+    sha256: bytes
+    """Of the photo's file."""
+
+
+def _rows(
+    work: ShardWork,
+    common: Mapping[str, Any],
+    views: Sequence[Mapping[str, NDArray[Any]]],
+    rejected: list[Rejection],
+) -> Iterator[Row]:
+    """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
+    first = 0
+    for photo in work.photos:
+        indices, first = range(first, first + len(photo.people)), first + len(photo.people)
+        opened = open_photo(photo, work.config["max_pixels"])
+        if isinstance(opened, Rejection):
+            rejected.append(opened)
+            continue
+        image, sha256 = opened
+        for index in indices:
+            yield Row(index, _pictures(image, index, common, views, work.config), sha256)
+
+
+def _pictures(
+    image: NDArray[np.uint8],
+    index: int,
+    common: Mapping[str, Any],
+    views: Sequence[Mapping[str, NDArray[Any]]],
+    config: Mapping[str, Any],
+) -> list[bytes]:
+    """What to store of a person, encoded: the crop of each view, or one cut of the photo for all."""
+    if config["context"] != 1.0:
+        cuts = common["cuts"]
+        return [_encode(cut_photo(image, cuts.box[index], cuts.size[index]), config)] * len(views)
+    matrices = np.stack([view["image_to_crop"][index] for view in views])
+    return [_encode(crop, config) for crop in crop_people(image, matrices, config["input_size"])]
+
+
+def _person_columns(work: ShardWork) -> dict[str, Any]:
     """What all views of the shard's people share: arrays with the people first."""
+    people = [person for photo in work.photos for person in photo.people]
     sizes = [(photo.width, photo.height) for photo in work.photos for _ in photo.people]
     boxes = np.stack([person.bbox_xywh for person in people])
     places = np.stack([person.keypoints for person in people])
     visible = np.stack([person.visible for person in people])
-    center, scale = box_to_center_scale(boxes, tuple(work.config["input_size"]), work.config["padding"])
+    input_size, context = work.config["input_size"], work.config["context"]
+    center, scale = box_to_center_scale(boxes, tuple(input_size), work.config["padding"])
     return {
         "image_id": np.array([person.image_id for person in people], np.int64),
         "ann_id": np.array([person.ann_id for person in people], np.int64),
@@ -223,6 +265,8 @@ def _person_columns(work: ShardWork, people: Sequence[Any]) -> dict[str, Any]:
         "width": np.array([size[0] for size in sizes], np.int32),
         "height": np.array([size[1] for size in sizes], np.int32),
         "plain": plain_view(center, scale),
+        # A view turns about the box, so what it may show is round: a square as wide as the longer side.
+        "cuts": cut_around(center, context * scale.max(axis=-1), sizes, LARGEST_CUT * max(input_size)),
     }
 
 
@@ -239,43 +283,40 @@ def _view_columns(work: ShardWork, common: Mapping[str, Any], variant: int) -> d
     return {
         **view._asdict(),
         "image_to_crop": matrices,
-        "image_to_picture": matrices,
+        "image_to_picture": matrices if work.config["context"] == 1.0 else common["cuts"].image_to_picture,
         "variant": np.full(len(matrices), variant, np.int16),
     }
 
 
 def _write_group(
     work: ShardWork,
-    group: Sequence[int],
+    group: Sequence[Row],
     common: Mapping[str, Any],
     views: Sequence[Mapping[str, NDArray[Any]]],
-    encoded: Sequence[list[bytes]],
-    hashes: Sequence[bytes],
     writers: Sequence[ShardWriter],
 ) -> None:
-    """One row group of every variant; the encoded pictures are let go."""
+    """One row group of every variant."""
     codec, skeleton = codec_of(work.config), skeleton_from_dict(work.config["skeleton"])
     suffix = "jpg" if work.config["image_format"] == "jpeg" else "png"
-    shared = {name: values[group] for name, values in common.items() if name != "plain"}
+    indices = [row.index for row in group]
+    shared = {name: values[indices] for name, values in common.items() if name not in ("plain", "cuts")}
+    places, visible = shared["keypoints"][..., :2], shared["keypoints"][..., 2]
     ids = list(zip(shared["image_id"].tolist(), shared["ann_id"].tolist(), strict=True))
-    for variant, (view, pictures, writer) in enumerate(zip(views, encoded, writers, strict=True)):
-        own = {name: values[group] for name, values in view.items()}
-        places, visible = shared["keypoints"][..., :2], shared["keypoints"][..., 2]
+    for variant, (view, writer) in enumerate(zip(views, writers, strict=True)):
+        own = {name: values[indices] for name, values in view.items()}
         crop = keypoints_in_view(own["image_to_crop"], own["flipped"], places, visible, skeleton)
-        heatmaps, weights = codec.encode(*crop)
+        heatmap_rows, heatmap_columns, weights = codec.factors(*crop)
         writer.write(
             {
                 **shared,
                 **own,
-                "image": [pictures[row] for row in group],
+                "image": [row.pictures[variant] for row in group],
                 "image_path": [f"{image_id}-{ann_id}-v{variant}.{suffix}" for image_id, ann_id in ids],
-                "image_sha256": [hashes[row] for row in group],
-                "heatmaps": to_float16(heatmaps),
+                "image_sha256": [row.sha256 for row in group],
+                "heatmaps": float16_heatmaps(heatmap_rows, heatmap_columns),
                 "weights": weights,
             }
         )
-        for row in group:
-            pictures[row] = b""
 
 
 def _encode(crop: NDArray[np.uint8], config: Mapping[str, Any]) -> bytes:
@@ -296,7 +337,8 @@ def _on_ray(pending: Sequence[ShardWork]) -> Iterator[tuple[tuple[str, int], Fig
     bars, context.enable_progress_bars = context.enable_progress_bars, False
     try:
         # A row a shard and a block a row: a task each, however Ray would like to group them.
-        blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
+        with collector_paused():
+            blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
         answers = ray.data.from_arrow(blocks).map_batches(
             _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
@@ -313,14 +355,17 @@ def _build_batch(batch: pa.Table) -> pa.Table:
     """The task: shards as pickled ShardWork in, their figures as JSON out."""
     cv2.setNumThreads(1)  # a task has one CPU
     answers = []
-    for work in map(pickle.loads, batch["work"].to_pylist()):
+    for pickled in batch["work"].to_pylist():
         start = time.time()
+        with collector_paused():
+            work = pickle.loads(pickled)
         try:
             answer = {"key": work.key, **build_shard(work)}
         except PoseError as error:  # the user's to mend: told as one paragraph, not as a worker's traceback
             answer = {"error": str(error)}
         worker = f"{platform.node()}:{os.getpid()}"
-        answers.append(json.dumps({**answer, "start": start, "end": time.time(), "worker": worker}))
+        figures = {"start": start, "end": time.time(), "worker": worker, "peak_bytes": _peak_bytes()}
+        answers.append(json.dumps({**answer, **figures}))
     return pa.table({"answer": answers})
 
 
@@ -329,6 +374,12 @@ def _slots() -> int:
     import ray
 
     return int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
+
+
+def _peak_bytes() -> int:
+    """The most resident memory that this process ever had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Progress:
@@ -355,10 +406,14 @@ class Progress:
         starts, ends = ([answer[key] for answer in self._answers] for key in ("start", "end"))
         return max(ends, default=0) - min(starts, default=0)
 
+    @property
+    def peak_bytes(self) -> int:
+        return max((answer["peak_bytes"] for answer in self._answers), default=0)
+
     def done(self, key: tuple[str, int], answer: Figures) -> None:
         self._answers.append(answer)
         self.people += self._people[key]
-        left = sum(self._people.values()) - self.people
+        left = len(self._answers) < len(self._people)
         if left and answer["end"] - self._told < 2:
             return
         self._told = answer["end"]
@@ -464,7 +519,8 @@ def summary(report: Report) -> str:
         rate = report.people / max(report.seconds, 1e-9)
         lines.append(
             f"made {report.built} shards in {report.seconds:.1f} s: {rate:,.0f} people/s, up to "
-            f"{report.at_once} shards at once in {report.workers} processes"
+            f"{report.at_once} shards at once in {report.workers} processes of at most "
+            f"{report.peak_bytes / 1e6:,.0f} MB"
         )
     lines += [f"digest {manifest.digest}", f"in {manifest.folder} (left out: rejected.parquet)"]
     return "\n".join(lines)

@@ -11,6 +11,9 @@ row i of row group g of shard s is one person in every variant.
 Keypoints are kept in photo px in the skeleton's order, whatever the view. In the crop they lie at
 `image_to_crop` of that; a flipped row's matrix mirrors, and its heatmaps and weights have the pairs
 swapped: crop keypoints of a flipped row are `apply_affine(image_to_crop, keypoints)[flip_order]`.
+
+The stored picture is the view's own crop (`data.context` 1.0), or a cut of the photo that lies at
+`image_to_picture` (2.0). `decode_rows` gives the view's crop either way.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "height": pa.int32(),
     "image_sha256": pa.binary(),
 }
+CROP_COLUMNS = ("image", "image_to_picture", "image_to_crop")
+"""What `decode_rows` needs for a view's crop."""
 REJECTED = pa.schema(
     [
         ("split", pa.string()),
@@ -176,10 +181,38 @@ class ShardWriter:
         Path(self._temporary).unlink(missing_ok=True)
 
 
+def float16_heatmaps(rows: NDArray[np.float32], columns: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The heatmaps (N, K, H, W) of `HeatmapCodec.factors`, rows (N, K, H) and columns (N, K, W): bit for
+    bit `HeatmapCodec.encode` cast to float16, at a third of the cost.
+
+    Only a window of each map is computed: no factor exceeds 1, so where one of the two is at most 2**-25
+    the product is zero in float16.
+    """
+    (*maps, height), width = rows.shape, columns.shape[-1]
+    rows, columns = rows.reshape(-1, height), columns.reshape(-1, width)
+    top, left = _window(rows), _window(columns)
+    numbers = np.arange(len(rows))[:, None]
+    values = rows[numbers, top][:, :, None] * columns[numbers, left][:, None, :]
+    result = np.zeros(len(rows) * height * width, np.uint16)
+    starts = ((numbers * height + top) * width)[:, :, None]
+    result[starts + left[:, None, :]] = to_float16(values).view(np.uint16)
+    return result.view(np.float16).reshape(*maps, height, width)
+
+
+def _window(factors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(M, S) cells of each of M axes (M, cells): as many as the longest needs, around those that count."""
+    cells = factors.shape[1]
+    counts = factors > 2**-25
+    first, last = counts.argmax(axis=1), cells - 1 - counts[:, ::-1].argmax(axis=1)
+    length = int(np.where(counts.any(axis=1), last + 1 - first, 0).max(initial=0))
+    window: NDArray[np.int64] = np.minimum(first, cells - length)[:, None] + np.arange(length)
+    return window
+
+
 def to_float16(heatmaps: NDArray[np.float32]) -> NDArray[np.float16]:
     """`heatmaps.astype(np.float16)` bit for bit, for values from 0 up, several times faster.
 
-    NumPy's cast is slow, and slower on what float16 holds as subnormal. Most of a heatmap is zero, and
+    NumPy's cast is slow, and slower on what float16 holds as subnormal. Many values are zero, and
     subnormals are multiples of 2**-24: their bits are that multiple.
     """
     flat = heatmaps.reshape(-1)
@@ -474,8 +507,9 @@ def decode_rows(
 ) -> dict[str, NDArray[Any]]:
     """A table of shard rows as arrays; only the columns that it has.
 
-    images uint8 (N, h, w, 3) RGB; heatmaps (N, K, H, W) in `heatmap_dtype` (float16 shares the table's
-    memory); weights float32 (N, K); keypoints float32 (N, K, 3) in photo px; image_to_crop and
+    images uint8 (N, h, w, 3) RGB, the views' crops: where the dataset has cuts, by one warp of them, for
+    which the table needs CROP_COLUMNS; heatmaps (N, K, H, W) in `heatmap_dtype` (float16 shares the
+    table's memory); weights float32 (N, K); keypoints float32 (N, K, 3) in photo px; image_to_crop and
     image_to_picture float64 (N, 2, 3); bbox_xywh float32 (N, 4); center, scale float32 (N, 2); the scalar
     columns (N,).
     """
@@ -486,7 +520,7 @@ def decode_rows(
         chunks = table.column(name)
         column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies
         if name == "image":
-            rows["images"] = _decode_images(column, manifest.input_size)
+            rows["images"] = _crops(decode_pictures(column), table, manifest)
         elif name == "heatmaps":
             shape = (len(column), num_keypoints, *codec.heatmap_size[::-1])
             rows[name] = (
@@ -504,17 +538,46 @@ def decode_rows(
     return rows
 
 
-def _decode_images(column: pa.StructArray, input_size: tuple[int, int]) -> NDArray[np.uint8]:
+def decode_pictures(column: pa.StructArray) -> list[NDArray[np.uint8]]:
+    """The stored pictures as they are, each uint8 (H, W, 3) RGB. DataError for one that does not decode."""
     import cv2
 
-    data = column.field("bytes")
-    images = np.empty((len(data), input_size[1], input_size[0], 3), np.uint8)
-    for index, item in enumerate(data):
-        image = cv2.imdecode(np.frombuffer(item.as_buffer(), np.uint8), cv2.IMREAD_COLOR_RGB)
-        if image is None or image.shape != images.shape[1:]:
-            raise DataError(f"{column.field('path')[index]}: not a stored crop of {input_size}. {REPAIR}")
-        images[index] = image
-    return images
+    pictures = []
+    for index, item in enumerate(column.field("bytes")):
+        picture = cv2.imdecode(np.frombuffer(item.as_buffer(), np.uint8), cv2.IMREAD_COLOR_RGB)
+        if picture is None or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+            raise DataError(f"{column.field('path')[index]}: not a picture that decodes. {REPAIR}")
+        pictures.append(picture)
+    return pictures
+
+
+def picture_to_crop(table: pa.Table) -> NDArray[np.float64]:
+    """float64 (N, 2, 3): stored picture px -> crop px of each row's view."""
+    from hrnet_core.geometry import compose_affine, invert_affine
+
+    def matrices(name: str) -> NDArray[np.float64]:
+        return table[name].combine_chunks().flatten().to_numpy().reshape(-1, 2, 3)
+
+    return compose_affine(matrices("image_to_crop"), invert_affine(matrices("image_to_picture")))
+
+
+def _crops(pictures: Sequence[NDArray[np.uint8]], table: pa.Table, manifest: Manifest) -> NDArray[np.uint8]:
+    """uint8 (N, h, w, 3): the stored pictures themselves, or warped from cuts."""
+    from hrnet_core.geometry import crop_people
+
+    width, height = manifest.input_size
+    crops = np.empty((len(pictures), height, width, 3), np.uint8)
+    if manifest.config["context"] == 1.0:
+        for crop, picture in zip(crops, pictures, strict=True):
+            if picture.shape != crop.shape:
+                raise DataError(
+                    f"{manifest.folder}: a picture of {picture.shape} in place of a crop. {REPAIR}"
+                )
+            crop[:] = picture
+        return crops
+    for i, matrix in enumerate(picture_to_crop(table)):
+        crops[i] = crop_people(pictures[i], matrix[None], (width, height))[0]
+    return crops
 
 
 def _binary_rows(column: pa.BinaryArray) -> NDArray[np.uint8]:

@@ -148,10 +148,11 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
             f"{manifest.folder} was preprocessed with other settings: {'; '.join(differ)}. Give the same "
             f"settings, or preprocess into another folder with these."
         )
-    if config.train.views != "stored":
+    if config.train.views == "device" and have["context"] == 1.0:
         raise ConfigError(
-            f"train.views is {config.train.views!r}: only 'stored' is built so far; stored views with more "
-            f"--data.variants are the nearest to fresh ones."
+            f"train.views device makes each view from a cut of the photo around the person, and "
+            f"{manifest.folder} has the crops of its stored views only. Preprocess with --data.context 2.0 "
+            f"into another folder, or train with --train.views stored."
         )
     for split in (config.data.train_split, config.data.val_split):
         if manifest.people(split) == 0:

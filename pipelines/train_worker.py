@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config import RunConfig, TrainSettings
-from pipelines.feed import Batch, Feed
+from pipelines.feed import Batch, Feed, FreshBatch
 from pipelines.shards import Manifest
 from pipelines.tracking import MetricLog, code_version
 from pipelines.validation import Answers, Validation, draw_curves, save_predictions
@@ -315,19 +315,39 @@ def train_step(
     return total
 
 
-def to_device(batch: Batch, run: Training) -> tuple[Tensor, Tensor, Tensor]:
+def to_device(batch: Batch | FreshBatch, run: Training) -> tuple[Tensor, Tensor, Tensor]:
     """A batch as the network's input (n, 3, h, w), its targets (n, K, H, W) and weights (n, K)."""
     import torch
 
     from hrnet_core.model import normalize
 
     layout = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images = torch.from_numpy(batch.images).to(run.place.device)
+    images, heatmaps = fresh_views(batch, run) if isinstance(batch, FreshBatch) else stored_views(batch, run)
     weights = torch.tensor(batch.weights)
     if run.config.train.joint_weights and run.spec.skeleton.joint_weights:
         weights = weights * torch.tensor(run.spec.skeleton.joint_weights)
-    heatmaps = torch.tensor(batch.heatmaps).to(run.place.device).float()
     return normalize(images, run.spec.mean, run.spec.std, layout), heatmaps, weights.to(run.place.device)
+
+
+def stored_views(batch: Batch, run: Training) -> tuple[Tensor, Tensor]:
+    """Crops uint8 (n, h, w, 3) and heatmaps float32 (n, K, H, W) on the device."""
+    import torch
+
+    device = run.place.device
+    return torch.from_numpy(batch.images).to(device), torch.tensor(batch.heatmaps).to(device).float()
+
+
+def fresh_views(batch: FreshBatch, run: Training) -> tuple[Tensor, Tensor]:
+    """The same of a batch of fresh views, made on the device."""
+    import torch
+
+    from hrnet_core.views import multiply_factors, warp_pictures
+
+    device = run.place.device
+    pixels = torch.from_numpy(batch.pixels).to(device)
+    factors = (torch.from_numpy(a).to(device) for a in (batch.heatmap_rows, batch.heatmap_columns))
+    sizes, matrices = torch.from_numpy(batch.sizes), torch.from_numpy(batch.picture_to_crop)
+    return warp_pictures(pixels, sizes, matrices, run.spec.input_size), multiply_factors(*factors)
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
@@ -360,13 +380,13 @@ class Window:
         self.losses: list[Tensor] = []
         self.ann_ids: list[list[int]] = []
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch | None:
+    def wait_for(self, batches: Iterator[Batch | FreshBatch]) -> Batch | FreshBatch | None:
         begun = time.perf_counter()
         batch = next(batches, None)
         self.waited += time.perf_counter() - begun
         return batch
 
-    def add(self, loss: Tensor, batch: Batch) -> None:
+    def add(self, loss: Tensor, batch: Batch | FreshBatch) -> None:
         # Kept on the device: looking at a value would make the GPU wait for every step.
         self.losses.append(loss)
         self.ann_ids.append(batch.ann_ids.tolist())

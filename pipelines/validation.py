@@ -23,7 +23,7 @@ from hrnet_core.oks import oks, oks_nms, rescore
 from pipelines.coco import poses_to_results
 from pipelines.config import EvaluateSettings
 from pipelines.score import evaluate_results
-from pipelines.shards import Manifest, decode_rows, read_row_group
+from pipelines.shards import CROP_COLUMNS, Manifest, decode_rows, read_row_group
 
 if TYPE_CHECKING:
     from hrnet_core.predictor import PosePredictor
@@ -73,7 +73,7 @@ class Validation:
 
         from hrnet_core.loss import joints_mse
 
-        columns = ("image", "heatmaps", "weights", "image_to_crop", "ann_id")
+        columns = (*CROP_COLUMNS, "heatmaps", "weights", "ann_id")
         parts = [self._empty()]
         for shard, group in self.own:
             table = read_row_group(self.manifest, self.split, shard, group, columns)
@@ -194,7 +194,7 @@ class Validation:
         """Rows of the people in the overlays."""
         starts = np.cumsum([0, *(r for s in self.manifest.shards(self.split) for r in s.row_groups)])
         places = np.linspace(0, starts[-1] - 1, min(SHOWN, int(starts[-1]))).astype(int)
-        columns = ("image", "image_to_crop", "keypoints", "area", "ann_id")
+        columns = (*CROP_COLUMNS, "keypoints", "area", "ann_id")
         rows = []
         for place in places:
             group = int(np.searchsorted(starts, place, side="right")) - 1

@@ -16,6 +16,7 @@ from hrnet_core.augment import (
     Augmentation,
     View,
     draw,
+    draw_fresh,
     draw_stored,
     keypoints_in_view,
     plain_view,
@@ -36,8 +37,9 @@ HALF, UPPER, ZOOM, TURN, TURNED, FLIPPED = range(6)
 
 @pytest.fixture(scope="module")
 def views() -> View:
-    """40,000 views of one person with all keypoints labelled."""
-    numbers = np.stack([draw(rng) for rng in [np.random.default_rng(5)] for _ in range(MANY)])
+    """A stored view of 40,000 people with all keypoints labelled, drawn as preprocess draws them: whether
+    neighbouring ids give independent numbers is part of the question."""
+    numbers = draw_stored(5, range(MANY), 1)
     everyone = np.broadcast_to(PLACES, (MANY, 17, 2))
     return random_view(numbers, CENTER, SCALE, everyone, np.full((MANY, 17), 2), COCO17, SIZE)
 
@@ -165,6 +167,14 @@ def test_a_stored_view_depends_on_seed_person_and_variant_alone() -> None:
     some = draw_stored(7, [5, 9], 2)
     np.testing.assert_array_equal(draw_stored(7, [1, 9, 5], 2)[[2, 1]], some)
     for other in (draw_stored(8, [5, 9], 2), draw_stored(7, [5, 9], 1), draw_stored(7, [9, 5], 2)):
+        assert (other != some).all()
+
+
+def test_a_fresh_view_depends_on_seed_epoch_and_person_alone() -> None:
+    some = draw_fresh(7, 3, [5, 9])
+    np.testing.assert_array_equal(draw_fresh(7, 3, [1, 9, 5])[[2, 1]], some)
+    np.testing.assert_array_equal(some[1], draw(np.random.default_rng(np.random.SeedSequence([7, 3, 9]))))
+    for other in (draw_fresh(8, 3, [5, 9]), draw_fresh(7, 4, [5, 9]), draw_fresh(7, 3, [9, 5])):
         assert (other != some).all()
 
 

@@ -10,12 +10,22 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from small_coco import write_coco
 
+from hrnet_core.augment import keypoints_in_view, plain_view, random_view, view_to_crop
 from hrnet_core.errors import DataError
+from hrnet_core.geometry import box_to_center_scale, crop_people
+from hrnet_core.images import decode_image
+from hrnet_core.skeleton import COCO17
+from hrnet_core.views import multiply_factors, warp_pictures
 from pipelines import feed as feed_module
 from pipelines import shards
+from pipelines.coco import read_coco
 from pipelines.config import DataSettings, TrainSettings
-from pipelines.feed import EpochOrder, Feed, prefetch
+from pipelines.feed import EpochOrder, Feed, FreshBatch, prefetch
+from pipelines.plan import finished_shards, plan_shards
+from pipelines.preprocess import build_shard, finish
 from pipelines.shards import Manifest, ShardWriter, shard_name, shard_schema, write_manifest
 
 AREA = 30_000.0
@@ -23,11 +33,16 @@ AREA = 30_000.0
 
 
 def dotted_shards(
-    folder: Path, people: dict[str, int], variants: int = 1, group: int = 8, size: tuple[int, int] = (64, 64)
+    folder: Path,
+    people: dict[str, int],
+    variants: int = 1,
+    group: int = 8,
+    size: tuple[int, int] = (64, 64),
+    context: float = 1.0,
 ) -> Manifest:
-    """A dataset of pictures with 17 coloured dots, one person a photo that is its own crop; two shards a
-    split. Row i of a split has ann_id 1000 + i; the first pixel of variant v holds v."""
-    data = DataSettings(input_size=size, variants=variants, row_group_people=group)
+    """A dataset of pictures with 17 coloured dots, one person a photo that is its own crop (and its own
+    cut); two shards a split. Row i of a split has ann_id 1000 + i; the first pixel of variant v holds v."""
+    data = DataSettings(input_size=size, variants=variants, row_group_people=group, context=context)
     config = data.semantic()
     codec = shards.codec_of(config)
     files, root = shards.open_folder(str(folder))
@@ -268,3 +283,109 @@ def test_prefetch_is_bounded_and_its_thread_ends_with_the_consumer() -> None:
 def test_a_world_that_does_not_divide_the_lanes_is_refused(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="3 workers"):
         Feed(manifest, "train2017", SETTINGS, 0, 3)
+
+
+# ---------------------------------------------------------------------------------- cuts and fresh views
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco") / "root", {"train2017": [2, 3, 1, 2], "val2017": [1]})
+
+
+@pytest.fixture(scope="module")
+def cuts(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Eight people stored as cuts of their photos, without loss, in two views."""
+    data = DataSettings(
+        root=str(coco),
+        shards=str(tmp_path_factory.mktemp("cuts") / "set"),
+        input_size=(64, 96),
+        image_format="png",
+        context=2.0,
+        variants=2,
+        people_per_shard=5,
+        row_group_people=3,
+    )
+    splits = [read_coco(data.root, name, COCO17) for name in ("train2017", "val2017")]
+    works = [work for split in splits for work in plan_shards(split, data)]
+    finished_shards(works, data.shards)
+    return finish(splits, works, {work.key: build_shard(work) for work in works}, data)
+
+
+FRESH = TrainSettings(batch_size=4, lanes=4, shuffle_row_groups=2, seed=5, views="device")
+
+
+def test_stored_views_are_cropped_from_cuts(cuts: Manifest) -> None:
+    stored = TrainSettings(batch_size=4, lanes=4, seed=5)
+    for variant in range(2):
+        table = pa.concat_tables(
+            [
+                shards.read_row_group(cuts, "train2017", s, g, variant=variant)
+                for s, shard in enumerate(cuts.shards("train2017"))
+                for g in range(len(shard.row_groups))
+            ]
+        )
+        columns = shards.decode_rows(table, cuts)
+        row_of = {ann_id: row for row, ann_id in enumerate(columns["ann_id"].tolist())}
+        for batch in Feed(cuts, "train2017", stored).batches(epoch=variant):
+            for i, ann_id in enumerate(batch.ann_ids.tolist()):
+                if (variant + ann_id) % 2 == variant:
+                    row = row_of[ann_id]
+                    np.testing.assert_array_equal(batch.images[i], columns["images"][row])
+                    np.testing.assert_array_equal(batch.heatmaps[i], columns["heatmaps"][row])
+
+
+def test_fresh_views_are_the_numpy_sides_of_the_photo(cuts: Manifest, coco: Path) -> None:
+    """From the photo and the annotations by random_view, crop_people and encode, with the numbers of
+    SeedSequence([seed, epoch, ann_id]); the device's crop comes from the cut."""
+    codec = cuts.codec()
+    people = {
+        p.ann_id: (photo, p) for photo in read_coco(coco, "train2017", COCO17).photos for p in photo.people
+    }
+    seen, black = [], 0
+    for batch in Feed(cuts, "train2017", FRESH).batches(epoch=3):
+        assert isinstance(batch, FreshBatch)
+        images = warp_pictures(
+            torch.from_numpy(batch.pixels),
+            torch.from_numpy(batch.sizes),
+            torch.from_numpy(batch.picture_to_crop),
+            codec.input_size,
+        ).numpy()
+        heatmaps = multiply_factors(
+            torch.from_numpy(batch.heatmap_rows), torch.from_numpy(batch.heatmap_columns)
+        ).numpy()
+        for i, ann_id in enumerate(batch.ann_ids.tolist()):
+            photo, person = people[ann_id]
+            rng = np.random.default_rng(np.random.SeedSequence([FRESH.seed, 3, ann_id]))
+            plain = plain_view(*box_to_center_scale(person.bbox_xywh, codec.input_size))
+            view = random_view(
+                rng, plain.center, plain.scale, person.keypoints, person.visible, COCO17, codec.input_size
+            )
+            matrix = view_to_crop(view, codec, photo.width)
+            target, weights = codec.encode(
+                *keypoints_in_view(matrix, view.flipped, person.keypoints, person.visible, COCO17)
+            )
+            np.testing.assert_array_equal(batch.weights[i], weights)
+            np.testing.assert_allclose(heatmaps[i], target, atol=1e-6)
+            image = decode_image(Path(photo.path).read_bytes(), apply_exif=False)
+            (crop,) = crop_people(image, matrix[None], codec.input_size)
+            difference = np.abs(images[i].astype(int) - crop)
+            assert np.quantile(difference, 0.99) <= 1
+            black += int((difference > 1).any(axis=-1).sum())
+            seen.append(ann_id)
+    assert sorted(seen) == sorted(people)
+    assert black < 0.001 * len(seen) * 64 * 96
+
+
+def test_fresh_views_change_with_the_epoch_and_not_with_the_worker(cuts: Manifest) -> None:
+    def matrices(epoch: int, world: int) -> dict[int, list[float]]:
+        found = {}
+        for rank in range(world):
+            for batch in Feed(cuts, "train2017", FRESH, rank, world).batches(epoch):
+                rows = zip(batch.ann_ids.tolist(), batch.picture_to_crop.reshape(-1, 6).tolist(), strict=True)
+                found |= dict(list(rows)[: batch.rows])
+        return found
+
+    assert matrices(3, 1) == matrices(3, 4)
+    again = matrices(4, 1)
+    assert all(again[ann_id] != matrix for ann_id, matrix in matrices(3, 1).items())

@@ -15,6 +15,8 @@ from hrnet_core.geometry import (
     box_to_center_scale,
     compose_affine,
     crop_people,
+    cut_around,
+    cut_photo,
     invert_affine,
     place_in_image,
     sanitize_boxes,
@@ -226,3 +228,26 @@ def test_real_photographs_are_cropped_as_published(reference: dict[str, Any], re
         heatmaps, weights = codec.encode(in_crop, keypoints[:, 2])
         assert heatmaps.sum() == pytest.approx(sample["target_sum"], abs=1e-2)
         assert weights.sum() == sample["weight_sum"]
+
+
+def test_a_cut_is_whole_pixels_as_far_as_the_photo_reaches() -> None:
+    """By hand: 20 px around (50.5, 10) in a photo of 100 x 60 are columns 40 to 61 and rows 0 to 20."""
+    cuts = cut_around([[50.5, 10], [99, 59], [0, 0]], [20, 1, 1000], [100, 60], 1000)
+    assert cuts.box.tolist() == [[40, 0, 62, 21], [98, 58, 100, 60], [0, 0, 100, 60]]
+    assert cuts.size.tolist() == [[22, 21], [2, 2], [100, 60]]
+    np.testing.assert_array_equal(cuts.image_to_picture[0], [[1, 0, -40], [0, 1, 0]])
+    photo = RNG.integers(0, 256, (60, 100, 3), np.uint8)
+    np.testing.assert_array_equal(cut_photo(photo, cuts.box[0], cuts.size[0]), photo[0:21, 40:62])
+
+
+def test_a_cut_that_is_too_large_is_made_smaller_around_its_edges() -> None:
+    """100 x 60 into at most 25 px: four pixels become one, whose centre lies between the second and the
+    third of them."""
+    cuts = cut_around([30.0, 20.0], 1000, [100, 60], 25)
+    assert cuts.size.tolist() == [25, 15]
+    np.testing.assert_allclose(
+        apply_affine(cuts.image_to_picture, [[1.5, 1.5], [97.5, 57.5]]), [[0, 0], [24, 14]]
+    )
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (60, 100, 3))
+    small = cut_photo(ramp, cuts.box, cuts.size)
+    np.testing.assert_allclose(small[7, :, 0], 4 * np.arange(25) + 1.5, atol=0.51)

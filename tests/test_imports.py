@@ -26,6 +26,7 @@ CORE = {"numpy", "cv2", "PIL", "torch", "safetensors", "hrnet_core"}
 STAGES = CORE | {
     "pipelines",
     "ray",
+    "orjson",
     "pyarrow",
     "pydantic",
     "tyro",

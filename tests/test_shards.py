@@ -20,6 +20,7 @@ from small_coco import write_coco
 
 from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import DataError
+from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17
 from pipelines import files as files_module
 from pipelines.coco import read_coco
@@ -27,7 +28,7 @@ from pipelines.config import DataSettings
 from pipelines.files import open_folder, put_file, remove_leftovers, temporary_name
 from pipelines.plan import finished_shards, plan_shards
 from pipelines.preprocess import build_shard, finish
-from pipelines.shards import COLUMNS, Manifest, decode_rows, read_row_group, to_float16
+from pipelines.shards import COLUMNS, Manifest, decode_rows, float16_heatmaps, read_row_group, to_float16
 
 TRAIN, VAL = "train2017", "val2017"
 
@@ -205,6 +206,23 @@ def test_float16_is_numpys_own_cast() -> None:
     values = np.concatenate([every, middle, *beside, np.float32([1e-40])])
     expected = values.astype(np.float16)
     np.testing.assert_array_equal(to_float16(values).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("name", ["official", "dark", "udp"])
+def test_float16_heatmaps_are_the_codecs(name: Any) -> None:
+    """Windows of the factors against the whole maps: keypoints inside, on the border, far out, unlabelled."""
+    codec = HeatmapCodec(name, (64, 96), sigma=1.5)
+    rng = np.random.default_rng(0)
+    keypoints = rng.uniform(-40, 120, (50, 17, 2)).astype(np.float32)
+    visible = rng.integers(0, 3, (50, 17))
+    heatmaps, _ = codec.encode(keypoints, visible)
+    rows, columns, _ = codec.factors(keypoints, visible)
+    found = float16_heatmaps(rows, columns)
+    np.testing.assert_array_equal(found.view(np.uint16), heatmaps.astype(np.float16).view(np.uint16))
+    assert (found > 0).any()
+    nothing = float16_heatmaps(rows[:1] * 0, columns[:1])
+    assert nothing.shape == (1, 17, 24, 16)
+    assert not nothing.any()
 
 
 def test_digest_is_the_contracts(pristine: Manifest, coco: Path, tmp_path: Path) -> None:

@@ -193,6 +193,27 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(whole: tuple[Any, ...], tmp
         assert torch.equal(value, again.model.state_dict()[key]), key
 
 
+def test_fresh_views_train_and_go_on_exactly(tmp_path: Path) -> None:
+    """On cuts, with views made on the device: an epoch's views do not depend on where a run began."""
+    manifest = dotted_shards(tmp_path / "shards", {"train2017": 21, "val2017": 12}, context=2.0)
+    config = small_config(manifest, tmp_path, checkpoint_minutes=1e-9, views="device")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"context": 2.0})})
+    driver.check_settings(config, manifest)
+    run, reports = one_worker(config, tmp_path / "r")
+    outcome = train_worker.train_epochs(run)
+    assert (outcome["epochs"], outcome["step"]) == (2, 4)
+    assert "diverged" not in outcome
+    again, _ = one_worker(config, tmp_path / "again", Path(reports[2]["folder"]))
+    assert (again.progress.epoch, again.progress.step) == (1, 1)
+    train_worker.train_epochs(again)
+    assert losses(again) == {4: losses(run)[4]}
+
+
+def test_fresh_views_need_cuts(manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--data\.context 2\.0.*--train\.views stored"):
+        driver.check_settings(small_config(manifest, tmp_path, views="device"), manifest)
+
+
 def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...], manifest: Manifest) -> None:
     """best/ through PosePredictor and pycocotools, without the loop: the same AP as the run said."""
     from hrnet_core.predictor import PosePredictor

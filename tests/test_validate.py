@@ -103,7 +103,7 @@ def test_what_is_found_is_what_preprocess_leaves_out(
 
     def one_by_one(pending: list[Any]) -> Iterator[Any]:
         for work in pending:
-            yield work.key, {**build_shard(work), "start": 0.0, "end": 1.0, "worker": "here"}
+            yield work.key, {**build_shard(work), "start": 0.0, "end": 1.0, "worker": "here", "peak_bytes": 0}
 
     monkeypatch.setattr(preprocess_module, "_on_ray", one_by_one)
     monkeypatch.setattr(preprocess_module, "ray_session", contextlib.nullcontext)
