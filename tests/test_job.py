@@ -80,7 +80,7 @@ def check_mlflow(store: str) -> None:
     """One finished run with its figures, and its model in the registry."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(store)
+    client = MlflowClient(store, store)  # the registry too: other tests may have named theirs
     (run,) = client.search_runs([client.get_experiment_by_name("hrnet").experiment_id])
     assert (run.info.run_name, run.info.status) == ("job", "FINISHED")
     assert run.data.metrics["train/loss"] > 0

@@ -172,25 +172,6 @@ def test_the_summary_names_what_matters(coco: Path, tmp_path: Path, plain: list[
         assert word in told
 
 
-def test_the_time_left_is_that_of_the_shards_left(coco: Path, tmp_path: Path, capsys: Any) -> None:
-    """Four shards of two seconds each in two tasks at once: after two of them, two seconds are left."""
-    data = config(coco, tmp_path / "s").data
-    works = plan_shards(read_coco(coco, TRAIN, COCO17), data)
-    assert [work.people for work in works] == [5, 3, 4, 1]
-    progress = preprocess_module.Progress(works)
-    progress.begin(slots=2)
-    left = []
-    for work, start in zip(works, (0, 0, 2, 2), strict=True):
-        # As long as its people: 0.5 s each.
-        progress.done(work.key, {"start": start, "end": start + work.people / 2, "worker": "w"})
-        left.append(progress.seconds_left())
-    # 8 people left for two tasks; 5 for two; 1, which only one task can make.
-    assert left == [pytest.approx(8 * 0.5 / 2), pytest.approx(5 * 0.5 / 2), pytest.approx(0.5), 0]
-    told = capsys.readouterr().out.splitlines()
-    assert told[1] == "preprocess: 1 of 4 shards, 5 people, 2 people/s, about 2 s left"
-    assert told[-1] == "preprocess: 4 of 4 shards, 13 people, 3 people/s"
-
-
 def test_each_photo_is_decoded_once_for_all_its_people_and_views(
     coco: Path, tmp_path: Path, plain: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
