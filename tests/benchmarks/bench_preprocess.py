@@ -162,7 +162,8 @@ def ours(coco: Path, shards: Path, shard: int) -> tuple[float, float]:
     return run_hrnet(
         "preprocess",
         "w32_256x192",
-        *("--data.root", str(coco), "--data.shards", str(shards), "--data.variants", "1"),
+        *("--data.root", str(coco), "--data.shards", str(shards)),
+        *("--data.context", "1.0", "--data.variants", "1"),
         *("--data.people-per-shard", str(shard), "--ray.num-cpus", str(CORES)),
     )
 
