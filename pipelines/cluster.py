@@ -49,6 +49,26 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """Ray Data's own progress bars and plans off for a block; a stage says its own lines. Its log file keeps
+    them."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    consoles = [h for h in logging.getLogger("ray.data").handlers if h.name == "console"]
+    bars, levels = context.enable_progress_bars, [handler.level for handler in consoles]
+    context.enable_progress_bars = False
+    for handler in consoles:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
+
+
 def quiet_worker() -> None:
     """Ray's own chatter off in a worker process; what our code prints or raises there still arrives.
 

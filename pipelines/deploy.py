@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.paths import is_uri
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -78,7 +79,7 @@ def serve_args(
 
     folder, version = _resolve(checkpoint, run, track, scratch)
     spec = _checked(folder, settings)
-    reachable = checkpoint if "://" in checkpoint else str(folder.resolve())
+    reachable = checkpoint if is_uri(checkpoint) else str(folder.resolve())
     if on_cluster() and checkpoint.startswith("models:/"):
         reachable = _published(folder, run.storage, spec.weights_sha256 or "")
     return ServeArgs(
@@ -187,7 +188,7 @@ def _published(folder: Path, storage: str, sha256: str) -> str:
             f"{target}: the checkpoint cannot be copied there for the replicas ({error}). Set --run.storage "
             f"to a folder or URI that every node can read and write."
         ) from None
-    return target if "://" in target else path
+    return target if is_uri(target) else path
 
 
 # --- samples for the page ----------------------------------------------------------------------
@@ -200,7 +201,7 @@ def _samples(asked: str | None, skeleton: Skeleton, storage: str, scratch: Path)
     if asked is None:
         return None
     folder = asked
-    if "://" not in asked:
+    if not is_uri(asked):
         path = Path(asked).resolve()
         folder = str(path)
         if not (path / "boxes.json").is_file():

@@ -25,7 +25,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hrnet_core.augment import (
-    Augmentation,
     draw_fresh,
     keypoints_in_view,
     plain_view,
@@ -34,7 +33,14 @@ from hrnet_core.augment import (
 )
 from hrnet_core.geometry import compose_affine, invert_affine
 from pipelines.config import TrainSettings
-from pipelines.shards import CROP_COLUMNS, Manifest, decode_pictures, decode_rows, read_row_group
+from pipelines.shards import (
+    CROP_COLUMNS,
+    Manifest,
+    augmentation_of,
+    decode_pictures,
+    decode_rows,
+    read_row_group,
+)
 
 Ints = NDArray[np.int64]
 Item = TypeVar("Item")
@@ -238,7 +244,7 @@ class Feed:
         config, codec, skeleton = self.manifest.config, self.manifest.codec(), self.manifest.skeleton()
         columns = decode_rows(table.drop_columns("image"), self.manifest)
         places, visible = columns["keypoints"][..., :2], columns["keypoints"][..., 2]
-        how = Augmentation(**{name: config[name] for name in Augmentation.__dataclass_fields__})
+        how = augmentation_of(config)
         plain = plain_view(columns["center"], columns["scale"])
         draws = draw_fresh(self.settings.seed, epoch, columns["ann_id"].tolist())
         view = random_view(draws, plain.center, plain.scale, places, visible, skeleton, codec.input_size, how)

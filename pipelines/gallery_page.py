@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.report import PAGE
+from pipelines.report import PAGE, definitions, embedded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,19 +176,19 @@ def write_page(
     config = card["config"]
     width, height = config["input_size"]
     title = f"{people:,} people at {height}x{width}"
-    views = "".join(f"<h3>{html.escape(name)}</h3>{_img(path, name)}" for name, path in pictures["views"])
+    views = "".join(f"<h3>{html.escape(name)}</h3>{embedded(path, name)}" for name, path in pictures["views"])
     body = f"""<header><h1>{title}</h1><p>{html.escape(_splits_line(splits))}</p>
 <p class="quiet">digest {card["digest"]}</p></header>
 <section class="stats">{_tiles(splits)}</section>
 <section><h2>Keypoints and people</h2><p class="quiet">Of each keypoint how often it is seen, hidden or not
 labelled; how large people are, how many stand together, and how many of their keypoints are labelled.</p>
-{"".join(_img(path, name) for name, path in pictures["figures"])}</section>
+{"".join(embedded(path, name) for name, path in pictures["figures"])}</section>
 <section><h2>Views</h2><p class="quiet">The stored crops: on the left the labelled keypoints in place, on the
 right the heatmaps over the same crop. Left limbs green, right limbs orange. The same
 people in every view, spread evenly over the split.</p>{views}</section>
 <section><h2>Left out</h2>{_left_out(splits, rejected, pictures["rejected"])}</section>
-<section><h2>Settings</h2>{_fields({**config, "skeleton": config["skeleton"]["name"]})}</section>
-<section><h2>Made by</h2>{_fields(card["code"])}</section>"""
+<section><h2>Settings</h2>{definitions({**config, "skeleton": config["skeleton"]["name"]})}</section>
+<section><h2>Made by</h2>{definitions(card["code"])}</section>"""
     file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
 
 
@@ -245,7 +244,7 @@ def _left_out(
         "rejected.parquet has all of them.</p>"
         + _table(("split", "reason", "rows", "people"), counts)
         + "<h3>The heaviest of each reason</h3>"
-        + "".join(_img(path, name) for name, path in pictures)
+        + "".join(embedded(path, name) for name, path in pictures)
         + _table(("reason", "file", "annotation", "people", "detail"), examples)
     )
 
@@ -254,18 +253,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
     return f'<table class="fields"><tr>{top}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
-
-
-def _fields(fields: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in fields.items()
-        if value is not None
-    )
-    return f'<table class="fields">{rows}</table>'
-
-
-def _img(path: Path, alt: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    kind = {".png": "png", ".jpg": "jpeg"}[path.suffix]
-    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'

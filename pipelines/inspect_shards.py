@@ -27,6 +27,7 @@ from hrnet_core.geometry import box_to_center_scale
 from pipelines.config import TrackSettings
 from pipelines.files import open_folder, sha256_of
 from pipelines.gallery import write_gallery
+from pipelines.paths import is_uri
 from pipelines.shards import REPAIR, Manifest, Shard, decode_rows
 
 SMALL_COLUMNS = (
@@ -102,13 +103,13 @@ def inspect_shards(
 
 def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Path) -> Path:
     """Where the pictures go: never into the dataset, whose folder holds nothing but its own files."""
-    if out is None and "://" in manifest.folder:
+    if out is None and is_uri(manifest.folder):
         name = re.sub(r"[^\w.-]+", "_", manifest.folder)
         return Path(storage).absolute() / "inspections" / name
     if out is None:
         return Path(f"{manifest.folder}_inspection")
     folder = Path(out).expanduser().absolute()
-    if "://" not in manifest.folder and folder.resolve().is_relative_to(Path(manifest.folder).resolve()):
+    if not is_uri(manifest.folder) and folder.resolve().is_relative_to(Path(manifest.folder).resolve()):
         raise DataError(
             f"--out {out} lies inside the dataset {manifest.folder}, which holds its own files only: hrnet "
             f"preprocess would refuse it the next time. Give a folder beside it."

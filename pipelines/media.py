@@ -26,6 +26,7 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
 from pipelines.files import open_folder
+from pipelines.paths import is_uri
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD = {".heic", ".heif", ".avif", ".jp2"}
@@ -66,7 +67,7 @@ def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> Lis
     passed_over = 0
     outside = os.path.abspath(exclude) + os.sep if exclude is not None else None
     for source in sources:
-        if "://" in source:
+        if is_uri(source):
             some, passed = _of_uri(source)
         else:
             some, passed = _of_path(os.path.expanduser(source))
@@ -132,7 +133,7 @@ def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -
         if info.type != fs.FileType.File or any(part.startswith(".") for part in name.split("/")):
             continue
         if os.path.splitext(name)[1].lower() in PICTURES | UNREAD | VIDEOS:
-            child = quote(name) if "://" in address else name
+            child = quote(name) if is_uri(address) else name
             media.append(_media(info, name, f"{address}/{child}{query}"))
         else:
             passed += 1
@@ -177,7 +178,7 @@ def read_picture(uri: str) -> bytes:
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in uri:
+    if not is_uri(uri):
         return fs.LocalFileSystem(), uri
     address, query = re.fullmatch(r"(.*?)(\?[^/?]*=.*)?", uri).groups("")  # type: ignore[union-attr]
     folder, name = posixpath.split(address)
@@ -227,7 +228,7 @@ class Video:
 
     def _local(self) -> str:
         """FFmpeg reads files: what lies in a bucket is copied here first."""
-        if "://" not in self.uri:
+        if not is_uri(self.uri):
             return self.uri
         handle, self._copy = tempfile.mkstemp(suffix=os.path.splitext(self.uri.partition("?")[0])[1])
         try:

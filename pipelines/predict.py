@@ -32,6 +32,7 @@ from pipelines.boxes import BoxesFile, Entry, number_in, read_boxes
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.formats import ROW, Row, check_formats, poses_of, write_all
 from pipelines.media import Listing, Media, Video, list_media, read_picture
+from pipelines.paths import is_uri
 from pipelines.units import UNFINISHED, Answer, Progress, Unit, digest_of, local_checkpoint, run_units, stored
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def predict(
         raise ConfigError(
             "boxes and detector are both given: where shall the boxes come from? Leave one out."
         )
-    if "://" in str(out):
+    if is_uri(str(out)):
         raise ConfigError(
             f"out {out}: results are written to a folder of this machine. Copy them on from there."
         )

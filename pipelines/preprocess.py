@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
 import os
 import pickle
 import platform
@@ -30,7 +29,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hrnet_core.augment import (
-    Augmentation,
     View,
     draw_stored,
     keypoints_in_view,
@@ -42,7 +40,7 @@ from hrnet_core.errors import DataError, PoseError
 from hrnet_core.geometry import box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
-from pipelines.cluster import ray_session, require
+from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.coco import CocoSplit, Rejection, collector_paused, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
@@ -59,6 +57,7 @@ from pipelines.plan import (
 from pipelines.shards import (
     Manifest,
     ShardWriter,
+    augmentation_of,
     codec_of,
     float16_heatmaps,
     shard_entry,
@@ -277,7 +276,7 @@ def _view_columns(work: ShardWork, common: Mapping[str, Any], variant: int) -> d
         draws = draw_stored(work.config["seed"], common["ann_id"].tolist(), variant)
         places, visible = common["keypoints"][..., :2], common["keypoints"][..., 2]
         skeleton, size = skeleton_from_dict(work.config["skeleton"]), work.config["input_size"]
-        how = Augmentation(**{name: work.config[name] for name in Augmentation.__dataclass_fields__})
+        how = augmentation_of(work.config)
         view = random_view(draws, view.center, view.scale, places, visible, skeleton, size, how)
     matrices = view_to_crop(view, codec_of(work.config), common["width"])
     return {
@@ -330,15 +329,10 @@ def _on_ray(pending: Sequence[ShardWork]) -> Iterator[tuple[tuple[str, int], Fig
     """(key, figures) of each shard as its task ends, in any order."""
     import ray.data
 
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":  # the plan and progress of its own; the log file keeps them
-            handler.setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    bars, context.enable_progress_bars = context.enable_progress_bars, False
-    try:
-        # A row a shard and a block a row: a task each, however Ray would like to group them.
-        with collector_paused():
-            blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
+    # A row a shard and a block a row: a task each, however Ray would like to group them.
+    with collector_paused():
+        blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
+    with quiet_ray_data():
         answers = ray.data.from_arrow(blocks).map_batches(
             _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
@@ -347,8 +341,6 @@ def _on_ray(pending: Sequence[ShardWork]) -> Iterator[tuple[tuple[str, int], Fig
             if "error" in answer:
                 raise DataError(answer["error"])
             yield tuple(answer.pop("key")), answer
-    finally:
-        context.enable_progress_bars = bars
 
 
 def _build_batch(batch: pa.Table) -> pa.Table:

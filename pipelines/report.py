@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def write_html(
         if name in MEANINGS
     )
     pictures = "".join(
-        f"<h3>{name}</h3>{_img(path, f'{name} people: truth left, prediction right')}"
+        f"<h3>{name}</h3>{embedded(path, f'{name} people: truth left, prediction right')}"
         for name, path in sheets.items()
     )
     work = (
@@ -204,15 +204,17 @@ counts as missed at the loosest threshold. A person without any prediction count
 <section><h2>Pictures</h2><p class="quiet">Of each person the truth on the left, the prediction on the right,
 and the annotated box; left limbs green, right limbs orange. Keypoints scoring .2 or less are not drawn.</p>
 {pictures}</section>
-<section><h2>Protocol</h2>{_definitions(evaluation.protocol)}</section>
-<section><h2>Made by</h2>{_definitions(details)}</section>"""
+<section><h2>Protocol</h2>{definitions(evaluation.protocol)}</section>
+<section><h2>Made by</h2>{definitions(details)}</section>"""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
 
 
-def _img(path: Path, alt: str) -> str:
+def embedded(path: Path, alt: str) -> str:
+    """A picture file inside the page itself."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
+    kind = {".png": "png", ".jpg": "jpeg"}[path.suffix]
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
 def _histogram(values: Sequence[float]) -> str:
@@ -243,7 +245,8 @@ def _keypoints(people: Sequence[Matched], skeleton: Skeleton) -> str:
     return f"<table><tr><th>keypoint</th><th>labelled</th><th>similarity</th><th></th></tr>{rows}</table>"
 
 
-def _definitions(fields: dict[str, Any]) -> str:
+def definitions(fields: Mapping[str, Any]) -> str:
+    """A table of names and values; None is left out."""
     rows = "".join(
         f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>"
         for key, value in fields.items()

@@ -41,6 +41,7 @@ from pipelines.files import answering, one_line, open_folder, publish, put_file,
 from pipelines.paths import absolute, is_uri, join, list_files, read_file
 
 if TYPE_CHECKING:
+    from hrnet_core.augment import Augmentation
     from hrnet_core.heatmaps import HeatmapCodec
 
 SCHEMA_VERSION = 1
@@ -469,6 +470,13 @@ REPAIR = (
     "Run `hrnet preprocess` with the same settings and folder: damaged or missing shards are made again; "
     "move files that are not its own elsewhere first."
 )
+
+
+def augmentation_of(config: Mapping[str, Any]) -> Augmentation:
+    """How far the views of a dataset may differ from the plain one, by DataSettings.semantic()."""
+    from hrnet_core.augment import Augmentation
+
+    return Augmentation(**{name: config[name] for name in Augmentation.__dataclass_fields__})
 
 
 def codec_of(config: Mapping[str, Any]) -> HeatmapCodec:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 import socket
 import tempfile
@@ -26,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, ConfigError
-from pipelines.cluster import on_cluster, ray_session, require
+from pipelines.cluster import on_cluster, quiet_ray_data, ray_session, require
 from pipelines.config import RaySettings, TrackSettings, WorkerSettings
 from pipelines.files import open_folder, put_file
+from pipelines.paths import is_uri
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -151,7 +151,7 @@ def local_checkpoint(checkpoint: str | Path, track: TrackSettings, storage: str 
 
         yield fetch_model(ref, track, storage)
         return
-    if "://" not in ref:
+    if not is_uri(ref):
         yield Path(ref)
         return
     from pyarrow import fs
@@ -189,7 +189,7 @@ def rows_on_ray(
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     model_and_spec = load_checkpoint(checkpoint)
     rows = [{"unit": index, "pictures": json.dumps(unit)} for index, unit in pending.items()]
-    with ray_session(ray_settings), _quiet_ray_data():
+    with ray_session(ray_settings), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
         require(ray_settings, settings.num_workers, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
         actors = ray.data.ActorPoolStrategy(
@@ -243,19 +243,3 @@ def _collect(
     if seen != set(pending):
         raise RuntimeError(f"{len(pending)} units were asked and {len(seen)} answered")
     return people / max(busy.values()), problems
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data's own progress bars and plans off for a block; ours is one line."""
-    from ray.data import DataContext
-
-    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = bars
-        logger.setLevel(level)

@@ -373,10 +373,10 @@ class PoseService:
 def prepare(model: Model, picture: Picture, limits: Limits, keep: bool) -> Prepared:
     """Decode a picture as displayed and cut its people out. Problem names the field that is wrong."""
     from hrnet_core.geometry import crop_people
-    from hrnet_core.images import decode_image, read_header
+    from hrnet_core.images import check_image, decode_checked
 
     try:
-        header = read_header(picture.data)
+        header = check_image(picture.data, limits.max_pixels)
         if header.frames > 1 and not limits.first_frame:
             raise Problem(
                 "several-frames",
@@ -384,7 +384,7 @@ def prepare(model: Model, picture: Picture, limits: Limits, keep: bool) -> Prepa
                 f"meant is not said. Send one picture.",
                 field=picture.field,
             )
-        image = decode_image(picture.data, apply_exif=True, max_pixels=limits.max_pixels)
+        image = decode_checked(picture.data, header, apply_exif=True)
     except ImageError as error:
         slug = {"too_large": "too-many-pixels", "truncated": "truncated-picture"}.get(
             error.reason, "not-a-picture"

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 from bucket_server import Bucket, Fault
 from pyarrow import fs
 from small_coco import edited, write_coco
-from test_preprocess import TRAIN, VAL, config, contents, rows, without_ray
+from test_preprocess import TRAIN, VAL, config, contents, refused, rows, without_ray
 
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
@@ -85,14 +85,6 @@ def objects(uri: str) -> dict[str, bytes]:
     found = source.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     paths = [info.path for info in found if info.type == fs.FileType.File]
     return {path.removeprefix(f"{root}/"): source.open_input_stream(path).read() for path in paths}
-
-
-def refused(run: Callable[[], Any], *words: str) -> None:
-    with pytest.raises(DataError) as caught:
-        run()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [word for word in words if word not in message] == [], message
 
 
 # ---------------------------------------------------------------------------------- there and back

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dots import SMALL, fitted_network, rows_here, truth_of, write_coco, write_detections
+from dots import SMALL, cut_short, fitted_network, rows_here, truth_of, write_coco, write_detections
 from PIL import Image
 from published_protocol import published_stats
 
@@ -167,16 +166,7 @@ def test_what_is_written(
 def test_a_run_that_was_cut_short_goes_on(
     dots: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[int]] = []
-
-    def two_units_then_death(pending: dict[int, Unit], *rest: Any) -> Iterator[dict[str, Any]]:
-        asked.append(list(pending))
-        for count, row in enumerate(rows_here(pending, *rest)):
-            if count == 2 and len(asked) == 1:
-                raise KeyboardInterrupt
-            yield row
-
-    monkeypatch.setattr("pipelines.units.rows_on_ray", two_units_then_death)
+    asked = cut_short(monkeypatch)
     settings = EvaluateSettings(batch_size=1)  # six units of two people
     with pytest.raises(KeyboardInterrupt):
         evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "a", settings=settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from dots import SMALL, fitted_network, rows_here, truth_of, write_coco
+from dots import SMALL, cut_short, fitted_network, rows_here, truth_of, write_coco
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,7 +29,6 @@ from pipelines.config import PredictSettings
 from pipelines.media import list_media
 from pipelines.predict import Prediction, predict
 from pipelines.score import evaluate_results
-from pipelines.units import Unit
 
 CODEC = HeatmapCodec("official", (96, 128))
 
@@ -160,16 +158,7 @@ def test_without_boxes_each_picture_is_one_person(dots: dict[str, Any], tmp_path
 def test_a_call_that_was_cut_short_goes_on(
     dots: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[list[int]] = []
-
-    def two_units_then_death(pending: dict[int, Unit], *rest: Any) -> Iterator[dict[str, Any]]:
-        asked.append(list(pending))
-        for count, row in enumerate(rows_here(pending, *rest)):
-            if count == 2 and len(asked) == 1:
-                raise KeyboardInterrupt
-            yield row
-
-    monkeypatch.setattr("pipelines.units.rows_on_ray", two_units_then_death)
+    asked = cut_short(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(dots, dots["pictures"], tmp_path / "a", dots["annotations"], batch_size=1)
     assert not (tmp_path / "a" / "prediction.json").exists()

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from small_coco import write_coco
+from test_preprocess import without_ray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17
@@ -57,18 +58,7 @@ def config(coco: Path, target: Path, settings: str = SMALL) -> RunConfig:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Shards are built one after the other in this process; gives the names of those that were."""
-    built: list[str] = []
-
-    def one_by_one(pending: list[Any]) -> Iterator[Any]:
-        for work in pending:
-            built.append(work.names[0])
-            run = {"start": 0.0, "end": 1.0, "worker": "here", "peak_bytes": 0}
-            yield work.key, {**build_shard(work), **run}
-
-    monkeypatch.setattr(preprocess_module, "_on_ray", one_by_one)
-    monkeypatch.setattr(preprocess_module, "ray_session", contextlib.nullcontext)
-    monkeypatch.setattr(preprocess_module, "require", lambda *_: None)
-    return built
+    return without_ray(monkeypatch)
 
 
 def command(coco: Path, target: Path, settings: str = SMALL, cpus: int = 2) -> subprocess.Popen[str]:

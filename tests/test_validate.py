@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_coco import annotation_file, edited, write_coco
+from test_preprocess import without_ray
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_png
-from pipelines import preprocess as preprocess_module
 from pipelines import validate as validate_module
 from pipelines.cli import main
 from pipelines.coco import PROTOCOL, Rejection
 from pipelines.config import DataSettings, RunConfig
-from pipelines.preprocess import build_shard, preprocess
+from pipelines.preprocess import preprocess
 from pipelines.validate import WAY_OUT, Validation, read_checksums, validate
 
 TRAIN, VAL = "train2017", "val2017"
@@ -101,13 +100,7 @@ def test_what_is_found_is_what_preprocess_leaves_out(
 ) -> None:
     spoil(coco)
 
-    def one_by_one(pending: list[Any]) -> Iterator[Any]:
-        for work in pending:
-            yield work.key, {**build_shard(work), "start": 0.0, "end": 1.0, "worker": "here", "peak_bytes": 0}
-
-    monkeypatch.setattr(preprocess_module, "_on_ray", one_by_one)
-    monkeypatch.setattr(preprocess_module, "ray_session", contextlib.nullcontext)
-    monkeypatch.setattr(preprocess_module, "require", lambda *_: None)
+    without_ray(monkeypatch)
     settings = DataSettings(root=str(coco), shards=str(tmp_path / "s"), input_size=(64, 96))
     manifest = preprocess(RunConfig(data=settings))
     left_out = pq.read_table(tmp_path / "s" / "rejected.parquet").to_pylist()
