@@ -21,11 +21,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from hrnet_core.errors import DataError
@@ -119,6 +120,37 @@ class CocoSplit:
 # ---------------------------------------------------------------------------------- annotations
 
 
+class Annotation(msgspec.Struct, gc=False):
+    """One entry of `annotations`, its fields as the file has them. The others are passed over unbuilt: most
+    of a COCO file is outlines (`segmentation`), which nobody here looks at."""
+
+    id: Any = None
+    image_id: Any = None
+    category_id: Any = None
+    keypoints: Any = None
+    bbox: Any = None
+    area: Any = None
+    iscrowd: Any = None
+    num_keypoints: Any = None
+
+
+class Picture(msgspec.Struct, gc=False):
+    """One entry of `images`, likewise."""
+
+    id: Any = None
+    file_name: Any = None
+    width: Any = None
+    height: Any = None
+
+
+class AnnotationFile(msgspec.Struct, gc=False):
+    """The three sections of a COCO file that are read."""
+
+    images: list[Picture]
+    annotations: list[Annotation]
+    categories: list[dict[str, Any]]
+
+
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
     """Python's search for garbage off: it walks over all objects again and again while annotations become
@@ -143,12 +175,12 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     annotation_file = join(root, f"annotations/person_keypoints_{split}.json")
     pictures = join(root, split)
     _check_folders(root, split, annotation_file, pictures)
-    content, sha256 = _load(annotation_file)
-    data = _sections(annotation_file, content)
-    category_id = _person_category(annotation_file, data["categories"], skeleton)
-    images = dict(zip(_ids(annotation_file, "images", data["images"]), data["images"], strict=True))
+    content, sha256 = _load(annotation_file, AnnotationFile)
+    data = content if isinstance(content, AnnotationFile) else _sections(annotation_file, content)
+    category_id = _person_category(annotation_file, data.categories, skeleton)
+    images = dict(zip(_ids(annotation_file, "images", data.images), data.images, strict=True))
     annotations = _annotations(annotation_file, data, images)
-    ours = [a for a in annotations if a["category_id"] == category_id]
+    ours = [a for a in annotations if a.category_id == category_id]
     people, rejected, repaired = people_of(ours, images, skeleton.num_keypoints)
     if len(ours) < len(annotations):
         repaired["other_category"] = len(annotations) - len(ours)
@@ -156,13 +188,13 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     photos = []
     listing = _Listing(pictures)
     for image_id, image in sorted(images.items()):
-        name, here = image.get("file_name"), tuple(people.get(image_id, ()))
+        name, here = image.file_name, tuple(people.get(image_id, ()))
         problem = _image_problem(image) or listing.problem(name, needed=bool(here))
         if problem:
             rejected.append(Rejection(problem[0], printable(name), image_id, None, problem[1], len(here)))
         else:
             place = join(pictures, name)
-            photos.append(Photo(image_id, name, place, image["width"], image["height"], here))
+            photos.append(Photo(image_id, name, place, image.width, image.height, here))
     rejected.sort(key=lambda r: (r.image_id, -1 if r.ann_id is None else r.ann_id))
     return CocoSplit(
         name=split,
@@ -197,20 +229,21 @@ def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -
         )
 
 
-def _parsed(raw: bytes) -> Any:
-    """JSON as Python's own parser takes it; orjson, four times as fast, does the plain cases."""
+def _parsed(raw: bytes, kind: Any) -> Any:
+    """JSON as `kind`. What msgspec does not take as that is given as Python's own parser reads it: a file
+    with NaN in it (refused person by person), of another kind, or, with the place told, no JSON."""
     try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:  # NaN, say, which is refused person by person; or no JSON, and where
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.DecodeError:
         return json.loads(raw.decode())
 
 
-def _load(file: str | Path) -> tuple[Any, str]:
-    """Parsed JSON and the sha256 of the bytes. Errors say at which byte."""
+def _load(file: str | Path, kind: Any = Any) -> tuple[Any, str]:
+    """Parsed JSON (`kind`, if it is of that kind) and the sha256 of the bytes. Errors say at which byte."""
     way_out = "The file is damaged or incomplete: copy or unpack it again."
     try:
         raw = read_file(str(file))
-        return _parsed(raw), hashlib.sha256(raw).hexdigest()
+        return _parsed(raw, kind), hashlib.sha256(raw).hexdigest()
     except OSError as error:
         problem, way_out = f"cannot be read ({error.strerror})", "Check its name and its rights."
     except UnicodeDecodeError as error:
@@ -227,7 +260,8 @@ def _load(file: str | Path) -> tuple[Any, str]:
     raise DataError(f"{file}: {problem}. {way_out}")
 
 
-def _sections(file: str, content: Any) -> dict[str, list[dict[str, Any]]]:
+def _sections(file: str, content: Any) -> AnnotationFile:
+    """The sections of plain JSON."""
     if not isinstance(content, dict):
         raise DataError(
             f"{file}: a COCO annotation file is one JSON object with images, annotations and categories, "
@@ -238,7 +272,7 @@ def _sections(file: str, content: Any) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             what = "is missing" if rows is None else "is not a list of objects"
             raise DataError(f"{file}: field {name!r} {what}. Give a COCO keypoint annotation file.")
-    return content
+    return msgspec.convert(content, AnnotationFile)
 
 
 def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skeleton) -> int:
@@ -272,9 +306,9 @@ def name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     return f"{'the same names in another order' if set(theirs) == set(ours) else 'other names'}: {places}"
 
 
-def _ids(file: str, section: str, rows: list[dict[str, Any]]) -> list[int]:
+def _ids(file: str, section: str, rows: Sequence[Picture | Annotation]) -> list[int]:
     """Unique integer ids, or DataError: COCO's own index silently keeps the last of two."""
-    ids = [row.get("id") for row in rows]
+    ids = [row.id for row in rows]
     for index, identity in enumerate(ids):
         if type(identity) is not int or not -(2**63) <= identity < 2**63:  # they are stored as int64
             raise DataError(
@@ -287,24 +321,23 @@ def _ids(file: str, section: str, rows: list[dict[str, Any]]) -> list[int]:
             f"{file}: {len(twice)} ids stand more than once in {section!r}: {_listed(twice)}. Which entry is "
             f"meant cannot be known: make the ids unique."
         )
-    return ids  # type: ignore[return-value]
+    return ids
 
 
-def _annotations(
-    file: str, data: dict[str, list[dict[str, Any]]], images: Mapping[int, Any]
-) -> list[dict[str, Any]]:
+def _annotations(file: str, data: AnnotationFile, images: Mapping[int, Picture]) -> list[Annotation]:
     """All annotations in order of (image_id, id), none without its image or category."""
-    annotations = data["annotations"]
+    annotations = data.annotations
     _ids(file, "annotations", annotations)
-    known = {"image_id": images.keys(), "category_id": {c.get("id") for c in data["categories"]}}
+    known = {"image_id": images.keys(), "category_id": {c.get("id") for c in data.categories}}
     for key, ids in known.items():
-        lost = [a["id"] for a in annotations if type(a.get(key)) is not int or a[key] not in ids]
+        of = attrgetter(key)
+        lost = [a.id for a in annotations if type(of(a)) is not int or of(a) not in ids]
         if lost:
             raise DataError(
                 f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
                 f"ids {_listed(lost)}. Remove them, or add what they refer to."
             )
-    return sorted(annotations, key=lambda a: (a["image_id"], a["id"]))
+    return sorted(annotations, key=attrgetter("image_id", "id"))
 
 
 class _Problems:
@@ -321,14 +354,14 @@ class _Problems:
 
 
 def people_of(
-    rows: list[dict[str, Any]], images: Mapping[int, dict[str, Any]], num_keypoints: int
+    rows: Sequence[Annotation], images: Mapping[int, Picture], num_keypoints: int
 ) -> tuple[dict[int, list[Person]], list[Rejection], dict[str, int]]:
     """Annotations -> people by image_id, a rejection for each of the others, the count of repairs.
 
     Where none of them has an area, the field is not part of this data: it is BOX_AREA of the box.
     """
     problems = _Problems(len(rows))
-    problems.mark([bool(row.get("iscrowd")) for row in rows], "crowd", lambda i: "iscrowd")
+    problems.mark([bool(row.iscrowd) for row in rows], "crowd", lambda i: "iscrowd")
     triples = _numbers(
         rows, "keypoints", 3 * num_keypoints, problems, "keypoints_length", "keypoints_invalid"
     )
@@ -345,8 +378,8 @@ def people_of(
     sizes = _sizes(rows, images)
     clean, inside = sanitize_boxes(boxes, *sizes)
     problems.mark(~inside, "bbox_degenerate", lambda i: f"bbox {told[i]} has no pixel in the picture")
-    areas = [row.get("area") for row in rows]
-    from_box = not any("area" in row for row in rows)
+    areas = [row.area for row in rows]
+    from_box = all(area is None for area in areas)
     if from_box:
         areas = (BOX_AREA * boxes[:, 2] * boxes[:, 3]).tolist()
     no_area = [not (_is_number(area) and area > 0) for area in areas]
@@ -354,12 +387,12 @@ def people_of(
 
     hidden = visible == 0
     keep = np.array([problem is None for problem in problems.found], bool)
-    declared = np.array([row.get("num_keypoints", n) == n for row, n in zip(rows, labels, strict=True)], bool)
+    declared = [row.num_keypoints in (None, n) for row, n in zip(rows, labels.tolist(), strict=True)]
     beyond = (boxes[:, :2] < -1).any(1) | (boxes[:, :2] + boxes[:, 2:] > np.stack(sizes, 1) + 1).any(1)
     repaired = {
         "boxes_clipped": int((keep & beyond).sum()),
         "hidden_coordinates": int((keep & (hidden & (places != 0).any(axis=2)).any(axis=1)).sum()),
-        "num_keypoints": int((keep & ~declared).sum()),
+        "num_keypoints": int((keep & np.logical_not(declared)).sum()),
         "area_from_box": int(keep.sum()) if from_box else 0,
     }
     places = np.where(hidden[..., None], 0, places).astype(np.float32)
@@ -367,21 +400,21 @@ def people_of(
     people: dict[int, list[Person]] = {}
     rejected = []
     for i, (row, problem) in enumerate(zip(rows, problems.found, strict=True)):
-        image_id = row["image_id"]
+        image_id = row.image_id
         if problem is None:
-            person = Person(image_id, row["id"], clean[i], places[i], visible[i], float(areas[i]))
+            person = Person(image_id, row.id, clean[i], places[i], visible[i], float(areas[i]))
             people.setdefault(image_id, []).append(person)
         else:
-            file = printable(images[image_id].get("file_name"))
-            rejected.append(Rejection(problem[0], file, image_id, row["id"], problem[1]))
+            file = printable(images[image_id].file_name)
+            rejected.append(Rejection(problem[0], file, image_id, row.id, problem[1]))
     return people, rejected, {kind: number for kind, number in repaired.items() if number}
 
 
 def _numbers(
-    rows: list[dict[str, Any]], key: str, length: int, problems: _Problems, wrong_length: str, no_number: str
+    rows: Sequence[Annotation], key: str, length: int, problems: _Problems, wrong_length: str, no_number: str
 ) -> NDArray[np.float64]:
     """float64 (rows, length) of a list field; a row without such a list is marked, and zero."""
-    values = [row.get(key) for row in rows]
+    values = [getattr(row, key) for row in rows]
     right = [isinstance(v, list) and len(v) == length for v in values]
     problems.mark(
         np.logical_not(right), wrong_length, lambda i: f"{key} is {_kind(values[i])}, not {length} numbers"
@@ -408,23 +441,21 @@ def _is_number(value: Any) -> bool:
 
 
 def _sizes(
-    rows: list[dict[str, Any]], images: Mapping[int, dict[str, Any]]
+    rows: Sequence[Annotation], images: Mapping[int, Picture]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Width and height of each row's picture; endless where the picture itself is out."""
-    usable = {
-        i: (image["width"], image["height"]) for i, image in images.items() if not _image_problem(image)
-    }
+    usable = {i: (image.width, image.height) for i, image in images.items() if not _image_problem(image)}
     endless = (LARGEST, LARGEST)
-    sizes = np.array([usable.get(row["image_id"], endless) for row in rows], np.float64).reshape(-1, 2)
+    sizes = np.array([usable.get(row.image_id, endless) for row in rows], np.float64).reshape(-1, 2)
     return sizes[:, 0], sizes[:, 1]
 
 
 # ---------------------------------------------------------------------------------- pictures
 
 
-def _image_problem(image: Mapping[str, Any]) -> tuple[str, str] | None:
+def _image_problem(image: Picture) -> tuple[str, str] | None:
     """(reason, detail) where the entry of `images` alone rules the picture out."""
-    name, width, height = image.get("file_name"), image.get("width"), image.get("height")
+    name, width, height = image.file_name, image.width, image.height
     if not isinstance(name, str) or not name:
         return "missing_image", f"file_name is {name!r}"
     if printable(name) != name:

@@ -27,7 +27,16 @@ import yaml
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import ImageHeader, read_header
 from hrnet_core.skeleton import Skeleton
-from pipelines.coco import CocoSplit, Photo, Rejection, name_difference, people_of, printable
+from pipelines.coco import (
+    Annotation,
+    CocoSplit,
+    Photo,
+    Picture,
+    Rejection,
+    name_difference,
+    people_of,
+    printable,
+)
 from pipelines.paths import absolute, is_folder, join, list_files, read_file
 
 DESCRIPTION = "data.yaml"
@@ -65,7 +74,7 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
             name = printable(one.name)
             rejected.append(Rejection(reason, name, one.image_id, None, printable(detail), len(lines)))
             continue
-        images[one.image_id] = {"file_name": one.name, "width": one.width, "height": one.height}
+        images[one.image_id] = Picture(one.image_id, one.name, one.width, one.height)
         if not content.strip():
             reason, detail = ("no_label", "no file") if one.content is None else ("empty_label", "no line")
             rejected.append(Rejection(reason, one.name, one.image_id, None, f"{one.label}: {detail}", 0))
@@ -73,15 +82,16 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
             identity = len(origin) + 1
             origin[identity] = f"{one.label} line {number}"
             if _number(fields[0]) == person:
-                rows.append({"id": identity, "image_id": one.image_id, **_row(fields, one, skeleton)})
+                bbox, keypoints = _row(fields, one, skeleton)
+                rows.append(Annotation(identity, one.image_id, bbox=bbox, keypoints=keypoints))
             else:
                 detail = f"{origin[identity]}: class {fields[0]!r} is no number"
                 rejected.append(Rejection("class_invalid", one.name, one.image_id, identity, detail))
     people, refused, repaired = people_of(rows, images, skeleton.num_keypoints)
     rejected += [replace(r, detail=f"{origin[r.ann_id or 0]}: {r.detail}") for r in refused]
     photos = [
-        Photo(path=join(pictures, image["file_name"]), image_id=i, people=tuple(people.get(i, ())), **image)
-        for i, image in images.items()
+        Photo(i, p.file_name, join(pictures, p.file_name), p.width, p.height, tuple(people.get(i, ())))
+        for i, p in images.items()
     ]
     return CocoSplit(
         name=split,
@@ -293,12 +303,12 @@ def _number(text: str) -> float | str:
         return text
 
 
-def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> dict[str, Any]:
+def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> tuple[list[Any], list[Any]]:
     """A line as bbox and keypoints of a COCO annotation, in px. What is no fraction from 0 to 1 becomes a
     text that says so, and `people_of` rejects the row by its kind."""
     box, points = fields[1:5], fields[5:]
     if len(points) != 3 * skeleton.num_keypoints:
-        return {"bbox": box, "keypoints": points}
+        return box, points
     size = (picture.width, picture.height)
     bbox = [_px(text, side) for text, side in zip(box, 2 * size, strict=True)]
     x, y, w, h = bbox
@@ -310,7 +320,7 @@ def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> dict[str, 
         visible = _number(shown)
         keypoints += [_px(text, side, visible != 0) for text, side in zip(place, size, strict=True)]
         keypoints.append(visible)
-    return {"bbox": bbox, "keypoints": keypoints}
+    return bbox, keypoints
 
 
 def _px(text: str, side: int, checked: bool = True) -> float | str:

@@ -26,7 +26,7 @@ CORE = {"numpy", "cv2", "PIL", "torch", "safetensors", "hrnet_core"}
 STAGES = CORE | {
     "pipelines",
     "ray",
-    "orjson",
+    "msgspec",
     "pyarrow",
     "pydantic",
     "tyro",
