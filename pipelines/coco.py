@@ -164,6 +164,11 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def annotations_of(root: str, split: str) -> str:
+    """The annotation file of a split; `root` is a path or URI."""
+    return join(absolute(root), f"annotations/person_keypoints_{split}.json")
+
+
 @collector_paused()
 def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     """ROOT/annotations/person_keypoints_SPLIT.json and the listing of ROOT/SPLIT/; ROOT may be a URI.
@@ -172,7 +177,7 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     file_name, never from its id. A missing picture costs a rejection only if it had people.
     """
     root = absolute(str(root))  # workers may run elsewhere
-    annotation_file = join(root, f"annotations/person_keypoints_{split}.json")
+    annotation_file = annotations_of(root, split)
     pictures = join(root, split)
     _check_folders(root, split, annotation_file, pictures)
     content, sha256 = _load(annotation_file, AnnotationFile)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
@@ -40,7 +41,12 @@ class ShardWork:
     index: int
     count: int
     variants: int
-    photos: tuple[Photo, ...]
+    photos: tuple[tuple[Photo, int], ...]
+    """Each without its people, and the number of them."""
+    annotated: Mapping[str, NDArray[Any]]
+    """What the annotations say of these people, in order: the columns image_id, ann_id, area, bbox_xywh,
+    keypoints, width and height of a shard. Arrays, because a Person each would cost more to send than
+    the rest of a task's start."""
     config: dict[str, Any]
     """DataSettings.semantic()."""
     plan: str
@@ -51,7 +57,7 @@ class ShardWork:
 
     @property
     def people(self) -> int:
-        return sum(len(photo.people) for photo in self.photos)
+        return len(self.annotated["ann_id"])
 
     @property
     def names(self) -> list[str]:
@@ -81,16 +87,46 @@ def plan_shards(split: CocoSplit, data: DataSettings) -> list[ShardWork]:
     ]
     text = canonical_json([SCHEMA_VERSION, config, split.name, split.annotation_sha256, members])
     plan = hashlib.sha256(text.encode()).hexdigest()
-    people = np.cumsum([len(photo.people) for photo in photos])
+    counts = [len(photo.people) for photo in photos]
+    people = np.cumsum(counts)
     count = -(-int(people[-1]) // data.people_per_shard)
     borders = np.searchsorted(people, np.arange(1, count) * people[-1] / count) + 1
     cuts = sorted({0, *borders.tolist(), len(photos)})
+    annotated, alone = _annotated(photos), [replace(photo, people=()) for photo in photos]
+    starts = [0, *people.tolist()]
     folder = absolute(data.shards)
     variants = data.variants if split.name == data.train_split else 1
     return [
-        ShardWork(folder, split.name, i, len(cuts) - 1, variants, tuple(photos[a:b]), config, plan)
-        for i, (a, b) in enumerate(pairwise(cuts))
+        ShardWork(
+            folder=folder,
+            split=split.name,
+            index=index,
+            count=len(cuts) - 1,
+            variants=variants,
+            photos=tuple(zip(alone[a:b], counts[a:b], strict=True)),
+            annotated={name: column[starts[a] : starts[b]] for name, column in annotated.items()},
+            config=config,
+            plan=plan,
+        )
+        for index, (a, b) in enumerate(pairwise(cuts))
     ]
+
+
+def _annotated(photos: Sequence[Photo]) -> dict[str, NDArray[Any]]:
+    """ShardWork.annotated of all people of these photos."""
+    people = [person for photo in photos for person in photo.people]
+    sizes = np.array([(photo.width, photo.height) for photo in photos for _ in photo.people], np.int32)
+    places = np.concatenate([person.keypoints for person in people]).reshape(len(people), -1, 2)
+    visible = np.concatenate([person.visible for person in people]).reshape(len(people), -1, 1)
+    return {
+        "image_id": np.array([person.image_id for person in people], np.int64),
+        "ann_id": np.array([person.ann_id for person in people], np.int64),
+        "area": np.array([person.area for person in people], np.float32),
+        "bbox_xywh": np.concatenate([person.bbox_xywh for person in people]).reshape(-1, 4),
+        "keypoints": np.concatenate([places, visible], axis=-1),
+        "width": sizes[:, 0],
+        "height": sizes[:, 1],
+    }
 
 
 def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], dict[str, Any]]:

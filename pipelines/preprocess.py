@@ -19,7 +19,8 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -41,10 +42,10 @@ from hrnet_core.geometry import box_to_center_scale, crop_people, cut_around, cu
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
 from pipelines.cluster import quiet_ray_data, ray_session, require
-from pipelines.coco import CocoSplit, Rejection, collector_paused, read_coco
+from pipelines.coco import CocoSplit, Rejection, annotations_of, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
-from pipelines.paths import relative
+from pipelines.paths import absolute, file_sizes, is_file, join, relative
 from pipelines.photos import open_photo
 from pipelines.plan import (
     ShardWork,
@@ -55,6 +56,7 @@ from pipelines.plan import (
     plan_shards,
 )
 from pipelines.shards import (
+    MANIFEST,
     Manifest,
     ShardWriter,
     augmentation_of,
@@ -72,6 +74,9 @@ LARGEST_CUT = 4
 larger cut is made smaller. The plain view then has two pixels of the cut to one of the crop, and a view of
 half its size (a half body, a zoom) still one to one: nothing that a crop could show is lost. COCO's photos
 have 640 px at most: at 256x192 their cuts are never touched. Another number makes another schema version."""
+
+LONG_ANNOTATIONS = 16_000_000
+"""Bytes of an annotation file above which it is read while Ray starts."""
 
 Figures = dict[str, Any]
 """Of one shard: `shards`, its manifest entries by variant, and `rejected`, as dicts; of this run also
@@ -113,22 +118,15 @@ def preprocess(config: RunConfig) -> Manifest:
 def run_preprocess(config: RunConfig) -> Report:
     """`preprocess` with the figures of the run, without the table."""
     data = config.data
-    skeleton = load_skeleton(data.skeleton)
-    read = read_yolo if data.format == "yolo_pose" else read_coco
-    splits = [read(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))]
-    if data.strict:
-        refuse_rejected([r for split in splits for r in split.rejected])
-    works = [work for split in splits for work in plan_shards(split, data)]
-    figures = finished_shards(works, data.shards)
-    pending = [work for work in works if work.key not in figures]
-    reused = len(works) - len(pending)
-    if reused:
-        print(f"preprocess: {reused} of {len(works)} shards are there already", flush=True)
-    if data.strict:
-        refuse_rejected([Rejection(**row) for found in figures.values() for row in found["rejected"]])
-    progress = Progress(pending)
-    if pending:
-        with ray_session(config.ray):
+    with ThreadPoolExecutor(1) as reader, contextlib.ExitStack() as session:
+        planned = reader.submit(_plan, data)
+        if _takes_long(data):  # Ray starts meanwhile
+            session.enter_context(ray_session(config.ray))
+        splits, works, figures = planned.result()
+        pending = [work for work in works if work.key not in figures]
+        progress = Progress(pending)
+        if pending:
+            session.enter_context(ray_session(config.ray))
             require(config.ray, 1, 1, 0, "preprocess")
             progress.begin(_slots())
             for key, built in _on_ray(pending):
@@ -141,13 +139,38 @@ def run_preprocess(config: RunConfig) -> Report:
     return Report(
         manifest,
         built=len(pending),
-        reused=reused,
+        reused=len(works) - len(pending),
         people=progress.people,
         seconds=progress.seconds,
         at_once=at_once,
         workers=workers,
         peak_bytes=progress.peak_bytes,
     )
+
+
+def _takes_long(data: DataSettings) -> bool:
+    """Whether reading the annotations takes about as long as Ray's start, and Ray is sure to be needed: else
+    a mistake is better told, and a finished dataset recognised, without it."""
+    if data.format != "coco" or is_file(join(absolute(data.shards), MANIFEST)):
+        return False
+    (size,) = file_sizes([annotations_of(data.root, data.train_split)])
+    return size > LONG_ANNOTATIONS
+
+
+def _plan(data: DataSettings) -> tuple[list[CocoSplit], list[ShardWork], dict[tuple[str, int], Figures]]:
+    """Both splits, their shards, and the figures of those that are there."""
+    skeleton = load_skeleton(data.skeleton)
+    read = read_yolo if data.format == "yolo_pose" else read_coco
+    splits = [read(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))]
+    if data.strict:
+        refuse_rejected([r for split in splits for r in split.rejected])
+    works = [work for split in splits for work in plan_shards(split, data)]
+    figures = finished_shards(works, data.shards)
+    if figures:
+        print(f"preprocess: {len(figures)} of {len(works)} shards are there already", flush=True)
+    if data.strict:
+        refuse_rejected([Rejection(**row) for found in figures.values() for row in found["rejected"]])
+    return splits, works, figures
 
 
 def refuse_rejected(rejected: Sequence[Rejection]) -> None:
@@ -219,50 +242,34 @@ def _rows(
     rejected: list[Rejection],
 ) -> Iterator[Row]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
+    matrices = np.stack([view["image_to_crop"] for view in views], axis=1)
     first = 0
-    for photo in work.photos:
-        indices, first = range(first, first + len(photo.people)), first + len(photo.people)
+    for photo, people in work.photos:
+        indices, first = range(first, first + people), first + people
         opened = open_photo(photo, work.config["max_pixels"])
         if isinstance(opened, Rejection):
-            rejected.append(opened)
+            rejected.append(replace(opened, people=people))
             continue
         image, sha256 = opened
         for index in indices:
-            yield Row(index, _pictures(image, index, common, views, work.config), sha256)
-
-
-def _pictures(
-    image: NDArray[np.uint8],
-    index: int,
-    common: Mapping[str, Any],
-    views: Sequence[Mapping[str, NDArray[Any]]],
-    config: Mapping[str, Any],
-) -> list[bytes]:
-    """What to store of a person, encoded: the crop of each view, or one cut of the photo for all."""
-    if config["context"] != 1.0:
-        cuts = common["cuts"]
-        return [_encode(cut_photo(image, cuts.box[index], cuts.size[index]), config)] * len(views)
-    matrices = np.stack([view["image_to_crop"][index] for view in views])
-    return [_encode(crop, config) for crop in crop_people(image, matrices, config["input_size"])]
+            if work.config["context"] == 1.0:
+                crops = crop_people(image, matrices[index], work.config["input_size"])
+                pictures = [_encode(crop, work.config) for crop in crops]
+            else:  # one cut of the photo for all views
+                cuts = common["cuts"]
+                cut = cut_photo(image, cuts.box[index], cuts.size[index])
+                pictures = [_encode(cut, work.config)] * len(views)
+            yield Row(index, pictures, sha256)
 
 
 def _person_columns(work: ShardWork) -> dict[str, Any]:
     """What all views of the shard's people share: arrays with the people first."""
-    people = [person for photo in work.photos for person in photo.people]
-    sizes = [(photo.width, photo.height) for photo in work.photos for _ in photo.people]
-    boxes = np.stack([person.bbox_xywh for person in people])
-    places = np.stack([person.keypoints for person in people])
-    visible = np.stack([person.visible for person in people])
+    told = work.annotated
     input_size, context = work.config["input_size"], work.config["context"]
-    center, scale = box_to_center_scale(boxes, tuple(input_size), work.config["padding"])
+    center, scale = box_to_center_scale(told["bbox_xywh"], tuple(input_size), work.config["padding"])
+    sizes = np.stack([told["width"], told["height"]], axis=-1)
     return {
-        "image_id": np.array([person.image_id for person in people], np.int64),
-        "ann_id": np.array([person.ann_id for person in people], np.int64),
-        "area": np.array([person.area for person in people], np.float32),
-        "bbox_xywh": boxes,
-        "keypoints": np.concatenate([places, visible[..., None]], axis=-1),
-        "width": np.array([size[0] for size in sizes], np.int32),
-        "height": np.array([size[1] for size in sizes], np.int32),
+        **told,
         "plain": plain_view(center, scale),
         # A view turns about the box, so what it may show is round: a square as wide as the longer side.
         "cuts": cut_around(center, context * scale.max(axis=-1), sizes, LARGEST_CUT * max(input_size)),
@@ -330,17 +337,18 @@ def _on_ray(pending: Sequence[ShardWork]) -> Iterator[tuple[tuple[str, int], Fig
     import ray.data
 
     # A row a shard and a block a row: a task each, however Ray would like to group them.
-    with collector_paused():
-        blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
+    blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
     with quiet_ray_data():
         answers = ray.data.from_arrow(blocks).map_batches(
             _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1
         )
-        for row in answers.iter_rows():
-            answer = json.loads(row["answer"])
-            if "error" in answer:
-                raise DataError(answer["error"])
-            yield tuple(answer.pop("key")), answer
+        # Read ahead, each answer would wait for the one after it.
+        for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch["answer"].to_pylist():
+                answer = json.loads(text)
+                if "error" in answer:
+                    raise DataError(answer["error"])
+                yield tuple(answer.pop("key")), answer
 
 
 def _build_batch(batch: pa.Table) -> pa.Table:
@@ -349,8 +357,7 @@ def _build_batch(batch: pa.Table) -> pa.Table:
     answers = []
     for pickled in batch["work"].to_pylist():
         start = time.time()
-        with collector_paused():
-            work = pickle.loads(pickled)
+        work = pickle.loads(pickled)
         try:
             answer = {"key": work.key, **build_shard(work)}
         except PoseError as error:  # the user's to mend: told as one paragraph, not as a worker's traceback

@@ -191,11 +191,13 @@ def float16_heatmaps(rows: NDArray[np.float32], columns: NDArray[np.float32]) ->
     """
     (*maps, height), width = rows.shape, columns.shape[-1]
     rows, columns = rows.reshape(-1, height), columns.reshape(-1, width)
-    top, left = _window(rows), _window(columns)
-    numbers = np.arange(len(rows))[:, None]
-    values = rows[numbers, top][:, :, None] * columns[numbers, left][:, None, :]
     result = np.zeros(len(rows) * height * width, np.uint16)
-    starts = ((numbers * height + top) * width)[:, :, None]
+    filled = np.flatnonzero(rows.any(axis=1))  # keypoints with a weight
+    rows, columns = rows[filled], columns[filled]
+    top, left = _window(rows), _window(columns)
+    number = np.arange(len(filled))[:, None]
+    values = rows[number, top][:, :, None] * columns[number, left][:, None, :]
+    starts = ((filled[:, None] * height + top) * width)[:, :, None]
     result[starts + left[:, None, :]] = to_float16(values).view(np.uint16)
     return result.view(np.float16).reshape(*maps, height, width)
 

@@ -154,6 +154,41 @@ def test_on_ray_and_again(coco: Path, tmp_path: Path, ray_local: None, capsys: A
     assert contents(tmp_path / "plain") == contents(tmp_path / "ray")
 
 
+def test_long_annotations_are_read_while_ray_starts(
+    coco: Path, tmp_path: Path, plain: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the dataset is there already; and Ray is ended where the annotations are refused."""
+    started, seen = threading.Event(), []
+
+    @contextlib.contextmanager
+    def session(settings: Any) -> Iterator[None]:
+        seen.append("started")
+        started.set()
+        try:
+            yield
+        finally:
+            seen.append("ended")
+
+    def read(*arguments: Any) -> Any:
+        assert started.wait(60)
+        return read_coco(*arguments)
+
+    monkeypatch.setattr(preprocess_module, "LONG_ANNOTATIONS", 100)
+    monkeypatch.setattr(preprocess_module, "ray_session", session)
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess_module, "read_coco", read)
+        first = preprocess(config(coco, tmp_path / "s"))
+    assert seen[0] == "started"
+    assert seen.count("started") == seen.count("ended")
+    seen.clear()
+    assert preprocess(config(coco, tmp_path / "s")) == first
+    assert seen == []
+
+    annotation_file(coco, TRAIN).write_text(annotation_file(coco, TRAIN).read_text()[:-50])
+    refused(lambda: preprocess(config(coco, tmp_path / "other")), "not valid JSON", TRAIN)
+    assert seen == ["started", "ended"]
+
+
 def test_the_summary_names_what_matters(coco: Path, tmp_path: Path, plain: list[str], capsys: Any) -> None:
     with edited(coco) as data:
         data["annotations"][0]["iscrowd"] = 1

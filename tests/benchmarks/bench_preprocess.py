@@ -1,8 +1,8 @@
 """People per second of `hrnet preprocess` against what no such program could avoid, measured in turns.
 
-    python tests/benchmarks/bench_preprocess.py                                    10,000 and 30,000 people
-    python tests/benchmarks/bench_preprocess.py --people 1000 3000 --shard 256     a quick look
-    python tests/benchmarks/bench_preprocess.py --steps                            where the time goes
+    python tests/benchmarks/bench_preprocess.py                                  10,000 to 60,000 people
+    python tests/benchmarks/bench_preprocess.py --people 1000 3000 --shard 256   a quick look
+    python tests/benchmarks/bench_preprocess.py --steps                          where the time goes
 
 The limit is two plain processes that do nothing but the library calls: read and cv2.imdecode a photo,
 cv2.warpAffine and cv2.imencode each person, fill the Gaussians, write the Parquet table. Matrices, places
@@ -10,7 +10,8 @@ and all other columns are given to them ready made; they hash, check and tell no
 compared with ours: the same pictures and heatmaps, byte for byte.
 
 Both sides run on the same two cores, in turns (ours, limit, ours, limit, ...), so that other work on the
-machine meets both. What counts is the slope between the two numbers of people: start-up is not in it.
+machine meets both. What counts is the slope between the first two numbers of people: start-up is not in
+it. A third number shows whether the cost is linear: its slope must be the same.
 Photographs are drawn (`hrnet draw`), or those of --coco; they are repeated under new ids up to the number
 of people asked for.
 """
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,9 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--people", type=int, nargs=2, default=(10_000, 30_000))
+    parser.add_argument("--people", type=int, nargs="+", default=(10_000, 30_000, 60_000))
     parser.add_argument("--shard", type=int, default=2048, help="people in a shard")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side at each size")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side at each size")
     parser.add_argument("--photos", type=int, default=2000, help="photographs to draw")
     parser.add_argument("--coco", help="a COCO root to repeat instead of drawing")
     parser.add_argument("--work", help="folder for all files, kept (drawn photographs are used again)")
@@ -329,19 +331,22 @@ def compare(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     report(times, arguments.people)
 
 
-def report(times: dict[tuple[str, int], list[tuple[float, float]]], sizes: tuple[int, int]) -> None:
-    small, large = sizes
-    slopes: dict[str, tuple[float, ...]] = {}
+def report(times: dict[tuple[str, int], list[tuple[float, float]]], people: list[int]) -> None:
+    """Medians of the turns, and the slope between each size and the next."""
+    medians = {key: np.median(turns, axis=0) for key, turns in times.items()}
+    for number, (few, many) in enumerate(pairwise(people)):
+        slopes = {s: (medians[s, many] - medians[s, few]) / (many - few) for s in ("ours", "limit")}
+        print(f"from {few:,} to {many:,} people:")
+        for side, (wall, cpu) in slopes.items():
+            print(f"  {side:<6}{1 / wall:>8,.0f} people/s, {cpu * 1e6:,.0f} us of CPU each")
+        wall, cpu = slopes["limit"] / slopes["ours"]
+        goal = f" (goal {GOAL:.2f})" if number == 0 else ""
+        print(f"  {wall:.2f} of the limit{goal}; by CPU time {cpu:.2f}")
     for side in ("ours", "limit"):
-        few, many = (np.median(times[side, people], axis=0) for people in (small, large))
-        wall, cpu = slopes[side] = tuple((many - few) / (large - small))
-        start = few[0] - small * wall
-        print(
-            f"{side:<6}{1 / wall:>8,.0f} people/s on the slope, {cpu * 1e6:,.0f} us of CPU each, "
-            f"{start:.1f} s to start and end"
-        )
-    wall, cpu = (slopes["limit"][i] / slopes["ours"][i] for i in range(2))
-    print(f"{wall:.2f} of the limit (goal {GOAL:.2f}); by CPU time {cpu:.2f}")
+        walls = [medians[side, size][0] for size in people]
+        per, start = np.polyfit(people, walls, 1)
+        off = np.abs(walls - (per * np.array(people) + start)) / walls
+        print(f"{side:<6}{start:.1f} s to start and end; a line through all is {off.max():.1%} off at most")
 
 
 # --- where it goes ------------------------------------------------------------------------------------
