@@ -134,7 +134,7 @@ class Annotation(msgspec.Struct, gc=False):
     num_keypoints: Any = None
 
 
-class Picture(msgspec.Struct, gc=False):
+class ImageEntry(msgspec.Struct, gc=False):
     """One entry of `images`, likewise."""
 
     id: Any = None
@@ -146,7 +146,7 @@ class Picture(msgspec.Struct, gc=False):
 class AnnotationFile(msgspec.Struct, gc=False):
     """The three sections of a COCO file that are read."""
 
-    images: list[Picture]
+    images: list[ImageEntry]
     annotations: list[Annotation]
     categories: list[dict[str, Any]]
 
@@ -311,7 +311,7 @@ def name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     return f"{'the same names in another order' if set(theirs) == set(ours) else 'other names'}: {places}"
 
 
-def _ids(file: str, section: str, rows: Sequence[Picture | Annotation]) -> list[int]:
+def _ids(file: str, section: str, rows: Sequence[ImageEntry | Annotation]) -> list[int]:
     """Unique integer ids, or DataError: COCO's own index silently keeps the last of two."""
     ids = [row.id for row in rows]
     for index, identity in enumerate(ids):
@@ -329,7 +329,7 @@ def _ids(file: str, section: str, rows: Sequence[Picture | Annotation]) -> list[
     return ids
 
 
-def _annotations(file: str, data: AnnotationFile, images: Mapping[int, Picture]) -> list[Annotation]:
+def _annotations(file: str, data: AnnotationFile, images: Mapping[int, ImageEntry]) -> list[Annotation]:
     """All annotations in order of (image_id, id), none without its image or category."""
     annotations = data.annotations
     _ids(file, "annotations", annotations)
@@ -359,7 +359,7 @@ class _Problems:
 
 
 def people_of(
-    rows: Sequence[Annotation], images: Mapping[int, Picture], num_keypoints: int
+    rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keypoints: int
 ) -> tuple[dict[int, list[Person]], list[Rejection], dict[str, int]]:
     """Annotations -> people by image_id, a rejection for each of the others, the count of repairs.
 
@@ -446,7 +446,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _sizes(
-    rows: Sequence[Annotation], images: Mapping[int, Picture]
+    rows: Sequence[Annotation], images: Mapping[int, ImageEntry]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Width and height of each row's picture; endless where the picture itself is out."""
     usable = {i: (image.width, image.height) for i, image in images.items() if not _image_problem(image)}
@@ -458,7 +458,7 @@ def _sizes(
 # ---------------------------------------------------------------------------------- pictures
 
 
-def _image_problem(image: Picture) -> tuple[str, str] | None:
+def _image_problem(image: ImageEntry) -> tuple[str, str] | None:
     """(reason, detail) where the entry of `images` alone rules the picture out."""
     name, width, height = image.file_name, image.width, image.height
     if not isinstance(name, str) or not name:

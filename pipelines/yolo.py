@@ -30,8 +30,8 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.coco import (
     Annotation,
     CocoSplit,
+    ImageEntry,
     Photo,
-    Picture,
     Rejection,
     name_difference,
     people_of,
@@ -74,7 +74,7 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
             name = printable(one.name)
             rejected.append(Rejection(reason, name, one.image_id, None, printable(detail), len(lines)))
             continue
-        images[one.image_id] = Picture(one.image_id, one.name, one.width, one.height)
+        images[one.image_id] = ImageEntry(one.image_id, one.name, one.width, one.height)
         if not content.strip():
             reason, detail = ("no_label", "no file") if one.content is None else ("empty_label", "no line")
             rejected.append(Rejection(reason, one.name, one.image_id, None, f"{one.label}: {detail}", 0))
