@@ -67,7 +67,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--people", type=int, nargs="+", default=(10_000, 30_000, 60_000))
     parser.add_argument("--shard", type=int, default=2048, help="people in a shard")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side at each size")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side at each size")
     parser.add_argument("--photos", type=int, default=2000, help="photographs to draw")
     parser.add_argument("--coco", help="a COCO root to repeat instead of drawing")
     parser.add_argument("--work", help="folder for all files, kept (drawn photographs are used again)")
