@@ -260,7 +260,7 @@ def _load(file: str | Path, kind: Any = Any) -> tuple[Any, str]:
         problem = f"not JSON that can be read ({error})"
     except MemoryError:
         (size,) = file_sizes([str(file)])
-        problem = f"{size:,} bytes, more than the memory here can hold (about ten times its size is needed)"
+        problem = f"{size:,} bytes, more than the memory here can hold (up to ten times its size is needed)"
         way_out = "Give the machine more memory, or take out annotations that no person has."
     raise DataError(f"{file}: {problem}. {way_out}")
 

@@ -38,7 +38,7 @@ from hrnet_core.augment import (
     view_to_crop,
 )
 from hrnet_core.errors import DataError, PoseError
-from hrnet_core.geometry import box_to_center_scale, crop_people, cut_around, cut_photo
+from hrnet_core.geometry import PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import load_skeleton, skeleton_from_dict
 from pipelines.cluster import quiet_ray_data, ray_session, require
@@ -252,14 +252,22 @@ def _rows(
             continue
         image, sha256 = opened
         for index in indices:
-            if work.config["context"] == 1.0:
-                crops = crop_people(image, matrices[index], work.config["input_size"])
-                pictures = [_encode(crop, work.config) for crop in crops]
-            else:  # one cut of the photo for all views
-                cuts = common["cuts"]
-                cut = cut_photo(image, cuts.box[index], cuts.size[index])
-                pictures = [_encode(cut, work.config)] * len(views)
+            pictures = _pictures(image, index, matrices[index], common["cuts"], work.config)
             yield Row(index, pictures, sha256)
+
+
+def _pictures(
+    image: NDArray[np.uint8],
+    index: int,
+    matrices: NDArray[np.float64],
+    cuts: PhotoCuts,
+    config: Mapping[str, Any],
+) -> list[bytes]:
+    """What to store of a person, encoded: the crop of each view (matrices (V, 2, 3)), or one cut of the
+    photo for all."""
+    if config["context"] != 1.0:
+        return [_encode(cut_photo(image, cuts.box[index], cuts.size[index]), config)] * len(matrices)
+    return [_encode(crop, config) for crop in crop_people(image, matrices, config["input_size"])]
 
 
 def _person_columns(work: ShardWork) -> dict[str, Any]:

@@ -345,8 +345,11 @@ def report(times: dict[tuple[str, int], list[tuple[float, float]]], people: list
     for side in ("ours", "limit"):
         walls = [medians[side, size][0] for size in people]
         per, start = np.polyfit(people, walls, 1)
-        off = np.abs(walls - (per * np.array(people) + start)) / walls
-        print(f"{side:<6}{start:.1f} s to start and end; a line through all is {off.max():.1%} off at most")
+        told = f"{side:<6}{start:.1f} s to start and end"
+        if len(people) > 2:  # a line through two is never off
+            off = np.abs(walls - (per * np.array(people) + start)) / walls
+            told += f"; a line through all is {off.max():.1%} off at most"
+        print(told)
 
 
 # --- where it goes ------------------------------------------------------------------------------------
