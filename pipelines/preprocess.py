@@ -45,7 +45,7 @@ from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.coco import CocoSplit, Rejection, annotations_of, read_coco
 from pipelines.config import DataSettings, RunConfig
 from pipelines.files import open_folder
-from pipelines.paths import absolute, file_sizes, is_file, join, relative
+from pipelines.paths import absolute, file_sizes, is_file, is_uri, join, relative
 from pipelines.photos import open_photo
 from pipelines.plan import (
     ShardWork,
@@ -150,8 +150,11 @@ def run_preprocess(config: RunConfig) -> Report:
 
 def _takes_long(data: DataSettings) -> bool:
     """Whether reading the annotations takes about as long as Ray's start, and Ray is sure to be needed: else
-    a mistake is better told, and a finished dataset recognised, without it."""
-    if data.format != "coco" or is_file(join(absolute(data.shards), MANIFEST)):
+    a mistake is better told, and a finished dataset recognised, without it. A bucket is not asked: it would
+    be one request more that can fail, beside those of the reading."""
+    if data.format != "coco" or is_uri(data.root) or is_uri(data.shards):
+        return False
+    if is_file(join(absolute(data.shards), MANIFEST)):
         return False
     (size,) = file_sizes([annotations_of(data.root, data.train_split)])
     return size > LONG_ANNOTATIONS
