@@ -182,14 +182,14 @@ def load_checkpoint(folder: str | Path) -> tuple[HRNet, CheckpointSpec]:
     folder = Path(folder)
     spec = read_spec(folder)
     file = folder / WEIGHTS
-    content = _read(file)
+    content = read(file)
     digest = hashlib.sha256(content).hexdigest()
     if digest != spec.weights_sha256:
         raise CheckpointError(
             f"{file}: its sha256 is {digest}, but weights_sha256 in {DESCRIPTION} is {spec.weights_sha256}: "
             f"these are not the weights that were saved. Copy the whole folder again."
         )
-    return _build(spec.architecture, _parse_safetensors(content, file), str(file)), spec
+    return _build(spec.architecture, parse_safetensors(content, file), str(file)), spec
 
 
 def read_spec(folder: str | Path) -> CheckpointSpec:
@@ -202,7 +202,7 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
         )
     file = folder / DESCRIPTION
     try:
-        fields = json.loads(_read(file))
+        fields = json.loads(read(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}). Copy the folder again.") from None
     if not isinstance(fields, dict):
@@ -231,7 +231,7 @@ def verify_checkpoint(folder: str | Path, device: str = "cpu") -> float:
     folder = Path(folder)
     model, spec = load_checkpoint(folder)
     file = folder / SELFTEST
-    recorded = _parse_safetensors(_read(file), file)
+    recorded = parse_safetensors(read(file), file)
     width, height = spec.input_size
     cells = (1, spec.skeleton.num_keypoints, height // 4, width // 4)
     crops, expected = recorded.get("crops"), recorded.get("heatmaps")
@@ -282,7 +282,7 @@ def read_trainer_state(folder: str | Path) -> dict[str, Any]:
             f"{file}: not there: this checkpoint was saved for use, not for training on. Start from its "
             f"weights with --model.init instead."
         )
-    state = _read_torch(file)
+    state = read_torch(file)
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: holds {type(state).__name__}, not a dict.")
     return state
@@ -326,21 +326,21 @@ def _named(name: str, build: Callable[[], T]) -> T:
 
 def _build(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> HRNet:
     """The network with exactly these weights, in eval mode; CheckpointError names what does not fit."""
-    model = _untrained(architecture)
-    problems = _misfits(state, model.state_dict())
+    model = untrained(architecture)
+    problems = misfits(state, model.state_dict())
     if problems:
         raise CheckpointError(f"{source}: {'; '.join(problems)}.")
     model.load_state_dict(state)
     return model.eval()
 
 
-def _untrained(architecture: HRNetConfig) -> HRNet:
+def untrained(architecture: HRNetConfig) -> HRNet:
     """A network to be filled; torch's random stream, which a training may depend on, does not move."""
     with torch.random.fork_rng(devices=[]):
         return HRNet(architecture)
 
 
-def _misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """What keeps `state` from being exactly the tensors of `expected`, finite; empty if nothing does."""
     problems = []
     for what, keys in (
@@ -349,7 +349,7 @@ def _misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
         ("not finite", [k for k, v in state.items() if not bool(torch.isfinite(v).all())]),
     ):
         if keys:
-            problems.append(f"{len(keys)} {what} tensors: {_some(keys)}")
+            problems.append(f"{len(keys)} {what} tensors: {some(keys)}")
     for key in state.keys() & expected.keys():
         have, want = state[key], expected[key]
         if (have.shape, have.dtype) != (want.shape, want.dtype):
@@ -408,7 +408,7 @@ def _refuse_other_files(folder: Path) -> None:
         )
         if others:
             raise CheckpointError(
-                f"{folder}: holds other files ({_some(others)}), which saving a checkpoint there would "
+                f"{folder}: holds other files ({some(others)}), which saving a checkpoint there would "
                 f"delete. Name a new folder."
             )
     elif folder.exists():
@@ -422,7 +422,7 @@ def _write(file: Path, content: bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def _read(file: Path) -> bytes:
+def read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
@@ -432,7 +432,7 @@ def _read(file: Path) -> bytes:
         ) from None
 
 
-def _parse_safetensors(content: bytes, file: Path) -> dict[str, Tensor]:
+def parse_safetensors(content: bytes, file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -440,164 +440,11 @@ def _parse_safetensors(content: bytes, file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-# --- Published weights ----------------------------------------------------------------------------
-
-CONTAINERS = ("state_dict", "model", "model_state_dict", "best_state_dict")
-NOT_OURS = {
-    r"data_preprocessor\.": "mmpose's preprocessor",
-    r"fc\.": "ImageNet classifier",
-    r"incre_modules\.": "classification head",
-    r"downsamp_modules\.": "classification head",
-    r"classifier\.": "ImageNet classifier",
-    r"final_layer\.\d+\.": "classification head (not the keypoint head of the same name)",
-}
-# Metadata in mmpose's files names these; they are read as empty stand-ins, and none of their code runs.
-HARMLESS_METADATA = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "_codecs.encode",
-)
-
-
-@dataclass(frozen=True)
-class PublishedWeights:
-    """A weights file under our names, before it is held against a network."""
-
-    file: str
-    scheme: str
-    """Who names keys like this: official, mmpose 1.x, mmpose 0.x, timm, ImageNet, WZM, hrnet checkpoint."""
-    state: dict[str, Tensor]
-    dropped: dict[str, str]
-    """Key in the file -> why it is not used."""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def architecture(self) -> HRNetConfig:
-        """What the shapes say. CheckpointError where there is no HRNet in the file, or no keypoint head."""
-        return _infer_architecture(self.state, self.file, self.scheme)
-
-
-@dataclass(frozen=True)
-class MatchReport:
-    """What became of a weights file; str() is what `hrnet import` prints."""
-
-    file: str
-    scheme: str
-    matched: tuple[str, ...]
-    dropped: dict[str, str]
-    """Key -> why."""
-    missing: dict[str, str]
-    """Key the network wants -> what it has instead."""
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{self.file}: {self.scheme} key names", f"  matched  {len(self.matched)} tensors"]
-        for title, entries in (("dropped", self.dropped), ("missing", self.missing)):
-            if not entries:
-                lines.append(f"  {title}  none")
-            for reason in dict.fromkeys(entries.values()):
-                keys = [key for key, why in entries.items() if why == reason]
-                lines.append(f"  {title}  {len(keys)}: {reason} ({_some(keys)})")
-        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
-
-
-def read_weights(file: str | Path) -> PublishedWeights:
-    """Weights in any published layout, or a checkpoint folder of ours, under our key names.
-
-    Reads torch files (weights_only=True) and safetensors: official, `module.` prefixes, mmpose 0.x and 1.x,
-    timm, the ImageNet file of the HRNet authors, WZM's container, simple-HRNet. Half precision becomes
-    float32. CheckpointError: unreadable, or needs code to be run.
-    """
-    path = Path(file)
-    if path.is_dir():
-        model, _ = load_checkpoint(path)
-        return PublishedWeights(str(path), "hrnet checkpoint", model.state_dict(), {})
-    content, container = _unwrap(_read_file(path), path)
-    names = {key: _our_name(key) for key in content}
-    scheme = _scheme(set(content), container)
-    dropped = {
-        key: why for key, name in names.items() if (why := _not_ours(name, set(names.values()), scheme))
-    }
-    state: dict[str, Tensor] = {}
-    for key, name in names.items():
-        if key in dropped:
-            continue
-        if name in state:
-            raise CheckpointError(f"{path}: two tensors claim the name {name!r}; take one network out of it.")
-        state[name] = content[key]
-    notes: tuple[str, ...] = (f"taken from its {container!r} entry",) if container else ()
-    halves = sorted(
-        {str(v.dtype) for v in state.values() if v.is_floating_point() and v.dtype != torch.float32}
-    )
-    if halves:
-        notes += (f"{', '.join(halves)} widened to float32",)
-        state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
-    return PublishedWeights(str(path), scheme, state, dropped, notes)
-
-
-def fit_weights(
-    published: PublishedWeights, architecture: HRNetConfig, *, new_head: bool = False
-) -> tuple[dict[str, Tensor], MatchReport]:
-    """Hold published weights against a network: (state_dict, report).
-
-    Missing BatchNorm counters are filled with 0 and reported. With `new_head`, for training only, a
-    missing or differently sized final_layer is left out of the state_dict and reported. Everything else
-    that is missing, unknown, of another shape or not finite is a CheckpointError.
-    """
-    expected = _untrained(architecture).state_dict()
-    state, dropped, missing = dict(published.state), dict(published.dropped), {}
-    counters = [k for k in expected if k.endswith(".num_batches_tracked") and k not in state]
-    for key in counters:
-        state[key] = torch.zeros((), dtype=torch.int64)
-        missing[key] = "BatchNorm counters, set to 0 (only training without momentum reads them)"
-    head = ("final_layer.weight", "final_layer.bias")
-    if new_head and any(key not in state or state[key].shape != expected[key].shape for key in head):
-        for key in head:
-            if key in state:
-                count = len(state.pop(key))
-                dropped[key] = f"a head of {count} keypoints, this network has {architecture.num_keypoints}"
-            missing[key] = "the head starts untrained"
-            expected.pop(key)
-    problems = _misfits(state, expected)
-    if problems:
-        raise CheckpointError(
-            f"{published.file} ({published.scheme} key names) does not fit width {architecture.width} with "
-            f"{architecture.num_keypoints} keypoints: {'; '.join(problems)}. Nothing was loaded."
-        )
-    matched = tuple(key for key in expected if key not in missing)
-    report = MatchReport(published.file, published.scheme, matched, dropped, missing, published.notes)
-    return {key: state[key] for key in expected}, report
-
-
-def start_from(model: HRNet, source: str | Path) -> MatchReport:
-    """Fill `model` for training from a published file or a checkpoint folder (`model.init`).
-
-    Only the head may stay as it is: where the file has none (ImageNet, timm) or one of another number of
-    keypoints. The report says so; print it.
-    """
-    state, report = fit_weights(read_weights(source), model.config, new_head=True)
-    model.load_state_dict({**model.state_dict(), **state})
-    return report
-
-
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors).")
-    if path.suffix == ".safetensors":
-        return _parse_safetensors(_read(path), path)
-    return _read_torch(path, stand_ins=HARMLESS_METADATA)
-
-
-def _read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
+def read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
     inert: list[Any] = [(_StandIn, name) for name in stand_ins]
     try:
         with torch.serialization.safe_globals(inert):
@@ -623,84 +470,3 @@ class _StandIn:
 
     def __setstate__(self, _: Any) -> None:
         pass
-
-
-def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and the name of the entry they came from ("" if it is bare)."""
-
-    def tensors_of(value: Any) -> dict[str, Tensor]:
-        found = {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, dict) else {}
-        return {str(k): v.detach() for k, v in found.items()}
-
-    for name in CONTAINERS:
-        if isinstance(content, dict) and (found := tensors_of(content.get(name))):
-            return found, name
-    bare = tensors_of(content)
-    if not bare:
-        has = (
-            f"a dict with {_some([str(k) for k in content])}" if isinstance(content, dict) else type(content)
-        )
-        raise CheckpointError(
-            f"{path}: no weights in it: it holds {has}, but neither tensors nor one of {list(CONTAINERS)}."
-        )
-    return bare, ""
-
-
-def _our_name(key: str) -> str:
-    name = key.removeprefix("module.").removeprefix("backbone.")
-    return re.sub(r"^(keypoint_head|head)\.final_layer\.(?=weight$|bias$)", "final_layer.", name)
-
-
-def _scheme(keys: set[str], container: str) -> str:
-    wrapped = "module. prefixed " if any(key.startswith("module.") for key in keys) else ""
-    keys = {key.removeprefix("module.") for key in keys}
-    if "backbone.conv1.weight" in keys:
-        old = any(key.startswith("keypoint_head.") for key in keys)
-        return wrapped + ("mmpose 0.x" if old else "mmpose 1.x")
-    if "incre_modules.0.0.conv1.weight" in keys:
-        return wrapped + "timm"
-    if {"head.0.0.0.conv1.weight", "fc.weight"} <= keys:
-        return wrapped + "ImageNet"
-    return wrapped + ("WZM" if container == "model" else "official")
-
-
-def _not_ours(name: str, names: set[str], scheme: str) -> str:
-    """Why a tensor belongs to no pose network, or "" if it may."""
-    for pattern, why in NOT_OURS.items():
-        if re.match(pattern, name):
-            return why
-    # Only in the ImageNet file: a head.* that mmpose saved would be part of the pose network.
-    if scheme.endswith("ImageNet") and name.startswith("head."):
-        return "classification head"
-    fusion = re.match(r"stage4\.(\d+)\.fuse_layers\.[1-9]\d*\.", name)
-    if fusion and not any(n.startswith(f"stage4.{int(fusion[1]) + 1}.") for n in names):
-        return "lower resolutions of the last module, which heatmaps do not use"
-    return ""
-
-
-def _infer_architecture(state: dict[str, Tensor], file: str, scheme: str) -> HRNetConfig:
-    def count(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        return 1 + max((int(m[1]) for key in state if (m := pattern.match(key))), default=-1)
-
-    first = "stage2.0.branches.0.0.conv1.weight"
-    if first not in state or "conv1.weight" not in state:
-        raise CheckpointError(
-            f"{file}: no HRNet in it: {first} is missing. Its first tensors are {_some(sorted(state))}."
-        )
-    if "final_layer.weight" not in state:
-        raise CheckpointError(
-            f"{file} ({scheme} key names): has no keypoint head (final_layer), so it cannot answer poses. It "
-            f"is a start for training: hrnet train CONFIG --model.init {file}"
-        )
-    try:
-        return HRNetConfig(
-            width=state[first].shape[0],
-            num_keypoints=state["final_layer.weight"].shape[0],
-            stem_width=state["conv1.weight"].shape[0],
-            bottlenecks=count("layer1"),
-            modules=(count("stage2"), count("stage3"), count("stage4")),
-            blocks=count("stage2.0.branches.0"),
-        )
-    except ValueError:
-        raise CheckpointError(f"{file}: parts of the HRNet in it are missing altogether.") from None

@@ -270,7 +270,7 @@ class Poses(_OnHost):
         None: the file of `path`, read again with its EXIF orientation applied. DataError where there is
         none; ImageError where it is no picture any more.
         """
-        from hrnet_core.drawing import draw_poses
+        from hrnet_core.overlays import draw_poses
 
         canvas = self._read_again() if image is None else image
         if canvas.shape[:2] != self.orig_shape:

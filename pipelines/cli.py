@@ -119,7 +119,7 @@ class DrawArguments(Section):
 def draw(argv: Sequence[str]) -> int:
     """draw a small COCO set of people, deterministic in its seed"""
     args = parse(DrawArguments, "draw", argv, "Draw a COCO root of articulated people.")
-    from pipelines.drawn import draw as draw_set
+    from pipelines.draw import draw as draw_set
 
     print(draw_set(args.out, args.images, args.seed, args.val_images, args.workers))
     return 0
@@ -277,7 +277,7 @@ def _score(args: EvaluateArguments) -> int:
     _need(args.results, "--results R.json", "the COCO results to score")
     _need(args.ground_truth, "--ground-truth GT.json", "the annotations to score them against")
     from hrnet_core.skeleton import load_skeleton
-    from pipelines.score import evaluate_results
+    from pipelines.poses.oks_ap import evaluate_results
 
     if args.report or args.boxes or args.measure_modes or args.checkpoint:
         raise ConfigError(
@@ -301,7 +301,7 @@ def _measure_modes(args: EvaluateArguments) -> int:
     """A table of all modes; what auto takes from now on."""
     if args.report:
         raise ConfigError("--measure-modes writes no report: evaluate once more without it, with --report.")
-    from pipelines.measure import measure_modes
+    from pipelines.measure_modes import measure_modes
 
     measured = measure_modes(
         args.checkpoint,
@@ -472,7 +472,7 @@ class EstimateSigmasArguments(Section):
 def estimate_sigmas(argv: Sequence[str]) -> int:
     """OKS constants of a skeleton from people whom several annotators labelled"""
     args = parse(EstimateSigmasArguments, "estimate-sigmas", argv, "Estimate OKS constants.")
-    from pipelines.sigmas import estimate_sigmas as estimate
+    from pipelines.estimate_sigmas import estimate_sigmas as estimate
 
     print(estimate(args.files, args.out, skeleton=args.skeleton, use_area=args.use_area))
     print(f"wrote {args.out}")

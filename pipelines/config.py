@@ -185,7 +185,7 @@ class TrainSettings(Section):
 
 
 class WorkerSettings(Section):
-    """How the network runs over work units, in evaluate and predict alike (pipelines/units.py)."""
+    """How the network runs over work units, in evaluate and predict alike (pipelines/poses/units.py)."""
 
     batch_size: int = Field(default=32, ge=1)
     """People of a forward pass; fixed per work unit, because it changes float results."""

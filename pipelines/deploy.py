@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import CheckpointError, ConfigError
+from pipelines.checkpoints import resolve
 from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
-from pipelines.paths import is_uri
+from pipelines.storage import is_uri
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
     from hrnet_core.skeleton import Skeleton
+
 
 APP = "hrnet"
 SAMPLES = 8
@@ -77,7 +79,7 @@ def serve_args(
     """(ServeArgs, the checkpoint's spec), with everything checked that can be before Serve starts."""
     from serve.schemas import Limits, ServeArgs
 
-    folder, version = _resolve(checkpoint, run, track, scratch)
+    folder, version = resolve(checkpoint, run, track, scratch)
     spec = _checked(folder, settings)
     reachable = checkpoint if is_uri(checkpoint) else str(folder.resolve())
     if on_cluster() and checkpoint.startswith("models:/"):
@@ -143,22 +145,6 @@ def start(args: Any, settings: ServeSettings, ray_settings: RaySettings) -> str:
     return url
 
 
-# --- the checkpoint ----------------------------------------------------------------------------
-
-
-def _resolve(checkpoint: str, run: RunSettings, track: TrackSettings, scratch: Path) -> tuple[Path, str]:
-    """A local folder for what was asked for, and its registered version ("" where it has none)."""
-    if checkpoint.startswith("models:/"):
-        from pipelines.tracking import Tracker, fetch_model
-
-        folder = fetch_model(checkpoint, track, run.storage)
-        version = Tracker(track, run.storage).version(checkpoint)
-        return folder, str(version.version) if version else ""
-    from serve.app import fetch
-
-    return fetch(checkpoint, scratch / "checkpoint"), ""
-
-
 def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     from hrnet_core.checkpoint import read_spec, verify_checkpoint
     from hrnet_core.modes import MODES, unusable
@@ -175,7 +161,7 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
 
 def _published(folder: Path, storage: str, sha256: str) -> str:
     """A copy where every node can read it: STORAGE/deployed/SHA. Nodes do not see this one's downloads."""
-    from pipelines.files import open_folder, put_file
+    from pipelines.storage import open_folder, put_file
 
     target = f"{storage.rstrip('/')}/deployed/{sha256[:16]}"
     filesystem, path = open_folder(target)
@@ -196,7 +182,7 @@ def _published(folder: Path, storage: str, sha256: str) -> str:
 
 def _samples(asked: str | None, skeleton: Skeleton, storage: str, scratch: Path) -> str | None:
     """A samples folder that the replicas can read: the one asked for, or one made of a COCO split."""
-    from serve.app import load_samples
+    from serve.samples import load_samples
 
     if asked is None:
         return None
@@ -214,7 +200,7 @@ def _samples(asked: str | None, skeleton: Skeleton, storage: str, scratch: Path)
 def samples_from_coco(pictures: Path, skeleton: Skeleton, into: Path) -> Path:
     """ROOT/SPLIT with its annotations -> a samples folder of up to 8 pictures whose people are well seen."""
     from hrnet_core.images import read_header
-    from pipelines.coco import read_coco
+    from pipelines.sources.coco import read_coco
 
     annotations = pictures.parent / "annotations" / f"person_keypoints_{pictures.name}.json"
     if not annotations.is_file():

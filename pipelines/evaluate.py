@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +26,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError, DataError, ImageError
-from hrnet_core.geometry import box_to_center_scale
+from hrnet_core.errors import CheckpointError, ImageError
 from hrnet_core.images import decode_image
-from hrnet_core.oks import oks, oks_nms, rescore, soft_oks_nms
-from hrnet_core.skeleton import Skeleton
-from pipelines.coco import CocoSplit, Person, Photo, poses_to_results, read_coco, read_detections
+from pipelines.checkpoints import local_checkpoint
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.paths import is_uri
-from pipelines.report import Evaluation, Matched, contact_sheets, write_html
-from pipelines.score import MAX_DETS, evaluate_results, read_json
-from pipelines.units import UNFINISHED, Answer, Unit, digest_of, local_checkpoint, run_units, stored
+from pipelines.pages.evaluation import contact_sheets, write_html
+from pipelines.poses.oks_ap import evaluate_results
+from pipelines.poses.protocol import Evaluation, Matched, answer_dtype, match_people, protocol_of, to_results
+from pipelines.poses.units import UNFINISHED, Answer, Unit, digest_of, run_units, stored
+from pipelines.sources.evaluation_set import read_people, sha256_of_file, unusable_photos
+from pipelines.sources.records import Photo
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -89,7 +86,7 @@ def evaluate(
     evaluation = Evaluation(
         stats=stats,
         metric="eval_gt" if people.boxes is None else "eval_det",
-        protocol=_protocol(people, spec, settings, mode),
+        protocol=protocol_of(people, spec, settings, mode),
         figures={
             "people": len(answers),
             "photos": len(people.photos),
@@ -111,64 +108,6 @@ def evaluate(
         )
         evaluation = replace(evaluation, version=version)
     return evaluation
-
-
-# --- people and work units ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class People:
-    """Whom to predict, and what they are scored against."""
-
-    split: CocoSplit
-    """With the boxes to predict, of the annotations or of a detector."""
-    labelled: CocoSplit
-    """With the annotations' people; the same as `split` for ground-truth boxes."""
-    truth: dict[str, Any]
-    """The whole annotation file, with crowds and people without keypoints."""
-    boxes: tuple[str, str] | None = None
-    """Name and sha256 of the detector's file; None: ground truth."""
-
-    @property
-    def photos(self) -> tuple[Photo, ...]:
-        """Those with boxes, by image_id; their people are ordered by ann_id."""
-        return tuple(photo for photo in self.split.photos if photo.people)
-
-
-def read_people(
-    coco_root: str | Path,
-    split: str,
-    boxes: str | Path | None,
-    settings: EvaluateSettings,
-    skeleton: Skeleton,
-    checkpoint: str = "the checkpoint",
-) -> People:
-    """The split's people, or the detector's boxes on its photographs.
-
-    A person whose annotation is unusable is left out of the prediction (as published) and stays in the
-    ground truth: it counts as missed. A picture that is missing is refused: DataError lists them.
-    """
-    if is_uri(str(coco_root)):
-        raise DataError(
-            f"{coco_root}: evaluate reads photographs from a folder. Copy the split's files to one."
-        )
-    annotation_file = Path(coco_root) / "annotations" / f"person_keypoints_{split}.json"
-    truth: dict[str, Any] = {}
-    if annotation_file.is_file():  # else read_coco says what is wrong with the folder
-        truth = read_json(annotation_file, "the annotations")[1]
-        _check_skeleton(truth, annotation_file, skeleton, checkpoint)
-    labelled = read_coco(coco_root, split, skeleton)
-    lost = [(r.file, f"{r.reason}, {r.detail}") for r in labelled.rejected if r.ann_id is None]
-    if lost:
-        raise _unusable_photos(lost)
-    if boxes is None:
-        if settings.preset == "mmpose":
-            labelled = _mmpose_boxes(labelled, truth)
-        if not labelled.people:
-            raise DataError(f"{annotation_file}: no person with keypoints and a box, nothing to evaluate.")
-        return People(labelled, labelled, truth)
-    detected = read_detections(boxes, labelled, settings.score_threshold)
-    return People(detected, labelled, truth, (Path(boxes).name, _sha256(Path(boxes))))
 
 
 def plan_units(photos: Sequence[Photo], people: int) -> list[Unit]:
@@ -197,60 +136,6 @@ def plan_units(photos: Sequence[Photo], people: int) -> list[Unit]:
             }
         )
     return units
-
-
-def _check_skeleton(truth: Any, file: Path, skeleton: Skeleton, checkpoint: str) -> None:
-    """CheckpointError unless the annotations' keypoints are those that the checkpoint was trained for."""
-    categories = truth.get("categories") if isinstance(truth, dict) else None
-    named = [c["keypoints"] for c in categories or () if isinstance(c, dict) and c.get("keypoints")]
-    if len(named) == 1 and named[0] != list(skeleton.keypoints):
-        raise CheckpointError(
-            f"{checkpoint}: trained for the skeleton {skeleton.name!r}, {skeleton.num_keypoints} keypoints "
-            f"({', '.join(skeleton.keypoints[:3])} ...), but 'categories' of {file} names {len(named[0])} "
-            f"({', '.join(map(str, named[0][:3]))} ...). Evaluate it on annotations of its own skeleton, or "
-            f"evaluate a checkpoint trained for this one."
-        )
-
-
-def _mmpose_boxes(split: CocoSplit, truth: dict[str, Any]) -> CocoSplit:
-    """Ground-truth boxes by mmpose's rule: both corners clipped to the image, no pixel taken off the size
-    (base_coco_style_dataset.py:283-290)."""
-    raw = {a["id"]: a["bbox"] for a in truth["annotations"]}
-
-    def box(photo: Photo, person: Person) -> NDArray[np.float32]:
-        x, y, w, h = raw[person.ann_id]
-        corners = np.clip([x, y, x + w, y + h], 0, np.array([photo.width, photo.height] * 2) - 1)
-        return np.concatenate([corners[:2], corners[2:] - corners[:2]]).astype(np.float32)
-
-    photos = tuple(
-        replace(photo, people=tuple(replace(p, bbox_xywh=box(photo, p)) for p in photo.people))
-        for photo in split.photos
-    )
-    return replace(split, photos=photos)
-
-
-def _unusable_photos(problems: list[tuple[str, str]]) -> DataError:
-    listed = "; ".join(f"{file}: {why}" for file, why in problems[:10])
-    more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return DataError(
-        f"{len(problems)} photographs cannot be used, so its AP would not be comparable: "
-        f"{listed}{more}. Copy the photographs again, or take them and their annotations out of the set."
-    )
-
-
-# --- prediction: one unit, and all of them on Ray -------------------------------------------------------
-
-
-def answer_dtype(num_keypoints: int) -> np.dtype[Any]:
-    """One answered box: photo px and scores as the predictor gave them."""
-    return np.dtype(
-        [
-            ("image_id", "<i8"),
-            ("id", "<i8"),
-            ("keypoints", "<f4", (num_keypoints, 2)),
-            ("scores", "<f4", (num_keypoints,)),
-        ]
-    )
 
 
 def answer_unit(unit: Unit, predictor: PosePredictor, settings: EvaluateSettings) -> Answer:
@@ -300,7 +185,7 @@ def predict_units(
     work = functools.partial(answer_unit, settings=settings)
     done = run_units(units, work, checkpoint, settings, ray, store, "evaluate")
     if done.problems:
-        raise _unusable_photos(list(done.problems))
+        raise unusable_photos(list(done.problems))
     answers = np.concatenate([np.load(file, allow_pickle=False) for file in stored(store).values()])
     answers = answers[np.lexsort((answers["id"], answers["image_id"]))]
     check_answers(units, answers)
@@ -340,118 +225,6 @@ def _plan_digest(units: list[Unit], spec: CheckpointSpec, settings: EvaluateSett
     return digest_of(*decides)
 
 
-# --- from answers to results ----------------------------------------------------------------------------
-
-
-def to_results(
-    answers: NDArray[Any], people: People, spec: CheckpointSpec, settings: EvaluateSettings
-) -> list[dict[str, Any]]:
-    """COCO results of sorted answers: rescored, OKS-NMS within each image, sorted by (image_id, id).
-
-    Score: mean of the keypoint scores above the threshold, times the box's (1 for ground truth), float64.
-    NMS counts a person's area as that of the padded, aspect-fixed box (official coco.py:326-357).
-    """
-    asked = [person for photo in people.photos for person in photo.people]
-    scores = rescore(answers["scores"], [p.score for p in asked], settings.keypoint_threshold)
-    _, scale = box_to_center_scale([p.bbox_xywh for p in asked], spec.input_size, spec.padding)
-    areas = scale.astype(np.float64).prod(axis=-1)
-    suppress = soft_oks_nms if settings.soft_nms else oks_nms
-    kept = []
-    for rows in _by_image(answers["image_id"]):
-        inside = suppress(
-            answers["keypoints"][rows], scores[rows], areas[rows], spec.skeleton.oks_sigmas, settings.oks_nms
-        )
-        kept.append(rows.start + np.sort(inside))
-    keep = np.concatenate(kept)
-    return poses_to_results(
-        answers["image_id"][keep],
-        answers["id"][keep],
-        answers["keypoints"][keep],
-        answers["scores"][keep],
-        scores[keep],
-        people.split.category_id,
-    )
-
-
-def match_people(answers: NDArray[Any], people: People, skeleton: Skeleton) -> list[Matched]:
-    """Each labelled person with its prediction: for ground-truth boxes its own, else the best by OKS."""
-    where = {int(answers["image_id"][rows.start]): rows for rows in _by_image(answers["image_id"])}
-    sigmas = np.array(skeleton.oks_sigmas)
-    matched = []
-    for photo in people.labelled.photos:
-        here = answers[where.get(photo.image_id, slice(0, 0))]
-        for person in photo.people:
-            mine = here[here["id"] == person.ann_id] if people.boxes is None else here
-            fits = oks(person.keypoints, mine["keypoints"], person.area, sigmas, person.visible)
-            best = int(fits.argmax()) if len(mine) else None
-            predicted = mine["keypoints"][best] if len(mine) else np.full(person.keypoints.shape, np.nan)
-            squared = ((predicted - person.keypoints) ** 2).sum(axis=-1)
-            similarity = np.nan_to_num(np.exp(-squared / (8 * sigmas**2 * person.area)))
-            matched.append(
-                Matched(
-                    path=photo.path,
-                    image_id=photo.image_id,
-                    ann_id=person.ann_id,
-                    bbox_xywh=person.bbox_xywh,
-                    truth=person.keypoints,
-                    visible=person.visible,
-                    predicted=predicted,
-                    scores=mine["scores"][best] if len(mine) else np.zeros(len(sigmas), np.float32),
-                    oks=float(fits[best]) if len(mine) else 0.0,
-                    similarity=np.where(person.visible > 0, similarity, np.nan),
-                )
-            )
-    return matched
-
-
-def _by_image(image_ids: NDArray[np.int64]) -> list[slice]:
-    """Slices of equal neighbours."""
-    edges = np.flatnonzero(np.diff(image_ids)) + 1
-    return [slice(int(a), int(b)) for a, b in itertools.pairwise([0, *edges, len(image_ids)])]
-
-
-# --- what is written ------------------------------------------------------------------------------------
-
-
-def _protocol(people: People, spec: CheckpointSpec, settings: EvaluateSettings, mode: str) -> dict[str, Any]:
-    """All that decides the figures. data_digest covers the annotation file and the boxes file."""
-    name, sha256 = people.boxes or (None, None)
-    content = f"{people.split.annotation_sha256} {sha256 or 'ground-truth'}"
-    return {
-        "data_digest": hashlib.sha256(content.encode()).hexdigest(),
-        "boxes": "gt" if people.boxes is None else f"det {name} {sha256}",
-        "boxes_file": name,
-        "flip_test": settings.flip_test,
-        "preset": _preset(settings),
-        "split": people.split.name,
-        "annotation_sha256": people.split.annotation_sha256,
-        "boxes_sha256": sha256,
-        "score_threshold": settings.score_threshold if people.boxes else None,
-        "keypoint_threshold": settings.keypoint_threshold,
-        "oks_nms": settings.oks_nms,
-        "soft_nms": settings.soft_nms,
-        "max_dets": MAX_DETS,
-        "batch_size": settings.batch_size,
-        "input_size": list(spec.input_size),
-        "codec": spec.codec.as_dict(),
-        "padding": spec.padding,
-        "weights": spec.weights,
-        "weights_sha256": spec.weights_sha256,
-        "mode": mode,
-        "skeleton": spec.skeleton.name,
-        "oks_sigmas": list(spec.skeleton.oks_sigmas),
-        "evaluator": f"pycocotools {version('pycocotools')}",
-    }
-
-
-def _preset(settings: EvaluateSettings) -> str:
-    """The preset's name, with whatever departs from it: figures of different rules must not be compared."""
-    plain = EvaluateSettings()
-    rules = ("score_threshold", "keypoint_threshold", "oks_nms", "soft_nms")
-    changed = [f"{r} {getattr(settings, r)}" for r in rules if getattr(settings, r) != getattr(plain, r)]
-    return " ".join([settings.preset, *changed])
-
-
 def _write(
     evaluation: Evaluation,
     results: list[dict[str, Any]],
@@ -476,7 +249,7 @@ def _write(
         "protocol": evaluation.protocol,
         "figures": evaluation.figures,
         **made,
-        "results_sha256": _sha256(evaluation.results_file),
+        "results_sha256": sha256_of_file(evaluation.results_file),
     }
     (out / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n")
     sheets = contact_sheets(matched, spec.skeleton, out / "overlays")
@@ -485,8 +258,3 @@ def _write(
         write_html(Path(report), evaluation, matched, sheets, spec.skeleton, made)
         files.append(Path(report))
     return files
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, ImageError
 from hrnet_core.images import decode_image
+from pipelines.checkpoints import local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
-from pipelines.evaluate import People, answer_dtype, read_people, to_results
-from pipelines.score import evaluate_results
-from pipelines.units import local_checkpoint
+from pipelines.poses.oks_ap import evaluate_results
+from pipelines.poses.protocol import answer_dtype, to_results
+from pipelines.sources.evaluation_set import People, read_people
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

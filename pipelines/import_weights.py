@@ -27,8 +27,9 @@ def import_weights(
     CheckpointError: unreadable, incomplete, another number of keypoints than the skeleton, no keypoint head.
     ConfigError: a codec or size there is not. Nothing is written then.
     """
-    from hrnet_core.checkpoint import CheckpointSpec, fit_weights, read_weights, save_checkpoint
+    from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
     from hrnet_core.heatmaps import HeatmapCodec
+    from hrnet_core.published import fit_weights, read_weights
 
     try:
         heatmaps = HeatmapCodec(codec, input_size, sigma)  # type: ignore[arg-type]  # what this checks

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
 from pipelines.config import EvaluateSettings, RaySettings
-from pipelines.evaluate import Evaluation, evaluate
+from pipelines.evaluate import evaluate
 from pipelines.import_weights import import_weights
-from pipelines.score import STATS
+from pipelines.poses.oks_ap import STATS
+from pipelines.poses.protocol import Evaluation
 
 SOURCE = "leoxiaobin/deep-high-resolution-net.pytorch"
 """Where README links the weights (model zoo, pose_coco) and the detector's file (data preparation)."""

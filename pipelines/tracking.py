@@ -15,8 +15,6 @@ import fcntl
 import json
 import logging
 import os
-import subprocess
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.cluster import on_cluster
+from pipelines.code_version import code_version
 from pipelines.config import TrackSettings
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-log = logging.getLogger("hrnet.tracking")
 
+log = logging.getLogger("hrnet.tracking")
 CHAMPION = "champion"
 PROTOCOL = ("data_digest", "boxes", "flip_test", "preset")
 """What must be equal before two APs are compared (docs/contracts.md)."""
@@ -62,7 +61,7 @@ class Tracker:
             )
         self.local = not named
         self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
-        with _quiet():
+        with quiet():
             self.client = self._connect()
 
     def _connect(self) -> MlflowClient:
@@ -114,7 +113,7 @@ class Tracker:
         """
         import mlflow
 
-        with _quiet():
+        with quiet():
             if run_id is not None:
                 with contextlib.suppress(mlflow.MlflowException):
                     if self.client.get_run(run_id).info.lifecycle_stage == "active":
@@ -148,7 +147,7 @@ class Tracker:
 
     def runs_on(self, digest: str) -> list[Run]:
         """All runs of the experiment that have the dataset of this digest as an input, newest first."""
-        with _quiet():
+        with quiet():
             found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
             return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
@@ -190,7 +189,7 @@ class Tracker:
         import hrnet_core
 
         self._select()
-        with _quiet():
+        with quiet():
             with mlflow.start_run(run_id=run_id):
                 info = mlflow.pyfunc.log_model(
                     name="model",
@@ -212,7 +211,7 @@ class Tracker:
         """The registered version of "models:/name@alias", "models:/name/3", "3", a checkpoint folder that
         was registered, or (None) the newest. None where there is none."""
         name = self.settings.registered_model
-        with _quiet(), _absent_is_none():
+        with quiet(), _absent_is_none():
             if model_ref is None:
                 return max(self._versions(), key=lambda v: int(v.version), default=None)
             if model_ref.isdecimal():
@@ -243,125 +242,6 @@ class Tracker:
         self.client.set_registered_model_alias(name, CHAMPION, str(version.version))
 
 
-class MetricLog:
-    """Metrics of one run, written by one process: a JSONL file first, then MLflow in batches.
-
-    A row is {"step", "time_ms", name: value, ...}. Opening it drops rows after `step`, where training
-    goes on: they are computed again, to the same values. MLflow gets each (name, step) once.
-    """
-
-    RETRY_S = 60.0
-
-    def __init__(self, file: Path, step: int = -1, uri: str | None = None, run_id: str | None = None) -> None:
-        self.file, self.uri, self.run_id = file, uri, run_id
-        self.rows = [row for row in read_rows(file) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(text)
-        part.replace(file)
-        self._pending = list(self.rows)
-        self._client: MlflowClient | None = None
-        self._last: dict[str, int] = {}
-        self._away_until = 0.0
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row, on disk at once."""
-        row = {"step": step, "time_ms": int(time.time() * 1000), **values}
-        self.rows.append(row)
-        self._pending.append(row)
-        with self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-
-    def flush(self, force: bool = False) -> bool:
-        """Send what is pending; False if MLflow did not take it (tried again after a minute)."""
-        if self.run_id is None or not self._pending:
-            return True
-        if time.monotonic() < self._away_until and not force:
-            return False
-        try:
-            with _quiet():
-                self._send()
-        except Exception as error:
-            log.warning("MLflow %s did not take the metrics (%s): kept in %s", self.uri, error, self.file)
-            self._away_until = time.monotonic() + self.RETRY_S
-            return False
-        return True
-
-    def log_file(self, file: Path, folder: str) -> None:
-        """A picture for the run, if MLflow takes it now; the driver sends the last ones again."""
-        if self._client is None or time.monotonic() < self._away_until:
-            return
-        try:
-            self._client.log_artifact(self.run_id, str(file), folder)
-        except Exception as error:
-            log.warning("MLflow %s did not take %s: %s", self.uri, file.name, error)
-            self._away_until = time.monotonic() + self.RETRY_S
-
-    def _send(self) -> None:
-        from mlflow.entities import Metric
-
-        if self._client is None:
-            self._client, self._last = self._open()
-        metrics = [
-            Metric(name, float(value), row["time_ms"], row["step"])
-            for row in self._pending
-            for name, value in row.items()
-            if name not in ("step", "time_ms") and row["step"] > self._last.get(name, -1)
-        ]
-        for start in range(0, len(metrics), 900):
-            part = metrics[start : start + 900]
-            self._client.log_batch(self.run_id, metrics=part)
-            self._last.update({m.key: m.step for m in part})
-        self._pending.clear()
-
-    def _open(self) -> tuple[MlflowClient, dict[str, int]]:
-        """A client that gives up fast, since training waits for it, and the last step of each metric."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.uri, self.uri)
-        names = client.get_run(self.run_id).data.metrics
-        return client, {n: max(m.step for m in client.get_metric_history(self.run_id, n)) for n in names}
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a crash cut short is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def fetch_model(model_ref: str, track: TrackSettings, storage: str | Path) -> Path:
-    """A local checkpoint folder for a folder, "models:/name@alias" or "models:/name/3".
-
-    A store with local files gives its own folder (do not write there), a server a downloaded copy.
-    CheckpointError where there is no such version.
-    """
-    if not model_ref.startswith("models:/"):
-        return Path(model_ref)
-    import mlflow
-
-    tracker = Tracker(track, storage)
-    version = tracker.version(model_ref)
-    if version is None:
-        raise CheckpointError(
-            f"{model_ref}: not in the MLflow store {tracker.uri}. hrnet train registers versions, hrnet "
-            f"promote sets {CHAMPION}; --run.storage, --track.uri or MLFLOW_TRACKING_URI choose the store."
-        )
-    with _quiet():
-        folder = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}")
-    found = sorted(Path(folder).glob("artifacts/*/checkpoint.json"))
-    if len(found) != 1:
-        raise CheckpointError(
-            f"{model_ref}: version {version.version} holds no checkpoint folder ({folder})."
-        )
-    return found[0].parent
-
-
 def record_evaluation(
     model_ref: str,
     stats: Mapping[str, float],
@@ -386,7 +266,7 @@ def record_evaluation(
     if version is None:
         return None
     prefix = "eval_gt" if protocol["boxes"] == "gt" else "eval_det"
-    with _quiet():
+    with quiet():
         body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
         tag = EVALUATION + comparable(protocol)
         tracker.client.set_model_version_tag(version.name, version.version, tag, body)
@@ -414,7 +294,7 @@ def record_dataset(
     digest, splits = card["digest"], card["splits"]
     known = tracker.runs_on(digest)
     own = [run.info.run_id for run in known if run.data.tags.get("stage") == "inspect"]
-    with _quiet():
+    with quiet():
         tags = {"stage": "inspect", "dataset_digest": digest, "code_version": code_version()}
         name = f"dataset-{digest[:8]}"
         run_id = own[0] if own else tracker.new_run(name, tags)
@@ -445,18 +325,6 @@ def comparable(protocol: Mapping[str, Any]) -> str:
 
     text = json.dumps([protocol[name] for name in PROTOCOL], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def code_version() -> str:
-    """The distribution's version, and the commit where this is a git checkout."""
-    from importlib.metadata import version
-
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        found = ""
-    return f"{version('hrnet-ray')}+{found}" if found else version("hrnet-ray")
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -502,7 +370,7 @@ def _absent_is_none() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block."""
     import mlflow  # noqa: F401 - its import sets the levels of its loggers
 

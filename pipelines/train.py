@@ -20,9 +20,11 @@ from typing import Any
 
 from hrnet_core.errors import ConfigError, DataError, PoseError
 from pipelines.cluster import ray_session, require
+from pipelines.code_version import code_version
 from pipelines.config import RunConfig
-from pipelines.shards import Manifest
-from pipelines.tracking import MetricLog, Tracker, code_version
+from pipelines.metric_log import MetricLog
+from pipelines.shards.manifest import Manifest
+from pipelines.tracking import Tracker
 
 AUGMENTATION = ("scale_factor", "rotation_factor", "half_body_probability", "flip_probability")
 
@@ -169,7 +171,7 @@ def _fit(
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.train_worker import train_worker
+    from pipelines.training.loop import train_worker
 
     settings = config.train
     trainer = TorchTrainer(

@@ -23,11 +23,11 @@ import numpy as np
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import load_skeleton
-from pipelines.coco import CocoSplit, Person, Photo, Rejection, read_coco
 from pipelines.config import DataSettings
-from pipelines.photos import left_out, open_photo, read_photo
-from pipelines.preprocess import refuse_rejected
-from pipelines.yolo import read_yolo
+from pipelines.sources.coco import read_coco
+from pipelines.sources.photos import left_out, open_photo, read_photo
+from pipelines.sources.records import CocoSplit, Person, Photo, Rejection, refuse_rejected
+from pipelines.sources.yolo import read_yolo
 
 WAY_OUT = {
     "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",

@@ -25,7 +25,7 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.skeleton import COCO17
 from pipelines.config import RaySettings, WorkerSettings
-from pipelines.units import Actor, Unit, Work
+from pipelines.poses.units import Actor, Unit, Work
 
 SMALL = HRNetConfig(width=32, stem_width=32, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -168,5 +168,5 @@ def cut_short(patch: pytest.MonkeyPatch) -> list[list[int]]:
                 raise KeyboardInterrupt
             yield row
 
-    patch.setattr("pipelines.units.rows_on_ray", two_units_then_death)
+    patch.setattr("pipelines.poses.units.rows_on_ray", two_units_then_death)
     return asked

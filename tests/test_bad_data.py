@@ -22,15 +22,17 @@ from small_coco import annotation_file, edited, write_coco
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import COCO17, Skeleton
-from pipelines import coco as coco_module
 from pipelines.cli import main
-from pipelines.coco import Photo, Rejection, read_coco
 from pipelines.config import DataSettings
-from pipelines.photos import open_photo, read_photo
-from pipelines.plan import plan_shards
-from pipelines.preprocess import build_shard, refuse_rejected
-from pipelines.score import evaluate_results
-from pipelines.shards import Manifest, write_rejected
+from pipelines.poses.oks_ap import evaluate_results
+from pipelines.shards.build import build_shard
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.plan import plan_shards
+from pipelines.shards.writer import write_rejected
+from pipelines.sources import coco as coco_module
+from pipelines.sources.coco import read_coco
+from pipelines.sources.photos import open_photo, read_photo
+from pipelines.sources.records import Photo, Rejection, refuse_rejected
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -198,7 +200,7 @@ def test_no_picture_is_read_past_the_one_verdict(tmp_path: Path) -> None:
         for found in re.findall(r"cv2\.imread\b|cv2\.imdecode\b|Image\.open\b", file.read_text())
         if f"{found}(" in file.read_text()
     }
-    assert calls == {("images", "cv2.imdecode"), ("shards", "cv2.imdecode")}
+    assert calls == {("images", "cv2.imdecode"), ("rows", "cv2.imdecode")}
 
     content = encode_jpeg(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8))
     for lost in (1, 2, len(content) // 2, len(content) * 9 // 10):
@@ -310,7 +312,7 @@ HUGE = """
 import resource, sys
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17
-from pipelines.coco import read_coco
+from pipelines.sources.coco import read_coco
 
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, resource.RLIM_INFINITY))
 try:

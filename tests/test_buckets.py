@@ -25,15 +25,25 @@ from test_preprocess import TRAIN, VAL, config, contents, refused, rows, without
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
 from hrnet_core.skeleton import COCO17
-from pipelines import files
-from pipelines.coco import read_coco
+from pipelines import storage as files
 from pipelines.config import TrainSettings
-from pipelines.feed import Feed
-from pipelines.files import open_folder, put_file
-from pipelines.paths import absolute, file_sizes, is_file, is_folder, join, list_files, read_file
 from pipelines.preprocess import preprocess
-from pipelines.shards import Manifest, read_row_group
-from pipelines.yolo import read_yolo
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.rows import read_row_group
+from pipelines.sources.coco import read_coco
+from pipelines.sources.yolo import read_yolo
+from pipelines.storage import (
+    absolute,
+    file_sizes,
+    is_file,
+    is_folder,
+    join,
+    list_files,
+    open_folder,
+    put_file,
+    read_file,
+)
+from pipelines.training.feed import Feed
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +182,7 @@ def test_resume_keeps_finished_shards(bucket: str, coco: Path, tmp_path: Path, p
 
 UPLOAD = """
 import sys
-from pipelines.files import open_folder, put_file
+from pipelines.storage import open_folder, put_file
 files, root = open_folder(sys.argv[1])
 put_file(files, f"{root}/big.bin", bytes(12_000_000))
 """

@@ -24,19 +24,17 @@ from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import (
     FIELDS,
     CheckpointSpec,
-    fit_weights,
     load_checkpoint,
     read_spec,
     read_trainer_state,
-    read_weights,
     record_modes,
     save_checkpoint,
-    start_from,
     verify_checkpoint,
 )
 from hrnet_core.errors import CheckpointError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
+from hrnet_core.published import fit_weights, read_weights, start_from
 from hrnet_core.skeleton import COCO17, Skeleton
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)

@@ -17,7 +17,10 @@ from small_coco import CATEGORY, annotation_file, edited, write_coco
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
 from hrnet_core.skeleton import COCO17
-from pipelines.coco import CocoSplit, poses_to_results, read_coco, read_detections
+from pipelines.poses.protocol import poses_to_results
+from pipelines.sources.coco import read_coco
+from pipelines.sources.detections import read_detections
+from pipelines.sources.records import CocoSplit
 
 Edit = Callable[[dict[str, Any]], Any]
 TRAIN = "train2017"

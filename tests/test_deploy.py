@@ -124,7 +124,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_registered_model_keeps_its_version_and_its_name(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipelines.tracking as tracking
+    import pipelines.checkpoints as checkpoints
 
     class Registry:
         def __init__(self, *_: Any) -> None: ...
@@ -133,8 +133,8 @@ def test_a_registered_model_keeps_its_version_and_its_name(
             assert ref == "models:/hrnet-pose@champion"
             return SimpleNamespace(version=12)
 
-    monkeypatch.setattr(tracking, "fetch_model", lambda *_: checkpoint)
-    monkeypatch.setattr(tracking, "Tracker", Registry)
+    monkeypatch.setattr(checkpoints, "fetch_model", lambda *_: checkpoint)
+    monkeypatch.setattr(checkpoints, "Tracker", Registry)
     args = args_of("models:/hrnet-pose@champion", tmp_path)
     assert (args.version, args.source, args.name) == ("12", "models:/hrnet-pose@champion", "hrnet-pose")
     assert args.checkpoint == str(checkpoint)

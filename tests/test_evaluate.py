@@ -23,20 +23,13 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, place_in_imag
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines import evaluate as module
-from pipelines.coco import CocoSplit, Person, Photo
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.evaluate import (
-    People,
-    answer_dtype,
-    check_answers,
-    evaluate,
-    match_people,
-    plan_units,
-    read_people,
-    to_results,
-)
-from pipelines.score import STATS, evaluate_results
-from pipelines.units import Unit
+from pipelines.evaluate import check_answers, evaluate, plan_units
+from pipelines.poses.oks_ap import STATS, evaluate_results
+from pipelines.poses.protocol import _preset, answer_dtype, match_people, to_results
+from pipelines.poses.units import Unit
+from pipelines.sources.evaluation_set import People, read_people
+from pipelines.sources.records import CocoSplit, Person, Photo
 
 CODEC = HeatmapCodec("official", (96, 128))
 SPEC = CheckpointSpec(SMALL, CODEC)
@@ -56,7 +49,7 @@ def dots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The actors' work in this process."""
-    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
 
 
 # --- the whole way ------------------------------------------------------------------------------------
@@ -105,7 +98,7 @@ def test_detector_boxes_by_the_published_protocol(dots: dict[str, Any], tmp_path
     assert without.stats != found.stats
     assert without.protocol["data_digest"] == found.protocol["data_digest"]
     assert found.protocol["preset"] == "official"
-    changed = module._preset(EvaluateSettings(soft_nms=True, keypoint_threshold=0.3))
+    changed = _preset(EvaluateSettings(soft_nms=True, keypoint_threshold=0.3))
     assert changed == "official keypoint_threshold 0.3 soft_nms True"
 
 

@@ -20,11 +20,11 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.modes import MODES, export_onnx
 from hrnet_core.predictor import PosePredictor
 from pipelines import evaluate as evaluate_module
-from pipelines import measure as measure_module
+from pipelines import measure_modes as measure_module
 from pipelines.cli import main
 from pipelines.config import EvaluateSettings
 from pipelines.export import crop_px, export, first_people
-from pipelines.measure import keypoint_differences, measure_modes, time_modes
+from pipelines.measure_modes import keypoint_differences, measure_modes, time_modes
 
 CODEC = HeatmapCodec("official", (96, 128))
 
@@ -145,7 +145,7 @@ def test_measured_modes_stand_in_the_checkpoint(
     dots: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process. The figures are those of evaluations, and auto follows them."""
-    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
 
     def timed(folder: Path, modes: Any, settings: EvaluateSettings) -> Any:
         return time_modes(*load_checkpoint(folder), modes, "cpu", settings.cpus_per_worker)
@@ -202,7 +202,7 @@ def test_evaluating_in_a_mode_that_cannot_run_costs_a_paragraph(
 ) -> None:
     """Before Ray starts: an actor that dies in its constructor would leave pages of Ray's tracebacks."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("pipelines.units.ray_session", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _: pytest.fail("Ray was started"))
     argv = ["evaluate", str(dots[1]), str(dots[0]), "--evaluate.mode", "compiled", "--out", str(tmp_path)]
     assert main(argv) == 2
     assert "--evaluate.mode compiled cannot run here: torch.compile builds C++" in capsys.readouterr().err

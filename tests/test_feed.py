@@ -19,14 +19,18 @@ from hrnet_core.geometry import box_to_center_scale, crop_people
 from hrnet_core.images import decode_image
 from hrnet_core.skeleton import COCO17
 from hrnet_core.views import multiply_factors, warp_pictures
-from pipelines import feed as feed_module
-from pipelines import shards
-from pipelines.coco import read_coco
 from pipelines.config import DataSettings, TrainSettings
-from pipelines.feed import EpochOrder, Feed, FreshBatch, prefetch
-from pipelines.plan import finished_shards, plan_shards
-from pipelines.preprocess import build_shard, finish
-from pipelines.shards import Manifest, ShardWriter, shard_name, shard_schema, write_manifest
+from pipelines.preprocess import finish
+from pipelines.shards.build import build_shard
+from pipelines.shards.manifest import Manifest, write_manifest
+from pipelines.shards.plan import finished_shards, plan_shards
+from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.shards.schema import codec_of, shard_name, shard_schema
+from pipelines.shards.writer import ShardWriter
+from pipelines.sources.coco import read_coco
+from pipelines.storage import open_folder
+from pipelines.training import feed as feed_module
+from pipelines.training.feed import EpochOrder, Feed, FreshBatch, prefetch
 
 AREA = 30_000.0
 """Of every person: so large that even a hardly trained network has an AP between 0 and 1."""
@@ -44,8 +48,8 @@ def dotted_shards(
     cut); two shards a split. Row i of a split has ann_id 1000 + i; the first pixel of variant v holds v."""
     data = DataSettings(input_size=size, variants=variants, row_group_people=group, context=context)
     config = data.semantic()
-    codec = shards.codec_of(config)
-    files, root = shards.open_folder(str(folder))
+    codec = codec_of(config)
+    files, root = open_folder(str(folder))
     (folder / "data").mkdir(parents=True)
     splits = {}
     for split, count in people.items():
@@ -228,11 +232,11 @@ def test_epoch_e_reads_variant_e_plus_ann_id(manifest: Manifest) -> None:
 def test_batches_hold_the_rows_of_their_people(manifest: Manifest) -> None:
     """Against the shard's own columns, read without the feed."""
     tables = [
-        shards.read_row_group(manifest, "train2017", shard, group)
+        read_row_group(manifest, "train2017", shard, group)
         for shard, s in enumerate(manifest.shards("train2017"))
         for group in range(len(s.row_groups))
     ]
-    columns = shards.decode_rows(pa.concat_tables(tables), manifest)
+    columns = decode_rows(pa.concat_tables(tables), manifest)
     row_of = {ann_id: row for row, ann_id in enumerate(columns["ann_id"].tolist())}
     batch = next(Feed(manifest, "train2017", SETTINGS, 0, 2).batches(7))
     rows = [row_of[ann_id] for ann_id in batch.ann_ids.tolist()]
@@ -320,12 +324,12 @@ def test_stored_views_are_cropped_from_cuts(cuts: Manifest) -> None:
     for variant in range(2):
         table = pa.concat_tables(
             [
-                shards.read_row_group(cuts, "train2017", s, g, variant=variant)
+                read_row_group(cuts, "train2017", s, g, variant=variant)
                 for s, shard in enumerate(cuts.shards("train2017"))
                 for g in range(len(shard.row_groups))
             ]
         )
-        columns = shards.decode_rows(table, cuts)
+        columns = decode_rows(table, cuts)
         row_of = {ann_id: row for row, ann_id in enumerate(columns["ann_id"].tolist())}
         for batch in Feed(cuts, "train2017", stored).batches(epoch=variant):
             for i, ann_id in enumerate(batch.ann_ids.tolist()):

@@ -16,16 +16,20 @@ from small_coco import edited, write_coco
 
 from hrnet_core.images import decode_image
 from hrnet_core.skeleton import COCO17
-from pipelines import gallery, inspect_shards
+from pipelines import inspect_shards
 from pipelines.cli import main
-from pipelines.coco import read_coco
 from pipelines.config import DataSettings, TrackSettings
-from pipelines.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
-from pipelines.gallery_page import write_figures
-from pipelines.inspect_shards import Histogram, make_card, measure, output_folder
-from pipelines.plan import finished_shards, plan_shards
-from pipelines.preprocess import build_shard, finish
-from pipelines.shards import Manifest, decode_rows
+from pipelines.inspect_shards import make_card, output_folder
+from pipelines.pages import gallery
+from pipelines.pages.dataset import write_figures
+from pipelines.pages.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
+from pipelines.preprocess import finish
+from pipelines.shards.build import build_shard
+from pipelines.shards.figures import Histogram, measure
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.plan import finished_shards, plan_shards
+from pipelines.shards.rows import decode_rows
+from pipelines.sources.coco import read_coco
 from pipelines.tracking import Tracker
 
 TRAIN, VAL = "train2017", "val2017"
@@ -124,7 +128,7 @@ def test_figures_do_not_touch_pictures_or_heatmaps(
         seen.append((table.num_rows, set(table.column_names)))
         return decode_rows(table, manifest)
 
-    monkeypatch.setattr(inspect_shards, "decode_rows", watched)
+    monkeypatch.setattr("pipelines.shards.figures.decode_rows", watched)
     measure(pristine, TRAIN)
     assert max(rows for rows, _ in seen) == 3
     assert sum(rows for rows, _ in seen) == 27

@@ -29,11 +29,12 @@ def folder() -> Iterator[Path]:
 def make_shards(folder: Path, config: Path) -> Path:
     """A drawn set as shards, without Ray."""
     from hrnet_core.skeleton import COCO17
-    from pipelines.coco import read_coco
     from pipelines.config import load_config
-    from pipelines.drawn import draw
-    from pipelines.plan import finished_shards, plan_shards
-    from pipelines.preprocess import build_shard, finish
+    from pipelines.draw import draw
+    from pipelines.preprocess import finish
+    from pipelines.shards.build import build_shard
+    from pipelines.shards.plan import finished_shards, plan_shards
+    from pipelines.sources.coco import read_coco
 
     coco, shards = folder / "coco", folder / "shards"
     draw(coco, 4, 0, 4, 1)

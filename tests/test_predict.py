@@ -23,12 +23,12 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import Skeleton
-from pipelines.boxes import read_boxes
 from pipelines.cli import main
 from pipelines.config import PredictSettings
-from pipelines.media import list_media
+from pipelines.poses.oks_ap import evaluate_results
 from pipelines.predict import Prediction, predict
-from pipelines.score import evaluate_results
+from pipelines.sources.boxes import read_boxes
+from pipelines.sources.media import list_media
 
 CODEC = HeatmapCodec("official", (96, 128))
 
@@ -52,7 +52,7 @@ def dots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The actors' work in this process."""
-    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
 
 
 def run(dots: dict[str, Any], sources: Any, out: Path, boxes: Any = None, **settings: Any) -> Prediction:
@@ -81,7 +81,7 @@ def test_two_actors_on_ray_and_none_give_the_same_bytes(
     dots: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_ray = run(dots, dots["pictures"], tmp_path / "ray", dots["annotations"], batch_size=2, num_workers=2)
-    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
     one = run(dots, dots["pictures"], tmp_path / "one", dots["annotations"], batch_size=2)
     for name in ("poses.json", "poses.parquet", "images.json", "rejected.json"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -27,14 +27,16 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, invert_affine
 from hrnet_core.images import ImageHeader, decode_checked, decode_image, encode_jpeg
 from hrnet_core.skeleton import COCO17
-from pipelines import files as files_module
-from pipelines import photos
 from pipelines import preprocess as preprocess_module
-from pipelines.coco import read_coco
+from pipelines import storage as files_module
 from pipelines.config import DataSettings, RunConfig
-from pipelines.plan import plan_shards
-from pipelines.preprocess import Report, build_shard, preprocess, run_preprocess
-from pipelines.shards import Manifest, decode_pictures, decode_rows, read_row_group
+from pipelines.preprocess import Report, preprocess, run_preprocess
+from pipelines.shards.build import build_shard
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.plan import plan_shards
+from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
+from pipelines.sources import photos
+from pipelines.sources.coco import read_coco
 
 TRAIN, VAL = "train2017", "val2017"
 SMALL = {"input_size": (64, 96), "people_per_shard": 4, "row_group_people": 2, "image_format": "png"}
@@ -259,9 +261,9 @@ def test_most_at_once_is_counted_from_starts_and_ends() -> None:
 
 KILLED = """
 import os, signal, sys
-from pipelines import preprocess
+from pipelines.shards import build
 from pipelines.config import DataSettings, RunConfig
-from pipelines.shards import ShardWriter
+from pipelines.shards.writer import ShardWriter
 
 finish, count = ShardWriter.finish, 0
 
@@ -274,13 +276,13 @@ def finish_or_die(writer, figures):
 
 ShardWriter.finish = finish_or_die
 settings = DataSettings.model_validate_json(sys.argv[1])
-from pipelines.coco import read_coco
-from pipelines.plan import finished_shards, plan_shards
+from pipelines.sources.coco import read_coco
+from pipelines.shards.plan import finished_shards, plan_shards
 from hrnet_core.skeleton import COCO17
 works = plan_shards(read_coco(settings.root, "train2017", COCO17), settings)
 finished_shards(works, settings.shards)
 for work in works:
-    preprocess.build_shard(work)
+    build.build_shard(work)
 """
 
 

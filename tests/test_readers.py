@@ -22,10 +22,11 @@ from small_coco import annotation_file, write_coco
 from hrnet_core.geometry import box_to_center_scale, sanitize_boxes
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17
-from pipelines.coco import read_coco
 from pipelines.config import DataSettings
-from pipelines.plan import finished_shards, plan_shards
-from pipelines.preprocess import build_shard, finish
+from pipelines.preprocess import finish
+from pipelines.shards.build import build_shard
+from pipelines.shards.plan import finished_shards, plan_shards
+from pipelines.sources.coco import read_coco
 
 TRAIN, VAL = "train2017", "val2017"
 SIZE = (64, 96)

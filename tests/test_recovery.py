@@ -20,15 +20,17 @@ from test_preprocess import without_ray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17
-from pipelines import plan as plan_module
 from pipelines import preprocess as preprocess_module
 from pipelines.cli import parse_config
-from pipelines.coco import read_coco
 from pipelines.config import RunConfig
-from pipelines.files import open_folder, temporary_name
-from pipelines.plan import plan_shards
-from pipelines.preprocess import Progress, build_shard, preprocess
-from pipelines.shards import Manifest, inspect_shard
+from pipelines.preprocess import Progress, preprocess
+from pipelines.shards import plan as plan_module
+from pipelines.shards.build import build_shard
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.plan import plan_shards
+from pipelines.shards.writer import inspect_shard
+from pipelines.sources.coco import read_coco
+from pipelines.storage import open_folder, temporary_name
 
 TRAIN, VAL = "train2017", "val2017"
 SMALL = "--data.people-per-shard 4 --data.row-group-people 2 --data.image-format png --data.input-size 64 96"
@@ -205,10 +207,11 @@ WRITER = """
 import json, sys
 from pathlib import Path
 from hrnet_core.skeleton import COCO17
-from pipelines.coco import read_coco
+from pipelines.sources.coco import read_coco
 from pipelines.config import DataSettings
-from pipelines.plan import finished_shards, plan_shards
-from pipelines.preprocess import build_shard, finish
+from pipelines.shards.plan import finished_shards, plan_shards
+from pipelines.preprocess import finish
+from pipelines.shards.build import build_shard
 
 data = DataSettings.model_validate_json(sys.argv[1])
 splits = [read_coco(data.root, name, COCO17) for name in (data.train_split, data.val_split)]

@@ -13,8 +13,8 @@ from published_protocol import published_stats
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from pipelines.config import EvaluateSettings
+from pipelines.poses.oks_ap import STATS
 from pipelines.reproduce import PUBLISHED, TOLERANCE, Published, Reproduction, reproduce
-from pipelines.score import STATS
 
 
 def test_the_published_table_is_the_papers() -> None:
@@ -30,7 +30,7 @@ def test_the_published_table_is_the_papers() -> None:
 def test_figures_of_the_published_protocol_are_reproduced_or_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.units.rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
     root = write_coco(tmp_path / "coco")
     boxes = write_detections(root, tmp_path / "boxes.json")
     network = fitted_network(root, HeatmapCodec("official", (96, 128)))

@@ -36,8 +36,12 @@ from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from serve import app as serving
 from serve import client
-from serve.app import Crops, Found, Model, PoseService, fetch, infer, load_model, load_samples, make_app
+from serve.model import Model, fetch, load_model
+from serve.routes import make_app
+from serve.samples import load_samples
 from serve.schemas import PROBLEMS, Limits, ModelChoice, ServeArgs
+from serve.service import PoseService
+from serve.work import Crops, Found, infer
 
 BOXES = [[40.0, 20.0, 90.0, 200.0], [150.5, 60.0, 80.0, 120.0], [-20.0, -10.0, 100.0, 90.0]]
 
@@ -84,7 +88,7 @@ class Direct(PoseService):
 
 def service_of(checkpoint: Path, **settings: Any) -> PoseService:
     args = ServeArgs(checkpoint=str(checkpoint), version="7", **settings)
-    service = Direct(args)
+    service = Direct(args, make_app)
     service.model = load_model(ModelChoice(checkpoint=args.checkpoint, version="7"), args)
     return service
 
@@ -413,7 +417,7 @@ def test_a_defect_is_a_500_that_tells_nothing_but_its_request_id(
     def broken(*_: Any) -> Any:
         raise RuntimeError("secret of the house")
 
-    monkeypatch.setattr(serving, "place", broken)
+    monkeypatch.setattr("serve.service.place", broken)
     response = call(service, "POST", "/v1/poses", **form())
     assert response.status_code == 500
     assert response.json()["type"] == "urn:hrnet:problem:internal-error"
@@ -421,7 +425,7 @@ def test_a_defect_is_a_500_that_tells_nothing_but_its_request_id(
 
 
 def test_a_service_without_a_model_is_alive_and_not_ready(checkpoint: Path) -> None:
-    service = Direct(ServeArgs(checkpoint=str(checkpoint)))
+    service = Direct(ServeArgs(checkpoint=str(checkpoint)), make_app)
     assert call(service, "GET", "/livez").json() == {"live": True}
     for method, url in (("GET", "/readyz"), ("POST", "/v1/poses")):
         response = call(service, method, url)
@@ -487,7 +491,7 @@ def choice(folder: Path, version: str) -> dict[str, Any]:
 
 def test_a_new_user_config_swaps_the_model_and_a_bad_one_keeps_it(checkpoint: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", 1)
-    service = Direct(ServeArgs(checkpoint=str(checkpoint)))
+    service = Direct(ServeArgs(checkpoint=str(checkpoint)), make_app)
     asyncio.run(service.reconfigure(choice(checkpoint, "1")))
     first = call(service, "POST", "/v1/poses", **form()).json()
     asyncio.run(service.reconfigure(choice(other, "2")))
@@ -507,7 +511,7 @@ def test_a_new_user_config_swaps_the_model_and_a_bad_one_keeps_it(checkpoint: Pa
 
 
 def test_a_replica_does_not_start_with_a_bad_checkpoint(tmp_path: Path) -> None:
-    service = Direct(ServeArgs(checkpoint=str(tmp_path)))
+    service = Direct(ServeArgs(checkpoint=str(tmp_path)), make_app)
     with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
         asyncio.run(service.reconfigure(choice(tmp_path, "1")))
     response = call(service, "GET", "/readyz")
@@ -589,7 +593,7 @@ def test_items_of_two_models_are_answered_by_their_own() -> None:
 
 
 def test_people_gather_while_the_model_is_busy_and_go_when_it_is_idle(checkpoint: Path) -> None:
-    service = PoseService(ServeArgs(checkpoint=str(checkpoint)))
+    service = PoseService(ServeArgs(checkpoint=str(checkpoint)), make_app)
     model = Model(Fake(), ModelChoice(checkpoint="x"), True)  # type: ignore[arg-type]
     handed_in: list[Crops] = []
 

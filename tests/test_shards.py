@@ -20,15 +20,18 @@ from small_coco import write_coco
 
 from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import DataError
-from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps, to_float16
 from hrnet_core.skeleton import COCO17
-from pipelines import files as files_module
-from pipelines.coco import read_coco
+from pipelines import storage as files_module
 from pipelines.config import DataSettings
-from pipelines.files import open_folder, put_file, remove_leftovers, temporary_name
-from pipelines.plan import finished_shards, plan_shards
-from pipelines.preprocess import build_shard, finish
-from pipelines.shards import COLUMNS, Manifest, decode_rows, float16_heatmaps, read_row_group, to_float16
+from pipelines.preprocess import finish
+from pipelines.shards.build import build_shard
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.plan import finished_shards, plan_shards
+from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.shards.schema import COLUMNS
+from pipelines.sources.coco import read_coco
+from pipelines.storage import open_folder, put_file, remove_leftovers, temporary_name
 
 TRAIN, VAL = "train2017", "val2017"
 

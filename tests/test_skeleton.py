@@ -17,11 +17,12 @@ from hrnet_core import skeleton as skeleton_module
 from hrnet_core.errors import DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, skeleton_from_dict
-from pipelines.coco import read_coco
 from pipelines.config import TrainSettings
-from pipelines.feed import Feed
 from pipelines.preprocess import preprocess
-from pipelines.train_worker import Part, make_optimizer, train_step
+from pipelines.sources.coco import read_coco
+from pipelines.training.feed import Feed
+from pipelines.training.loop import Part, train_step
+from pipelines.training.state import make_optimizer
 
 HAND = {
     "name": "hand3",

@@ -12,8 +12,10 @@ import pytest
 
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines import tracking
+from pipelines.checkpoints import fetch_model
 from pipelines.config import TrackSettings
-from pipelines.tracking import MetricLog, Tracker, fetch_model, record_evaluation
+from pipelines.metric_log import MetricLog, read_rows
+from pipelines.tracking import Tracker, record_evaluation
 
 DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
 
@@ -83,7 +85,7 @@ def test_metrics_reach_mlflow_once_when_training_goes_back(tracker: Tracker, tmp
     history = tracker.client.get_metric_history(run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(s, s / 10) for s in range(8)]
     assert [m.step for m in tracker.client.get_metric_history(run_id, "val_gt/AP")] == [3, 4, 5, 6, 7]
-    assert [row["step"] for row in tracking.read_rows(file)] == list(range(8))
+    assert [row["step"] for row in read_rows(file)] == list(range(8))
 
 
 def test_a_server_that_goes_away_does_not_stop_training(
@@ -106,7 +108,7 @@ def test_a_server_that_goes_away_does_not_stop_training(
         assert not metrics.flush()
         metrics.write(2, {"train/loss": 0.25})
     assert not metrics.flush()  # not asked again at once
-    assert [row["step"] for row in tracking.read_rows(file)] == [0, 1, 2]
+    assert [row["step"] for row in read_rows(file)] == [0, 1, 2]
     replay = MetricLog(file, 2, tracker.uri, run_id)
     assert replay.flush(force=True)
     history = tracker.client.get_metric_history(run_id, "train/loss")

@@ -19,11 +19,13 @@ from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
-from pipelines import train_worker
 from pipelines.config import RunConfig, TrainSettings
-from pipelines.shards import Manifest
-from pipelines.train_worker import Part, Training, learning_rate, make_optimizer, train_step, wrap
-from pipelines.validation import Answers, Validation
+from pipelines.shards.manifest import Manifest
+from pipelines.training import loop as train_worker
+from pipelines.training import state
+from pipelines.training.loop import Part, learning_rate, train_step
+from pipelines.training.state import Training, make_optimizer, wrap
+from pipelines.training.validation import Answers, Validation
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 STEPS = 20
@@ -162,8 +164,8 @@ def one_worker(
         "tracking_uri": None,
         "run_id": None,
     }
-    place = train_worker.Place(0, 1, torch.device("cpu"))
-    return train_worker.set_up(job, place, report, checkpoint), reports
+    place = state.Place(0, 1, torch.device("cpu"))
+    return state.set_up(job, place, report, checkpoint), reports
 
 
 def losses(run: Training) -> dict[int, float]:
@@ -403,7 +405,7 @@ def dying_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     import ray.train
 
-    from pipelines import train_worker
+    from pipelines.training import loop as train_worker
 
     marker = Path(job["folder"]) / "died"
     original = train_worker.train_epoch

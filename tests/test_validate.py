@@ -20,9 +20,10 @@ from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_png
 from pipelines import validate as validate_module
 from pipelines.cli import main
-from pipelines.coco import PROTOCOL, Rejection
 from pipelines.config import DataSettings, RunConfig
 from pipelines.preprocess import preprocess
+from pipelines.sources import records
+from pipelines.sources.records import PROTOCOL, Rejection
 from pipelines.validate import WAY_OUT, Validation, read_checksums, validate
 
 TRAIN, VAL = "train2017", "val2017"
@@ -156,7 +157,7 @@ def test_the_table_names_kinds_counts_examples_and_ways_out(
 
 def test_every_kind_has_a_way_out_and_a_row_in_the_docs() -> None:
     """The reasons as the types that carry them list them."""
-    listed = (Rejection.__doc__ or "") + Path(validate_module.__file__).with_name("coco.py").read_text()
+    listed = (Rejection.__doc__ or "") + Path(records.__file__).read_text()
     reasons = re.search(r'reason: str\n    """(.*?)"""', listed, re.DOTALL)
     assert reasons
     told = set(re.findall(r"\b[a-z]+_[a-z_]+\b", reasons[1])) | {"crowd", "unreadable"}

@@ -17,10 +17,11 @@ from test_preprocess import TRAIN, VAL, config, rows, without_ray
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg
 from hrnet_core.skeleton import COCO17, load_skeleton
-from pipelines.coco import CocoSplit, read_coco
-from pipelines.evaluate import read_people
 from pipelines.preprocess import preprocess
-from pipelines.yolo import read_yolo
+from pipelines.sources.coco import read_coco
+from pipelines.sources.evaluation_set import read_people
+from pipelines.sources.records import CocoSplit
+from pipelines.sources.yolo import read_yolo
 
 WIDTH, HEIGHT = 160, 120
 

@@ -33,9 +33,11 @@ from hrnet_core.model import HRNet
 from hrnet_core.modes import EXACT_ENOUGH, MODES, unusable
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import EvaluateSettings
-from pipelines.evaluate import answer_unit, plan_units, read_people, to_results
+from pipelines.evaluate import answer_unit, plan_units
 from pipelines.export import _answers
-from pipelines.score import evaluate_results
+from pipelines.poses.oks_ap import evaluate_results
+from pipelines.poses.protocol import to_results
+from pipelines.sources.evaluation_set import read_people
 
 W32 = HRNetConfig()
 SIZE = (192, 256)

@@ -361,10 +361,11 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     from hrnet_core import images
     from hrnet_core.heatmaps import HeatmapCodec
     from hrnet_core.skeleton import COCO17
-    from pipelines import preprocess, shards
-    from pipelines.coco import read_coco
+    from pipelines import preprocess
     from pipelines.config import DataSettings
-    from pipelines.plan import finished_shards, plan_shards
+    from pipelines.shards import build, writer
+    from pipelines.shards.plan import finished_shards, plan_shards
+    from pipelines.sources.coco import read_coco
 
     cv2.setNumThreads(1)
     coco = repeated(source, work / "coco-steps", 2 * arguments.shard)
@@ -374,26 +375,26 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     splits = [read_coco(data.root, name, COCO17) for name in SPLITS]
     works = [shard for split in splits for shard in plan_shards(split, data)]
     finished_shards(works, data.shards)
-    preprocess.build_shard(works[-1])  # what the first shard of a process costs once (imports) is no step
+    build.build_shard(works[-1])  # what the first shard of a process costs once (imports) is no step
     watch = Stopwatch()
     for owner, name, step in (
-        (preprocess, "open_photo", "read and hash the photo"),
+        (build, "open_photo", "read and hash the photo"),
         (images, "read_header", "judge its header and end"),
         (images, "_is_complete", "judge its header and end"),
         (images, "_decode", "imdecode"),
-        (preprocess, "crop_people", "warpAffine"),
-        (preprocess, "_encode", "imencode"),
-        (preprocess, "_person_columns", "boxes, matrices, places"),
-        (preprocess, "_view_columns", "boxes, matrices, places"),
-        (preprocess, "keypoints_in_view", "boxes, matrices, places"),
+        (build, "crop_people", "warpAffine"),
+        (build, "_encode", "imencode"),
+        (build, "_person_columns", "boxes, matrices, places"),
+        (build, "_view_columns", "boxes, matrices, places"),
+        (build, "keypoints_in_view", "boxes, matrices, places"),
         (HeatmapCodec, "factors", "Gaussians"),
-        (preprocess, "float16_heatmaps", "Gaussians"),
-        (shards.ShardWriter, "write", "Parquet"),
-        (shards.ShardWriter, "finish", "hash and publish the shard"),
-        (preprocess, "build_shard", "the rest"),
+        (build, "float16_heatmaps", "Gaussians"),
+        (writer.ShardWriter, "write", "Parquet"),
+        (writer.ShardWriter, "finish", "hash and publish the shard"),
+        (build, "build_shard", "the rest"),
     ):
         watch.watch(owner, name, step)
-    figures = {shard.key: preprocess.build_shard(shard) for shard in works}
+    figures = {shard.key: build.build_shard(shard) for shard in works}
     mine = watch.stop()
     preprocess.finish(splits, works, figures, data)
     people = sum(shard.people for shard in works)

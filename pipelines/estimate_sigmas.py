@@ -1,0 +1,310 @@
+"""`hrnet estimate-sigmas`: OKS constants from people whom several annotators labelled.
+
+    annotation files -> the same people -> distances to their mean, by size -> sigmas -> a skeleton file
+
+COCO's definition (its keypoint evaluation page): sigma_k² = E[d_k² / s²], d_k the distance of an annotator's
+keypoint from the true one in px, s² the person's area in px². The true place is unknown: with n annotators
+the sum of the squared distances from their mean is (n - 1) E[d²] on average, so that sum over (n - 1) s² is
+an unbiased estimate from one person, and people are averaged with the weight n - 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.errors import DataError
+from hrnet_core.skeleton import Skeleton, load_skeleton
+from pipelines.sources.records import BOX_AREA
+from pipelines.storage import read_json
+
+Float64 = NDArray[np.float64]
+SAME_BOX = 0.5
+"""IoU from which two files' boxes may be one person."""
+HEAVY_TAIL = 1.5
+"""Times the sigma of the median: from here on a few gross errors make most of it."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """People whom A annotators labelled."""
+
+    keypoints: Float64
+    """(A, P, K, 2) px"""
+    labelled: NDArray[np.bool_]
+    """(A, P, K): false where an annotator has no such keypoint, or not the person."""
+    areas: Float64
+    """(P,) px²: the mean of the annotators'."""
+    how: str
+    """ "id" or "box": by what the people were matched."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The sigmas of K keypoints and how far they can be trusted."""
+
+    skeleton: Skeleton
+    """With the new sigmas, as written."""
+    sigmas: Float64
+    """(K,)"""
+    errors: Float64
+    """(K,) standard errors"""
+    medians: Float64
+    """(K,) what sigma would be if the median pair of a Gaussian decided: gross errors do not move it."""
+    counts: NDArray[np.int64]
+    """(K,) people with the keypoint labelled at least twice"""
+    repeated: Repeated
+
+    def __str__(self) -> str:
+        annotators, people = self.repeated.labelled.shape[:2]
+        known = f"matched by {self.repeated.how}"
+        lines = [f"{people} people by {annotators} annotators, {known}"]
+        lines += [f"{'keypoint':<20}{'sigma':>8}{'+-':>8}{'by median':>11}{'people':>8}"]
+        for row in zip(
+            self.skeleton.keypoints, self.sigmas, self.errors, self.medians, self.counts, strict=True
+        ):
+            lines.append("{:<20}{:8.4f}{:8.4f}{:11.4f}{:8d}".format(*row))
+        heavy = self.sigmas > HEAVY_TAIL * np.maximum(self.medians, 1e-12)
+        if heavy.any():
+            names = ", ".join(np.array(self.skeleton.keypoints)[heavy])
+            lines.append(
+                f"few large differences make most of the sigma of {names}: look for left and right "
+                f"exchanged, or two people taken for one."
+            )
+        return "\n".join(lines)
+
+
+def estimate_sigmas(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    skeleton: str | Path | None = None,
+    use_area: bool = True,
+) -> Estimate:
+    """Sigmas from two or more COCO keypoint files of the same people; writes a skeleton file to `out`.
+
+    People are matched by annotation id where all files hold the same (image, id) pairs on boxes that overlap
+    (IoU at least 0.5), else by their boxes alone, one to one, the best IoU first. A crowd is nobody.
+    skeleton: the layout whose other fields are kept ("coco17" or a file); None: names and limbs of the
+    annotations' category, mirror pairs by "left" and "right". use_area=False: 0.53 x box width x height for
+    s², as in scoring data that has no areas.
+
+    DataError: fewer than two files, other keypoints, no common people, a keypoint that nobody labelled twice,
+    files that agree to the last digit (a copy is no second annotator).
+    """
+    if len(files) < 2:
+        raise DataError(
+            "sigmas come from differences: name two or more annotation files of the same people, one an "
+            "annotator (hrnet estimate-sigmas A.json B.json --out skeleton.json)."
+        )
+    read = [_Annotator(file, use_area) for file in files]
+    for other in read[1:]:
+        if other.names != read[0].names:
+            raise DataError(
+                f"{other.file}: its category has the keypoints {', '.join(other.names)}, but {read[0].file} "
+                f"has {', '.join(read[0].names)}. Files of one skeleton in one order are needed."
+            )
+    body = _layout(read[0], skeleton)
+    repeated = match_people(read)
+    sigmas, errors, medians, counts = sigmas_of(repeated)
+    missing = [name for name, count in zip(body.keypoints, counts, strict=True) if not count]
+    if missing:
+        raise DataError(
+            f"{', '.join(missing)}: nobody's was labelled by two annotators in {_named(read)}, so there is "
+            f"nothing to estimate from. Label these keypoints again on some people."
+        )
+    if not (sigmas > 0).all():
+        same = ", ".join(np.array(body.keypoints)[sigmas == 0])
+        raise DataError(
+            f"{_named(read)} agree to the last digit on {same}: a copy is no second annotator. Name files "
+            f"that were labelled independently."
+        )
+    body = replace(body, oks_sigmas=tuple(float(f"{sigma:.4g}") for sigma in sigmas))
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(body.as_dict(), indent=1) + "\n")
+    return Estimate(body, sigmas, errors, medians, counts, repeated)
+
+
+def sigmas_of(repeated: Repeated) -> tuple[Float64, Float64, Float64, NDArray[np.int64]]:
+    """(K,) each: sigmas, their standard errors, sigmas by the median, people counted. NaN where none is.
+
+    By the median: d² of a pair, halved, is exponential for Gaussian errors, whose median is ln 2 of its mean.
+    """
+    labelled, keypoints = repeated.labelled, repeated.keypoints
+    counted = labelled.sum(axis=0)  # (P, K)
+    mean = (keypoints * labelled[..., None]).sum(axis=0) / np.maximum(counted, 1)[..., None]
+    squared = (((keypoints - mean) ** 2).sum(axis=-1) * labelled).sum(axis=0)
+    free = np.maximum(counted - 1, 0)
+    variances = squared / np.maximum(free, 1) / repeated.areas[:, None]
+    people = free.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pooled = (free * variances).sum(axis=0) / people
+        spread = np.sqrt((free**2 * (variances - pooled) ** 2).sum(axis=0)) / people
+        sigmas = np.sqrt(pooled)
+        errors = spread / (2 * sigmas)
+    return sigmas, errors, _by_median(repeated), (free > 0).sum(axis=0)
+
+
+def _by_median(repeated: Repeated) -> Float64:
+    labelled, keypoints = repeated.labelled, repeated.keypoints
+    pairs = []
+    for a in range(len(labelled)):
+        for b in range(a + 1, len(labelled)):
+            half = ((keypoints[a] - keypoints[b]) ** 2).sum(axis=-1) / 2 / repeated.areas[:, None]
+            pairs.append(np.where(labelled[a] & labelled[b], half, np.nan))
+    by_keypoint = np.concatenate(pairs).T
+    middles = [np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else np.nan for row in by_keypoint]
+    return np.sqrt(np.array(middles) / np.log(2))
+
+
+# --- the same people ----------------------------------------------------------------------------------
+
+
+class _Annotator:
+    """One file: its people with keypoints, by (image id, annotation id)."""
+
+    def __init__(self, file: str | Path, use_area: bool) -> None:
+        self.file, content = read_json(file, "the annotations")
+        categories = content.get("categories") if isinstance(content, dict) else None
+        with_keypoints = [c for c in categories or () if isinstance(c, dict) and c.get("keypoints")]
+        if len(with_keypoints) != 1 or not isinstance(content.get("annotations"), list):
+            raise DataError(
+                f"{self.file}: COCO keypoint annotations are an object with the lists annotations and "
+                f"categories, one category with keypoints; here {len(with_keypoints)} have them."
+            )
+        self.category: dict[str, Any] = with_keypoints[0]
+        self.names: list[str] = [str(name) for name in self.category["keypoints"]]
+        self.people: dict[tuple[int, int], dict[str, Any]] = {}
+        for row, annotation in enumerate(content["annotations"]):
+            person = self._person(annotation, row, use_area)
+            if person is not None:
+                self.people[person["key"]] = person
+
+    def by_image(self) -> dict[int, list[dict[str, Any]]]:
+        images: dict[int, list[dict[str, Any]]] = {}
+        for (image_id, _), person in self.people.items():
+            images.setdefault(image_id, []).append(person)
+        return images
+
+    def _person(self, annotation: Any, row: int, use_area: bool) -> dict[str, Any] | None:
+        """Key, triples (K, 3), box and area of an annotation, or None for a crowd or nobody's keypoints."""
+        try:
+            if annotation.get("iscrowd"):
+                return None
+            triples = np.array(annotation["keypoints"], np.float64).reshape(len(self.names), 3)
+            box = np.array(annotation["bbox"], np.float64).reshape(4)
+            area = float(annotation["area"]) if use_area else BOX_AREA * box[2] * box[3]
+            key = (int(annotation["image_id"]), int(annotation["id"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            without = isinstance(error, KeyError) and error.args == ("area",)
+            way = " Without areas: --no-use-area." if without else ""
+            raise DataError(
+                f"{self.file}: annotations[{row}] wants image_id, id, bbox of 4, area and {len(self.names)} "
+                f"keypoints x 3 numbers ({type(error).__name__}: {error}).{way}"
+            ) from None
+        if not (triples[:, 2] > 0).any():
+            return None
+        if not (area > 0 and np.isfinite(triples).all()):
+            raise DataError(
+                f"{self.file}: annotations[{row}] (id {key[1]}) has area {area:g} or a keypoint that is not "
+                f"finite: distances are measured by the area. Correct it, or take the person out."
+            )
+        return {"key": key, "triples": triples, "box": box, "area": area}
+
+
+def match_people(read: Sequence[_Annotator]) -> Repeated:
+    """The people of the first file with their partners in the others; those without any are left out."""
+    first = read[0]
+    if all(_same_ids(first, other) for other in read[1:]):
+        how = "annotation id"
+        partners = [{key: other.people[key] for key in first.people} for other in read]
+    else:
+        how = "box"
+        partners = [first.people, *(_by_box(first, other) for other in read[1:])]
+    keys = [key for key in first.people if any(key in other for other in partners[1:])]
+    if not keys:
+        raise DataError(
+            f"{_named(read)} have no person in common (same image id, boxes with IoU of at least "
+            f"{SAME_BOX:g}). Name annotations of the same pictures under the same image ids."
+        )
+    count = len(first.names)
+    triples = np.zeros((len(read), len(keys), count, 3))
+    areas = np.full((len(read), len(keys)), np.nan)
+    for a, other in enumerate(partners):
+        for p, key in enumerate(keys):
+            if key in other:
+                triples[a, p], areas[a, p] = other[key]["triples"], other[key]["area"]
+    return Repeated(triples[..., :2], triples[..., 2] > 0, np.nanmean(areas, axis=0), how)
+
+
+def _same_ids(first: _Annotator, other: _Annotator) -> bool:
+    """Whether both hold the same (image, id) pairs and mean the same people: tools that number from 1 give
+    equal ids to different ones, whose boxes lie elsewhere."""
+    if set(first.people) != set(other.people):
+        return False
+    boxes = [np.array([a.people[key]["box"] for key in first.people]) for a in (first, other)]
+    return all(_iou(a[None], b[None])[0, 0] >= SAME_BOX for a, b in zip(*boxes, strict=True))
+
+
+def _by_box(first: _Annotator, other: _Annotator) -> dict[tuple[int, int], dict[str, Any]]:
+    """Key in `first` -> the person in `other`: one to one in each image, the best IoU first."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    in_other = other.by_image()
+    for image_id, ours in first.by_image().items():
+        theirs = in_other.get(image_id, [])
+        if not theirs:
+            continue
+        overlap = _iou(np.array([p["box"] for p in ours]), np.array([p["box"] for p in theirs]))
+        for place in np.argsort(-overlap, axis=None, kind="stable"):
+            i, j = divmod(int(place), len(theirs))
+            if overlap[i, j] < SAME_BOX:  # also -1: one of the two is taken
+                continue
+            found[ours[i]["key"]] = theirs[j]
+            overlap[i, :] = overlap[:, j] = -1
+    return found
+
+
+def _iou(a: Float64, b: Float64) -> Float64:
+    """Boxes (M, 4) and (N, 4), left, top, width, height -> intersection over union (M, N)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None])
+    common = np.clip(high - low, 0, None).prod(axis=-1)
+    union = a[:, None, 2:].prod(axis=-1) + b[None, :, 2:].prod(axis=-1) - common
+    return np.asarray(common / np.maximum(union, 1e-12))
+
+
+def _named(read: Sequence[_Annotator]) -> str:
+    return " and ".join(annotator.file for annotator in read)
+
+
+# --- the skeleton -------------------------------------------------------------------------------------
+
+
+def _layout(annotator: _Annotator, skeleton: str | Path | None) -> Skeleton:
+    """The skeleton to write, its sigmas still to be replaced."""
+    names = tuple(annotator.names)
+    if skeleton is not None:
+        body = load_skeleton(skeleton)
+        if body.keypoints != names:
+            raise DataError(
+                f"skeleton {body.name!r} has the keypoints {', '.join(body.keypoints)}, but the category of "
+                f"{annotator.file} has {', '.join(names)}. Name the skeleton of these annotations, or none."
+            )
+        return body
+    pairs = []
+    for index, name in enumerate(names):
+        mirror = re.sub("left", "right", name)
+        if mirror != name and mirror in names:
+            pairs.append((index, names.index(mirror)))
+    edges = [tuple(int(i) - 1 for i in edge) for edge in annotator.category.get("skeleton") or ()]
+    limbs = tuple((e[0], e[1]) for e in edges if len(e) == 2 and all(0 <= i < len(names) for i in e))
+    label = re.sub(r"\W+", "_", str(annotator.category.get("name", "body"))).strip("_").lower()
+    return Skeleton(f"{label}{len(names)}", names, tuple(pairs), (1.0,) * len(names), limbs)

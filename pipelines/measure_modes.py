@@ -1,0 +1,204 @@
+"""`hrnet evaluate CHECKPOINT COCO --measure-modes`: what each execution mode costs in AP, and how fast it is.
+
+    float32 -> AP; each other mode -> AP, keypoints against float32's, ms per crop -> checkpoint.json
+
+AP and keypoints come from whole evaluations on Ray Data: a mode is measured as it will be used. Mode "auto"
+decides by these figures (hrnet_core/modes.py).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hrnet_core.errors import ConfigError
+from pipelines.cluster import ray_session
+from pipelines.config import EvaluateSettings, RaySettings
+from pipelines.evaluate import evaluate
+from pipelines.poses.protocol import Evaluation
+
+if TYPE_CHECKING:
+    from hrnet_core.checkpoint import CheckpointSpec
+    from hrnet_core.model import HRNet
+
+
+BATCH = 16
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures by mode, as they stand in checkpoint.json under the device; and what could not run here."""
+
+    device: str
+    figures: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    chosen: str
+    """What "auto" is from now on, on such a device."""
+    evaluations: dict[str, Evaluation]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'mode':<18}{'AP':>8}{'difference':>12}{'keypoints: mean px':>20}{'largest':>9}"
+            f"{'ms/crop':>9}{'alone':>8}"
+        ]
+        for mode, f in self.figures.items():
+            lines.append(
+                f"{mode:<18}{f['ap']:8.4f}{f['ap_difference']:+12.4f}{f['keypoint_px_mean']:20.4f}"
+                f"{f['keypoint_px_max']:9.2f}{f['ms_per_crop']:9.1f}{f['ms_per_crop_alone']:8.1f}"
+            )
+        lines += [f"{mode:<18}not measured: {why}" for mode, why in self.left_out.items()]
+        return "\n".join([*lines, f"mode auto on {self.device} is now {self.chosen}"])
+
+
+def measure_modes(
+    checkpoint: str | Path,
+    coco_root: str | Path,
+    *,
+    out: str | Path,
+    split: str = "val2017",
+    boxes: str | Path | None = None,
+    settings: EvaluateSettings | None = None,
+    ray: RaySettings | None = None,
+    modes: Sequence[str] | None = None,
+) -> Measured:
+    """Evaluate the checkpoint in every mode that runs here and write the differences into checkpoint.json.
+
+    Each mode's results go to `out`/MODE. ms per crop is one forward pass without the mirror image, in batches
+    of 16 and alone, in a Ray task with the CPUs and GPU of an evaluation's actor, the modes in turn.
+
+    ConfigError: a registered version or a URI instead of a folder: figures are written into it.
+    CheckpointError, DataError: as in evaluating.
+    """
+    from hrnet_core.checkpoint import read_spec, record_modes
+    from hrnet_core.modes import MODES, fastest_exact, unusable
+
+    if ":/" in str(checkpoint):
+        raise ConfigError(
+            f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
+            f"the checkpoint folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."
+        )
+    settings, ray = settings or EvaluateSettings(), ray or RaySettings()
+    device = "cuda" if settings.use_gpu else "cpu"
+    wanted = list(modes or MODES)
+    wanted = ["float32", *(mode for mode in wanted if mode != "float32")]
+    left_out = {mode: why for mode in wanted if (why := unusable(mode, device))}
+    usable = [mode for mode in wanted if mode not in left_out]
+    read_spec(checkpoint)
+    found: dict[str, Evaluation] = {}
+    with ray_session(ray):
+        for mode in usable:
+            print(f"--- {mode}", flush=True)
+            found[mode] = evaluate(
+                checkpoint,
+                coco_root,
+                out=Path(out) / mode,
+                split=split,
+                boxes=boxes,
+                settings=settings.model_copy(update={"mode": mode}),
+                ray=ray,
+            )
+        speeds = _timed_on_ray(Path(checkpoint), usable, settings)
+    exact = found["float32"]
+    shared = {
+        "metric": exact.metric,
+        "data_digest": exact.protocol["data_digest"],
+        "people": exact.figures["people"],
+        "flip_test": exact.protocol["flip_test"],
+        "threads": settings.cpus_per_worker,
+    }
+    figures = {
+        mode: {
+            "ap": of.stats["AP"],
+            "ap_difference": of.stats["AP"] - exact.stats["AP"],
+            **keypoint_differences(exact.results_file, of.results_file),
+            **speeds[mode],
+            **shared,
+        }
+        for mode, of in found.items()
+    }
+    spec = record_modes(checkpoint, device, figures)
+    return Measured(device, figures, left_out, fastest_exact(spec.modes, device), found)
+
+
+def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
+    """Distances in photo px between two results files of the same boxes: mean, largest, and how many people
+    were compared. Photographs where OKS-NMS kept another number of people are left out of it."""
+    first, second = _by_image(one), _by_image(other)
+    distances = []
+    for image_id, people in first.items():
+        if len(people) == len(second.get(image_id, ())):
+            a, b = (np.array(p).reshape(len(p), -1, 3)[..., :2] for p in (people, second[image_id]))
+            distances.append(np.linalg.norm(a - b, axis=-1))
+    every = np.concatenate(distances) if distances else np.zeros((0, 1))
+    return {
+        "keypoint_px_mean": float(every.mean()) if every.size else 0.0,
+        "keypoint_px_max": float(every.max()) if every.size else 0.0,
+        "people_compared": len(every),
+    }
+
+
+def _by_image(file: Path) -> dict[int, list[list[float]]]:
+    people: dict[int, list[list[float]]] = defaultdict(list)
+    for result in json.loads(file.read_text()):
+        people[result["image_id"]].append(result["keypoints"])
+    return people
+
+
+def _timed_on_ray(
+    checkpoint: Path, modes: Sequence[str], settings: EvaluateSettings
+) -> dict[str, dict[str, Any]]:
+    import ray
+
+    from hrnet_core.checkpoint import load_checkpoint
+
+    model, spec = load_checkpoint(checkpoint)
+    task = ray.remote(time_modes).options(
+        num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_retries=0
+    )
+    device = "cuda" if settings.use_gpu else "cpu"
+    found: dict[str, dict[str, Any]] = ray.get(
+        task.remote(model, spec, list(modes), device, settings.cpus_per_worker)
+    )
+    return found
+
+
+def time_modes(
+    model: HRNet, spec: CheckpointSpec, modes: Sequence[str], device: str, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Mode -> ms_per_crop (batches of 16), ms_per_crop_alone (of one), and the processor. The fastest of some
+    rounds through all modes, so that other work on the machine does not meet one mode alone."""
+    import torch
+
+    from hrnet_core.predictor import PosePredictor
+
+    torch.set_num_threads(threads)
+    width, height = spec.input_size
+    crops = np.random.default_rng(0).integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8)
+    predictors = {mode: PosePredictor(model, spec, device, mode) for mode in modes}
+    for predictor in predictors.values():
+        predictor.warm_up()
+    best: dict[tuple[str, int], float] = {}
+    for _ in range(ROUNDS):
+        for mode, predictor in predictors.items():
+            for count in (BATCH, 1):
+                start = time.perf_counter()
+                predictor.heatmaps(crops[:count], flip_test=False, batch_size=count)
+                took = (time.perf_counter() - start) * 1000 / count
+                best[mode, count] = min(took, best.get((mode, count), np.inf))
+    on = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else torch.cpu.get_capabilities().get("cpu_name", "?")
+    )
+    return {
+        mode: {"ms_per_crop": best[mode, BATCH], "ms_per_crop_alone": best[mode, 1], "measured_on": on}
+        for mode in modes
+    }

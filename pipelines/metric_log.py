@@ -1,0 +1,108 @@
+"""Metrics of one run: a JSONL file first, then MLflow in batches, never a step twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.tracking import log, quiet
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+class MetricLog:
+    """Metrics of one run, written by one process: a JSONL file first, then MLflow in batches.
+
+    A row is {"step", "time_ms", name: value, ...}. Opening it drops rows after `step`, where training
+    goes on: they are computed again, to the same values. MLflow gets each (name, step) once.
+    """
+
+    RETRY_S = 60.0
+
+    def __init__(self, file: Path, step: int = -1, uri: str | None = None, run_id: str | None = None) -> None:
+        self.file, self.uri, self.run_id = file, uri, run_id
+        self.rows = [row for row in read_rows(file) if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(text)
+        part.replace(file)
+        self._pending = list(self.rows)
+        self._client: MlflowClient | None = None
+        self._last: dict[str, int] = {}
+        self._away_until = 0.0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row, on disk at once."""
+        row = {"step": step, "time_ms": int(time.time() * 1000), **values}
+        self.rows.append(row)
+        self._pending.append(row)
+        with self.file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+    def flush(self, force: bool = False) -> bool:
+        """Send what is pending; False if MLflow did not take it (tried again after a minute)."""
+        if self.run_id is None or not self._pending:
+            return True
+        if time.monotonic() < self._away_until and not force:
+            return False
+        try:
+            with quiet():
+                self._send()
+        except Exception as error:
+            log.warning("MLflow %s did not take the metrics (%s): kept in %s", self.uri, error, self.file)
+            self._away_until = time.monotonic() + self.RETRY_S
+            return False
+        return True
+
+    def log_file(self, file: Path, folder: str) -> None:
+        """A picture for the run, if MLflow takes it now; the driver sends the last ones again."""
+        if self._client is None or time.monotonic() < self._away_until:
+            return
+        try:
+            self._client.log_artifact(self.run_id, str(file), folder)
+        except Exception as error:
+            log.warning("MLflow %s did not take %s: %s", self.uri, file.name, error)
+            self._away_until = time.monotonic() + self.RETRY_S
+
+    def _send(self) -> None:
+        from mlflow.entities import Metric
+
+        if self._client is None:
+            self._client, self._last = self._open()
+        metrics = [
+            Metric(name, float(value), row["time_ms"], row["step"])
+            for row in self._pending
+            for name, value in row.items()
+            if name not in ("step", "time_ms") and row["step"] > self._last.get(name, -1)
+        ]
+        for start in range(0, len(metrics), 900):
+            part = metrics[start : start + 900]
+            self._client.log_batch(self.run_id, metrics=part)
+            self._last.update({m.key: m.step for m in part})
+        self._pending.clear()
+
+    def _open(self) -> tuple[MlflowClient, dict[str, int]]:
+        """A client that gives up fast, since training waits for it, and the last step of each metric."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri, self.uri)
+        names = client.get_run(self.run_id).data.metrics
+        return client, {n: max(m.step for m in client.get_metric_history(self.run_id, n)) for n in names}
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

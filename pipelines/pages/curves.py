@@ -1,0 +1,43 @@
+"""The curves of a training run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Loss, AP, learning rate, images/s and data wait over steps, as one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = {
+        "loss": ("train/loss", "val_gt/loss"),
+        "AP (ground-truth boxes)": ("val_gt/AP", "val_gt/AP50", "val_gt/AP75"),
+        "learning rate": ("train/lr",),
+        "images/s": ("train/samples_per_s",),
+        "data wait, share of time": ("train/data_wait",),
+    }
+    for axes, (name, metrics) in itertools.zip_longest(
+        figure.subplots(2, 3).flat, panels.items(), fillvalue=("", ())
+    ):
+        axes.set_title(name, fontsize=10)
+        axes.set_axis_on() if metrics else axes.set_axis_off()
+        for metric in metrics:
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=metric, marker="." if len(points) < 30 else None)
+        if len(metrics) > 1 and axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+    if any(row.get("train/loss", 0) > 0 for row in rows):
+        figure.axes[0].set_yscale("log")
+    part = file.with_name(f".{file.name}")
+    figure.savefig(part, format="png")
+    part.replace(file)

@@ -1,0 +1,158 @@
+"""An evaluation to look at: contact sheets of truth beside prediction, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.skeleton import Skeleton
+from pipelines.pages.frame import PAGE, definitions, embedded
+from pipelines.poses.protocol import Evaluation, Matched, protocol_line
+
+PAIRS = 12
+"""People of a contact sheet."""
+TILE = (192, 256)
+"""(width, height) px of one picture of a pair."""
+MEANINGS = {
+    "AP": "average precision, mean over OKS .50, .55 ... .95",
+    "AP50": "at OKS .50 (loose)",
+    "AP75": "at OKS .75 (strict)",
+    "APm": "medium people, 32² to 96² px of segment",
+    "APl": "large people, above 96² px",
+    "AR": "average recall with at most 20 results an image",
+    "AR50": "at OKS .50",
+    "AR75": "at OKS .75",
+    "ARm": "medium people",
+    "ARl": "large people",
+}
+
+
+def contact_sheets(people: Sequence[Matched], skeleton: Skeleton, folder: Path) -> dict[str, Path]:
+    """Write best.jpg, median.jpg and worst.jpg: of each person truth (left) beside prediction (right)."""
+    from hrnet_core.images import encode_jpeg
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ranked = sorted(people, key=lambda p: (-p.oks, p.image_id, p.ann_id))
+    middle = max(0, (len(ranked) - PAIRS) // 2)
+    chosen = {
+        "best": ranked[:PAIRS],
+        "median": ranked[middle : middle + PAIRS],
+        "worst": ranked[::-1][:PAIRS],
+    }
+    files = {}
+    for name, some in chosen.items():
+        if some:
+            files[name] = folder / f"{name}.jpg"
+            files[name].write_bytes(encode_jpeg(_sheet(some, skeleton), 90))
+    return files
+
+
+def _sheet(people: Sequence[Matched], skeleton: Skeleton) -> NDArray[np.uint8]:
+    from hrnet_core.overlays import tile
+
+    labels = [f"OKS {p.oks:.2f}  image {p.image_id}" for p in people]
+    return tile([_pair(p, skeleton) for p in people], columns=4, labels=labels)
+
+
+def _pair(person: Matched, skeleton: Skeleton) -> NDArray[np.uint8]:
+    """uint8 (h, 2w + gap, 3): the person cut out twice, with the truth and with the prediction drawn in."""
+    from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, three_point_matrix
+    from hrnet_core.images import decode_image
+    from hrnet_core.overlays import draw_poses
+
+    image = decode_image(Path(person.path).read_bytes(), apply_exif=False)
+    center, scale = box_to_center_scale(person.bbox_xywh, TILE, padding=1.35)
+    image_to_tile = three_point_matrix(center, scale, TILE)
+    crop = crop_people(image, image_to_tile[None], TILE)[0]
+    box = _box_in_tile(person.bbox_xywh, image_to_tile)
+    labelled = (person.visible > 0).astype(np.float32)
+    truth = apply_affine(image_to_tile, person.truth)
+    left = draw_poses(crop, truth[None], labelled[None], skeleton, boxes_xywh=box[None])
+    # NaN points are not drawn: where nothing was predicted the box stands alone.
+    predicted = apply_affine(image_to_tile, person.predicted)
+    right = draw_poses(crop, predicted[None], person.scores[None], skeleton, 0.2, boxes_xywh=box[None])
+    gap = np.full((TILE[1], 4, 3), 255, np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def _box_in_tile(bbox_xywh: NDArray[np.float32], image_to_tile: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(4,) left, top, width, height in tile px; the tile is not rotated."""
+    from hrnet_core.geometry import apply_affine
+
+    x, y, w, h = bbox_xywh
+    start, end = apply_affine(image_to_tile, [[x, y], [x + w, y + h]])
+    return np.concatenate([start, end - start])
+
+
+def write_html(
+    file: Path,
+    evaluation: Evaluation,
+    people: Sequence[Matched],
+    sheets: dict[str, Path],
+    skeleton: Skeleton,
+    details: dict[str, Any],
+) -> None:
+    """One page without any other file or address: figures, protocol, pictures, distributions."""
+    stats, figures = evaluation.stats, evaluation.figures
+    title = f"AP {stats['AP']:.3f}, {evaluation.protocol['split']}"
+    tiles = "".join(
+        f'<div class="stat"><b>{value:.3f}</b><span>{name}</span><small>{MEANINGS[name]}</small></div>'
+        for name, value in stats.items()
+        if name in MEANINGS
+    )
+    pictures = "".join(
+        f"<h3>{name}</h3>{embedded(path, f'{name} people: truth left, prediction right')}"
+        for name, path in sheets.items()
+    )
+    work = (
+        f"{figures['people']} people in {figures['photos']} photographs, {figures['results']} results after "
+        f"OKS-NMS, {figures['people_per_second']:.1f} people/s"
+    )
+    body = f"""<header><h1>{html.escape(title)}</h1><p>{html.escape(protocol_line(evaluation.protocol))}</p>
+<p class="quiet">{html.escape(work)}</p></header>
+<section class="stats">{tiles}</section>
+<section><h2>People by OKS</h2><p class="quiet">How well each labelled person was found: 1 is exact, below .5
+counts as missed at the loosest threshold. A person without any prediction counts as 0.</p>
+{_histogram([p.oks for p in people])}</section>
+<section><h2>Keypoints</h2><p class="quiet">Mean similarity (the term of OKS) where labelled.</p>
+{_keypoints(people, skeleton)}</section>
+<section><h2>Pictures</h2><p class="quiet">Of each person the truth on the left, the prediction on the right,
+and the annotated box; left limbs green, right limbs orange. Keypoints scoring .2 or less are not drawn.</p>
+{pictures}</section>
+<section><h2>Protocol</h2>{definitions(evaluation.protocol)}</section>
+<section><h2>Made by</h2>{definitions(details)}</section>"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+
+
+def _histogram(values: Sequence[float]) -> str:
+    """Ten bars as inline SVG."""
+    counts, _ = np.histogram(values, bins=10, range=(0, 1))
+    tallest = max(int(counts.max(initial=0)), 1)
+    bars = []
+    for i, count in enumerate(counts):
+        height = 120 * count / tallest
+        bars.append(
+            f'<rect x="{i * 60 + 4}" y="{140 - height:.1f}" width="52" height="{height:.1f}"/>'
+            f'<text x="{i * 60 + 30}" y="{134 - height:.1f}">{count}</text>'
+            f'<text x="{i * 60 + 30}" y="156">.{i}</text>'
+        )
+    return f'<svg viewBox="0 0 600 162" role="img" aria-label="people by OKS">{"".join(bars)}</svg>'
+
+
+def _keypoints(people: Sequence[Matched], skeleton: Skeleton) -> str:
+    """A row for each keypoint: name, labelled people, mean similarity as a bar."""
+    similarity = np.array([p.similarity for p in people]).reshape(-1, skeleton.num_keypoints)
+    labelled = np.isfinite(similarity)
+    means = np.nansum(similarity, axis=0) / np.maximum(labelled.sum(axis=0), 1)
+    rows = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{count}</td><td>{mean:.2f}</td>"
+        f'<td class="bar"><i style="width:{100 * mean:.0f}%"></i></td></tr>'
+        for name, count, mean in zip(skeleton.keypoints, labelled.sum(axis=0), means, strict=True)
+    )
+    return f"<table><tr><th>keypoint</th><th>labelled</th><th>similarity</th><th></th></tr>{rows}</table>"

@@ -1,0 +1,312 @@
+"""A dataset to look at: sheets of its crops with keypoints and heatmaps, what was left out, distributions,
+and one self-contained HTML page that holds them all. The same pictures whenever the digest is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hrnet_core.augment import keypoints_in_view
+from hrnet_core.errors import ImageError
+from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
+from hrnet_core.images import decode_image, encode_jpeg
+from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
+from hrnet_core.skeleton import Skeleton
+from pipelines.pages.dataset import write_figures, write_page
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.sources.records import PROTOCOL
+from pipelines.storage import open_folder
+
+Picture = NDArray[np.uint8]
+PEOPLE = 16
+"""People of a contact sheet, spread evenly over the split."""
+VIEWED_PEOPLE = 6
+"""People of the sheet that has their views side by side."""
+VIEWS = 8
+"""Views that get a sheet; the figures count all."""
+REJECTED = 4
+"""Pictures of each reason, those that cost the most people first."""
+HEIGHT = 256
+"""Crops smaller than this are enlarged by a whole factor to about this many px."""
+RED = (255, 80, 60)
+ANNOTATIONS = 400_000_000
+"""Bytes of an annotation file beyond which boxes of rejected people are not looked up."""
+
+
+def write_gallery(
+    manifest: Manifest, card: Mapping[str, Any], folder: Path, coco: str | None
+) -> tuple[Path, list[Path]]:
+    """Pictures and index.html in `folder`; returns the page and the pictures. OSError where they cannot be
+    written.
+
+    card: of inspect_shards.make_card. coco: the root with the photos of what was left out, if at hand.
+    """
+    pictures: dict[str, list[tuple[str, Path]]] = {"figures": write_figures(card, folder)}
+    sheets = {}
+    for split in manifest.splits:
+        places = spread_rows(manifest, split, PEOPLE)
+        for variant in range(min(manifest.variants(split), VIEWS)):
+            name = f"{split}-v{variant}" if variant else split
+            title = f"{split}, view {variant}" if variant else f"{split}, plain view"
+            sheets[name] = (title, view_sheet(manifest, split, variant, places))
+        if manifest.variants(split) > 1:
+            title = f"{split}, the views of {min(len(places), VIEWED_PEOPLE)} people"
+            sheets[f"{split}-views"] = (title, views_sheet(manifest, split, places))
+    pictures["views"] = [_write(folder, name, title, sheet) for name, (title, sheet) in sheets.items()]
+    rejected = heaviest_rejections(manifest)
+    pictures["rejected"] = []
+    if rejected and coco is not None:
+        sheet = rejected_sheet(rejected, Path(coco).expanduser(), manifest.config["max_pixels"])
+        pictures["rejected"] = [_write(folder, "rejected", "left out", sheet)]
+    page = folder / "index.html"
+    write_page(page, card, pictures, rejected)
+    return page, [file for group in pictures.values() for _, file in group]
+
+
+def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, Path]:
+    file = folder / f"{name}.jpg"
+    file.write_bytes(encode_jpeg(picture, 90))
+    return title, file
+
+
+# ---------------------------------------------------------------------------------- people
+
+
+def spread_rows(manifest: Manifest, split: str, count: int) -> list[tuple[int, int, int]]:
+    """(shard, row group, row) of up to `count` people, evenly spread; every view has them there."""
+    groups = [
+        (index, group, rows)
+        for index, shard in enumerate(manifest.shards(split))
+        for group, rows in enumerate(shard.row_groups)
+    ]
+    ends = np.cumsum([rows for *_, rows in groups])
+    count = min(count, int(ends[-1]))
+    chosen = ((np.arange(count) + 0.5) * ends[-1] / count).astype(int)
+    places = []
+    for row, group in zip(chosen.tolist(), np.searchsorted(ends, chosen, side="right").tolist(), strict=True):
+        shard, number, rows = groups[group]
+        places.append((shard, number, row - int(ends[group]) + rows))
+    return places
+
+
+def read_rows(
+    manifest: Manifest, split: str, variant: int, places: Sequence[tuple[int, int, int]]
+) -> dict[str, NDArray[Any]]:
+    """Rows at `places` as decode_rows gives them, `images` being the views' own crops. One row group is
+    in memory at a time."""
+    wanted = defaultdict(list)
+    for shard, group, row in places:
+        wanted[shard, group].append(row)
+    tables = [
+        read_row_group(manifest, split, shard, group, variant=variant).take(pa.array(rows))
+        for (shard, group), rows in wanted.items()
+    ]
+    table = pa.concat_tables(tables)
+    rows = decode_rows(table.drop_columns(["image"]), manifest)
+    stored = [decode_image(row["bytes"], apply_exif=False) for row in table["image"].to_pylist()]
+    matrices = zip(stored, rows["image_to_picture"], rows["image_to_crop"], strict=True)
+    rows["images"] = np.stack([_crop(*row, manifest.input_size) for row in matrices])
+    return rows
+
+
+def _crop(
+    picture: Picture,
+    image_to_picture: NDArray[np.float64],
+    image_to_crop: NDArray[np.float64],
+    size: tuple[int, int],
+) -> Picture:
+    """The view's crop: what is stored, or cut out of it where more was stored."""
+    if np.array_equal(image_to_picture, image_to_crop):
+        return picture
+    return crop_people(picture, compose_affine(image_to_crop, invert_affine(image_to_picture))[None], size)[0]
+
+
+def view_sheet(
+    manifest: Manifest, split: str, variant: int, places: Sequence[tuple[int, int, int]]
+) -> Picture:
+    """Of each person the crop with its keypoints beside the crop under its heatmaps."""
+    rows = read_rows(manifest, split, variant, places)
+    skeleton = manifest.skeleton()
+    pairs = []
+    for index, pose in enumerate(_poses(rows, skeleton)):
+        heat = draw_heatmaps(_enlarged(rows["images"][index])[0], rows["heatmaps"][index])
+        gap = np.full((len(pose), 4, 3), 255, np.uint8)
+        pairs.append(np.concatenate([pose, gap, heat], axis=1))
+    turns = _turns(rows, manifest)
+    return tile(pairs, 4, [_label(rows, index, turn) for index, turn in enumerate(turns)])
+
+
+def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int, int]]) -> Picture:
+    """The views of each person side by side, with the keypoints as the view has them."""
+    step = max(1, len(places) // VIEWED_PEOPLE)
+    chosen = list(places)[::step][:VIEWED_PEOPLE]
+    views = range(min(manifest.variants(split), VIEWS))
+    columns, labels = [], []
+    for variant in views:
+        rows = read_rows(manifest, split, variant, chosen)
+        columns.append(_poses(rows, manifest.skeleton()))
+        labels.append([turn or "plain" for turn in _turns(rows, manifest)])
+    by_person = [(columns[v][p], labels[v][p]) for p in range(len(chosen)) for v in views]
+    across = len(views) * max(1, VIEWS // len(views))  # whole people in a row
+    return tile([picture for picture, _ in by_person], across, [label for _, label in by_person])
+
+
+def _poses(rows: Mapping[str, NDArray[Any]], skeleton: Skeleton) -> list[Picture]:
+    places, visible = rows["keypoints"][..., :2], rows["keypoints"][..., 2]
+    points, shown = keypoints_in_view(rows["image_to_crop"], rows["flipped"], places, visible, skeleton)
+    drawn = []
+    for crop, person, labels in zip(rows["images"], points, shown, strict=True):
+        large, factor = _enlarged(crop)
+        drawn.append(draw_poses(large, factor * person[None], (labels > 0)[None], skeleton))
+    return drawn
+
+
+def _enlarged(crop: Picture) -> tuple[Picture, int]:
+    """The crop at about HEIGHT px, and the factor; pixel (0, 0) stays on (0, 0)."""
+    factor = max(1, round(HEIGHT / crop.shape[0]))
+    size = (factor * crop.shape[1], factor * crop.shape[0])
+    matrix = np.diag([factor, factor, 1.0])[:2]
+    large = cv2.warpAffine(crop, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(large, np.uint8), factor
+
+
+def _label(rows: Mapping[str, NDArray[Any]], index: int, turn: str) -> str:
+    visible = rows["keypoints"][index, :, 2]
+    seen = f"{(visible == 2).sum()} seen, {(visible == 1).sum()} hidden"
+    return f"{turn or seen}, image {rows['image_id'][index]}"
+
+
+def _turns(rows: Mapping[str, NDArray[Any]], manifest: Manifest) -> list[str]:
+    """How each view differs from the plain one: "+12°, x0.80, mirrored"; "" for the plain one."""
+    plain = box_to_center_scale(rows["bbox_xywh"], manifest.input_size, manifest.config["padding"])[1]
+    zooms = rows["scale"][:, 1] / plain[:, 1]
+    turns = []
+    for variant, angle, zoom, flipped in zip(
+        rows["variant"], rows["rotation_deg"], zooms, rows["flipped"], strict=True
+    ):
+        turn = f"{angle:+.0f}°, " if angle else ""
+        turns.append(f"{turn}x{zoom:.2f}{', mirrored' if flipped else ''}" if variant else "")
+    return turns
+
+
+# ---------------------------------------------------------------------------------- what was left out
+
+
+def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
+    """Rows of rejected.parquet: of each split and reason up to REJECTED that cost the most people, of
+    different photos. Defects come before what the protocol leaves out."""
+    files, root = open_folder(manifest.folder)
+    table = pq.read_table(f"{root}/rejected.parquet", filesystem=files)
+    order = [("people", "descending"), ("image_id", "ascending"), ("ann_id", "ascending")]
+    chosen = []
+    for split in manifest.splits:
+        counts = manifest.split(split)["rejected"]
+        own = table.filter(pa.compute.equal(table["split"], split))
+        for reason in sorted(counts, key=lambda r: (r in PROTOCOL, -counts[r]["people"], r)):
+            rows = own.filter(pa.compute.equal(own["reason"], reason)).sort_by(order).slice(0, 16 * REJECTED)
+            by_file: dict[str, dict[str, Any]] = {}  # one of each photo, as long as there are others
+            for row in rows.to_pylist():
+                by_file.setdefault(row["file"], row)
+            chosen += list(by_file.values())[:REJECTED]
+    return chosen
+
+
+def rejected_sheet(rejected: Sequence[Mapping[str, Any]], coco: Path, max_pixels: int) -> Picture:
+    """The photos of what was left out, with the annotated box of a person; the reason where there is no
+    picture to see."""
+    boxes = _annotated_boxes(rejected, coco)
+    pictures, labels = [], []
+    for row in rejected:
+        box = boxes.get((row["split"], row["ann_id"]))
+        pictures.append(_rejected_picture(row, coco, max_pixels, box))
+        labels.append(f"{row['reason']}: {row['file']}")
+    return tile(pictures, 4, labels)
+
+
+def _rejected_picture(
+    row: Mapping[str, Any], coco: Path, max_pixels: int, box: Sequence[float] | None
+) -> Picture:
+    folder = (coco / row["split"]).resolve()
+    file = (folder / row["file"]).resolve()
+    try:
+        if not file.is_relative_to(folder):
+            return _words(row["detail"])
+        photo = decode_image(file.read_bytes(), apply_exif=False, max_pixels=max_pixels)
+    except (OSError, ImageError, ValueError):
+        return _words(row["detail"])
+    left, top = 0, 0
+    if box is not None:
+        photo, left, top = _surroundings(photo, box)
+    factor = min(360 / photo.shape[1], HEIGHT / photo.shape[0])
+    size = (max(1, round(factor * photo.shape[1])), max(1, round(factor * photo.shape[0])))
+    small = np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_AREA), np.uint8)
+    if box is not None:
+        x, y, w, h = box
+        corners = ((x - left, y - top), (x + w - left, y + h - top))
+        start, end = ([round(16 * factor * value) for value in corner] for corner in corners)
+        for color, width in ((INK, 4), (RED, 2)):
+            cv2.rectangle(small, start, end, color, width, cv2.LINE_AA, 4)
+    return small
+
+
+def _surroundings(photo: Picture, box: Sequence[float]) -> tuple[Picture, int, int]:
+    """The part of the photo around a box, five times its size and at least a fifth of the photo; its left
+    and top in the photo. People that were left out are often too small to be seen in all of it."""
+    x, y, w, h = box
+    height, width = photo.shape[:2]
+    side = max(5 * w, 5 * h, 0.2 * width, 0.2 * height) / 2
+    left, right = (int(np.clip(x + w / 2 + d, 0, width)) for d in (-side, side))
+    top, bottom = (int(np.clip(y + h / 2 + d, 0, height)) for d in (-side, side))
+    if left == right or top == bottom:  # the box lies outside
+        return photo, 0, 0
+    return photo[top:bottom, left:right], left, top
+
+
+def _words(text: str) -> Picture:
+    """A grey card with a sentence on it, in place of a picture that nobody can see."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    card = Image.new("RGB", (360, HEIGHT), (225, 227, 231))
+    font = ImageFont.load_default(18)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) < 320 else [*lines, word]
+    text = "\n".join(lines[:9])
+    pen = ImageDraw.Draw(card)
+    pen.multiline_text((180, HEIGHT // 2), text, fill=INK, font=font, anchor="mm", align="center")
+    return np.array(card)
+
+
+def _annotated_boxes(
+    rejected: Sequence[Mapping[str, Any]], coco: Path
+) -> dict[tuple[str, int], tuple[float, float, float, float]]:
+    """(split, ann_id) -> bbox of the rejected people whose box is one; empty where annotations are gone."""
+    boxes = {}
+    for split in {row["split"] for row in rejected if row["ann_id"] is not None}:
+        wanted = {row["ann_id"] for row in rejected if row["split"] == split}
+        file = coco / "annotations" / f"person_keypoints_{split}.json"
+        if not file.is_file() or file.stat().st_size > ANNOTATIONS:
+            continue
+        for annotation in json.loads(file.read_bytes())["annotations"]:
+            box = annotation.get("bbox")
+            if annotation["id"] in wanted and _is_box(box):
+                boxes[split, annotation["id"]] = tuple(box)
+    return boxes
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+    return numbers and all(math.isfinite(v) and abs(v) < 1e6 for v in box)

@@ -1,0 +1,1 @@
+"""From work units to poses and figures. Imports nothing here on purpose."""

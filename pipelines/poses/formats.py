@@ -1,0 +1,306 @@
+"""The files of a prediction: rows of pictures in, COCO results, tables, OpenPose files and videos out.
+
+Written while the rows go by, so that memory does not grow with them. A file has its name once it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hrnet_core.errors import DataError, ImageError
+from hrnet_core.results import Boxes, Keypoints, Poses
+from hrnet_core.skeleton import Skeleton
+from pipelines.config import PredictSettings
+from pipelines.sources.media import Media, Video
+
+Row = dict[str, Any]
+ROW = pa.schema(
+    [
+        ("name", pa.string()),  # Media.name
+        ("uri", pa.string()),
+        ("frame", pa.int32()),  # of a video, from 0; null for a picture
+        ("image_id", pa.int64()),  # null: numbered when it is written
+        ("width", pa.int32()),  # as displayed
+        ("height", pa.int32()),
+        ("exif_rotated", pa.bool_()),
+        ("boxes_source", pa.string()),
+        ("boxes_xywh", pa.list_(pa.float32())),  # P * 4
+        ("box_scores", pa.list_(pa.float32())),  # P
+        ("keypoints", pa.list_(pa.float32())),  # P * K * 3: x, y, score
+        ("overlay", pa.binary()),  # JPEG
+        ("reason", pa.string()),  # why it was rejected; null: it was not
+        ("detail", pa.string()),
+    ]
+)
+"""A picture or frame, answered or rejected."""
+TABLE_ROWS = 4096
+"""People of a row group of poses.parquet."""
+
+
+def poses_of(row: Row, skeleton: Skeleton) -> Poses:
+    """The people of an answered row."""
+    keypoints = np.array(row["keypoints"], np.float32).reshape(-1, skeleton.num_keypoints, 3)
+    boxes = np.array(row["boxes_xywh"], np.float32).reshape(-1, 4)
+    return Poses(
+        Keypoints(keypoints),
+        Boxes(boxes, np.array(row["box_scores"], np.float32)),
+        (row["height"], row["width"]),
+        skeleton,
+        row["boxes_source"],
+        path=row["uri"],
+    )
+
+
+def check_formats(formats: Sequence[str], skeleton: Skeleton) -> None:
+    """DataError where a format is not for these keypoints."""
+    if "openpose" in formats:
+        nobody = Keypoints(np.zeros((0, skeleton.num_keypoints, 3), np.float32))
+        boxes = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+        Poses(nobody, boxes, (1, 1), skeleton).to_openpose()
+
+
+def write_all(
+    rows: Iterable[Row], media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
+) -> Counter[str]:
+    """Every format of the settings, and images.json and rejected.json.
+
+    Returns counts: pictures, frames, people, and "rejected REASON".
+    """
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as files:
+        images = files.enter_context(json_list(out / "images.json"))
+        rejected = files.enter_context(json_list(out / "rejected.json"))
+        writers = [files.enter_context(writer) for writer in _writers(media, out, settings, skeleton)]
+        for row in rows:
+            if row["reason"] is not None:
+                counts[f"rejected {row['reason']}"] += 1
+                rejected.send({key: row[key] for key in ("name", "frame", "reason", "detail")})
+                continue
+            counts["pictures" if row["frame"] is None else "frames"] += 1
+            poses = poses_of(row, skeleton)
+            counts["people"] += len(poses)
+            image_id = row["image_id"]
+            if image_id is None:
+                image_id = counts["pictures"] + counts["frames"]
+            images.send(_image(row, image_id))
+            for writer in writers:
+                writer.send((image_id, row, poses))
+    return counts
+
+
+def _image(row: Row, image_id: int) -> dict[str, Any]:
+    """An entry of COCO's `images`, with where it came from."""
+    entry = {"id": image_id, "file_name": row["name"], "width": row["width"], "height": row["height"]}
+    if row["frame"] is not None:
+        entry["frame"] = row["frame"]
+    return {**entry, "exif_rotated": row["exif_rotated"], "boxes_source": row["boxes_source"]}
+
+
+def _writers(
+    media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """One sink for each format; (image_id, row, poses) is sent to it."""
+    if "coco" in settings.formats:
+        yield _coco(out / "poses.json")
+    if "parquet" in settings.formats:
+        yield _table(out / "poses.parquet", skeleton)
+    if "openpose" in settings.formats:
+        yield _openpose(out / "openpose", media)
+    if "overlays" in settings.formats:
+        yield _overlays(out / "overlays")
+    if "videos" in settings.formats:
+        yield _videos(out / "videos", settings)
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A name to write under; it becomes the file when the block ends well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}.part{file.suffix}")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Sink:
+    """What is sent to it goes through a function."""
+
+    def __init__(self, take: Any) -> None:
+        self.send = take
+
+
+@contextlib.contextmanager
+def json_list(file: Path) -> Iterator[Sink]:
+    """A JSON list, one entry a line."""
+    with _whole(file) as part, part.open("w", encoding="utf-8") as stream:
+        between = "[\n"
+
+        def take(entry: Any) -> None:
+            nonlocal between
+            stream.write(between + json.dumps(entry, allow_nan=False, ensure_ascii=False))
+            between = ",\n"
+
+        yield Sink(take)
+        stream.write("\n]\n" if between == ",\n" else "[]\n")
+
+
+@contextlib.contextmanager
+def _coco(file: Path) -> Iterator[Sink]:
+    """COCO keypoint results, as pycocotools loads them."""
+    with json_list(file) as results:
+
+        def take(sent: tuple[int, Row, Poses]) -> None:
+            image_id, _, poses = sent
+            for result in poses.to_coco(image_id):
+                results.send(result)
+
+        yield Sink(take)
+
+
+@contextlib.contextmanager
+def _table(file: Path, skeleton: Skeleton) -> Iterator[Sink]:
+    """poses.parquet: a row a person. The names of the keypoints stand in the schema's metadata."""
+    schema = pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("name", pa.string()),
+            ("frame", pa.int32()),
+            ("person", pa.int32()),
+            ("bbox_xywh", pa.list_(pa.float32())),
+            ("box_score", pa.float32()),
+            ("score", pa.float64()),
+            ("keypoints", pa.list_(pa.float32())),
+        ],
+        metadata={"hrnet": json.dumps({"skeleton": skeleton.as_dict()})},
+    )
+    people: list[Row] = []
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with _whole(file) as part, pq.ParquetWriter(part, schema, **options) as writer:
+
+        def take(sent: tuple[int, Row, Poses]) -> None:
+            image_id, row, poses = sent
+            for person, (box, conf, score, points) in enumerate(
+                zip(poses.boxes.xywh, poses.boxes.conf, poses.scores, poses.keypoints.data, strict=True)
+            ):
+                people.append(
+                    {
+                        "image_id": image_id,
+                        "name": row["name"],
+                        "frame": row["frame"],
+                        "person": person,
+                        "bbox_xywh": box,
+                        "box_score": conf,
+                        "score": score,
+                        "keypoints": points.ravel(),
+                    }
+                )
+            if len(people) >= TABLE_ROWS:
+                flush()
+
+        def flush() -> None:
+            if people:
+                writer.write_table(pa.Table.from_pylist(people, schema))
+                people.clear()
+
+        yield Sink(take)
+        flush()
+
+
+@contextlib.contextmanager
+def _openpose(folder: Path, media: Sequence[Media]) -> Iterator[Sink]:
+    """STEM_keypoints.json, of frames STEM_000000000012_keypoints.json, as OpenPose names them.
+
+    Where two pictures differ in their suffix only, it stays part of the stem.
+    """
+    twins = Counter(posixpath.splitext(m.name)[0] for m in media)
+
+    def take(sent: tuple[int, Row, Poses]) -> None:
+        _, row, poses = sent
+        stem = posixpath.splitext(row["name"])[0]
+        stem = stem if twins[stem] == 1 else row["name"]
+        frame = "" if row["frame"] is None else f"_{row['frame']:012d}"
+        with _whole(folder / f"{stem}{frame}_keypoints.json") as part:
+            part.write_text(json.dumps(poses.to_openpose(), allow_nan=False))
+
+    yield Sink(take)
+
+
+@contextlib.contextmanager
+def _overlays(folder: Path) -> Iterator[Sink]:
+    """Pictures with their poses: a.jpg stays a.jpg, a.png becomes a.png.jpg."""
+
+    def take(sent: tuple[int, Row, Poses]) -> None:
+        _, row, _ = sent
+        if row["overlay"] is not None:
+            name = row["name"]
+            jpeg = name.lower().endswith((".jpg", ".jpeg"))
+            with _whole(folder / (name if jpeg else f"{name}.jpg")) as part:
+                part.write_bytes(row["overlay"])
+
+    yield Sink(take)
+
+
+@contextlib.contextmanager
+def _videos(folder: Path, settings: PredictSettings) -> Iterator[Sink]:
+    """Videos with their poses drawn in: clip.avi becomes clip.avi.mp4, clip.mp4 stays clip.mp4.
+
+    Frames come in order, video after video; each video is decoded once more.
+    """
+    current: dict[str, Any] = {"name": None}
+    with contextlib.ExitStack() as last:
+
+        def take(sent: tuple[int, Row, Poses]) -> None:
+            _, row, poses = sent
+            if row["frame"] is None:
+                return
+            if row["name"] != current["name"]:
+                last.close()
+                name = row["name"] if row["name"].lower().endswith(".mp4") else f"{row['name']}.mp4"
+                current["name"] = row["name"]
+                current["draw"] = last.enter_context(_video(folder / name, row, settings))
+            current["draw"].send((row["frame"], poses))
+
+        yield Sink(take)
+
+
+@contextlib.contextmanager
+def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Sink]:
+    """MPEG-4 in MP4, of the video's own size and pace; the sound is not kept."""
+    try:
+        video = Video(first["uri"], settings.max_pixels)
+    except ImageError as error:
+        raise DataError(f"{first['uri']}: changed while it was predicted: {error}") from None
+    size = first["width"], first["height"]
+    with contextlib.closing(video), _whole(file) as part:
+        pace = video.frames_per_s / settings.video_stride
+        writer = cv2.VideoWriter(str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), pace, size)
+        if not writer.isOpened():
+            raise DataError(
+                f"{file}: OpenCV cannot write a video of {size[0]}x{size[1]} at {pace:g} frames/s here. "
+                f"Leave videos out of --predict.formats."
+            )
+
+        def take(sent: tuple[int, Poses]) -> None:
+            number, poses = sent
+            for _, frame in video.frames(number, number + 1):
+                drawn = poses.plot(frame, settings.draw_threshold)
+                writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+
+        try:
+            yield Sink(take)
+        finally:
+            writer.release()

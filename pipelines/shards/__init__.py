@@ -1,0 +1,1 @@
+"""The Parquet dataset. Imports nothing here on purpose."""

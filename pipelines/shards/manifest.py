@@ -1,0 +1,217 @@
+"""The preprocessed dataset: columns, schema metadata, manifest; write, read, verify.
+
+    SHARDS/manifest.json                      written last: no manifest, no dataset
+    SHARDS/data/<split>[-v<variant>]-00000-of-000NN.parquet
+    SHARDS/rejected.parquet                   what was left out, and why
+    SHARDS/README.md, croissant.json          for readers without our code
+
+A row is one view of one person. The files of a split's variants hold the same people in the same order:
+row i of row group g of shard s is one person in every variant.
+
+Keypoints are kept in photo px in the skeleton's order, whatever the view. In the crop they lie at
+`image_to_crop` of that; a flipped row's matrix mirrors, and its heatmaps and weights have the pairs
+swapped: crop keypoints of a flipped row are `apply_affine(image_to_crop, keypoints)[flip_order]`.
+
+The stored picture is the view's own crop (`data.context` 1.0), or a cut of the photo that lies at
+`image_to_picture` (2.0). `decode_rows` gives the view's crop either way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hrnet_core.errors import DataError
+from hrnet_core.skeleton import Skeleton, skeleton_from_dict
+from pipelines.shards.cards import croissant, readme
+from pipelines.shards.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, canonical_json, codec_of
+from pipelines.storage import (
+    absolute,
+    answering,
+    join,
+    list_files,
+    open_folder,
+    put_file,
+    read_file,
+    sha256_of,
+)
+
+if TYPE_CHECKING:
+    from hrnet_core.heatmaps import HeatmapCodec
+
+
+def write_manifest(folder: str, fields: Mapping[str, Any]) -> Manifest:
+    """README.md and croissant.json, then manifest.json, with the digest filled in."""
+    files, root = open_folder(folder)
+    fields = {"schema_version": SCHEMA_VERSION, "digest": dataset_digest(fields), **fields}
+    columns = {name: str(kind) for name, kind in COLUMNS.items()}
+    put_file(files, f"{root}/README.md", readme(fields, columns).encode())
+    put_file(files, f"{root}/croissant.json", croissant(fields, columns).encode())
+    put_file(files, f"{root}/{MANIFEST}", (json.dumps(fields, indent=1) + "\n").encode())
+    return Manifest.load(folder)
+
+
+def dataset_digest(fields: Mapping[str, Any]) -> str:
+    """sha256 over schema version, semantic configuration, annotation sha256 and the sorted shard sha256."""
+    splits = fields["splits"]
+    annotations = {name: split["annotation_sha256"] for name, split in splits.items()}
+    shards = sorted(shard["sha256"] for split in splits.values() for shard in split["shards"])
+    text = canonical_json([SCHEMA_VERSION, fields["config"], annotations, shards])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------- read
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of the manifest. `path` is relative to the dataset's folder."""
+
+    path: str
+    variant: int
+    rows: int
+    people: int
+    bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished dataset. Plain data: it travels to workers, who open the files themselves."""
+
+    folder: str
+    fields: dict[str, Any]
+    """manifest.json as it is."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The dataset in `folder` (path or URI). DataError where it is none, is of a newer schema, or has
+        files that are missing, of another size or unknown. Contents are checked by `verify`."""
+        folder = absolute(str(folder))
+        where = join(folder, MANIFEST)
+        try:
+            fields = json.loads(read_file(where))
+            version = fields["schema_version"]
+            manifest = cls(folder, fields)
+            known = {
+                s.path: s
+                for split in manifest.splits
+                for v in range(manifest.variants(split))
+                for s in manifest.shards(split, v)
+            }
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(
+                f"{folder}: no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet "
+                f"preprocess` with --data.shards {folder}: what is there already is used."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: not a manifest ({error!r}). Preprocess into a new folder.") from None
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{where}: schema_version {version}, this code reads {SCHEMA_VERSION}. Use the hrnet that "
+                f"wrote it ({fields.get('code', {}).get('hrnet')}), or preprocess again."
+            )
+        manifest._check_listing(known)
+        return manifest
+
+    def _check_listing(self, known: Mapping[str, Shard]) -> None:
+        listing = list_files(join(self.folder, "data"))
+        there = {f"data/{name}": size for name, size in listing.items() if name.endswith(".parquet")}
+        problems = [f"{path} is missing" for path in sorted(set(known) - set(there))]
+        problems += [f"{path} is not in the manifest" for path in sorted(set(there) - set(known))]
+        problems += [
+            f"{path} has {there[path]} bytes instead of {known[path].bytes}"
+            for path in sorted(set(known) & set(there))
+            if there[path] != known[path].bytes
+        ]
+        if problems:
+            raise DataError(f"{self.folder}: {'; '.join(problems[:5])} ({len(problems)} in all). {REPAIR}")
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 that two datasets share exactly when their content does."""
+        return str(self.fields["digest"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """DataSettings.semantic() of the run that wrote it."""
+        return dict(self.fields["config"])
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.fields["splits"])
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(width, height) of a crop in px."""
+        width, height = self.config["input_size"]
+        return width, height
+
+    def split(self, name: str) -> dict[str, Any]:
+        """A split's own part of the manifest; DataError names what there is instead."""
+        if name not in self.fields["splits"]:
+            raise DataError(f"{self.folder}: no split {name!r}; it has {', '.join(self.splits)}.")
+        return dict(self.fields["splits"][name])
+
+    def people(self, split: str) -> int:
+        return int(self.split(split)["people"])
+
+    def variants(self, split: str) -> int:
+        """Stored views of each person: files of variant 0 ... variants - 1."""
+        return int(self.split(split)["variants"])
+
+    def shards(self, split: str, variant: int = 0) -> list[Shard]:
+        """The shards of one variant in order."""
+        rows = [Shard(**{**s, "row_groups": tuple(s["row_groups"])}) for s in self.split(split)["shards"]]
+        return [shard for shard in rows if shard.variant == variant]
+
+    def codec(self) -> HeatmapCodec:
+        """The codec that made the heatmaps."""
+        return codec_of(self.config)
+
+    def skeleton(self) -> Skeleton:
+        return skeleton_from_dict(self.config["skeleton"], f"{self.folder}/{MANIFEST}")
+
+    def verify(
+        self, splits: Iterable[str] | None = None, progress: Callable[[Shard], None] | None = None
+    ) -> None:
+        """Hash every shard of `splits` (all by default) against the manifest: once a run, before reading.
+
+        `progress` is called in this thread for each shard in order. DataError names each that differs.
+        """
+        files, root = open_folder(self.folder)
+        names = self.splits if splits is None else tuple(splits)
+        shards = [s for name in names for v in range(self.variants(name)) for s in self.shards(name, v)]
+
+        def differs(shard: Shard) -> bool:
+            try:
+                with answering(join(self.folder, shard.path)):
+                    return sha256_of(files, f"{root}/{shard.path}") != shard.sha256
+            except FileNotFoundError:
+                return True
+
+        bad = []
+        with ThreadPoolExecutor(4) as pool:
+            for shard, wrong in zip(shards, pool.map(differs, shards), strict=True):
+                if wrong:
+                    bad.append(shard.path)
+                if progress is not None:
+                    progress(shard)
+        if bad:
+            raise DataError(
+                f"{self.folder}: {', '.join(bad[:5])} ({len(bad)} in all) not as written: sha256 differs "
+                f"from {MANIFEST}. {REPAIR}"
+            )
+
+
+REPAIR = (
+    "Run `hrnet preprocess` with the same settings and folder: damaged or missing shards are made again; "
+    "move files that are not its own elsewhere first."
+)

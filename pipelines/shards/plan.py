@@ -1,0 +1,232 @@
+"""The shard plan: which people make which shard, and which shards of it are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from hrnet_core.errors import DataError
+from pipelines.config import DataSettings
+from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, canonical_json, shard_name
+from pipelines.shards.writer import inspect_shard, plan_of_shard, shard_entry
+from pipelines.sources.records import CocoSplit, Photo
+from pipelines.storage import (
+    absolute,
+    answering,
+    file_sizes,
+    is_uri,
+    join,
+    list_files,
+    one_line,
+    open_folder,
+    read_file,
+    remove_leftovers,
+)
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What a task needs to write one shard: one file for each variant of the same people."""
+
+    folder: str
+    split: str
+    index: int
+    count: int
+    variants: int
+    photos: tuple[tuple[Photo, int], ...]
+    """Each without its people, and the number of them."""
+    annotated: Mapping[str, NDArray[Any]]
+    """What the annotations say of these people, in order: the columns image_id, ann_id, area, bbox_xywh,
+    keypoints, width and height of a shard. Arrays, because a Person each would cost more to send than
+    the rest of a task's start."""
+    config: dict[str, Any]
+    """DataSettings.semantic()."""
+    plan: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.split, self.index
+
+    @property
+    def people(self) -> int:
+        return len(self.annotated["ann_id"])
+
+    @property
+    def names(self) -> list[str]:
+        """The files, by variant."""
+        return [shard_name(self.split, v, self.index, self.count) for v in range(self.variants)]
+
+
+def plan_shards(split: CocoSplit, data: DataSettings) -> list[ShardWork]:
+    """The split's photos with people, in order of image id, in shards of about people_per_shard.
+
+    The plan's hash stands for everything that decides the bytes: annotations, settings, which photos and
+    people are in, and the size of each photo's file (a replaced picture makes another plan).
+    """
+    photos = [photo for photo in split.photos if photo.people]
+    if not photos:
+        counts = Counter(r.reason for r in split.rejected)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+        raise DataError(
+            f"{split.annotation_file}: no person of split {split.name!r} can be used "
+            f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures."
+        )
+    config = data.semantic()
+    sizes = file_sizes([photo.path for photo in photos])
+    members = [
+        (photo.image_id, size, [person.ann_id for person in photo.people])
+        for photo, size in zip(photos, sizes, strict=True)
+    ]
+    text = canonical_json([SCHEMA_VERSION, config, split.name, split.annotation_sha256, members])
+    plan = hashlib.sha256(text.encode()).hexdigest()
+    counts = [len(photo.people) for photo in photos]
+    people = np.cumsum(counts)
+    count = -(-int(people[-1]) // data.people_per_shard)
+    borders = np.searchsorted(people, np.arange(1, count) * people[-1] / count) + 1
+    cuts = sorted({0, *borders.tolist(), len(photos)})
+    annotated, alone = _annotated(photos), [replace(photo, people=()) for photo in photos]
+    starts = [0, *people.tolist()]
+    folder = absolute(data.shards)
+    variants = data.variants if split.name == data.train_split else 1
+    return [
+        ShardWork(
+            folder=folder,
+            split=split.name,
+            index=index,
+            count=len(cuts) - 1,
+            variants=variants,
+            photos=tuple(zip(alone[a:b], counts[a:b], strict=True)),
+            annotated={name: column[starts[a] : starts[b]] for name, column in annotated.items()},
+            config=config,
+            plan=plan,
+        )
+        for index, (a, b) in enumerate(pairwise(cuts))
+    ]
+
+
+def _annotated(photos: Sequence[Photo]) -> dict[str, NDArray[Any]]:
+    """ShardWork.annotated of all people of these photos."""
+    people = [person for photo in photos for person in photo.people]
+    sizes = np.array([(photo.width, photo.height) for photo in photos for _ in photo.people], np.int32)
+    places = np.concatenate([person.keypoints for person in people]).reshape(len(people), -1, 2)
+    visible = np.concatenate([person.visible for person in people]).reshape(len(people), -1, 1)
+    return {
+        "image_id": np.array([person.image_id for person in people], np.int64),
+        "ann_id": np.array([person.ann_id for person in people], np.int64),
+        "area": np.array([person.area for person in people], np.float32),
+        "bbox_xywh": np.concatenate([person.bbox_xywh for person in people]).reshape(-1, 4),
+        "keypoints": np.concatenate([places, visible], axis=-1),
+        "width": sizes[:, 0],
+        "height": sizes[:, 1],
+    }
+
+
+def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Figures of the shards that are there whole, by ShardWork.key; makes the folder where there is none.
+
+    DataError where the folder holds something that this plan would not write: nothing of it is touched.
+    """
+    files, root = open_folder(folder)
+    try:
+        with answering(folder):
+            check_target(folder, works)
+        if not is_uri(folder):  # a bucket has no folders, only names
+            files.create_dir(f"{root}/data", recursive=True)
+        for place in (root, f"{root}/data"):
+            remove_leftovers(files, place)
+    except OSError as error:
+        raise DataError(cannot_write(folder, error)) from None
+    there = {f"data/{name}" for name in list_files(join(folder, "data"))}
+
+    def look(work: ShardWork) -> dict[str, Any] | None:
+        found = [inspect_shard(join(folder, name)) if name in there else None for name in work.names]
+        if any(f is not None and f[0] != work.plan for f in found):
+            raise DataError(_another_plan(folder, work.names[0]))
+        if any(f is None for f in found):
+            return None
+        whole = [(f[1], f[2]) for f in found if f is not None]
+        names = enumerate(zip(work.names, whole, strict=True))
+        shards = [shard_entry(name, v, *written) for v, (name, (_, written)) in names]
+        return {**whole[0][0], "shards": shards}
+
+    with ThreadPoolExecutor(4) as pool:
+        figures = dict(zip([work.key for work in works], pool.map(look, works), strict=True))
+    return {key: figure for key, figure in figures.items() if figure is not None}
+
+
+def check_target(folder: str, works: Sequence[ShardWork]) -> None:
+    """DataError where the folder holds files that these works would not write, or a manifest of another
+    plan. Asked at the start, and again at the end: another run may have taken the folder meanwhile."""
+    files, root = open_folder(folder)
+    info = files.get_file_info(root)
+    if info.type == fs.FileType.File:
+        raise DataError(f"data.shards: {folder} is a file. Give a folder, new or of this dataset.")
+    if info.type == fs.FileType.NotFound:
+        bucket = root.partition("/")[0]
+        if is_uri(folder) and files.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise DataError(f"data.shards: {folder}: no bucket {bucket!r}. Make it, or check the name.")
+        return
+    if files.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
+        _check_same_plan(join(folder, MANIFEST), folder, works)
+    inside = [i.base_name for i in files.get_file_info(fs.FileSelector(root))]
+    shards = files.get_file_info(fs.FileSelector(f"{root}/data", allow_not_found=True))
+    ours = {name for work in works for name in work.names}
+
+    foreign = sorted(n for n in inside if n not in OWN_FILES and not n.startswith("."))
+    foreign += sorted(
+        f"data/{i.base_name}" for i in shards if f"data/{i.base_name}" not in ours and i.base_name[0] != "."
+    )
+    if foreign:
+        raise DataError(
+            f"data.shards: {folder} holds {len(foreign)} files that this dataset does not have: "
+            f"{', '.join(foreign[:5])}. Nothing was touched: give a new folder, or move them elsewhere."
+        )
+
+
+def check_not_taken(files: fs.FileSystem, root: str, work: ShardWork) -> None:
+    """DataError where a shard of another plan has come to lie under one of the work's names: a run with
+    other settings writes into the same folder at this moment, and its shard is whole."""
+    for name in work.names:
+        if files.get_file_info(f"{root}/{name}").type == fs.FileType.File:
+            plan = plan_of_shard(files, f"{root}/{name}")
+            if plan is not None and plan != work.plan:
+                raise DataError(_another_plan(work.folder, name))
+
+
+def _check_same_plan(path: str, folder: str, works: Sequence[ShardWork]) -> None:
+    try:
+        theirs = json.loads(read_file(path))
+        plans = {name: split["plan"] for name, split in theirs["splits"].items()}
+        config = theirs["config"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: not a manifest of ours. Give --data.shards a new folder.") from None
+    if plans != {work.split: work.plan for work in works}:
+        ours = works[0].config
+        differing = sorted(k for k in ours if ours[k] != config.get(k))
+        what = f"settings {', '.join(differing)}" if differing else "annotations or pictures"
+        raise DataError(_another_plan(folder, f"its {MANIFEST}", what))
+
+
+def _another_plan(folder: str, where: str, what: str = "settings, annotations or pictures") -> str:
+    return (
+        f"data.shards: {folder} holds another dataset ({where}): other {what}. Nothing was touched: give "
+        f"--data.shards a new folder, or remove the old one yourself."
+    )
+
+
+def cannot_write(folder: str, error: OSError) -> str:
+    why = error.strerror or one_line(error)
+    return (
+        f"data.shards: {folder} cannot be written ({why}). Free space, or give a folder that you may write "
+        f"to; then run the same command again: finished shards are kept."
+    )

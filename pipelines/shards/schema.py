@@ -1,0 +1,110 @@
+"""What a shard is made of: columns, metadata, names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from hrnet_core.augment import Augmentation
+    from hrnet_core.heatmaps import HeatmapCodec
+
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+OWN_FILES = {MANIFEST, "README.md", "croissant.json", "rejected.parquet", "data"}
+COLUMNS: dict[str, pa.DataType] = {
+    "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    "image_to_picture": pa.list_(pa.float64()),
+    "image_to_crop": pa.list_(pa.float64()),
+    "keypoints": pa.list_(pa.float32()),
+    "heatmaps": pa.binary(),
+    "weights": pa.list_(pa.float32()),
+    "image_id": pa.int64(),
+    "ann_id": pa.int64(),
+    "variant": pa.int16(),
+    "bbox_xywh": pa.list_(pa.float32()),
+    "center": pa.list_(pa.float32()),
+    "scale": pa.list_(pa.float32()),
+    "rotation_deg": pa.float32(),
+    "flipped": pa.bool_(),
+    "area": pa.float32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "image_sha256": pa.binary(),
+}
+CROP_COLUMNS = ("image", "image_to_picture", "image_to_crop")
+"""What `decode_rows` needs for a view's crop."""
+REJECTED = pa.schema(
+    [
+        ("split", pa.string()),
+        ("reason", pa.string()),
+        ("file", pa.string()),
+        ("image_id", pa.int64()),
+        ("ann_id", pa.int64()),
+        ("people", pa.int64()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+def shard_name(split: str, variant: int, index: int, count: int) -> str:
+    """`data/train2017-v1-00000-of-00012.parquet`; the plain variant has no -v."""
+    tag = f"-v{variant}" if variant else ""
+    return f"data/{split}{tag}-{index:05d}-of-{count:05d}.parquet"
+
+
+def shard_schema(config: Mapping[str, Any], plan: str, split: str) -> pa.Schema:
+    """Columns with two metadata entries: `huggingface` features, and `hrnet` (what the bytes mean).
+
+    `config` is DataSettings.semantic(); `plan` the hash that tells whose shard this is.
+    """
+    codec = codec_of(config)
+    own = {
+        "schema_version": SCHEMA_VERSION,
+        "plan": plan,
+        "split": split,
+        "codec": codec.as_dict(),
+        "heatmaps": {
+            "dtype": "float16",
+            "shape": [len(config["skeleton"]["keypoints"]), *codec.heatmap_size[::-1]],
+        },
+        "padding": config["padding"],
+        "context": config["context"],
+        "skeleton": config["skeleton"],
+    }
+    features = {name: _huggingface_feature(kind) for name, kind in COLUMNS.items()}
+    # Not sorted: its readers take the columns in the order of the features.
+    metadata = {"huggingface": json.dumps({"info": {"features": features}}), "hrnet": canonical_json(own)}
+    return pa.schema(list(COLUMNS.items()), metadata=metadata)
+
+
+def _huggingface_feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"_type": "Image"}
+    if pa.types.is_list(kind):
+        return {"_type": "List", "feature": _huggingface_feature(kind.value_type)}
+    names = {"float": "float32", "double": "float64"}
+    return {"_type": "Value", "dtype": names.get(str(kind), str(kind))}
+
+
+def canonical_json(value: Any) -> str:
+    """The one text of a JSON value, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def augmentation_of(config: Mapping[str, Any]) -> Augmentation:
+    """How far the views of a dataset may differ from the plain one, by DataSettings.semantic()."""
+    from hrnet_core.augment import Augmentation
+
+    return Augmentation(**{name: config[name] for name in Augmentation.__dataclass_fields__})
+
+
+def codec_of(config: Mapping[str, Any]) -> HeatmapCodec:
+    """The codec that DataSettings.semantic() describes."""
+    from hrnet_core.heatmaps import HeatmapCodec
+
+    return HeatmapCodec(config["codec"], input_size=tuple(config["input_size"]), sigma=config["sigma"])

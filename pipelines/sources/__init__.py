@@ -1,0 +1,1 @@
+"""What people give: annotations, boxes, photographs, videos. Imports nothing here on purpose."""

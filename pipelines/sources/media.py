@@ -1,0 +1,269 @@
+"""Pictures and videos that a user names: paths, folders, globs, URIs of buckets; listed, then read.
+
+A folder is searched with its subfolders; what is neither a picture nor a video by its name is passed over,
+and so are hidden files. A file that is named itself is always taken.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import glob
+import os
+import posixpath
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, unquote
+
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from hrnet_core.errors import DataError, ImageError
+from pipelines.storage import is_uri, open_folder
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+UNREAD = {".heic", ".heif", ".avif", ".jp2"}
+"""Pictures that we do not decode: taken, so that they are rejected by name instead of passed over."""
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts"}
+MAX_BYTES = 2**30
+"""Of one picture file: more is not read into memory."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """One file."""
+
+    name: str
+    """Unique among its fellows, with /: relative to the folder that was named, else the file's name."""
+    uri: str
+    """Absolute path, or URI."""
+    kind: Literal["picture", "video"]
+    size: int
+    """Bytes."""
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    media: tuple[Media, ...]
+    """In the order of the sources, each folder and glob by name; every file once."""
+    passed_over: int
+    """Files of folders that are neither pictures nor videos by name."""
+
+
+def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> Listing:
+    """What the sources name. DataError for a source that names nothing.
+
+    exclude: a folder whose files do not count: the one that is written into.
+    """
+    found: dict[str, Media] = {}
+    passed_over = 0
+    outside = os.path.abspath(exclude) + os.sep if exclude is not None else None
+    for source in sources:
+        if is_uri(source):
+            some, passed = _of_uri(source)
+        else:
+            some, passed = _of_path(os.path.expanduser(source))
+        some = [m for m in some if outside is None or not m.uri.startswith(outside)]
+        if not some:
+            nothing = "no picture or video there" if passed else "nothing there"
+            raise DataError(
+                f"{source}: {nothing}. A source is a picture, a video, a folder, a glob such as "
+                f"'photos/*.jpg' or a URI such as s3://bucket/photos; in folders, pictures are "
+                f"{' '.join(sorted(PICTURES))} and videos {' '.join(sorted(VIDEOS))}."
+            )
+        passed_over += passed
+        for media in some:
+            found.setdefault(media.uri, media)
+    return Listing(_with_unique_names(found.values()), passed_over)
+
+
+def _of_path(source: str) -> tuple[list[Media], int]:
+    local = fs.LocalFileSystem()
+    if os.path.isdir(source):
+        return _of_folder(local, os.path.abspath(source), os.path.abspath(source))
+    matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+    paths = [p for p in matches if os.path.isfile(p)]  # a pipe would be waited for
+    infos = local.get_file_info([os.path.abspath(p) for p in paths])
+    return [_media(info, info.base_name, info.path) for info in infos], 0
+
+
+def _of_uri(source: str) -> tuple[list[Media], int]:
+    """A URI's file, folder or glob. Its query (a bucket's endpoint, say) stays with every file."""
+    # A ? is a wildcard in a glob, and starts the query of a URI: the latter where an = follows.
+    address, query = re.fullmatch(r"(.*?)(\?[^/?]*=.*)?", source).groups("")  # type: ignore[union-attr]
+    folder = address
+    while any(c in folder for c in "*[?"):
+        folder = posixpath.dirname(folder)
+    files, path = open_folder(folder + query)
+    try:
+        info = files.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [_media(info, info.base_name, source)], 0
+        some, passed = _of_folder(files, path, folder.rstrip("/"), query)
+    except OSError as error:
+        raise DataError(
+            f"{source}: cannot be listed ({error}). Check its name, and the credentials in the environment."
+        ) from None
+    if folder != address:
+        pattern = address[len(folder.rstrip("/")) + 1 :]
+        deep = "**" in pattern
+        some = [
+            m
+            for m in some
+            if fnmatch.fnmatchcase(m.name, pattern.replace("**/", "*") if deep else pattern)
+            and (deep or m.name.count("/") == pattern.count("/"))
+        ]
+        passed = 0
+    return some, passed
+
+
+def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -> tuple[list[Media], int]:
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    media, passed = [], 0
+    for info in sorted(files.get_file_info(selector), key=lambda info: info.path):
+        name = info.path[len(path.rstrip("/")) + 1 :]
+        if info.type != fs.FileType.File or any(part.startswith(".") for part in name.split("/")):
+            continue
+        if os.path.splitext(name)[1].lower() in PICTURES | UNREAD | VIDEOS:
+            child = quote(name) if is_uri(address) else name
+            media.append(_media(info, name, f"{address}/{child}{query}"))
+        else:
+            passed += 1
+    return media, passed
+
+
+def _media(info: fs.FileInfo, name: str, uri: str) -> Media:
+    kind = "video" if os.path.splitext(name)[1].lower() in VIDEOS else "picture"
+    return Media(name, uri, kind, info.size or 0, info.mtime_ns or 0)
+
+
+def _with_unique_names(media: Any) -> tuple[Media, ...]:
+    """The second a.jpg becomes a-2.jpg: outputs are named after their pictures."""
+    taken: set[str] = set()
+    unique = []
+    for one in media:
+        stem, suffix = os.path.splitext(one.name)
+        name, count = one.name, 1
+        while name in taken:
+            count += 1
+            name = f"{stem}-{count}{suffix}"
+        taken.add(name)
+        unique.append(Media(name, one.uri, one.kind, one.size, one.modified_ns))
+    return tuple(unique)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_picture(uri: str) -> bytes:
+    """The file's bytes. ImageError `unreadable` or `too_large`."""
+    try:
+        files, path = _open(uri)
+        with files.open_input_file(path) as stream:
+            if stream.size() > MAX_BYTES:
+                raise ImageError(
+                    "too_large", f"the file has {stream.size():,} bytes, {MAX_BYTES:,} are read."
+                )
+            return stream.read()
+    except (OSError, DataError) as error:
+        raise ImageError("unreadable", f"the file cannot be read ({error}).") from None
+
+
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    if not is_uri(uri):
+        return fs.LocalFileSystem(), uri
+    address, query = re.fullmatch(r"(.*?)(\?[^/?]*=.*)?", uri).groups("")  # type: ignore[union-attr]
+    folder, name = posixpath.split(address)
+    files, path = _bucket(folder + query)
+    return files, f"{path.rstrip('/')}/{unquote(name)}"
+
+
+# A file system holds connections: one for the files of a folder, not one a file.
+_bucket = functools.lru_cache(maxsize=32)(open_folder)
+
+
+class Video:
+    """Frames of a video file in order, uint8 (H, W, 3) RGB, turned as its metadata says.
+
+    There is no seeking: most codecs land on another frame than the one asked for. To skip, frames are
+    decoded and dropped. ImageError `not_a_video` or `too_large`.
+    """
+
+    def __init__(self, uri: str, max_pixels: int) -> None:
+        import cv2
+
+        self.uri, self.position = uri, 0
+        self._copy: str | None = None
+        # FFmpeg's own words about a damaged file go to stderr, past every logger; ours are in `rejected`.
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        self._capture = cv2.VideoCapture(self._local(), cv2.CAP_FFMPEG)
+        width = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        if not self._capture.isOpened() or width < 1 or height < 1:
+            self.close()
+            raise ImageError(
+                "not_a_video",
+                "the file is damaged, cut off or of a kind that is not read: save it again as MP4 or AVI.",
+            )
+        if width * height > max_pixels:
+            self.close()
+            raise ImageError(
+                "too_large",
+                f"its frames have {width} x {height} = {width * height:,} pixels, above max_pixels = "
+                f"{max_pixels:,}: make it smaller or raise max_pixels.",
+            )
+        self.expected = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        """Frames by the header: an estimate, 0 where it says nothing."""
+        rate = float(self._capture.get(cv2.CAP_PROP_FPS))
+        self.frames_per_s = rate if 0.1 <= rate <= 1000 else 25.0
+
+    def _local(self) -> str:
+        """FFmpeg reads files: what lies in a bucket is copied here first."""
+        if not is_uri(self.uri):
+            return self.uri
+        handle, self._copy = tempfile.mkstemp(suffix=os.path.splitext(self.uri.partition("?")[0])[1])
+        try:
+            files, path = _open(self.uri)
+            with files.open_input_stream(path) as stream, os.fdopen(handle, "wb") as copy:
+                shutil.copyfileobj(stream, copy, 1 << 20)
+        except (OSError, DataError) as error:
+            os.unlink(self._copy)
+            raise ImageError("unreadable", f"the file cannot be read ({error}).") from None
+        return self._copy
+
+    def skip_to(self, frame: int) -> bool:
+        """Go on to a frame that is not behind; False where the video ends before."""
+        while self.position < frame:
+            if not self._capture.grab():
+                return False
+            self.position += 1
+        return True
+
+    def frames(
+        self, start: int, stop: int | None, stride: int = 1
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(number, frame) of start, start + stride ... below `stop`, or to the end."""
+        import cv2
+
+        wanted = start
+        while (stop is None or wanted < stop) and self.skip_to(wanted):
+            there, frame = self._capture.read()
+            if not there:
+                return
+            self.position += 1
+            yield wanted, np.ascontiguousarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            wanted += stride
+
+    def close(self) -> None:
+        self._capture.release()
+        if self._copy is not None:
+            Path(self._copy).unlink(missing_ok=True)
+            self._copy = None

@@ -1,0 +1,318 @@
+"""Files of a dataset, on this machine or in a bucket, that appear whole or not at all.
+
+Local: temporary name, fsync, rename. Bucket: made here, copied there in one go; an object is visible once
+it is complete. A folder is a path, or a URI that pyarrow.fs knows: s3:// and gs:// (docs/sources.md).
+
+Requests to a bucket are repeated by its client, with growing random pauses; what still fails becomes a
+DataError that names the key (`answering`). A file that is not there stays a FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from hrnet_core.errors import DataError
+
+TRIES = 8
+"""Of a request to S3 that is throttled or fails: about half a minute of pauses in all."""
+STALL_SECONDS = 30
+"""A request to S3 over which nothing comes for so long is given up and tried again."""
+RETRY_SECONDS = 60
+"""How long Google's client repeats a request."""
+# ---------------------------------------------------------------------------------- file systems
+
+
+OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
+
+
+def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI and the folder's (or file's) path on it.
+
+    DataError for a URI that pyarrow cannot open, and for one with credentials in it: a URI is printed.
+    """
+    if not is_uri(folder):
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(folder))
+    parts = urlsplit(folder)
+    if parts.scheme in ("s3", "gs", "gcs") and "@" in parts.netloc.replace("anonymous@", ""):
+        raise DataError(
+            f"{parts.scheme}://...@...: credentials do not belong in a URI, which is printed and logged. "
+            f"Take them out and set them in the environment (docs/sources.md)."
+        )
+    try:
+        if parts.scheme == "s3":
+            bucket = parts.netloc
+            return _s3(bucket, parts.query), unquote(f"{bucket}{parts.path}").rstrip("/")
+        if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+            folder += f"{'&' if parts.query else '?'}retry_limit_seconds={RETRY_SECONDS}"
+        return fs.FileSystem.from_uri(folder)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise DataError(f"{folder}: not a folder that can be opened ({one_line(error)}).") from None
+
+
+@functools.cache
+def _s3(bucket: str, query: str) -> fs.S3FileSystem:
+    """The client of a bucket: credentials from the environment, region and endpoint from the URI's query,
+    else from the environment. Not by `from_uri`: its client repeats every 200 ms and knows no pause.
+
+    Kept for the process: each new one would connect and look for its credentials again.
+    """
+    options = {key: values[-1] for key, values in parse_qs(query, strict_parsing=bool(query)).items()}
+    if unknown := sorted(set(options) - {"region", "scheme", "endpoint_override"}):
+        raise ValueError(f"unknown {', '.join(unknown)}; an s3 URI takes region, scheme, endpoint_override")
+    environment = os.environ
+    if not options.get("endpoint_override"):
+        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        options |= {"endpoint_override": endpoint} if endpoint else {}
+    if not options.get("region"):
+        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+        if not region:  # Amazon's buckets answer in their own region only; others have none
+            region = "us-east-1" if options.get("endpoint_override") else fs.resolve_s3_region(bucket)
+        options["region"] = region
+    retry = fs.AwsStandardS3RetryStrategy(max_attempts=int(environment.get("AWS_MAX_ATTEMPTS", TRIES)))
+    return fs.S3FileSystem(
+        retry_strategy=retry,
+        request_timeout=STALL_SECONDS,
+        allow_delayed_open=True,  # a small file is one request
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def answering(place: str) -> Iterator[None]:
+    """OSErrors of the block, where `place` is a URI, as a DataError; a missing file stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:  # Invalid: a name like a//b
+        if not is_uri(place):
+            raise
+        raise DataError(
+            f"{place.partition('?')[0]}: the bucket did not give it ({one_line(error)}). Check the bucket's "
+            f"name, the credentials in the environment and the network, then run the same command again: "
+            f"what is finished is kept."
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """An error's text, which Arrow may spread over lines."""
+    return " ".join(str(error).split())
+
+
+def sha256_of(files: fs.FileSystem, path: str) -> str:
+    """Hex sha256 of a stored file, read in pieces."""
+    digest = hashlib.sha256()
+    with files.open_input_stream(path) as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------- write
+
+
+def put_file(files: fs.FileSystem, path: str, content: bytes) -> None:
+    """Write a small file so that it appears whole or not at all."""
+    temporary = temporary_name(files, path)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+        publish(files, temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def temporary_name(files: fs.FileSystem, path: str) -> str:
+    """Where to write before `publish`: beside the final name, or on this machine for a bucket. Says who
+    writes, so that `remove_leftovers` knows what a killed process left behind."""
+    folder, name = os.path.split(path)
+    if not isinstance(files, fs.LocalFileSystem):
+        folder = _uploads()
+        os.makedirs(folder, 0o700, exist_ok=True)
+    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}.{os.getpid()}@{_host()}.tmp")
+
+
+def remove_leftovers(files: fs.FileSystem, folder: str) -> None:
+    """Remove the temporary files of writers that are gone: of this machine's dead processes, and those
+    that no other machine has touched for a day."""
+    if not isinstance(files, fs.LocalFileSystem):
+        folder = _uploads()
+    for path in Path(folder).glob(".*.tmp"):
+        ours = OUR_TEMPORARY.fullmatch(path.name)
+        if ours is None:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # the writer was done first
+            if ours["host"] == _host():
+                gone = not _alive(int(ours["process"]))
+            else:
+                gone = time.time() - path.stat().st_mtime > 86_400
+            if gone:
+                path.unlink()
+
+
+def _uploads() -> str:
+    """Where this user's files for buckets are made."""
+    return os.path.join(tempfile.gettempdir(), f"hrnet-uploads-{os.getuid()}")
+
+
+def _host() -> str:
+    return platform.node().partition(".")[0]
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def publish(files: fs.FileSystem, temporary: str, path: str) -> None:
+    """Make a finished local temporary file visible under its final name. OSError where that failed."""
+    if not isinstance(files, fs.LocalFileSystem):
+        _upload(files, temporary, path)
+        return
+    _sync(temporary, os.O_RDWR)
+    os.replace(temporary, path)
+    _sync(os.path.dirname(path), os.O_RDONLY)
+
+
+def _upload(files: fs.FileSystem, temporary: str, path: str) -> None:
+    """Copy to a bucket. Not by fs.copy_files: Arrow 25's loses the errors of an upload and returns as if all
+    were well. All in one write: closing after a part of it would make that part the object."""
+    with pa.memory_map(temporary) as source:
+        content = source.read_buffer()
+        with files.open_output_stream(path) as target:
+            target.write(content)
+        size = content.size
+    if files.get_file_info(path).size != size:
+        raise OSError(f"after its upload {path} has not the {size} bytes that were sent")
+
+
+def _sync(path: str, mode: int) -> None:
+    handle = os.open(path, mode)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_uri(path: str) -> bool:
+    return "://" in path
+
+
+def absolute(folder: str) -> str:
+    """A path that means the same to workers elsewhere; a URI as it is, without a slash at its end."""
+    if not is_uri(folder):
+        return os.path.abspath(os.path.expanduser(folder))
+    address, mark, query = folder.partition("?")
+    return f"{address.rstrip('/')}{mark}{query}"
+
+
+def join(folder: str, name: str) -> str:
+    """FOLDER/name. In a URI the name goes before the query, its special characters quoted."""
+    if not is_uri(folder):
+        return f"{folder}/{name}"
+    address, mark, query = folder.partition("?")
+    return f"{address.rstrip('/')}/{quote(name)}{mark}{query}"
+
+
+def relative(path: str, folder: str) -> str:
+    """A path below a folder as seen from there, without query."""
+    base = absolute(folder).partition("?")[0]
+    return path.partition("?")[0].removeprefix(f"{base}/")
+
+
+def is_file(path: str) -> bool:
+    return _kind(path) == "File" if is_uri(path) else os.path.isfile(path)
+
+
+def is_folder(path: str) -> bool:
+    """A folder of a bucket is where some key begins with its name; a bucket is one itself."""
+    return _kind(path) == "Directory" if is_uri(path) else os.path.isdir(path)
+
+
+def _kind(uri: str) -> str:
+    files, key = open_folder(uri)
+    with answering(uri):
+        return str(files.get_file_info(key).type.name)
+
+
+def read_file(path: str, size: int | None = None) -> bytes:
+    """A file, or its first `size` bytes. FileNotFoundError; OSError (local); DataError (bucket)."""
+    if not is_uri(path):
+        with open(path, "rb") as stream:
+            return stream.read(-1 if size is None else size)
+    files, key = open_folder(path)
+    with answering(path), files.open_input_file(key) as stream:
+        content: bytes = stream.read(size)
+    return content
+
+
+def list_files(folder: str) -> dict[str, int]:
+    """Name -> bytes of the files in a folder (none of its subfolders'); nothing where there is none."""
+    if not is_uri(folder):
+        if not os.path.isdir(folder):
+            return {}
+        try:
+            with os.scandir(folder) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check its rights.") from None
+    from pyarrow import fs
+
+    files, key = open_folder(folder)
+    with answering(folder):
+        found = files.get_file_info(fs.FileSelector(key, allow_not_found=True))
+    return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
+
+
+def file_sizes(paths: Sequence[str]) -> list[int]:
+    """Bytes of each file, -1 where it is gone. A bucket's folders are listed, not asked a file at a time."""
+    folders: dict[str, dict[str, int]] = {}
+
+    def size(path: str) -> int:
+        if not is_uri(path):
+            try:
+                return os.stat(path).st_size
+            except OSError:  # gone since the folder was listed: opening it will tell
+                return -1
+        address, mark, query = path.partition("?")
+        folder, _, name = address.rpartition("/")
+        folder = f"{folder}{mark}{query}"
+        if folder not in folders:
+            folders[folder] = list_files(folder)
+        return folders[folder].get(unquote(name), -1)
+
+    return [size(path) for path in paths]
+
+
+def read_json(given: Any, what: str) -> tuple[str, Any]:
+    """A file's name and content, or `what` and the object itself."""
+    if not isinstance(given, str | Path):
+        return what, given
+    opener = gzip.open if str(given).endswith(".gz") else open
+    try:
+        with opener(given, "rt", encoding="utf-8") as file:
+            return str(given), json.load(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{given}: {what} cannot be read as JSON ({error}). Name a COCO JSON file.") from None

@@ -1,0 +1,298 @@
+"""The training feed: which rows make which global batch, and the thread that reads them ahead.
+
+The order of an epoch follows from (seed, epoch, dataset digest, lanes, global batch) alone, so it is
+the same for every number of workers and after every restart:
+
+    row groups of all shards, permuted -> one sequence of rows, cut into L lanes of equal length (within
+    one row) -> each lane shuffled in windows of several row groups -> batch b takes the rows
+    [b q, (b + 1) q) of every lane, q = batch / L.   Worker r of W reads lanes r, r + W, ...
+
+Every row comes exactly once an epoch. The last batch is short: `Batch.rows` of `Batch.total` weigh it.
+Going on in the middle of an epoch is arithmetic: no row is read to be thrown away. Each worker reads only
+its own lanes' row groups (a group on a lane's border is read twice).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hrnet_core.augment import (
+    draw_fresh,
+    keypoints_in_view,
+    plain_view,
+    random_view,
+    view_to_crop,
+)
+from hrnet_core.geometry import compose_affine, invert_affine
+from pipelines.config import TrainSettings
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
+from pipelines.shards.schema import CROP_COLUMNS, augmentation_of
+
+Ints = NDArray[np.int64]
+Item = TypeVar("Item")
+STORED = (*CROP_COLUMNS, "heatmaps", "weights", "ann_id")
+FRESH = ("image", "image_to_picture", "keypoints", "center", "scale", "width", "ann_id")
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch over row groups of the given sizes; pure arithmetic, reads nothing."""
+
+    group_rows: tuple[int, ...]
+    """Rows of each row group, in the manifest's order of shards."""
+    seed: int
+    epoch: int
+    digest: str
+    """The dataset's digest (hex): another dataset is another order."""
+    lanes: int
+    batch_size: int
+    """Global batch, a multiple of `lanes`."""
+    window_groups: int
+    """A lane is shuffled in windows of this many row groups (of the largest size)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.lanes:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
+        groups = self._rng("row groups").permutation(len(self.group_rows))
+        starts = np.concatenate([[0], np.cumsum(np.asarray(self.group_rows, np.int64)[groups])])
+        object.__setattr__(self, "_groups", groups)
+        object.__setattr__(self, "_starts", starts)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.group_rows)
+
+    @property
+    def steps(self) -> int:
+        """Global batches of the epoch, the short one included."""
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def window_rows(self) -> int:
+        return self.window_groups * max(self.group_rows)
+
+    def lane_length(self, lane: int) -> int:
+        first, last = self._bounds(lane)
+        return last - first
+
+    def batch_rows(self, step: int) -> int:
+        """Rows of global batch `step`, over all lanes."""
+        return min(self.batch_size, self.rows - step * self.batch_size)
+
+    def take(self, lane: int, start: int, stop: int) -> Ints:
+        """(M, 2) of (row group, row within it): rows [start, stop) of a lane, cut at the lane's end."""
+        stop = min(stop, self.lane_length(lane))
+        windows = range(start // self.window_rows, -(-stop // self.window_rows))
+        parts = [self.window(lane, w)[max(0, start - w * self.window_rows) :] for w in windows]
+        rows = np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
+        return rows[: max(0, stop - start)]
+
+    def window(self, lane: int, number: int) -> Ints:
+        """(M, 2) of (row group, row within it): one shuffled window of a lane, in reading order."""
+        first, last = self._bounds(lane)
+        first += number * self.window_rows
+        size = min(self.window_rows, last - first)
+        places = first + self._rng("window", lane, number).permutation(size)
+        index = np.searchsorted(self._starts, places, side="right") - 1  # type: ignore[attr-defined]
+        return np.stack([self._groups[index], places - self._starts[index]], axis=1)  # type: ignore[attr-defined]
+
+    def _bounds(self, lane: int) -> tuple[int, int]:
+        return lane * self.rows // self.lanes, (lane + 1) * self.rows // self.lanes
+
+    def _rng(self, purpose: str, *numbers: int) -> np.random.Generator:
+        word = int.from_bytes(purpose.encode(), "big")
+        return np.random.default_rng([self.seed, self.epoch, int(self.digest, 16), word, *numbers])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a global batch; arrays as decoded, n rows."""
+
+    images: NDArray[np.uint8]
+    """(n, h, w, 3) RGB crops."""
+    heatmaps: NDArray[np.float16]
+    """(n, K, H, W) targets."""
+    weights: NDArray[np.float32]
+    """(n, K)."""
+    ann_ids: Ints
+    """(n,) COCO's annotation ids."""
+    rows: int
+    """Rows that count: n, or 0 where this worker has none in a short batch and runs one for company."""
+    total: int
+    """Rows of the global batch."""
+
+
+@dataclass(frozen=True)
+class FreshBatch:
+    """One worker's part of a global batch of fresh views, n rows, as hrnet_core/views.py wants it."""
+
+    pixels: NDArray[np.uint8]
+    """(M, 3) RGB: the pixels of the n stored pictures, one picture after the other, row by row."""
+    sizes: Ints
+    """(n, 2) width and height of the pictures."""
+    picture_to_crop: NDArray[np.float64]
+    """(n, 2, 3) of each view."""
+    heatmap_rows: NDArray[np.float32]
+    """(n, K, H) and `heatmap_columns` (n, K, W): the factors of the targets."""
+    heatmap_columns: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    """(n, K)."""
+    ann_ids: Ints
+    """(n,) COCO's annotation ids."""
+    rows: int
+    """As in Batch, and `total` too."""
+    total: int
+
+
+class Feed:
+    """The batches of one split for worker `rank` of `world`.
+
+    Stored views: epoch e reads variant (e + ann_id) mod variants of each person. A row group is read
+    in all its variants for that, so the reading grows with their number, the decoding does not.
+    Fresh views: each from SeedSequence([seed, epoch, ann_id]), of the row of variant 0.
+    """
+
+    def __init__(
+        self, manifest: Manifest, split: str, settings: TrainSettings, rank: int = 0, world: int = 1
+    ) -> None:
+        if settings.lanes % world:
+            raise ValueError(f"{world} workers do not divide {settings.lanes} lanes")
+        self.manifest, self.split, self.settings = manifest, split, settings
+        self.rank, self.world = rank, world
+        self.fresh = settings.views == "device"
+        self.variants = 1 if self.fresh else manifest.variants(split)
+        shards = manifest.shards(split)
+        self.groups = [(s, g) for s, shard in enumerate(shards) for g in range(len(shard.row_groups))]
+        self.group_rows = tuple(rows for shard in shards for rows in shard.row_groups)
+
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
+        return self.order(0).steps
+
+    def order(self, epoch: int) -> EpochOrder:
+        s = self.settings
+        return EpochOrder(
+            self.group_rows, s.seed, epoch, self.manifest.digest, s.lanes, s.batch_size, s.shuffle_row_groups
+        )
+
+    def batches(self, epoch: int, start: int = 0, ahead: int = 4) -> Iterator[Batch | FreshBatch]:
+        """Batches `start`, start + 1, ... of an epoch, `ahead` of them read and decoded by a thread."""
+        return prefetch(self._batches(epoch, start), ahead)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch | FreshBatch]:
+        order = self.order(epoch)
+        per_lane = order.batch_size // order.lanes
+        lanes = range(self.rank, order.lanes, self.world)
+        windows: dict[int, tuple[int, pa.Table]] = {}
+        for step in range(start, order.steps):
+            parts = []
+            for lane in lanes:
+                place, stop = step * per_lane, min((step + 1) * per_lane, order.lane_length(lane))
+                while place < stop:
+                    number, offset = divmod(place, order.window_rows)
+                    if lane not in windows or windows[lane][0] != number:
+                        windows[lane] = number, self._read(order.window(lane, number), epoch)
+                    part = windows[lane][1].slice(offset, stop - place)
+                    parts.append(part)
+                    place += part.num_rows
+            rows = sum(part.num_rows for part in parts)
+            table = pa.concat_tables(parts) if parts else self._read(np.zeros((1, 2), np.int64), epoch)
+            total = order.batch_rows(step)
+            yield self._fresh(table, epoch, rows, total) if self.fresh else self._stored(table, rows, total)
+
+    def _read(self, rows: Ints, epoch: int) -> pa.Table:
+        """The rows (M, 2) of (row group, row within it), in that order."""
+        by_group = np.argsort(rows[:, 0], kind="stable")
+        tables = []
+        for group in np.unique(rows[:, 0]):
+            views = [self._read_group(group, variant) for variant in range(self.variants)]
+            ann_ids = views[0]["ann_id"].to_numpy()
+            wanted = rows[rows[:, 0] == group, 1]
+            variant = (epoch + ann_ids[wanted]) % self.variants
+            tables.append(pa.concat_tables(views).take(pa.array(variant * len(ann_ids) + wanted)))
+        return pa.concat_tables(tables).take(pa.array(np.argsort(by_group)))
+
+    def _read_group(self, group: int, variant: int) -> pa.Table:
+        shard, row_group = self.groups[group]
+        return read_row_group(
+            self.manifest, self.split, shard, row_group, FRESH if self.fresh else STORED, variant
+        )
+
+    def _stored(self, table: pa.Table, rows: int, total: int) -> Batch:
+        columns = decode_rows(table, self.manifest, heatmap_dtype=np.float16)
+        return Batch(
+            columns["images"], columns["heatmaps"], columns["weights"], columns["ann_id"], rows, total
+        )
+
+    def _fresh(self, table: pa.Table, epoch: int, rows: int, total: int) -> FreshBatch:
+        config, codec, skeleton = self.manifest.config, self.manifest.codec(), self.manifest.skeleton()
+        columns = decode_rows(table.drop_columns("image"), self.manifest)
+        places, visible = columns["keypoints"][..., :2], columns["keypoints"][..., 2]
+        how = augmentation_of(config)
+        plain = plain_view(columns["center"], columns["scale"])
+        draws = draw_fresh(self.settings.seed, epoch, columns["ann_id"].tolist())
+        view = random_view(draws, plain.center, plain.scale, places, visible, skeleton, codec.input_size, how)
+        image_to_crop = view_to_crop(view, codec, columns["width"])
+        crop = keypoints_in_view(image_to_crop, view.flipped, places, visible, skeleton)
+        heatmap_rows, heatmap_columns, weights = codec.factors(*crop)
+        pictures = decode_pictures(table["image"].combine_chunks())
+        return FreshBatch(
+            pixels=np.concatenate([picture.reshape(-1, 3) for picture in pictures]),
+            sizes=np.array([picture.shape[1::-1] for picture in pictures], np.int64),
+            picture_to_crop=compose_affine(image_to_crop, invert_affine(columns["image_to_picture"])),
+            heatmap_rows=heatmap_rows,
+            heatmap_columns=heatmap_columns,
+            weights=weights,
+            ann_ids=columns["ann_id"],
+            rows=rows,
+            total=total,
+        )
+
+
+def prefetch(items: Iterable[Item], ahead: int) -> Iterator[Item]:
+    """The same items, made by a thread at most `ahead` of the consumer; its exception is raised here."""
+    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def put(item: Item | None, error: BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((item, error), timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put(item, None):
+                    return
+        except BaseException as error:
+            put(None, error)
+        else:
+            put(None, StopIteration())
+
+    thread = threading.Thread(target=produce, daemon=True, name="feed")
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,238 @@
+"""The body of a request: pictures and boxes, under the limits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from serve.schemas import Limits, Problem
+
+# Far outside of any picture, still exact in float32 geometry.
+COORDINATE_LIMIT = 1e6
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a request, not decoded yet."""
+
+    field: str
+    """Its name in messages: image, or image[1] where there are several."""
+    data: bytes
+    boxes_xywh: NDArray[np.float32] | None
+    """(P, 4) px of the displayed picture; None: the whole picture is one person."""
+
+
+async def read_pictures(request: Request, limits: Limits) -> list[Picture]:
+    """The pictures and boxes of a request body. Problem for anything else that it holds."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise Problem("media-type", f"Content-Encoding {encoding!r} is not read: send the body as it is.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limits.max_body_bytes:
+        raise _too_large(limits)
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    body = _limited(request.stream(), limits)
+    if media_type == "multipart/form-data":
+        images, boxes = await _read_multipart(request, body, limits)
+    elif media_type == "application/json":
+        images, boxes = _read_json(b"".join([chunk async for chunk in body]))
+    else:
+        raise Problem(
+            "media-type",
+            f"Content-Type {media_type or 'nothing'!r} is not read: send multipart/form-data with one or "
+            f"more `image` files, or application/json with base64.",
+            headers={"Accept": "multipart/form-data, application/json"},
+        )
+    if not images:
+        raise Problem("invalid-field", "image: missing. Send at least one picture.", field="image")
+    if len(images) > limits.max_images:
+        raise _too_many_images(limits)
+    return _with_boxes(images, boxes, limits)
+
+
+async def _limited(stream: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[bytes]:
+    """The body's chunks, ended by a Problem once they are too many, with or without a Content-Length."""
+    total = 0
+    async for chunk in stream:
+        total += len(chunk)
+        if total > limits.max_body_bytes:
+            raise _too_large(limits)
+        yield chunk
+
+
+async def _read_multipart(
+    request: Request, body: AsyncIterator[bytes], limits: Limits
+) -> tuple[list[bytes], Any]:
+    parser = MultiPartParser(
+        # One more than allowed, so that it is our message that refuses, not the parser's.
+        request.headers,
+        body,  # type: ignore[arg-type]
+        max_files=limits.max_images + 1,
+        max_fields=8,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            raise _too_many_images(limits) from None
+        raise Problem("malformed-body", f"multipart/form-data: {error.message}") from None
+    try:
+        return await _form_fields(form)
+    finally:
+        await form.close()
+
+
+async def _form_fields(form: FormData) -> tuple[list[bytes], Any]:
+    unknown = sorted(set(form) - {"image", "boxes"})
+    if unknown:
+        raise Problem(
+            "invalid-field", f"{unknown[0]}: unknown field. There are image and boxes.", field=unknown[0]
+        )
+    images = []
+    for part in form.getlist("image"):
+        if not isinstance(part, UploadFile):
+            raise Problem(
+                "invalid-field", "image: not a file part. With curl: -F image=@photo.jpg", field="image"
+            )
+        images.append(await part.read())
+    parts = form.getlist("boxes")
+    if len(parts) > 1:
+        raise Problem(
+            "invalid-field", "boxes: sent twice. Several pictures share one JSON list.", field="boxes"
+        )
+    if not parts:
+        return images, None
+    text = await parts[0].read() if isinstance(parts[0], UploadFile) else parts[0]
+    return images, _json(text, "boxes", "invalid-boxes")
+
+
+def _read_json(body: bytes) -> tuple[list[bytes], Any]:
+    fields = _json(body, "the body", "malformed-body")
+    if not isinstance(fields, dict):
+        raise Problem("malformed-body", f"the body: expected a JSON object, got {_kind(fields)}.")
+    unknown = sorted(set(fields) - {"image", "boxes"})
+    if unknown:
+        raise Problem(
+            "invalid-field", f"{unknown[0]}: unknown field. There are image and boxes.", field=unknown[0]
+        )
+    image = fields.get("image", [])
+    texts = image if isinstance(image, list) else [image]
+    return [_from_base64(text, _name("image", i, len(texts))) for i, text in enumerate(texts)], fields.get(
+        "boxes"
+    )
+
+
+def _from_base64(text: Any, field: str) -> bytes:
+    if not isinstance(text, str):
+        raise Problem("invalid-field", f"{field}: expected base64 text, got {_kind(text)}.", field=field)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        hint = " Leave the data: prefix out." if text.startswith("data:") else ""
+        raise Problem("invalid-field", f"{field}: not base64 ({error}).{hint}", field=field) from None
+
+
+def _json(text: str | bytes, field: str, slug: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise Problem(slug, f"{field}: not JSON ({error}).", field=field) from None
+
+
+def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Picture]:
+    """Pair pictures with boxes: one list for one picture, a list (or null) for each of several."""
+    count = len(images)
+    if boxes is None or count == 1:
+        lists = [boxes] * count
+    elif isinstance(boxes, list) and len(boxes) == count:
+        lists = boxes
+    else:
+        given = f"{len(boxes)} entries" if isinstance(boxes, list) else _kind(boxes)
+        raise Problem(
+            "invalid-boxes",
+            f"boxes: {count} pictures need a list of {count} lists of boxes (null: the whole picture), "
+            f"got {given}.",
+            field="boxes",
+        )
+    people = sum(1 if one is None else len(one) for one in lists if one is None or isinstance(one, list))
+    if people > limits.max_people:
+        raise Problem(
+            "too-many-people",
+            f"boxes: {people} people in one request, at most {limits.max_people}: send several requests.",
+            field="boxes",
+            limit=limits.max_people,
+        )
+    return [
+        Picture(_name("image", i, count), data, read_boxes(one, _name("boxes", i, count)))
+        for i, (data, one) in enumerate(zip(images, lists, strict=True))
+    ]
+
+
+def read_boxes(boxes: Any, field: str = "boxes") -> NDArray[np.float32] | None:
+    """[[x, y, w, h], ...] as float32 (P, 4); None stays None. Problem names the box that is wrong."""
+    if boxes is None:
+        return None
+    if not isinstance(boxes, list):
+        raise Problem(
+            "invalid-boxes", f"{field}: expected [[x, y, w, h], ...], got {_kind(boxes)}.", field=field
+        )
+    for i, box in enumerate(boxes):
+        wrong = _what_is_wrong(box)
+        if wrong:
+            raise Problem("invalid-boxes", f"{field}[{i}]: {wrong}.", field=f"{field}[{i}]")
+    return np.array(boxes, np.float32).reshape(-1, 4)
+
+
+def _what_is_wrong(box: Any) -> str | None:
+    if not isinstance(box, list) or len(box) != 4:
+        return f"expected four numbers x, y, w, h, got {_kind(box)}"
+    for name, value in zip("xywh", box, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{name} is {_kind(value)}, not a number"
+        if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > COORDINATE_LIMIT:
+            return f"{name} must be finite and within ±{COORDINATE_LIMIT:,.0f} px"
+    if box[2] <= 0 or box[3] <= 0:
+        return f"w and h must be positive, got {box[2]} and {box[3]}"
+    return None
+
+
+def _name(field: str, index: int, count: int) -> str:
+    return field if count == 1 else f"{field}[{index}]"
+
+
+def _kind(value: Any) -> str:
+    """A short word for a JSON value, for messages."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    names = {dict: "an object", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _too_large(limits: Limits) -> Problem:
+    limit = limits.max_body_bytes
+    return Problem(
+        "body-too-large",
+        f"the body: at most {limit:,} bytes are read.",
+        limit=limit,
+        headers={"Connection": "close"},
+    )
+
+
+def _too_many_images(limits: Limits) -> Problem:
+    return Problem(
+        "too-many-images",
+        f"image: at most {limits.max_images} pictures in one request.",
+        field="image",
+        limit=limits.max_images,
+    )

@@ -1,0 +1,253 @@
+"""HTTP: routes, the page, problems as answers."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.schemas import (
+    ModelsAnswer,
+    PosesAnswer,
+    Problem,
+    ProblemAnswer,
+    Result,
+)
+from serve.service import Metrics, PoseService, logger
+from serve.work import Prepared
+
+PAGE = Path(__file__).parent
+Threshold = Annotated[float, Query(ge=0, le=1)]
+
+
+class Envelope:
+    """Around every request: an id for it, its status counted, and no exception without an answer."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        # Serve's proxies set the header where the client did not, and return it with the answer.
+        request.state.request_id = request.headers.get("x-request-id") or str(uuid.uuid4())
+        status = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self.metrics.requests.inc(tags={"path": _counted_path(scope), "status": str(status)})
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:
+            logger.exception("request %s failed", request.state.request_id)
+            if status:
+                raise  # too late to answer anything else
+            problem = Problem(
+                "internal-error",
+                "this is a defect here, not in the request. The log has the details under the request id.",
+            )
+            await _as_response(request, problem)(scope, receive, counted)
+
+
+def _counted_path(scope: Scope) -> str:
+    """The route's own path: a series for each path that a stranger invents would have no end."""
+    route = scope.get("route")
+    return getattr(route, "path", "other")
+
+
+def _as_response(request: Request, problem: Problem) -> Response:
+    return JSONResponse(
+        problem.body(request.url.path, request.state.request_id),
+        problem.status,
+        headers=problem.headers,
+        media_type="application/problem+json",
+    )
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return _as_response(request, error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    slugs = {404: "not-found", 405: "method-not-allowed"}
+    details = {
+        404: f"{request.url.path}: see /docs for what there is.",
+        405: f"{request.method} {request.url.path}: see /docs for what there is.",
+    }
+    slug = slugs.get(error.status_code, "malformed-body")
+    detail = details.get(error.status_code, str(error.detail))
+    return _as_response(request, Problem(slug, detail, headers=dict(error.headers or {})))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:])
+    return _as_response(request, Problem("invalid-field", f"{field}: {first['msg']}.", field=field))
+
+
+REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "properties": {
+                    "image": {
+                        "type": "array",
+                        "items": {"type": "string", "format": "binary"},
+                        "description": "One or more pictures (JPEG, PNG and what else is read).",
+                    },
+                    "boxes": {
+                        "type": "string",
+                        "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a "
+                        "box. Several pictures: a list of such lists, null for a whole picture.",
+                    },
+                },
+            }
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "additionalProperties": False,
+                "properties": {
+                    "image": {
+                        "anyOf": [
+                            {"type": "string", "format": "byte"},
+                            {"type": "array", "items": {"type": "string", "format": "byte"}},
+                        ]
+                    },
+                    "boxes": {
+                        "description": "As in the form, not quoted.",
+                        "type": ["array", "null"],
+                        "items": {"type": ["array", "null"]},
+                    },
+                },
+            }
+        },
+    },
+}
+
+
+def make_app(service: PoseService) -> FastAPI:
+    """The HTTP side of a service."""
+    app = FastAPI(
+        title="hrnet pose",
+        version="1",
+        description="Keypoints of people in photographs. Errors are RFC 9457 problem+json.",
+        docs_url=None,  # FastAPI's loads its scripts from elsewhere; ours is docs.html
+        redoc_url=None,
+        responses={
+            "default": {
+                "description": "A problem.",
+                "content": {"application/problem+json": {"schema": ProblemAnswer.model_json_schema()}},
+            }
+        },
+    )
+    app.add_middleware(Envelope, metrics=service.metrics)
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    _add_poses(app, service)
+    _add_state(app, service)
+    _add_page(app, service)
+    return app
+
+
+def _add_poses(app: FastAPI, service: PoseService) -> None:
+    @app.post("/v1/poses", response_model=PosesAnswer, openapi_extra={"requestBody": REQUEST_BODY})
+    async def poses(request: Request) -> Response:
+        """Keypoints of each box, in its order; without boxes, of the whole picture as one person."""
+        answer, _ = await service.answer(request)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @app.post(
+        "/v1/overlay",
+        response_class=Response,
+        responses={200: {"content": {"image/png": {}}, "description": "The picture with its poses."}},
+        openapi_extra={"requestBody": REQUEST_BODY},
+    )
+    async def overlay(request: Request, threshold: Threshold = 0.3) -> Response:
+        """The displayed picture with boxes and with the keypoints that score above `threshold`, as PNG."""
+        answer, (picture,) = await service.answer(request, draw=True)
+        png = await asyncio.to_thread(_draw, picture, answer.results[0], threshold)
+        return Response(png, media_type="image/png", headers={"X-Model-Version": answer.model.version})
+
+
+def _draw(picture: Prepared, result: Result, threshold: float) -> bytes:
+    from hrnet_core.images import encode_png
+    from hrnet_core.overlays import draw_poses
+
+    skeleton = picture.model.predictor.spec.skeleton
+    points = np.array([p.keypoints for p in result.persons], np.float32)
+    points = points.reshape(-1, skeleton.num_keypoints, 3)
+    drawn = draw_poses(
+        picture.image, points[..., :2], points[..., 2], skeleton, threshold, boxes_xywh=picture.boxes_xywh
+    )
+    return encode_png(drawn)
+
+
+def _add_state(app: FastAPI, service: PoseService) -> None:
+    @app.get("/v1/models", response_model=ModelsAnswer)
+    async def models() -> ModelsAnswer:
+        """The model that answers, as it was loaded."""
+        loaded = [service.model.described()] if service.model else []
+        return ModelsAnswer(models=loaded, last_load_error=service.load_error)
+
+    @app.get("/livez")
+    async def livez() -> dict[str, bool]:
+        """The process answers."""
+        return {"live": True}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, Any]:
+        """A model is loaded; 503 with the reason where none is."""
+        model = service.ready()
+        return {"ready": True, "model": model.info(), "last_load_error": service.load_error}
+
+
+def _add_page(app: FastAPI, service: PoseService) -> None:
+    # Nothing of the page comes from elsewhere, and nothing else may run in it.
+    policy = {"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"}
+
+    def add(path: str, file: str, media_type: str) -> None:
+        content = (PAGE / file).read_bytes()
+
+        @app.get(path, include_in_schema=False)
+        async def static() -> Response:
+            return Response(content, media_type=media_type, headers=policy)
+
+    add("/", "page.html", "text/html; charset=utf-8")
+    add("/page.css", "page.css", "text/css; charset=utf-8")
+    add("/page.js", "page.js", "text/javascript; charset=utf-8")
+    add("/docs", "docs.html", "text/html; charset=utf-8")
+    add("/docs.js", "docs.js", "text/javascript; charset=utf-8")
+
+    @app.get("/samples", include_in_schema=False)
+    async def samples() -> list[dict[str, Any]]:
+        return [{"name": name, "boxes": sample.boxes} for name, sample in service.samples.items()]
+
+    @app.get("/samples/{name}", include_in_schema=False)
+    async def sample(name: str) -> Response:
+        if name not in service.samples:
+            raise Problem("not-found", f"{name}: no such sample; /samples lists them.")
+        return Response(service.samples[name].data, media_type=service.samples[name].media_type)

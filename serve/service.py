@@ -1,0 +1,212 @@
+"""The deployment: one instance is one replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from numpy.typing import NDArray
+from ray import serve
+from ray.serve.metrics import Counter, Histogram
+
+from hrnet_core.errors import PoseError
+from serve.body import read_pictures
+from serve.model import Model, load_model
+from serve.samples import load_samples
+from serve.schemas import ModelChoice, PosesAnswer, Problem, ServeArgs
+from serve.work import Crops, Found, Prepared, count_people, infer, place, prepare
+
+logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
+DECODING_THREADS = 4
+
+
+class PoseService:
+    """The deployment. One instance is one replica."""
+
+    def __init__(self, args: ServeArgs, make_app: Callable[[PoseService], FastAPI]) -> None:
+        self.args = args
+        self._make_app = make_app
+        self.model: Model | None = None
+        self.load_error: str | None = None
+        self.samples = load_samples(args.samples) if args.samples else {}
+        self.metrics = Metrics()
+        self.in_progress = 0
+        self._seconds = 1.0  # moving average of a request, for Retry-After
+        self._last_success = -math.inf
+        # @serve.batch closes a batch when its wait is over, even while the model is busy: requests that
+        # come one by one would queue up as batches of one. They wait here until the model is idle.
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._decoding = ThreadPoolExecutor(DECODING_THREADS, "decode")
+        self._inference = ThreadPoolExecutor(1, "infer")
+        self._batched.set_max_batch_size(args.max_batch_people)
+        self._batched.set_batch_wait_timeout_s(args.batch_wait_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._make_app(self)
+
+    # Serve calls this at the start and whenever user_config changes.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        choice = ModelChoice(**user_config)
+        if self.model is not None and choice == self.model.choice:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            model = await loop.run_in_executor(None, load_model, choice, self.args)
+        except Exception as error:
+            self.load_error = (
+                str(error) if isinstance(error, PoseError) else f"{choice.checkpoint}: {error!r}"
+            )
+            if self.model is None:
+                raise  # a replica without a model must not start; Serve keeps the old ones, if any
+            logger.error("keeping %s: %s", self.model.choice.version, self.load_error)
+            return
+        self.model, self.load_error = model, None
+        version, mode = choice.version or "a checkpoint", model.predictor.mode
+        logger.info("serving %s from %s, mode %s", version, choice.checkpoint, mode)
+
+    async def check_health(self) -> None:
+        """One crop through the network, unless requests have just shown that it works."""
+        model = self.ready()
+        if time.monotonic() - self._last_success < 10:
+            return
+        width, height = model.predictor.spec.input_size
+        (found,) = await self._infer([Crops(model, np.zeros((1, height, width, 3), np.uint8))])
+        if isinstance(found, Exception):
+            raise found
+
+    def ready(self) -> Model:
+        """The model that answers. Problem (503) where there is none."""
+        if self.model is None:
+            raise Problem("not-ready", self.load_error or "the model is still being loaded.")
+        return self.model
+
+    async def answer(self, request: Request, draw: bool = False) -> tuple[PosesAnswer, list[Prepared]]:
+        """Everything between a request and its answer. Problem says why there is none.
+
+        The second value holds the decoded pictures where `draw` asks for them.
+        """
+        model = self.ready()
+        if self.in_progress >= self.args.max_requests:
+            raise Problem(
+                "overloaded",
+                f"{self.in_progress} requests are in progress here, as many as are taken. Try again later.",
+                headers={"Retry-After": str(math.ceil(self._seconds))},
+            )
+        self.in_progress += 1
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.args.deadline_s):
+                return await self._answer(model, request, draw)
+        except TimeoutError:
+            raise Problem(
+                "deadline",
+                f"no answer within {self.args.deadline_s:g} s. Send fewer people or smaller pictures, or "
+                f"try again when there is less to do.",
+            ) from None
+        finally:
+            self.in_progress -= 1
+            self._seconds += 0.1 * (time.perf_counter() - started - self._seconds)
+
+    async def _answer(self, model: Model, request: Request, draw: bool) -> tuple[PosesAnswer, list[Prepared]]:
+        clock = [time.perf_counter()]
+        pictures = await read_pictures(request, self.args.limits)
+        if draw and len(pictures) > 1:
+            raise Problem("too-many-images", "image: an overlay is of one picture.", field="image", limit=1)
+        clock.append(time.perf_counter())
+        loop = asyncio.get_running_loop()
+        prepared = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._decoding, prepare, model, p, self.args.limits, draw)
+                for p in pictures
+            )
+        )
+        clock.append(time.perf_counter())
+        found = await self._find(model, np.concatenate([p.crops for p in prepared]))
+        clock += [found.started, found.ended]
+        results = place(prepared, found)
+        ended = time.perf_counter()
+        stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
+        self.metrics.answered(sum(len(r.persons) for r in results), stages)
+        timings = {name: round(1000 * seconds, 2) for name, seconds in stages.items()}
+        answer = PosesAnswer(
+            request_id=request.state.request_id,
+            model=model.info(),
+            results=results,
+            timings_ms={**timings, "total": round(1000 * (ended - clock[0]), 2)},
+        )
+        return answer, list(prepared)
+
+    async def _find(self, model: Model, crops: NDArray[np.uint8]) -> Found:
+        """Keypoints of a request's people: in portions that fit a batch, each beside other requests'."""
+        if len(crops) == 0:
+            now, keypoints = time.perf_counter(), model.predictor.spec.skeleton.num_keypoints
+            return Found(
+                np.zeros((0, keypoints, 2), np.float32), np.zeros((0, keypoints), np.float32), now, now
+            )
+        size = self.args.max_batch_people
+        portions = [Crops(model, crops[i : i + size]) for i in range(0, len(crops), size)]
+        parts = await asyncio.gather(*(self._portion(portion) for portion in portions))
+        return Found(
+            np.concatenate([part.keypoints for part in parts]),
+            np.concatenate([part.scores for part in parts]),
+            min(part.started for part in parts),
+            max(part.ended for part in parts),
+        )
+
+    async def _portion(self, portion: Crops) -> Found:
+        await self._idle.wait()
+        found = await self._batched(portion)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @serve.batch(batch_size_fn=count_people)
+    async def _batched(self, items: list[Crops]) -> list[Found | Exception]:
+        self.metrics.batch_people.observe(count_people(items))
+        self._idle.clear()
+        try:
+            return await self._infer(items)
+        finally:
+            self._idle.set()
+
+    async def _infer(self, items: list[Crops]) -> list[Found | Exception]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._inference, infer, items, self.args.max_batch_people)
+        if any(isinstance(one, Found) for one in found):
+            self._last_success = time.monotonic()
+        return found
+
+
+class Metrics:
+    """Prometheus series of a replica, exported by Ray on each node's metrics port with a ray_ prefix."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "hrnet_requests", description="Requests answered.", tag_keys=("path", "status")
+        )
+        self.people = Counter("hrnet_people", description="People whose keypoints were found.")
+        self.stage_seconds = Histogram(
+            "hrnet_stage_seconds",
+            description="Seconds of a request by stage: read, decode, queue, infer.",
+            boundaries=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30],
+            tag_keys=("stage",),
+        )
+        self.batch_people = Histogram(
+            "hrnet_batch_people",
+            description="People of a forward pass.",
+            boundaries=[1, 2, 4, 8, 16, 32, 64, 128, 256],
+        )
+
+    def answered(self, people: int, stages: dict[str, float]) -> None:
+        if people:
+            self.people.inc(people)
+        for stage, seconds in stages.items():
+            self.stage_seconds.observe(max(float(seconds), 1e-6), tags={"stage": stage})
