@@ -201,8 +201,9 @@ def samples_from_coco(pictures: Path, skeleton: Skeleton, into: Path) -> Path:
     """ROOT/SPLIT with its annotations -> a samples folder of up to 8 pictures whose people are well seen."""
     from hrnet_core.images import read_header
     from pipelines.sources.coco import read_coco
+    from pipelines.sources.layout import annotations_of
 
-    annotations = pictures.parent / "annotations" / f"person_keypoints_{pictures.name}.json"
+    annotations = Path(annotations_of(pictures.parent, pictures.name))
     if not annotations.is_file():
         raise ConfigError(
             f"samples {pictures}: neither boxes.json in it nor {annotations} beside it. Name a folder of "

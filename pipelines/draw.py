@@ -29,6 +29,7 @@ import cv2
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.skeleton import COCO17
 from pipelines.drawn.picture import FIRST_ID, SPLITS, annotate, draw_picture
+from pipelines.sources.layout import annotations_of
 
 VERSION = 1
 """Raised with every change of what is drawn: an older set is not taken for this one's."""
@@ -99,7 +100,7 @@ def draw(
         annotations = [annotation for part in mine for annotation in part[1]]
         found[split] = sum(a["num_keypoints"] > 0 for a in annotations)
         _write_json(
-            folder / "annotations" / f"person_keypoints_{split}.json",
+            Path(annotations_of(folder, split)),
             _coco(seed, split, pictures, annotations),
         )
     _write_json(folder / "drawn.json", {**wanted, "people": found})
@@ -138,7 +139,7 @@ def _counts(parameters: dict[str, int]) -> dict[str, int]:
 
 def _complete(folder: Path, parameters: dict[str, int]) -> bool:
     return all(
-        (folder / "annotations" / f"person_keypoints_{split}.json").is_file()
+        Path(annotations_of(folder, split)).is_file()
         and sum(1 for _ in (folder / split).glob("*.jpg")) == count
         for split, count in _counts(parameters).items()
     )

@@ -42,7 +42,8 @@ from pipelines.shards.plan import (
 )
 from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
-from pipelines.sources.coco import annotations_of, read_coco
+from pipelines.sources.coco import read_coco
+from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import CocoSplit, Rejection, refuse_rejected
 from pipelines.sources.yolo import read_yolo
 from pipelines.storage import absolute, file_sizes, is_file, is_uri, join, open_folder, relative

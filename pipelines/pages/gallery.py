@@ -26,6 +26,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_figures, write_page
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import PROTOCOL
 from pipelines.storage import open_folder
 
@@ -297,7 +298,7 @@ def _annotated_boxes(
     boxes = {}
     for split in {row["split"] for row in rejected if row["ann_id"] is not None}:
         wanted = {row["ann_id"] for row in rejected if row["split"] == split}
-        file = coco / "annotations" / f"person_keypoints_{split}.json"
+        file = Path(annotations_of(coco, split))
         if not file.is_file() or file.stat().st_size > ANNOTATIONS:
             continue
         for annotation in json.loads(file.read_bytes())["annotations"]:

@@ -27,6 +27,7 @@ import msgspec
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
+from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import CocoSplit, Photo, Rejection
 from pipelines.sources.rows import (
     Annotation,
@@ -59,11 +60,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def annotations_of(root: str, split: str) -> str:
-    """The annotation file of a split; `root` is a path or URI."""
-    return join(absolute(root), f"annotations/person_keypoints_{split}.json")
 
 
 @collector_paused()

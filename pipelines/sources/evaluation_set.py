@@ -15,6 +15,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.config import EvaluateSettings
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
+from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import CocoSplit, Person, Photo
 from pipelines.storage import is_uri, read_json
 
@@ -55,7 +56,7 @@ def read_people(
         raise DataError(
             f"{coco_root}: evaluate reads photographs from a folder. Copy the split's files to one."
         )
-    annotation_file = Path(coco_root) / "annotations" / f"person_keypoints_{split}.json"
+    annotation_file = Path(annotations_of(coco_root, split))
     truth: dict[str, Any] = {}
     if annotation_file.is_file():  # else read_coco says what is wrong with the folder
         truth = read_json(annotation_file, "the annotations")[1]
