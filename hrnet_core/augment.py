@@ -11,12 +11,12 @@ implementation can repeat it: U half body, N upper or lower, N scale, N rotation
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hrnet_core.choices import OFFICIAL, Augmentation
 from hrnet_core.geometry import Float32, Float64, apply_affine, compose_affine
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import Skeleton
@@ -27,21 +27,6 @@ UPPER_BELOW = 0.5
 """The upper half is taken where a normal (not uniform) draw is below this: P = 0.69."""
 HALF_BODY_PADDING = 1.5
 ROTATION_PROBABILITY = 0.6
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How far views may differ from the plain one; the defaults are the published yaml's."""
-
-    scale_factor: float = 0.35
-    """Standard deviation of the scale, and where it is clipped, around 1."""
-    rotation_factor: float = 45.0
-    """Standard deviation of the rotation in degrees, clipped at twice that."""
-    half_body_probability: float = 0.3
-    flip_probability: float = 0.5
-
-
-OFFICIAL = Augmentation()
 
 
 class View(NamedTuple):

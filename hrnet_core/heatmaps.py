@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hrnet_core.choices import CODECS, CodecName, default_sigma
 from hrnet_core.geometry import Float32, Float64, three_point_matrix, udp_matrix
 
-CODECS = ("official", "dark", "udp")
 # Below this a factor counts as 0: the product of two such factors would be a float32 denormal, which is
 # slow to multiply and nothing beside a peak of 1.
 SMALLEST_FACTOR = 2e-19
@@ -32,15 +32,15 @@ LONGEST_STEP = 3.0
 class HeatmapCodec:
     """One way of writing keypoints as heatmaps and reading them back."""
 
-    name: Literal["official", "dark", "udp"]
+    name: CodecName
     input_size: tuple[int, int] = (192, 256)
     """(width, height) of the crop in px, multiples of 4."""
     sigma: float = None  # type: ignore[assignment]  # always a number once constructed
-    """The Gaussian's, in heatmap cells. None: 2 x height / 256, i.e. 2 at 256x192 and 3 at 384x288."""
+    """The Gaussian's, in heatmap cells; None: `default_sigma`."""
 
     def __post_init__(self) -> None:
         width, height = self.input_size  # a list when it comes from JSON
-        sigma = 2.0 * height / 256 if self.sigma is None else float(self.sigma)
+        sigma = default_sigma((width, height)) if self.sigma is None else float(self.sigma)
         if self.name not in CODECS:
             raise ValueError(f"codec must be one of {CODECS}, got {self.name!r}")
         if any(side != int(side) or side <= 0 or side % 4 for side in (width, height)):

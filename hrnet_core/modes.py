@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from hrnet_core.choices import MODES
 from hrnet_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
 
-MODES = ("float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx")
 EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
 ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 METADATA = "hrnet"

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hrnet_core.architecture import HRNetConfig
+from hrnet_core.choices import OFFICIAL, CodecName, ModeName, default_sigma
 from hrnet_core.errors import ConfigError
 
 
@@ -54,7 +55,7 @@ class DataSettings(Section):
     """"coco17", "crowdpose14", "mpii16", or the path of a skeleton JSON file."""
     input_size: tuple[int, int] = (192, 256)
     """(width, height) of a crop in px, multiples of 32."""
-    codec: Literal["official", "dark", "udp"] = "official"
+    codec: CodecName = "official"
     """How keypoints become heatmaps and back, with the crop geometry that belongs to it."""
     sigma: float | None = Field(default=None, gt=0)
     """Gaussian sigma in heatmap cells. Default: 2 x height / 256."""
@@ -62,12 +63,12 @@ class DataSettings(Section):
     """Scale of the crop relative to the aspect-fixed box."""
     variants: int = Field(default=1, ge=1)
     """Views stored of each training person: 0 is the plain one, the others are augmented."""
-    scale_factor: float = Field(default=0.35, ge=0, lt=1)
+    scale_factor: float = Field(default=OFFICIAL.scale_factor, ge=0, lt=1)
     """Of augmented views: standard deviation of the scale around 1, and where it is clipped."""
-    rotation_factor: float = Field(default=45.0, ge=0)
+    rotation_factor: float = Field(default=OFFICIAL.rotation_factor, ge=0)
     """Of augmented views: standard deviation of the rotation in degrees, clipped at twice that."""
-    half_body_probability: float = Field(default=0.3, ge=0, le=1)
-    flip_probability: float = Field(default=0.5, ge=0, le=1)
+    half_body_probability: float = Field(default=OFFICIAL.half_body_probability, ge=0, le=1)
+    flip_probability: float = Field(default=OFFICIAL.flip_probability, ge=0, le=1)
     context: Literal[1.0, 2.0] = 1.0
     """1.0 stores the view's own crop. 2.0 stores a cut of the photo around the person, twice as wide as the
     plain view: fresh views can be made of it (train.views device), stored ones are cropped from it."""
@@ -91,7 +92,7 @@ class DataSettings(Section):
     @property
     def sigma_cells(self) -> float:
         """Sigma in heatmap cells with the default filled in."""
-        return self.sigma if self.sigma is not None else 2.0 * self.input_size[1] / 256
+        return self.sigma if self.sigma is not None else default_sigma(self.input_size)
 
     def semantic(self) -> dict[str, Any]:
         """What changes the bytes of a shard: JSON types, no paths but the skeleton's own content."""
@@ -189,9 +190,7 @@ class WorkerSettings(Section):
 
     batch_size: int = Field(default=32, ge=1)
     """People of a forward pass; fixed per work unit, because it changes float results."""
-    mode: Literal["auto", "float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx"] = (
-        "auto"
-    )
+    mode: Literal["auto", ModeName] = "auto"
     """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
     enough; the table and the protocol say which."""
     num_workers: int = Field(default=1, ge=1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from hrnet_core.choices import CODECS, MODES, Augmentation
 from hrnet_core.errors import ConfigError
 from pipelines.config import RunConfig, load_config, reference
 
@@ -102,6 +105,40 @@ def test_digest_settings_leave_out_places_and_fill_in_defaults() -> None:
     moved = data.model_copy(update={"root": "/a", "shards": "/b", "strict": True, "sigma": 2.0})
     assert moved.semantic() == data.semantic()
     assert data.model_copy(update={"codec": "udp"}).semantic() != data.semantic()
+
+
+def lists(names: tuple[str, ...]) -> Callable[[ast.AST], bool]:
+    """Whether a node lists all these names: a tuple, a list, what a Literal holds."""
+    return lambda node: (
+        isinstance(node, ast.Tuple | ast.List | ast.Set)
+        and {*names} <= {one.value for one in node.elts if isinstance(one, ast.Constant)}
+    )
+
+
+def default_of(name: str) -> Callable[[ast.AST], bool]:
+    """Whether a node gives a field of that name a number."""
+    return lambda node: (
+        isinstance(node, ast.AnnAssign)
+        and ast.unparse(node.target) == name
+        and node.value is not None
+        and any(isinstance(one, ast.Constant) and one.value not in (0, 1) for one in ast.walk(node.value))
+    )
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        lists(CODECS),
+        lists(MODES),
+        lambda node: isinstance(node, ast.BinOp) and ast.unparse(node).endswith("/ 256"),
+        *map(default_of, Augmentation.__dataclass_fields__),
+    ],
+    ids=["codecs", "modes", "default sigma", *Augmentation.__dataclass_fields__],
+)
+def test_what_can_be_chosen_of_the_method_is_stated_in_one_module(states: Callable[[ast.AST], bool]) -> None:
+    files = [file for room in ("hrnet_core", "pipelines", "serve") for file in (ROOT / room).rglob("*.py")]
+    stating = {file.name for file in files if any(map(states, ast.walk(ast.parse(file.read_text()))))}
+    assert stating == {"choices.py"}
 
 
 def test_the_documentation_lists_every_setting() -> None:

@@ -1,0 +1,34 @@
+"""What a run can choose of the method, as plain data: settings are read without numpy or torch.
+
+What each choice does stands in heatmaps.py, modes.py and augment.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+CodecName = Literal["official", "dark", "udp"]
+CODECS: tuple[CodecName, ...] = get_args(CodecName)
+ModeName = Literal["float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx"]
+MODES: tuple[ModeName, ...] = get_args(ModeName)
+
+
+def default_sigma(input_size: tuple[int, int]) -> float:
+    """The Gaussian's, in heatmap cells, for an input of (width, height) px: 2 at 256x192, 3 at 384x288."""
+    return 2.0 * input_size[1] / 256
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far views may differ from the plain one; the defaults are the published yaml's."""
+
+    scale_factor: float = 0.35
+    """Standard deviation of the scale, and where it is clipped, around 1."""
+    rotation_factor: float = 45.0
+    """Standard deviation of the rotation in degrees, clipped at twice that."""
+    half_body_probability: float = 0.3
+    flip_probability: float = 0.5
+
+
+OFFICIAL = Augmentation()
