@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hrnet_core.errors import CheckpointError
+from hrnet_core.locations import is_uri, open_folder
 from pipelines.config import RunSettings, TrackSettings
-from pipelines.storage import is_uri, open_folder
 from pipelines.tracking import CHAMPION, Tracker, quiet
 
 

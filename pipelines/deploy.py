@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.locations import is_uri
 from pipelines.checkpoints import resolve
 from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
-from pipelines.storage import is_uri
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -161,7 +161,8 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
 
 def _published(folder: Path, storage: str, sha256: str) -> str:
     """A copy where every node can read it: STORAGE/deployed/SHA. Nodes do not see this one's downloads."""
-    from pipelines.storage import open_folder, put_file
+    from hrnet_core.locations import open_folder
+    from pipelines.storage import put_file
 
     target = f"{storage.rstrip('/')}/deployed/{sha256[:16]}"
     filesystem, path = open_folder(target)

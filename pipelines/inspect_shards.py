@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import is_uri, open_folder
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
 from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, all_shards, measure
 from pipelines.shards.manifest import REPAIR, Manifest, Shard
-from pipelines.storage import is_uri, open_folder, sha256_of
+from pipelines.storage import sha256_of
 
 
 @dataclass(frozen=True)

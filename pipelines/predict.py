@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError, DataError, ImageError
+from hrnet_core.locations import is_uri
 from pipelines.checkpoints import local_checkpoint
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.poses.formats import ROW, Row, check_formats, write_all
@@ -30,7 +31,6 @@ from pipelines.poses.units import UNFINISHED, Progress, Unit, digest_of, run_uni
 from pipelines.poses.worker import Worker
 from pipelines.sources.boxes import BoxesFile, Entry, number_in, read_boxes
 from pipelines.sources.media import Listing, Media, Video, list_media
-from pipelines.storage import is_uri
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from hrnet_core.errors import DataError, PoseError
+from hrnet_core.locations import is_uri, open_folder
 from hrnet_core.skeleton import load_skeleton
 from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.config import DataSettings, RunConfig
@@ -46,7 +47,7 @@ from pipelines.sources.coco import read_coco
 from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import CocoSplit, Rejection, refuse_rejected
 from pipelines.sources.yolo import read_yolo
-from pipelines.storage import absolute, file_sizes, is_file, is_uri, join, open_folder, relative
+from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
 LONG_ANNOTATIONS = 16_000_000
 """Bytes of an annotation file above which it is read while Ray starts."""

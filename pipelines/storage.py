@@ -10,7 +10,6 @@ DataError that names the key (`answering`). A file that is not there stays a Fil
 from __future__ import annotations
 
 import contextlib
-import functools
 import gzip
 import hashlib
 import json
@@ -23,75 +22,18 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import is_uri, one_line, open_folder
 
-TRIES = 8
-"""Of a request to S3 that is throttled or fails: about half a minute of pauses in all."""
-STALL_SECONDS = 30
-"""A request to S3 over which nothing comes for so long is given up and tried again."""
-RETRY_SECONDS = 60
-"""How long Google's client repeats a request."""
 # ---------------------------------------------------------------------------------- file systems
 
 
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
-
-
-def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI and the folder's (or file's) path on it.
-
-    DataError for a URI that pyarrow cannot open, and for one with credentials in it: a URI is printed.
-    """
-    if not is_uri(folder):
-        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(folder))
-    parts = urlsplit(folder)
-    if parts.scheme in ("s3", "gs", "gcs") and "@" in parts.netloc.replace("anonymous@", ""):
-        raise DataError(
-            f"{parts.scheme}://...@...: credentials do not belong in a URI, which is printed and logged. "
-            f"Take them out and set them in the environment (docs/sources.md)."
-        )
-    try:
-        if parts.scheme == "s3":
-            bucket = parts.netloc
-            return _s3(bucket, parts.query), unquote(f"{bucket}{parts.path}").rstrip("/")
-        if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
-            folder += f"{'&' if parts.query else '?'}retry_limit_seconds={RETRY_SECONDS}"
-        return fs.FileSystem.from_uri(folder)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise DataError(f"{folder}: not a folder that can be opened ({one_line(error)}).") from None
-
-
-@functools.cache
-def _s3(bucket: str, query: str) -> fs.S3FileSystem:
-    """The client of a bucket: credentials from the environment, region and endpoint from the URI's query,
-    else from the environment. Not by `from_uri`: its client repeats every 200 ms and knows no pause.
-
-    Kept for the process: each new one would connect and look for its credentials again.
-    """
-    options = {key: values[-1] for key, values in parse_qs(query, strict_parsing=bool(query)).items()}
-    if unknown := sorted(set(options) - {"region", "scheme", "endpoint_override"}):
-        raise ValueError(f"unknown {', '.join(unknown)}; an s3 URI takes region, scheme, endpoint_override")
-    environment = os.environ
-    if not options.get("endpoint_override"):
-        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-        options |= {"endpoint_override": endpoint} if endpoint else {}
-    if not options.get("region"):
-        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-        if not region:  # Amazon's buckets answer in their own region only; others have none
-            region = "us-east-1" if options.get("endpoint_override") else fs.resolve_s3_region(bucket)
-        options["region"] = region
-    retry = fs.AwsStandardS3RetryStrategy(max_attempts=int(environment.get("AWS_MAX_ATTEMPTS", TRIES)))
-    return fs.S3FileSystem(
-        retry_strategy=retry,
-        request_timeout=STALL_SECONDS,
-        allow_delayed_open=True,  # a small file is one request
-        **options,
-    )
 
 
 @contextlib.contextmanager
@@ -109,11 +51,6 @@ def answering(place: str) -> Iterator[None]:
             f"name, the credentials in the environment and the network, then run the same command again: "
             f"what is finished is kept."
         ) from None
-
-
-def one_line(error: Exception) -> str:
-    """An error's text, which Arrow may spread over lines."""
-    return " ".join(str(error).split())
 
 
 def sha256_of(files: fs.FileSystem, path: str) -> str:
@@ -216,10 +153,6 @@ def _sync(path: str, mode: int) -> None:
         os.close(handle)
 
 
-def is_uri(path: str) -> bool:
-    return "://" in path
-
-
 def absolute(folder: str) -> str:
     """A path that means the same to workers elsewhere; a URI as it is, without a slash at its end."""
     if not is_uri(folder):
@@ -278,8 +211,6 @@ def list_files(folder: str) -> dict[str, int]:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check its rights.") from None
-    from pyarrow import fs
-
     files, key = open_folder(folder)
     with answering(folder):
         found = files.get_file_info(fs.FileSelector(key, allow_not_found=True))

@@ -22,8 +22,10 @@ from pyarrow import fs
 from small_coco import edited, write_coco
 from test_preprocess import TRAIN, VAL, config, contents, refused, rows, without_ray
 
+from hrnet_core import locations
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
+from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import storage as files
 from pipelines.config import TrainSettings
@@ -32,17 +34,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import read_row_group
 from pipelines.sources.coco import read_coco
 from pipelines.sources.yolo import read_yolo
-from pipelines.storage import (
-    absolute,
-    file_sizes,
-    is_file,
-    is_folder,
-    join,
-    list_files,
-    open_folder,
-    put_file,
-    read_file,
-)
+from pipelines.storage import absolute, file_sizes, is_file, is_folder, join, list_files, put_file, read_file
 from pipelines.training.feed import Feed
 
 
@@ -58,13 +50,13 @@ def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     for name, value in bucket_server.environment(server).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    files._s3.cache_clear()
+    locations._s3.cache_clear()
     name = f"bucket-{abs(hash(request.node.name)):x}"
     fs.S3FileSystem(endpoint_override=server.address, allow_bucket_creation=True).create_dir(name)
     server.asked.clear()
     yield f"s3://{name}"
     server.faults.clear()
-    files._s3.cache_clear()
+    locations._s3.cache_clear()
 
 
 @pytest.fixture
@@ -182,7 +174,8 @@ def test_resume_keeps_finished_shards(bucket: str, coco: Path, tmp_path: Path, p
 
 UPLOAD = """
 import sys
-from pipelines.storage import open_folder, put_file
+from hrnet_core.locations import open_folder
+from pipelines.storage import put_file
 files, root = open_folder(sys.argv[1])
 put_file(files, f"{root}/big.bin", bytes(12_000_000))
 """
@@ -226,10 +219,10 @@ def test_throttling_errors_and_slow_answers_are_outlived(
     bucket: str, server: Bucket, coco: Path, tmp_path: Path, plain: list[str], monkeypatch: Any
 ) -> None:
     """One failure of each kind of request, of reading and of writing; the same digest."""
-    monkeypatch.setattr(files, "STALL_SECONDS", 1)
+    monkeypatch.setattr(locations, "STALL_SECONDS", 1)
     local = preprocess(config(coco, tmp_path / "s"))
     source = upload(coco, f"{bucket}/coco")
-    files._s3.cache_clear()
+    locations._s3.cache_clear()
     faults = [
         Fault("GET", "list-type", 503, "SlowDown", times=1),
         Fault("HEAD", "person_keypoints", 503, "SlowDown", times=1),

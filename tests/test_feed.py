@@ -17,6 +17,7 @@ from hrnet_core.augment import keypoints_in_view, plain_view, random_view, view_
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale, crop_people
 from hrnet_core.images import decode_image
+from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from hrnet_core.views import multiply_factors, warp_pictures
 from pipelines.config import DataSettings, TrainSettings
@@ -28,7 +29,6 @@ from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import codec_of, shard_name, shard_schema
 from pipelines.shards.writer import ShardWriter
 from pipelines.sources.coco import read_coco
-from pipelines.storage import open_folder
 from pipelines.training import feed as feed_module
 from pipelines.training.feed import EpochOrder, Feed, FreshBatch, prefetch
 

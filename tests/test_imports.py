@@ -46,6 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hrnet_core.images": {"numpy", "cv2", "PIL", "hrnet_core.errors"},
     "hrnet_core.geometry": {"numpy", "cv2"},
     "hrnet_core.heatmaps": {"numpy", "hrnet_core.choices", "hrnet_core.geometry"},
+    # pyarrow for who opens a folder: imported when it is.
+    "hrnet_core.locations": {"pyarrow", "hrnet_core.errors"},
     "hrnet_core.oks": {"numpy"},
     "hrnet_core.augment": {
         "numpy",
@@ -258,6 +260,7 @@ PROCESSES: dict[str, list[tuple[str, set[str]]]] = {
         ("hrnet_core.errors", set()),
         ("hrnet_core.architecture", set()),
         ("hrnet_core.skeleton", {"numpy"}),
+        ("hrnet_core.locations", set()),
         ("hrnet_core.oks", {"numpy"}),
         ("hrnet_core.heatmaps", {"numpy", "cv2"}),
         ("hrnet_core.augment", {"numpy", "cv2"}),

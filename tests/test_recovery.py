@@ -19,6 +19,7 @@ from small_coco import write_coco
 from test_preprocess import without_ray
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines.cli import parse_config
@@ -30,7 +31,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.writer import inspect_shard
 from pipelines.sources.coco import read_coco
-from pipelines.storage import open_folder, temporary_name
+from pipelines.storage import temporary_name
 
 TRAIN, VAL = "train2017", "val2017"
 SMALL = "--data.people-per-shard 4 --data.row-group-people 2 --data.image-format png --data.input-size 64 96"

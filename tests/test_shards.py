@@ -21,6 +21,7 @@ from small_coco import write_coco
 from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import DataError
 from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps, to_float16
+from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import storage as files_module
 from pipelines.config import DataSettings
@@ -31,7 +32,7 @@ from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import COLUMNS
 from pipelines.sources.coco import read_coco
-from pipelines.storage import open_folder, put_file, remove_leftovers, temporary_name
+from pipelines.storage import put_file, remove_leftovers, temporary_name
 
 TRAIN, VAL = "train2017", "val2017"
 

@@ -21,6 +21,7 @@ from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import ImageError
 from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
 from hrnet_core.images import decode_image, encode_jpeg
+from hrnet_core.locations import open_folder
 from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_figures, write_page
@@ -28,7 +29,6 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import PROTOCOL
-from pipelines.storage import open_folder
 
 Picture = NDArray[np.uint8]
 PEOPLE = 16

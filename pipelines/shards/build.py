@@ -23,6 +23,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.heatmaps import float16_heatmaps
 from hrnet_core.images import encode_jpeg, encode_png
+from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import skeleton_from_dict
 from pipelines.shards.plan import (
     ShardWork,
@@ -33,7 +34,6 @@ from pipelines.shards.schema import augmentation_of, codec_of, shard_schema
 from pipelines.shards.writer import ShardWriter, shard_entry
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import Rejection
-from pipelines.storage import open_folder
 
 LARGEST_CUT = 4
 """A side of a stored cut (data.context 2.0) is at most this many times the network's longer input side; a

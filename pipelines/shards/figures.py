@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
+from hrnet_core.locations import open_folder
 from pipelines.shards.manifest import REPAIR, Manifest, Shard
 from pipelines.shards.rows import decode_rows
-from pipelines.storage import open_folder
 
 SMALL_COLUMNS = (
     "image_id", "keypoints", "weights", "bbox_xywh", "area", "scale", "rotation_deg", "flipped",

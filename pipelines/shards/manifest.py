@@ -27,19 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import Skeleton, skeleton_from_dict
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, canonical_json, codec_of
-from pipelines.storage import (
-    absolute,
-    answering,
-    join,
-    list_files,
-    open_folder,
-    put_file,
-    read_file,
-    sha256_of,
-)
+from pipelines.storage import absolute, answering, join, list_files, put_file, read_file, sha256_of
 
 if TYPE_CHECKING:
     from hrnet_core.heatmaps import HeatmapCodec

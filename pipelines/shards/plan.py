@@ -16,22 +16,12 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import is_uri, one_line, open_folder
 from pipelines.config import DataSettings
 from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, canonical_json, shard_name
 from pipelines.shards.writer import inspect_shard, plan_of_shard, shard_entry
 from pipelines.sources.records import CocoSplit, Photo
-from pipelines.storage import (
-    absolute,
-    answering,
-    file_sizes,
-    is_uri,
-    join,
-    list_files,
-    one_line,
-    open_folder,
-    read_file,
-    remove_leftovers,
-)
+from pipelines.storage import absolute, answering, file_sizes, join, list_files, read_file, remove_leftovers
 
 
 @dataclass(frozen=True)

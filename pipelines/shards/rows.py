@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import is_uri, one_line, open_folder
 from pipelines.shards.manifest import REPAIR, Manifest
-from pipelines.storage import is_uri, one_line, open_folder
 
 
 def read_row_group(

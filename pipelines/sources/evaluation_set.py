@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, DataError
+from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import EvaluateSettings
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
 from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import CocoSplit, Person, Photo
-from pipelines.storage import is_uri, read_json
+from pipelines.storage import read_json
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
-from pipelines.storage import is_uri, open_folder
+from hrnet_core.locations import is_uri, open_folder
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD = {".heic", ".heif", ".avif", ".jp2"}
