@@ -1,4 +1,4 @@
-"""The checkpoint folder, and weights that others published.
+"""The checkpoint folder: how weights are stored with all that is needed to use them.
 
     model.safetensors      the weights under the published names, float32
     checkpoint.json        everything needed to use them: CheckpointSpec, and the weights' sha256
@@ -6,9 +6,8 @@
     model.onnx             the network for ONNX Runtime, only where `hrnet export` wrote it
     trainer.pt             optimizer and counters, only where training may go on from here
 
-A folder explains itself or is refused, and loading is strict: nothing is ever missing in silence.
-Bare published files enter through read_weights and fit_weights, which say what matched and what did
-not. No pickle is ever executed: torch files are read with weights_only=True.
+A folder explains itself or is refused, and loading is strict: nothing is ever missing in silence. Bare
+files that others published enter through hrnet_core/published.py.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -33,23 +30,16 @@ from torch import Tensor, nn
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.errors import CheckpointError, DataError
+from hrnet_core.files import whole_file
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.skeleton import COCO17, Skeleton, skeleton_from_dict
+from hrnet_core.weights import first_names, parse_safetensors, read_torch, untrained, what_does_not_fit
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
-WEIGHTS, DESCRIPTION, SELFTEST, ONNX, TRAINER = (
-    "model.safetensors",
-    "checkpoint.json",
-    "selftest.safetensors",
-    "model.onnx",
-    "trainer.pt",
-)
-FIELDS = (
-    "schema_version", "architecture", "input_size", "mean", "std", "channels", "codec", "padding",
-    "skeleton", "flip_test", "weights", "modes", "provenance", "weights_sha256",
-)  # fmt: skip
+WEIGHTS, DESCRIPTION, SELFTEST = "model.safetensors", "checkpoint.json", "selftest.safetensors"
+ONNX, TRAINER = "model.onnx", "trainer.pt"
 PROVENANCE = ("run_id", "dataset_digest", "config", "code_version")
 # Heatmaps of other machines and torch versions differ by about 1e-6 of their range in float32; other
 # weights by the whole range.
@@ -132,7 +122,8 @@ class CheckpointSpec:
         }
 
 
-# --- The folder -----------------------------------------------------------------------------------
+FIELDS = ("schema_version", "input_size", "channels", *CheckpointSpec.__dataclass_fields__)
+"""Of checkpoint.json."""
 
 
 def save_checkpoint(
@@ -161,15 +152,14 @@ def save_checkpoint(
     content = safetensors.torch.save(state)
     spec = replace(spec, weights_sha256=hashlib.sha256(content).hexdigest())
     with _replacing(folder) as temporary:
-        _write(temporary / WEIGHTS, content)
-        _write(
-            temporary / SELFTEST,
-            safetensors.torch.save({"crops": crops, "heatmaps": heatmaps}),
-        )
+        with whole_file(temporary / WEIGHTS) as part:
+            part.write_bytes(content)
+        with whole_file(temporary / SELFTEST) as part:
+            part.write_bytes(safetensors.torch.save({"crops": crops, "heatmaps": heatmaps}))
         if trainer_state is not None:
             torch.save(trainer_state, temporary / TRAINER)
             read_trainer_state(temporary)
-        _write(temporary / DESCRIPTION, json.dumps(spec.as_dict(), indent=2, allow_nan=False).encode())
+        _describe(temporary, spec)
     return spec
 
 
@@ -182,7 +172,7 @@ def load_checkpoint(folder: str | Path) -> tuple[HRNet, CheckpointSpec]:
     folder = Path(folder)
     spec = read_spec(folder)
     file = folder / WEIGHTS
-    content = read(file)
+    content = read_file(file)
     digest = hashlib.sha256(content).hexdigest()
     if digest != spec.weights_sha256:
         raise CheckpointError(
@@ -202,7 +192,7 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
         )
     file = folder / DESCRIPTION
     try:
-        fields = json.loads(read(file))
+        fields = json.loads(read_file(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}). Copy the folder again.") from None
     if not isinstance(fields, dict):
@@ -231,7 +221,7 @@ def verify_checkpoint(folder: str | Path, device: str = "cpu") -> float:
     folder = Path(folder)
     model, spec = load_checkpoint(folder)
     file = folder / SELFTEST
-    recorded = parse_safetensors(read(file), file)
+    recorded = parse_safetensors(read_file(file), file)
     width, height = spec.input_size
     cells = (1, spec.skeleton.num_keypoints, height // 4, width // 4)
     crops, expected = recorded.get("crops"), recorded.get("heatmaps")
@@ -262,10 +252,8 @@ def record_modes(folder: str | Path, device_type: str, figures: dict[str, Any]) 
     folder = Path(folder)
     spec = read_spec(folder)
     spec = replace(spec, modes={**spec.modes, device_type: figures})
-    part = folder / f".{DESCRIPTION}.part"
     try:
-        _write(part, json.dumps(spec.as_dict(), indent=2, allow_nan=False).encode())
-        part.replace(folder / DESCRIPTION)
+        _describe(folder, spec)
     except OSError as error:
         raise CheckpointError(
             f"{folder / DESCRIPTION}: cannot be written ({error.strerror}). Measure on a copy of the folder "
@@ -307,12 +295,10 @@ def _spec_from(fields: dict[str, Any], file: Path) -> CheckpointSpec:
         absent = sorted(set(PROVENANCE) - set(fields["provenance"]))
         if absent:
             raise CheckpointError(f"provenance leaves out {absent}.")
-        direct = ("mean", "std", "padding", "flip_test", "weights", "modes", "provenance", "weights_sha256")
         skeleton = skeleton_from_dict(fields["skeleton"], "skeleton")
-        return _named(
-            "mean and std",
-            lambda: CheckpointSpec(architecture, codec, skeleton, **{name: fields[name] for name in direct}),
-        )
+        built = {"architecture": architecture, "codec": codec, "skeleton": skeleton}
+        given = {name: fields[name] for name in CheckpointSpec.__dataclass_fields__}
+        return _named("mean and std", lambda: CheckpointSpec(**{**given, **built}))
     except (CheckpointError, DataError) as error:
         raise CheckpointError(f"{file}: {error}") from None
 
@@ -327,36 +313,11 @@ def _named(name: str, build: Callable[[], T]) -> T:
 def _build(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> HRNet:
     """The network with exactly these weights, in eval mode; CheckpointError names what does not fit."""
     model = untrained(architecture)
-    problems = misfits(state, model.state_dict())
+    problems = what_does_not_fit(state, model.state_dict())
     if problems:
         raise CheckpointError(f"{source}: {'; '.join(problems)}.")
     model.load_state_dict(state)
     return model.eval()
-
-
-def untrained(architecture: HRNetConfig) -> HRNet:
-    """A network to be filled; torch's random stream, which a training may depend on, does not move."""
-    with torch.random.fork_rng(devices=[]):
-        return HRNet(architecture)
-
-
-def misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """What keeps `state` from being exactly the tensors of `expected`, finite; empty if nothing does."""
-    problems = []
-    for what, keys in (
-        ("missing", [k for k in expected if k not in state]),
-        ("unexpected", [k for k in state if k not in expected]),
-        ("not finite", [k for k, v in state.items() if not bool(torch.isfinite(v).all())]),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {what} tensors: {some(keys)}")
-    for key in state.keys() & expected.keys():
-        have, want = state[key], expected[key]
-        if (have.shape, have.dtype) != (want.shape, want.dtype):
-            problems.append(
-                f"{key} is {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}"
-            )
-    return problems[:6]
 
 
 def _selftest_crops(input_size: tuple[int, int]) -> Tensor:
@@ -400,6 +361,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _describe(folder: Path, spec: CheckpointSpec) -> None:
+    """Write checkpoint.json."""
+    content = json.dumps(spec.as_dict(), indent=2, allow_nan=False)
+    with whole_file(folder / DESCRIPTION) as part:
+        part.write_text(content)
+
+
 def _refuse_other_files(folder: Path) -> None:
     """Overwriting replaces the whole folder: it must be a checkpoint and nothing else."""
     if folder.is_dir():
@@ -408,21 +376,15 @@ def _refuse_other_files(folder: Path) -> None:
         )
         if others:
             raise CheckpointError(
-                f"{folder}: holds other files ({some(others)}), which saving a checkpoint there would "
+                f"{folder}: holds other files ({first_names(others)}), which saving a checkpoint there would "
                 f"delete. Name a new folder."
             )
     elif folder.exists():
         raise CheckpointError(f"{folder}: is a file; a checkpoint is a folder. Name another.")
 
 
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def read(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
+    """Content of a file of a checkpoint folder."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -430,43 +392,3 @@ def read(file: Path) -> bytes:
             f"{file}: cannot be read ({error.strerror}). A checkpoint folder holds {WEIGHTS}, "
             f"{DESCRIPTION} and {SELFTEST}; copy the whole folder."
         ) from None
-
-
-def parse_safetensors(content: bytes, file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}). Copy it again.") from None
-    return tensors
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
-    inert: list[Any] = [(_StandIn, name) for name in stand_ins]
-    try:
-        with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a damaged file
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
-            raise CheckpointError(
-                f"{path}: reading it would run code of its own ({code[1]}), which is never done. If you "
-                f"trust the file, open it where it was made and save its state_dict alone, as safetensors."
-            ) from None
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path}: not a whole torch file ({reason}). Download or copy it again."
-        ) from None
-
-
-class _StandIn:
-    """Takes the place of an object in a file's metadata: accepts anything, does and keeps nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass

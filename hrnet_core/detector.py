@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import ConfigError
+from hrnet_core.errors import ConfigError, first_line
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -183,7 +183,7 @@ class PersonDetector:
             width, height = self.declaration.input_size
             raise ConfigError(
                 f"{self.name}: does not take float32 {blob.shape}, input_size {width}x{height} "
-                f"({_first_line(error)}). Check input_size in its declaration."
+                f"({first_line(error)}). Check input_size in its declaration."
             ) from None
         outputs = {out.name: value for out, value in zip(session.get_outputs(), values, strict=True)}
         main = outputs.get(self.declaration.boxes, values[0])
@@ -208,7 +208,7 @@ class PersonDetector:
             session = onnxruntime.InferenceSession(self.model, options, providers=wanted)
         except Exception as error:
             raise ConfigError(
-                f"{self.name}: not a model that ONNX Runtime opens ({_first_line(error)})."
+                f"{self.name}: not a model that ONNX Runtime opens ({first_line(error)})."
             ) from None
         if len(session.get_inputs()) != 1:
             names = ", ".join(i.name for i in session.get_inputs())
@@ -279,7 +279,7 @@ def _read_boxes(
         )
     scores = outputs[declared.scores].astype(np.float32) if declared.scores else boxes[:, 4]
     if declared.logits:
-        scores = _sigmoid(scores)
+        scores = np.float32(1) / (1 + np.exp(-scores.clip(-LARGEST_LOGIT, LARGEST_LOGIT)))
     if scores.ndim == 2 and declared.person_class < scores.shape[1]:
         scores = scores[:, declared.person_class]
     elif declared.labels:
@@ -335,12 +335,3 @@ def _corners(boxes: Float32, box_format: str) -> Float32:
     if box_format == "cxcywh":
         start = start - other / np.float32(2)
     return np.concatenate([start, start + other], axis=1)
-
-
-def _sigmoid(values: Float32) -> Float32:
-    exponentials: Float32 = np.exp(-values.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
-    return np.float32(1) / (1 + exponentials)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]

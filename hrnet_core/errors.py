@@ -13,6 +13,11 @@ that is raised is our defect and keeps its traceback.
 from __future__ import annotations
 
 
+def first_line(error: Exception) -> str:
+    """Of another library's error, for a message of ours: its first line, at most 200 characters."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
 class PoseError(Exception):
     """Something the user can fix. The text names the file, the field and the way out."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -272,13 +273,11 @@ class HeatmapCodec:
 def _blur_matrix(cells: int, taps: int) -> Float32:
     """float32 (cells, cells), symmetric: multiplying by it blurs one axis with zeros outside.
 
-    The taps are OpenCV's for a kernel of that size and sigma 0, which is what the published code asks.
+    The published code asks OpenCV for a kernel of that size and sigma 0.
     """
-    offset = np.arange(taps) - taps // 2
-    sigma = 0.3 * ((taps - 1) * 0.5 - 1) + 0.8
-    kernel = np.array([0.25, 0.5, 0.25]) if taps == 3 else np.exp(-(offset**2) / (2 * sigma**2))
+    kernel = cv2.getGaussianKernel(taps, 0)[taps // 2 :, 0]
     distance = np.abs(np.arange(cells)[:, None] - np.arange(cells))
-    half = np.append(kernel[taps // 2 :] / kernel.sum(), 0).astype(np.float32)
+    half = np.append(kernel, 0).astype(np.float32)
     blur: Float32 = half[np.minimum(distance, len(half) - 1)]
     return blur
 

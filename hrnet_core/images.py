@@ -144,13 +144,8 @@ def decode_checked(data: bytes, header: ImageHeader, *, apply_exif: bool) -> Ima
 
 def encode_jpeg(image: Image, quality: int = 95) -> bytes:
     """uint8 (H, W, 3) RGB -> JPEG with full colour resolution (4:4:4)."""
-    settings = [
-        cv2.IMWRITE_JPEG_QUALITY,
-        quality,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    ]
-    return _encode(".jpg", image, settings)
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return _encode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
 
 
 def encode_png(image: Image) -> bytes:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hrnet_core.choices import MODES
-from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.errors import CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -159,10 +159,10 @@ def _compiled(network: nn.Module, mode: str) -> Network:
         try:
             heatmaps: Tensor = compiled(images)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"mode {mode!r}: torch.compile failed here ({reason}). On a CPU it needs a working C++ "
-                f"compiler ({compiler()}) with the headers of Python; take another mode where there is none."
+                f"mode {mode!r}: torch.compile failed here ({first_line(error)}). On a CPU it needs "
+                f"a working C++ compiler ({compiler()}) with the headers of Python; take another mode where "
+                f"there is none."
             ) from error
         return heatmaps
 
@@ -186,9 +186,9 @@ class OnnxNetwork:
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class
-            reason = str(error).strip().splitlines()[0][:200]
             raise CheckpointError(
-                f"{name}: ONNX Runtime cannot open it ({reason}). Write it again: hrnet export CHECKPOINT."
+                f"{name}: ONNX Runtime cannot open it ({first_line(error)}). Write it again: "
+                f"hrnet export CHECKPOINT."
             ) from None
         told = self._session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
         sha256 = json.loads(told).get("weights_sha256")

@@ -126,15 +126,8 @@ def _draw_boxes(canvas: UInt8, boxes_xywh: NDArray[np.float64]) -> None:
     usable = boxes_xywh[(np.abs(boxes_xywh) < 1e6).all(axis=1)]
     for x, y, w, h in usable:
         for color, thickness in ((SHADE, width + 2), (BOX, width)):
-            cv2.rectangle(
-                canvas,
-                _fixed((x, y)),
-                _fixed((x + w, y + h)),
-                color,
-                thickness,
-                cv2.LINE_AA,
-                SUBPIXEL,
-            )
+            start, end = _fixed((x, y)), _fixed((x + w, y + h))
+            cv2.rectangle(canvas, start, end, color, thickness, cv2.LINE_AA, SUBPIXEL)
 
 
 def _line(canvas: UInt8, start: ArrayLike, end: ArrayLike, color: Color, width: float) -> None:

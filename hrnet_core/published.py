@@ -1,7 +1,4 @@
-"""Weights that others published, under our names, with a report of every key.
-
-No pickle is ever executed: torch files are read with weights_only=True.
-"""
+"""Weights that others published, under our names, with a report of every key."""
 
 from __future__ import annotations
 
@@ -14,17 +11,10 @@ import torch
 from torch import Tensor
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import (
-    load_checkpoint,
-    misfits,
-    parse_safetensors,
-    read,
-    read_torch,
-    some,
-    untrained,
-)
+from hrnet_core.checkpoint import load_checkpoint, read_file
 from hrnet_core.errors import CheckpointError
 from hrnet_core.model import HRNet
+from hrnet_core.weights import first_names, parse_safetensors, read_torch, untrained, what_does_not_fit
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "best_state_dict")
 NOT_OURS = {
@@ -63,7 +53,33 @@ class PublishedWeights:
     @property
     def architecture(self) -> HRNetConfig:
         """What the shapes say. CheckpointError where there is no HRNet in the file, or no keypoint head."""
-        return _infer_architecture(self.state, self.file, self.scheme)
+
+        def count(prefix: str) -> int:
+            pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+            return 1 + max((int(m[1]) for key in self.state if (m := pattern.match(key))), default=-1)
+
+        first = "stage2.0.branches.0.0.conv1.weight"
+        if first not in self.state or "conv1.weight" not in self.state:
+            raise CheckpointError(
+                f"{self.file}: no HRNet in it: {first} is missing. Its first tensors are "
+                f"{first_names(sorted(self.state))}."
+            )
+        if "final_layer.weight" not in self.state:
+            raise CheckpointError(
+                f"{self.file} ({self.scheme} key names): has no keypoint head (final_layer), so it cannot "
+                f"answer poses. It is a start for training: hrnet train CONFIG --model.init {self.file}"
+            )
+        try:
+            return HRNetConfig(
+                width=self.state[first].shape[0],
+                num_keypoints=self.state["final_layer.weight"].shape[0],
+                stem_width=self.state["conv1.weight"].shape[0],
+                bottlenecks=count("layer1"),
+                modules=(count("stage2"), count("stage3"), count("stage4")),
+                blocks=count("stage2.0.branches.0"),
+            )
+        except ValueError:
+            raise CheckpointError(f"{self.file}: parts of the HRNet in it are missing altogether.") from None
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class MatchReport:
                 lines.append(f"  {title}  none")
             for reason in dict.fromkeys(entries.values()):
                 keys = [key for key, why in entries.items() if why == reason]
-                lines.append(f"  {title}  {len(keys)}: {reason} ({some(keys)})")
+                lines.append(f"  {title}  {len(keys)}: {reason} ({first_names(keys)})")
         return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
 
 
@@ -147,7 +163,7 @@ def fit_weights(
                 dropped[key] = f"a head of {count} keypoints, this network has {architecture.num_keypoints}"
             missing[key] = "the head starts untrained"
             expected.pop(key)
-    problems = misfits(state, expected)
+    problems = what_does_not_fit(state, expected)
     if problems:
         raise CheckpointError(
             f"{published.file} ({published.scheme} key names) does not fit width {architecture.width} with "
@@ -173,7 +189,7 @@ def _read_file(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors).")
     if path.suffix == ".safetensors":
-        return parse_safetensors(read(path), path)
+        return parse_safetensors(read_file(path), path)
     return read_torch(path, stand_ins=HARMLESS_METADATA)
 
 
@@ -189,7 +205,11 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
             return found, name
     bare = tensors_of(content)
     if not bare:
-        has = f"a dict with {some([str(k) for k in content])}" if isinstance(content, dict) else type(content)
+        has = (
+            f"a dict with {first_names([str(k) for k in content])}"
+            if isinstance(content, dict)
+            else type(content)
+        )
         raise CheckpointError(
             f"{path}: no weights in it: it holds {has}, but neither tensors nor one of {list(CONTAINERS)}."
         )
@@ -226,31 +246,3 @@ def _not_ours(name: str, names: set[str], scheme: str) -> str:
     if fusion and not any(n.startswith(f"stage4.{int(fusion[1]) + 1}.") for n in names):
         return "lower resolutions of the last module, which heatmaps do not use"
     return ""
-
-
-def _infer_architecture(state: dict[str, Tensor], file: str, scheme: str) -> HRNetConfig:
-    def count(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        return 1 + max((int(m[1]) for key in state if (m := pattern.match(key))), default=-1)
-
-    first = "stage2.0.branches.0.0.conv1.weight"
-    if first not in state or "conv1.weight" not in state:
-        raise CheckpointError(
-            f"{file}: no HRNet in it: {first} is missing. Its first tensors are {some(sorted(state))}."
-        )
-    if "final_layer.weight" not in state:
-        raise CheckpointError(
-            f"{file} ({scheme} key names): has no keypoint head (final_layer), so it cannot answer poses. It "
-            f"is a start for training: hrnet train CONFIG --model.init {file}"
-        )
-    try:
-        return HRNetConfig(
-            width=state[first].shape[0],
-            num_keypoints=state["final_layer.weight"].shape[0],
-            stem_width=state["conv1.weight"].shape[0],
-            bottlenecks=count("layer1"),
-            modules=(count("stage2"), count("stage3"), count("stage4")),
-            blocks=count("stage2.0.branches.0"),
-        )
-    except ValueError:
-        raise CheckpointError(f"{file}: parts of the HRNet in it are missing altogether.") from None

@@ -1,0 +1,35 @@
+"""A file of this machine appears under its name whole or not at all: temporary beside it, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(file: str | Path) -> Iterator[Path]:
+    """A name to write under, of the same ending; what is there becomes `file` when the block ends well."""
+    file = Path(file)
+    part = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
+    try:
+        yield part
+        put_in_place(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def put_in_place(part: str | Path, file: str | Path) -> None:
+    """Rename a finished file in its folder, once it is on the disk. OSError where that failed."""
+    _sync(part, os.O_RDWR)
+    os.replace(part, file)
+    _sync(os.path.dirname(file) or ".", os.O_RDONLY)
+
+
+def _sync(path: str | Path, mode: int) -> None:
+    handle = os.open(path, mode)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
