@@ -1,4 +1,5 @@
-"""Keypoints <-> heatmaps: encode and decode of one codec side by side, with the crop matrix it wants.
+"""Keypoints <-> heatmaps: encode and decode of one codec side by side, with the crop matrix it wants, and
+the float16 in which shards hold what encode gives.
 
     official  Gaussian at the rounded cell, quarter-cell decode (arXiv:1902.09212; JointsDataset.py:233-289,
               inference.py:27-77). What the published HRNet weights were trained for.
@@ -270,21 +271,9 @@ class HeatmapCodec:
         return shifted
 
 
-def _blur_matrix(cells: int, taps: int) -> Float32:
-    """float32 (cells, cells), symmetric: multiplying by it blurs one axis with zeros outside.
-
-    The published code asks OpenCV for a kernel of that size and sigma 0.
-    """
-    kernel = cv2.getGaussianKernel(taps, 0)[taps // 2 :, 0]
-    distance = np.abs(np.arange(cells)[:, None] - np.arange(cells))
-    half = np.append(kernel, 0).astype(np.float32)
-    blur: Float32 = half[np.minimum(distance, len(half) - 1)]
-    return blur
-
-
-def float16_heatmaps(rows: NDArray[np.float32], columns: NDArray[np.float32]) -> NDArray[np.float16]:
-    """The heatmaps (N, K, H, W) of `HeatmapCodec.factors`, rows (N, K, H) and columns (N, K, W): bit for
-    bit `HeatmapCodec.encode` cast to float16, at a third of the cost.
+def float16_heatmaps(rows: Float32, columns: Float32) -> NDArray[np.float16]:
+    """What `HeatmapCodec.encode` gives, cast to float16 bit for bit, at a third of the cost: heatmaps
+    (..., K, H, W) of `HeatmapCodec.factors`, rows (..., K, H) and columns (..., K, W).
 
     Only a window of each map is computed: no factor exceeds 1, so where one of the two is at most 2**-25
     the product is zero in float16.
@@ -302,7 +291,7 @@ def float16_heatmaps(rows: NDArray[np.float32], columns: NDArray[np.float32]) ->
     return result.view(np.float16).reshape(*maps, height, width)
 
 
-def _window(factors: NDArray[np.float32]) -> NDArray[np.int64]:
+def _window(factors: Float32) -> NDArray[np.int64]:
     """(M, S) cells of each of M axes (M, cells): as many as the longest needs, around those that count."""
     cells = factors.shape[1]
     counts = factors > 2**-25
@@ -312,7 +301,7 @@ def _window(factors: NDArray[np.float32]) -> NDArray[np.int64]:
     return window
 
 
-def to_float16(heatmaps: NDArray[np.float32]) -> NDArray[np.float16]:
+def to_float16(heatmaps: Float32) -> NDArray[np.float16]:
     """`heatmaps.astype(np.float16)` bit for bit, for values from 0 up, several times faster.
 
     NumPy's cast is slow, and slower on what float16 holds as subnormal. Many values are zero, and
@@ -327,3 +316,15 @@ def to_float16(heatmaps: NDArray[np.float32]) -> NDArray[np.float16]:
     result = np.zeros(heatmaps.shape, np.uint16)
     result.reshape(-1)[some] = bits
     return result.view(np.float16)
+
+
+def _blur_matrix(cells: int, taps: int) -> Float32:
+    """float32 (cells, cells), symmetric: multiplying by it blurs one axis with zeros outside.
+
+    The published code asks OpenCV for a kernel of that size and sigma 0.
+    """
+    kernel = cv2.getGaussianKernel(taps, 0)[taps // 2 :, 0]
+    distance = np.abs(np.arange(cells)[:, None] - np.arange(cells))
+    half = np.append(kernel, 0).astype(np.float32)
+    blur: Float32 = half[np.minimum(distance, len(half) - 1)]
+    return blur

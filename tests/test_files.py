@@ -10,15 +10,20 @@ import pytest
 from hrnet_core.files import whole_file
 
 
+def stop_half_way(file: Path) -> None:
+    with whole_file(file) as part:
+        part.write_text("half of the n")
+        raise ZeroDivisionError
+
+
 def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.png"
     with whole_file(file) as part:
         assert part.suffix == ".png", "matplotlib and OpenCV write what a name ends in"
         part.write_text("old")
         assert not file.exists()
-    with pytest.raises(ZeroDivisionError), whole_file(file) as part:
-        part.write_text("half of the n")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        stop_half_way(file)
     assert file.read_text() == "old"
 
     def full(_: int) -> None:
