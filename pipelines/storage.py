@@ -1,10 +1,9 @@
-"""Files of a dataset, on this machine or in a bucket, that appear whole or not at all.
+"""Files on this machine or in a bucket: written whole or not at all, read, listed.
 
 Local: temporary name, fsync, rename. Bucket: made here, copied there in one go; an object is visible once
 it is complete. A folder is a path, or a URI that pyarrow.fs knows: s3:// and gs:// (docs/sources.md).
-
-Requests to a bucket are repeated by its client, with growing random pauses; what still fails becomes a
-DataError that names the key (`answering`). A file that is not there stays a FileNotFoundError.
+What a bucket does not give is a DataError that names the key (`answering`), a file that is not there a
+FileNotFoundError as everywhere.
 """
 
 from __future__ import annotations
@@ -28,10 +27,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
+from hrnet_core.files import put_in_place
 from hrnet_core.locations import is_uri, one_line, open_folder
-
-# ---------------------------------------------------------------------------------- file systems
-
 
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
@@ -65,6 +62,44 @@ def sha256_of(files: fs.FileSystem, path: str) -> str:
 # ---------------------------------------------------------------------------------- write
 
 
+@contextlib.contextmanager
+def writing(file: str | Path, *, sync: bool = True) -> Iterator[Path]:
+    """A name of this machine to write under; what is there becomes `file` (path or URI) when the block ends
+    well, else `file` stays as it was. Its folder is made. OSError where that failed.
+
+    sync: on the disk before it has its name, as whoever trusts the name needs it after a power cut. Off for
+    one of thousands of files that are all written again.
+    """
+    files, path = open_folder(str(file))
+    local = isinstance(files, fs.LocalFileSystem)
+    if local and os.path.exists(path) and not os.path.isfile(path):  # a pipe, a terminal
+        yield Path(path)
+        return
+    if local:
+        path = os.path.realpath(path)  # a link stays one
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = Path(temporary_name(files, path))
+    try:
+        yield part
+        if local and not sync:
+            os.replace(part, path)
+        else:
+            publish(files, str(part), path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(file: str | Path, content: str | bytes) -> None:
+    """A file (path or URI) as `writing` leaves it; text as UTF-8."""
+    with writing(file) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(file: str | Path, content: Any) -> None:
+    """JSON that people can read too, as `writing` leaves it."""
+    write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
 def put_file(files: fs.FileSystem, path: str, content: bytes) -> None:
     """Write a small file so that it appears whole or not at all."""
     temporary = temporary_name(files, path)
@@ -83,7 +118,7 @@ def temporary_name(files: fs.FileSystem, path: str) -> str:
     if not isinstance(files, fs.LocalFileSystem):
         folder = _uploads()
         os.makedirs(folder, 0o700, exist_ok=True)
-    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}.{os.getpid()}@{_host()}.tmp")
+    return os.path.join(folder, f".{name[-40:]}.{uuid.uuid4().hex}.{os.getpid()}@{_host()}.tmp")
 
 
 def remove_leftovers(files: fs.FileSystem, folder: str) -> None:
@@ -127,10 +162,8 @@ def publish(files: fs.FileSystem, temporary: str, path: str) -> None:
     """Make a finished local temporary file visible under its final name. OSError where that failed."""
     if not isinstance(files, fs.LocalFileSystem):
         _upload(files, temporary, path)
-        return
-    _sync(temporary, os.O_RDWR)
-    os.replace(temporary, path)
-    _sync(os.path.dirname(path), os.O_RDONLY)
+    else:
+        put_in_place(temporary, path)
 
 
 def _upload(files: fs.FileSystem, temporary: str, path: str) -> None:
@@ -143,14 +176,6 @@ def _upload(files: fs.FileSystem, temporary: str, path: str) -> None:
         size = content.size
     if files.get_file_info(path).size != size:
         raise OSError(f"after its upload {path} has not the {size} bytes that were sent")
-
-
-def _sync(path: str, mode: int) -> None:
-    handle = os.open(path, mode)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def absolute(folder: str) -> str:

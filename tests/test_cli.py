@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import VERBS, main
+from pipelines.cli import VERBS, main, parse
 
 
 def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -66,11 +66,9 @@ def test_settings_that_contradict_each_other_end_with_2(capsys: pytest.CaptureFi
 
 
 def test_an_override_wins_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:
-    from pipelines.cli import parse_config
-
     file = tmp_path / "mine.yaml"
     file.write_text("train: {epochs: 7, lr: 0.5}\ndata: {codec: udp}\n")
-    config = parse_config("train", [str(file), "--train.lr", "0.25", "--data.input-size", "96", "128"], "")
+    config = parse("train", [str(file), "--train.lr", "0.25", "--data.input-size", "96", "128"])
     assert (config.train.epochs, config.train.lr, config.data.codec) == (7, 0.25, "udp")
     assert config.data.input_size == (96, 128)
     assert config.config_name == "mine"

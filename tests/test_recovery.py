@@ -22,7 +22,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
-from pipelines.cli import parse_config
+from pipelines.cli import parse
 from pipelines.config import RunConfig
 from pipelines.preprocess import Progress, preprocess
 from pipelines.shards import plan as plan_module
@@ -55,7 +55,7 @@ def arguments(coco: Path, target: Path, settings: str = SMALL) -> list[str]:
 
 
 def config(coco: Path, target: Path, settings: str = SMALL) -> RunConfig:
-    return parse_config("preprocess", arguments(coco, target, settings), "")
+    return parse("preprocess", arguments(coco, target, settings))
 
 
 @pytest.fixture

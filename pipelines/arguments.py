@@ -1,0 +1,188 @@
+"""The arguments of each verb as a model: what is acted on without a flag, settings as `--section.field`.
+
+The field of a verb is its flag, the text under it its help. Configs (preprocess, train) are a RunConfig.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import Field
+
+from pipelines.config import (
+    DataSettings,
+    EvaluateSettings,
+    PredictSettings,
+    RaySettings,
+    RunSettings,
+    Section,
+    ServeSettings,
+    TrackSettings,
+)
+
+
+def positional(name: str) -> tuple[Any, Any]:
+    """Marks of an argument that has no flag, under the name that the usage line shows."""
+    return tyro.conf.Positional, tyro.conf.arg(metavar=name)
+
+
+class Draw(Section):
+    out: Annotated[str, *positional("OUT")]
+    """Folder to write the COCO root into."""
+    images: int = Field(default=200, ge=1)
+    """Training pictures."""
+    val_images: int | None = Field(default=None, ge=1)
+    """Validation pictures; default: a fifth of `images`, at least 4."""
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=os.cpu_count() or 1, ge=1)
+    """Processes; the pictures do not depend on it."""
+
+
+class Validate(Section):
+    coco: Annotated[str, *positional("COCO")]
+    """COCO root."""
+    decode: bool = True
+    """Decode every picture, as preprocess will. Without: header and end only, several times faster; damage
+    in between is not seen."""
+    checksums: str | None = None
+    """File as sha256sum writes it, with paths relative to COCO: names pictures with other bytes."""
+    examples: int = Field(default=3, ge=0)
+    """Rows shown of each kind."""
+    out: str | None = None
+    """Also write every finding into this CSV file."""
+    workers: int = Field(default=os.cpu_count() or 1, ge=1)
+    """Threads that open pictures."""
+    data: DataSettings = DataSettings()
+
+
+class Inspect(Section):
+    shards: Annotated[str, *positional("SHARDS")]
+    """Folder or URI of a dataset that hrnet preprocess wrote."""
+    out: str | None = None
+    """Folder for the page, the pictures and card.json; default: SHARDS_inspection beside the dataset."""
+    coco: str | None = None
+    """The COCO root it was made from: shows the pictures of what was left out."""
+    log: bool = False
+    """Also record card and pictures in MLflow, as the run of this dataset's digest."""
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
+class Evaluate(Section):
+    checkpoint: Annotated[str | None, *positional("CHECKPOINT")] = None
+    """Checkpoint folder, or models:/hrnet-pose@champion."""
+    coco: Annotated[str | None, *positional("COCO")] = None
+    """COCO root."""
+    boxes: str | None = None
+    """Person detections as COCO results JSON; default: the ground truth's boxes."""
+    split: str = "val2017"
+    results: str | None = None
+    """Score this COCO results file instead of running a model; needs ground_truth."""
+    ground_truth: str | None = None
+    """Annotations that `results` is scored against."""
+    skeleton: str = "coco17"
+    """For `results`: whose OKS constants to use."""
+    use_area: bool = True
+    """For `results`: OKS by the annotations' area; without it by the box, for sets that have none."""
+    measure_modes: bool = False
+    """Evaluate in every execution mode and write the differences into checkpoint.json, for mode auto."""
+    out: str | None = None
+    """Folder for results, report and pictures; default: beside the checkpoint. For `results`: for
+    figures.json with all digits."""
+    report: str | None = None
+    """Also write one HTML file with figures and pictures here."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+    ray: RaySettings = RaySettings()
+
+
+class Predict(Section):
+    sources: Annotated[tuple[str, ...], *positional("SOURCE...")] = ()
+    """Pictures, videos, folders, globs, URIs of buckets."""
+    checkpoint: str = "models:/hrnet-pose@champion"
+    """Checkpoint folder, URI or registered model."""
+    boxes: str | None = None
+    """JSON with people's boxes: COCO annotations or detections, or {"picture.jpg": [[x, y, w, h], ...]}."""
+    detector: str | None = None
+    """ONNX person detector, its declaration MODEL.json beside it. Neither: each picture is one person."""
+    out: str | None = None
+    """Folder for the results; default: STORAGE/predictions/NAME-DIGEST."""
+    predict: PredictSettings = PredictSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+    ray: RaySettings = RaySettings()
+
+
+class Promote(Section):
+    candidate: Annotated[str | None, *positional("CANDIDATE")] = None
+    """Version of the registered model; default: the newest."""
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
+class Deploy(Section):
+    checkpoint: Annotated[str, *positional("CHECKPOINT")] = "models:/hrnet-pose@champion"
+    """Checkpoint folder, URI or registered model."""
+    serve: ServeSettings = ServeSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+    ray: RaySettings = RaySettings()
+
+
+class Import(Section):
+    file: Annotated[Path, *positional("FILE")]
+    """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""
+    out: Annotated[Path, *positional("OUT")]
+    """Checkpoint folder to write."""
+    codec: str = "official"
+    """official, dark or udp: what the weights were trained for."""
+    input_size: tuple[int, int] = (192, 256)
+    """(width, height) of the crops the weights were trained for."""
+    sigma: float | None = None
+    skeleton: str = "coco17"
+
+
+class Export(Section):
+    checkpoint: Annotated[str, *positional("CHECKPOINT")]
+    """Checkpoint folder, or models:/hrnet-pose@champion."""
+    out: Annotated[str | None, *positional("OUT")] = None
+    """ONNX file to write; default: model.onnx in the checkpoint folder, where mode onnx finds it."""
+    coco: str | None = None
+    """COCO root: compare keypoints and AP on some of its people too."""
+    split: str = "val2017"
+    boxes: str | None = None
+    """Person detections as COCO results JSON; default: the ground truth's boxes."""
+    people: int = Field(default=200, ge=1)
+    """How many people to compare on, in whole photographs from the first."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
+class EstimateSigmas(Section):
+    files: Annotated[tuple[str, ...], *positional("ANNOTATIONS.json")] = ()
+    """Two or more COCO keypoint files of the same people, one an annotator."""
+    out: str = "skeleton.json"
+    """Skeleton file to write."""
+    skeleton: str | None = None
+    """Skeleton whose other fields are kept; default: names and limbs of the annotations."""
+    use_area: bool = True
+    """Distances by the annotations' area; without it by the box, for sets that have none."""
+
+
+class Reproduce(Section):
+    coco: Annotated[str, *positional("COCO")]
+    """COCO root with val2017."""
+    weights_dir: str
+    """Folder of the published pose_hrnet_*.pth files."""
+    boxes: str
+    """COCO_val2017_detections_AP_H_56_person.json, the published detector's boxes."""
+    models: tuple[str, ...] = ()
+    """Which of w32_256x192 w32_384x288 w48_256x192 w48_384x288; default: all."""
+    out: str = "runs/reproduce"
+    evaluate: EvaluateSettings = EvaluateSettings()
+    ray: RaySettings = RaySettings()
