@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+FARTHEST = 1e6
+"""px: no box of a photograph has such a coordinate, and OpenCV's fixed point ends not far above."""
 
 
 def sanitize_boxes(bbox_xywh: ArrayLike, width: ArrayLike, height: ArrayLike) -> tuple[Float32, NDArray[Any]]:

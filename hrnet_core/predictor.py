@@ -1,7 +1,10 @@
 """Image and boxes in, poses out: the one path that evaluation, prediction and serving share.
 
-    boxes -> center, scale -> the codec's crop matrix -> crops -> the network, plain and mirrored
-          -> decode -> back into the image
+    prepare         boxes -> center, scale -> the codec's crop matrix -> crops
+    predict_crops   crops -> the network, plain and mirrored -> decode
+    finish          keypoints -> back into the image
+
+A call is these three; whoever forms batches over several calls (serve/) takes them one by one.
 
 Equal input gives equal output, with one condition: the network's batches must be the same. Batch size
 picks the float kernels, so another one changes the last bits of the heatmaps (and, rarely, which of two
@@ -16,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hrnet_core.checkpoint import ONNX, CheckpointSpec, load_checkpoint
 from hrnet_core.errors import ConfigError, DataError, ImageError
-from hrnet_core.geometry import Float64, box_to_center_scale, crop_people, place_in_image
+from hrnet_core.geometry import FARTHEST, Float64, box_to_center_scale, crop_people, place_in_image
 from hrnet_core.images import decode_image
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.modes import build_network, fastest_exact
@@ -34,12 +37,27 @@ from hrnet_core.results import Boxes, Keypoints, Poses
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
+Images = UInt8 | str | Path | Sequence[UInt8 | str | Path]
 
 logger = logging.getLogger(__name__)
-LARGEST = 1e6  # px: no photograph has such a coordinate, and OpenCV's fixed point ends not far above
 
 # cuDNN's switches are process-wide: calls on a GPU that set them take turns.
 _cudnn = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The people of one image on their way to the network. The image itself is not kept."""
+
+    crops: UInt8
+    """(P, h, w, 3) RGB"""
+    image_to_crop: Float64
+    """(P, 2, 3)"""
+    boxes: Boxes
+    boxes_source: Literal["given", "whole_image"]
+    orig_shape: tuple[int, int]
+    """(height, width) of the image."""
+    path: str | None
 
 
 class PosePredictor:
@@ -90,7 +108,7 @@ class PosePredictor:
 
     def __call__(
         self,
-        images: UInt8 | str | Path | Sequence[UInt8 | str | Path],
+        images: Images,
         boxes_xywh: Any = None,
         box_scores: Any = None,
         flip_test: bool | None = None,
@@ -115,32 +133,55 @@ class PosePredictor:
         file that cannot be read. ImageError: one that is no picture.
         """
         clock = [time.perf_counter()]
-        requests = _requests(images, boxes_xywh, box_scores)
-        matrices = [self.image_to_crop(request.boxes.xywh) for request in requests]
-        width, height = self.spec.input_size
-        crops = [np.empty((0, height, width, 3), np.uint8)]
-        for request, image_to_crop in zip(requests, matrices, strict=True):
-            crops.append(crop_people(request.image, image_to_crop, self.spec.input_size))
+        prepared = self.prepare(images, boxes_xywh, box_scores)
+        if not prepared:
+            return []
         clock.append(time.perf_counter())
-        keypoints, scores = self.predict_crops(np.concatenate(crops), flip_test, batch_size, border)
+        crops = np.concatenate([one.crops for one in prepared])
+        keypoints, scores = self.predict_crops(crops, flip_test, batch_size, border)
         clock.append(time.perf_counter())
-        placed = place_in_image(keypoints, np.concatenate([np.empty((0, 2, 3)), *matrices]))
-        data = np.concatenate([placed, scores[..., None]], axis=-1)
-        ends = np.cumsum([len(request.boxes) for request in requests])
+        finished = self.finish(prepared, keypoints, scores)
         clock.append(time.perf_counter())
-        shares = np.diff(clock) * 1000 / max(len(requests), 1)
-        return [
-            Poses(
-                Keypoints(data[end - len(request.boxes) : end]),
-                request.boxes,
-                request.image.shape[:2],
-                self.spec.skeleton,
-                request.boxes_source,
-                dict(zip(("preprocess", "inference", "postprocess"), shares.tolist(), strict=True)),
-                request.path,
-            )
-            for request, end in zip(requests, ends, strict=True)
-        ]
+        shares = (np.diff(clock) * 1000 / len(prepared)).tolist()
+        parts = ("preprocess", "inference", "postprocess")
+        return [replace(poses, speed=dict(zip(parts, shares, strict=True))) for poses in finished]
+
+    def prepare(self, images: Images, boxes_xywh: Any = None, box_scores: Any = None) -> list[Prepared]:
+        """The crops of one image or of several, one Prepared an image; arguments and errors as of a call."""
+        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            return [self._prepare(images, boxes_xywh, box_scores, "")]
+        boxes = _one_each(boxes_xywh, len(images), "boxes_xywh")
+        scores = _one_each(box_scores, len(images), "box_scores")
+        each = zip(images, boxes, scores, strict=True)
+        return [self._prepare(*of_one, f"[{i}]") for i, of_one in enumerate(each)]
+
+    def _prepare(self, given: Any, boxes_xywh: Any, box_scores: Any, which: str) -> Prepared:
+        image = _image(given, which)
+        height, width = image.shape[:2]
+        whole = np.array([[0, 0, width, height]], np.float32)
+        xywh = whole if boxes_xywh is None else _boxes(boxes_xywh, which)
+        boxes = Boxes(xywh, _scores(box_scores, len(xywh), which))
+        image_to_crop = self.image_to_crop(xywh)
+        return Prepared(
+            crop_people(image, image_to_crop, self.spec.input_size),
+            image_to_crop,
+            boxes,
+            "whole_image" if boxes_xywh is None else "given",
+            (height, width),
+            str(given) if isinstance(given, str | Path) else None,
+        )
+
+    def finish(self, prepared: Sequence[Prepared], keypoints: Float32, scores: Float32) -> list[Poses]:
+        """keypoints (P, K, 2) in crop px and scores (P, K), of all people of `prepared` in their order ->
+        one Poses an image, in image px."""
+        finished = []
+        for one, end in zip(prepared, np.cumsum([len(one.boxes) for one in prepared]), strict=True):
+            rows = slice(end - len(one.boxes), end)
+            xy = place_in_image(keypoints[rows], one.image_to_crop)
+            data = Keypoints(np.concatenate([xy, scores[rows, :, None]], axis=-1))
+            skeleton, source = self.spec.skeleton, one.boxes_source
+            finished.append(Poses(data, one.boxes, one.orig_shape, skeleton, source, path=one.path))
+        return finished
 
     def image_to_crop(self, boxes_xywh: ArrayLike) -> Float64:
         """Boxes (P, 4) in image px -> the crop matrices (P, 2, 3) of this checkpoint's codec and padding."""
@@ -212,25 +253,6 @@ class PosePredictor:
             yield
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One image and its people, checked."""
-
-    image: UInt8
-    boxes: Boxes
-    boxes_source: Literal["given", "whole_image"]
-    path: str | None
-
-
-def _requests(images: Any, boxes_xywh: Any, box_scores: Any) -> list[_Request]:
-    """The arguments of a call, one _Request an image. DataError names the argument that does not fit."""
-    if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 3):
-        return [_request(images, boxes_xywh, box_scores, "")]
-    boxes = _one_each(boxes_xywh, len(images), "boxes_xywh")
-    scores = _one_each(box_scores, len(images), "box_scores")
-    return [_request(*of_one, f"[{i}]") for i, of_one in enumerate(zip(images, boxes, scores, strict=True))]
-
-
 def _one_each(values: Any, count: int, name: str) -> list[Any]:
     each = [None] * count if values is None else list(values)
     if len(each) != count:
@@ -238,38 +260,25 @@ def _one_each(values: Any, count: int, name: str) -> list[Any]:
     return each
 
 
-def _request(image: Any, boxes_xywh: Any, box_scores: Any, which: str) -> _Request:
-    path = str(image) if isinstance(image, str | Path) else None
-    if path is not None:
-        image = _read(path)
-    if (
-        not isinstance(image, np.ndarray)
-        or image.dtype != np.uint8
-        or image.shape[2:] != (3,)
-        or not image.size
-    ):
+def _image(given: Any, which: str) -> UInt8:
+    image = _read(str(given)) if isinstance(given, str | Path) else given
+    usable = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+    if not usable or not image.size:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(
             f"images{which} must be a uint8 array (H, W, 3), RGB, or the path of a picture, got {got}. "
             f"hrnet_core.images.decode_image makes one of a file's bytes."
         )
-    image = np.ascontiguousarray(image)
-    if boxes_xywh is None:
-        whole = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
-        return _Request(image, Boxes(whole, _scores(box_scores, 1, which)), "whole_image", path)
-    boxes = _boxes(boxes_xywh, which)
-    return _Request(image, Boxes(boxes, _scores(box_scores, len(boxes), which)), "given", path)
+    return np.ascontiguousarray(image)
 
 
 def _read(path: str) -> UInt8:
     try:
-        content = Path(path).read_bytes()
+        return decode_image(Path(path).read_bytes(), apply_exif=True)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). Check its name and its rights."
         ) from None
-    try:
-        return decode_image(content, apply_exif=True)
     except ImageError as error:
         raise ImageError(error.reason, f"{path}: {error}") from None
 
@@ -280,12 +289,12 @@ def _boxes(given: Any, which: str) -> Float32:
     boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise DataError(f"{name} must be (P, 4): left, top, width, height in px; got {boxes.shape}.")
-    usable = (np.abs(boxes) <= LARGEST).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)  # NaN is not usable
+    usable = (np.abs(boxes) <= FARTHEST).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)  # NaN is not usable
     if not usable.all():
         row = int(np.flatnonzero(~usable)[0])
         raise DataError(
             f"{name}, row {row}: {boxes[row].tolist()} is no box. left, top, width, height must be finite, "
-            f"up to {LARGEST:g} px, width and height above 0."
+            f"up to {FARTHEST:g} px, width and height above 0."
         )
     return boxes
 

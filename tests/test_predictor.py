@@ -151,6 +151,30 @@ def test_several_images_one_poses_each_in_order() -> None:
     assert predictor([]) == []
 
 
+def test_a_call_is_its_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls whose people share a batch, as in serving, are answered as alone; no image is kept."""
+    predictor = color_predictor("udp")
+    calls: list[Any] = [([blobs(), blobs(MOVED)], [[BOX], None]), (blobs(MOVED), [BOX, BOX], [0.5, 0.25])]
+    expected = [poses for call in calls for poses in predictor(*call)]
+    prepared = [one for call in calls for one in predictor.prepare(*call)]
+    keypoints, scores = predictor.predict_crops(np.concatenate([one.crops for one in prepared]))
+    finished = predictor.finish(prepared, keypoints, scores)
+    for one, poses, whole in zip(prepared, finished, expected, strict=True):
+        assert (poses.keypoints.data == whole.keypoints.data).all()
+        assert (poses.boxes.xywh == whole.boxes.xywh).all()
+        assert poses.scores.tolist() == whole.scores.tolist()
+        assert (poses.boxes_source, poses.orig_shape) == (whole.boxes_source, whole.orig_shape)
+        assert all(part.size < blobs().size for part in vars(one).values() if isinstance(part, np.ndarray))
+    assert predictor.finish([], keypoints[:0], scores[:0]) == []
+
+    passed = []
+    for half in ("prepare", "predict_crops", "finish"):
+        inner = getattr(predictor, half)
+        monkeypatch.setattr(predictor, half, lambda *a, h=half, f=inner: (passed.append(h), f(*a))[1])
+    predictor(blobs(), [BOX])
+    assert passed == ["prepare", "predict_crops", "finish"]
+
+
 def test_batches_are_as_long_as_asked_and_never_padded() -> None:
     predictor = color_predictor("udp")
     network: Any = predictor._network

@@ -10,7 +10,6 @@ A box that is none is left out with a reason; a file of another form is a DataEr
 
 from __future__ import annotations
 
-import math
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
@@ -21,11 +20,10 @@ from typing import Any
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
+from hrnet_core.geometry import FARTHEST
 from pipelines.sources.media import Media
 from pipelines.storage import read_json, sha256_of
 
-LARGEST = 1e6
-"""px: beyond this a coordinate is none (PosePredictor's limit)."""
 Rows = list[list[float]]
 """Boxes [x, y, w, h, score], px of the picture as it is predicted."""
 
@@ -179,7 +177,7 @@ def _take(entry: Entry, box: Any, score: Any, score_threshold: float) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= LARGEST
+    return type(value) in (int, float) and abs(value) <= FARTHEST  # NaN compares False
 
 
 def number_in(name: str) -> str:
