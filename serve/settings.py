@@ -1,0 +1,84 @@
+"""Settings of the endpoint. `hrnet deploy` (pipelines/config.py) and Serve config files have them from here.
+
+Nothing but pydantic: `hrnet --help` reads this.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hrnet_core.choices import ModeName
+
+# What the two call by different names.
+REPLICAS = 1
+CPUS_PER_REPLICA = 1.0
+BATCH_WAIT_S = 0.0
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Limits(Settings):
+    """What one request may ask for. More is refused by name, never cut."""
+
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
+    """A longer body is not read to its end (413)."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """A picture whose header promises more is refused before it is decoded."""
+    max_people: int = Field(default=128, ge=1)
+    """Boxes in one request, over all its pictures."""
+    max_images: int = Field(default=16, ge=1)
+    """Pictures in one request."""
+    first_frame: bool = False
+    """Take the first picture of an animation or of a file with several pages; else it is refused (415)."""
+
+
+class ReplicaSettings(Settings):
+    """How one replica works."""
+
+    device: str = "auto"
+    """Torch device of the model; auto: the replica's GPU if it has one, else the CPU."""
+    mode: Literal["auto", ModeName] = "auto"
+    """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
+    enough."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a forward pass; default: the replica's CPUs."""
+    flip_test: bool | None = None
+    """Average with the mirror image: twice the work. Default: what the checkpoint says."""
+    max_batch_people: int = Field(default=32, ge=1)
+    """People of one forward pass, gathered over requests."""
+    max_requests: int = Field(default=64, ge=1)
+    """Requests in progress in one replica; the next one gets 429."""
+    deadline_s: float = Field(default=30.0, gt=0)
+    """A request that takes longer gets 504."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """With this, Ray Serve scales the replicas with the load, up to this many."""
+    samples: str | None = None
+    """Pictures for the page: a folder with a boxes.json; `hrnet deploy` takes the picture folder of a COCO
+    split too."""
+
+
+class ModelChoice(Settings):
+    """Serve's user_config: a change of it swaps the model inside the running replicas."""
+
+    checkpoint: str
+    """Checkpoint folder, or its URI (s3://, gs://, file://) that pyarrow can read."""
+    version: str = ""
+    """Version of the registered model, or anything that tells this checkpoint from the next."""
+    source: str = ""
+    """What was asked for, such as models:/hrnet-pose@champion; shown by /v1/models."""
+    name: str = "hrnet-pose"
+
+
+class ServeArgs(ModelChoice, ReplicaSettings):
+    """Arguments of `serve.app:build`; `args:` of a Serve config file."""
+
+    limits: Limits = Limits()
+    batch_wait_s: float = Field(default=BATCH_WAIT_S, ge=0)
+    """How long an idle model waits for more people; while it is busy, the next batch gathers anyway."""
+    num_replicas: int = Field(default=REPLICAS, ge=1)
+    num_cpus: float = Field(default=CPUS_PER_REPLICA, gt=0)
+    num_gpus: float = Field(default=0.0, ge=0)
