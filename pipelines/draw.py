@@ -19,7 +19,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,11 @@ from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.skeleton import COCO17
 from pipelines.drawn.picture import FIRST_ID, SPLITS, annotate, draw_picture
 from pipelines.sources.layout import annotations_of
+from pipelines.storage import write_whole
 
 VERSION = 1
 """Raised with every change of what is drawn: an older set is not taken for this one's."""
+PICTURES_PER_JOB = 32
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,6 @@ class DrawnSet:
         return f"{self.folder}: {'; '.join(parts)} with keypoints"
 
 
-# ---------------------------------------------------------------------------------------------------
-
-
 def draw(
     out: str | Path, images: int, seed: int = 0, val_images: int | None = None, workers: int = 1
 ) -> DrawnSet:
@@ -65,16 +63,12 @@ def draw(
     Raises ConfigError for impossible counts, DataError for a folder that is not ours to fill.
     """
     val_images = max(4, images // 5) if val_images is None else val_images
-    for name, value, least in (
-        ("images", images, 1),
-        ("val_images", val_images, 1),
-        ("workers", workers, 1),
-        ("seed", seed, 0),
-    ):
+    wanted = {"version": VERSION, "seed": seed, "images": images, "val_images": val_images}
+    for name, value in {**wanted, "workers": workers}.items():
+        least = 0 if name == "seed" else 1
         if value < least:
             raise ConfigError(f"draw: {name} must be at least {least}, got {value}.")
     folder = Path(out)
-    wanted = {"version": VERSION, "seed": seed, "images": images, "val_images": val_images}
     finished = _claim(folder, wanted)
     if finished is not None:
         return finished
@@ -83,9 +77,9 @@ def draw(
         (folder / split).mkdir(exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     jobs = [
-        (str(folder), seed, split, start, min(start + 32, counts[split]))
+        (str(folder), seed, split, start, min(start + PICTURES_PER_JOB, counts[split]))
         for split in SPLITS
-        for start in range(0, counts[split], 32)
+        for start in range(0, counts[split], PICTURES_PER_JOB)
     ]
     if workers == 1:
         results = [_draw_some(*job) for job in jobs]
@@ -99,10 +93,7 @@ def draw(
         pictures = [image for part in mine for image in part[0]]
         annotations = [annotation for part in mine for annotation in part[1]]
         found[split] = sum(a["num_keypoints"] > 0 for a in annotations)
-        _write_json(
-            Path(annotations_of(folder, split)),
-            _coco(seed, split, pictures, annotations),
-        )
+        _write_json(Path(annotations_of(folder, split)), _coco(seed, split, pictures, annotations))
     _write_json(folder / "drawn.json", {**wanted, "people": found})
     return DrawnSet(folder, counts, found)
 
@@ -134,7 +125,7 @@ def _claim(folder: Path, wanted: dict[str, int]) -> DrawnSet | None:
 
 
 def _counts(parameters: dict[str, int]) -> dict[str, int]:
-    return {"train2017": parameters["images"], "val2017": parameters["val_images"]}
+    return dict(zip(SPLITS, (parameters["images"], parameters["val_images"]), strict=True))
 
 
 def _complete(folder: Path, parameters: dict[str, int]) -> bool:
@@ -191,8 +182,5 @@ def _coco(
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, separators=(",", ":")))
-    os.replace(temporary, path)
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_whole(file, json.dumps(content, separators=(",", ":")))

@@ -15,11 +15,14 @@ from pycocotools.coco import COCO
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.skeleton import COCO17
-from pipelines import draw as drawn
-from pipelines.drawn import body as drawn_body
-from pipelines.drawn import looks, model, stances
-from pipelines.drawn import person as drawn_people
-from pipelines.drawn.picture import ID_STEP, SPLITS, Drawing
+from pipelines.draw import draw
+from pipelines.drawn import visibility
+from pipelines.drawn.body import pose_figure
+from pipelines.drawn.brush import PARTS
+from pipelines.drawn.looks import sample_body
+from pipelines.drawn.person import Painted, View, look_at, paint_person
+from pipelines.drawn.picture import ID_STEP, SPLITS, Drawing, annotate, draw_picture
+from pipelines.drawn.stances import FAMILIES, sample_pose
 from pipelines.sources.coco import read_coco
 
 LEFT, RIGHT = COCO17.keypoints.index("left_shoulder"), COCO17.keypoints.index("right_shoulder")
@@ -28,7 +31,7 @@ LEFT, RIGHT = COCO17.keypoints.index("left_shoulder"), COCO17.keypoints.index("r
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "coco"
-    summary = drawn.draw(folder, images=PICTURES, val_images=3, seed=SEED)
+    summary = draw(folder, images=PICTURES, val_images=3, seed=SEED)
     assert summary.images == {"train2017": PICTURES, "val2017": 3}
     return folder
 
@@ -39,7 +42,7 @@ SEED, PICTURES = 3, 24
 
 @pytest.fixture(scope="module")
 def drawings() -> list[Drawing]:
-    return [drawn.draw_picture(SEED, "train2017", index) for index in range(PICTURES)]
+    return [draw_picture(SEED, "train2017", index) for index in range(PICTURES)]
 
 
 def annotations(root: Path, split: str = "train2017") -> list[dict[str, Any]]:
@@ -51,15 +54,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_bytes_on_any_number_of_processes(tmp_path: Path) -> None:
-    drawn.draw(tmp_path / "one", images=5, val_images=2, seed=5, workers=1)
-    drawn.draw(tmp_path / "two", images=5, val_images=2, seed=5, workers=2)
+    draw(tmp_path / "one", images=5, val_images=2, seed=5, workers=1)
+    draw(tmp_path / "two", images=5, val_images=2, seed=5, workers=2)
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert len(one) == 5 + 2 + 3
     assert one == two
-    other = drawn.draw_picture(6, "train2017", 0).picture
-    first = drawn.draw_picture(5, "train2017", 0).picture
+    other = draw_picture(6, "train2017", 0).picture
+    first = draw_picture(5, "train2017", 0).picture
     assert other.shape != first.shape or (other != first).any()
-    assert (drawn.draw_picture(5, "train2017", 0).picture == first).all()
+    assert (draw_picture(5, "train2017", 0).picture == first).all()
 
 
 def test_pycocotools_and_our_reader_take_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +74,7 @@ def test_pycocotools_and_our_reader_take_it(root: Path, capsys: pytest.CaptureFi
             assert picture.shape == (image["height"], image["width"], 3)
             assert image["file_name"] == f"{image['id']:012d}.jpg"
         people = [a for a in coco.anns.values() if a["num_keypoints"] and not a["iscrowd"]]
-        assert sum(len(p.people) for p in read_coco(root, split, COCO17).photos) == len(people)
+        assert len(read_coco(root, split, COCO17).people) == len(people)
     category = coco.cats[1]
     assert tuple(category["keypoints"]) == COCO17.keypoints
     assert [16, 14] in category["skeleton"]  # COCO counts from 1: left ankle to left knee
@@ -103,7 +106,7 @@ def test_annotations_are_the_pixels_of_the_person(drawings: list[Drawing]) -> No
     for drawing in drawings:
         owner = drawing.ids // ID_STEP
         people = [p for p in drawing.people if (owner == p.number).any()]
-        for annotation, person in zip(drawn.annotate(drawing, 7), people, strict=True):
+        for annotation, person in zip(annotate(drawing, 7), people, strict=True):
             rows, columns = np.nonzero(owner == person.number)
             x, y, width, height = annotation["bbox"]
             assert annotation["area"] == len(rows)
@@ -130,12 +133,12 @@ def test_visibility_is_what_the_picture_shows(drawings: list[Drawing]) -> None:
                     assert v == 0
                     continue
                 number, part = divmod(int(drawing.ids[row, column]), ID_STEP)
-                own = number == person.number and model.PARTS[part - 1] in parts_of(name)
+                own = number == person.number and PARTS[part - 1] in parts_of(name)
                 if v == 2:
                     assert own, name
                 elif v == 1 and own:
                     # The body's near side covers a joint of its far side.
-                    assert behind(person.painted, name) > drawn_people.REACH[index] - 0.05, name
+                    assert behind(person.painted, name) > visibility.REACH[index] - 0.05, name
     assert counted[2] > 0.65 * counted.sum()
     assert counted[1] > 0.05 * counted.sum()
 
@@ -150,7 +153,7 @@ def parts_of(keypoint: str) -> set[str]:
     return {part for one in around[name] for part in (one, f"{side}_{one}")}
 
 
-def behind(painted: drawn_people.Painted, keypoint: str) -> float:
+def behind(painted: Painted, keypoint: str) -> float:
     """How far, in statures, the nearest point of the body to us lies before a keypoint."""
     depth = {n: float((painted.view.turn @ p)[2]) for n, p in painted.figure.points.items()}
     return max(depth.values()) - depth[keypoint]
@@ -183,12 +186,12 @@ def test_there_are_crowds_empty_pictures_and_people_without_keypoints(root: Path
     assert len({a["image_id"] for a in train}) < PICTURES
 
 
-@pytest.mark.parametrize("family", stances.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_poses_keep_joint_limits_and_proportions(family: str) -> None:
     rng = np.random.default_rng(1)
     for _ in range(15):
-        body, pose = looks.sample_body(rng), stances.sample_pose(rng, family)
-        figure = drawn_body.pose_figure(body, pose)
+        body, pose = sample_body(rng), sample_pose(rng, family)
+        figure = pose_figure(body, pose)
         point, frame = figure.points, figure.frames
         for side in ("left", "right"):
             thigh, shank = (
@@ -216,14 +219,14 @@ def test_left_is_on_our_right_when_a_person_faces_us() -> None:
     rng = np.random.default_rng(2)
     light = np.array([0, -0.6, 0.8], np.float32)
     for _ in range(6):
-        body = looks.sample_body(rng)
-        figure = drawn_body.pose_figure(body, stances.sample_pose(rng, "walk"))
+        body = sample_body(rng)
+        figure = pose_figure(body, sample_pose(rng, "walk"))
         for yaw, sign in ((0, 1), (180, -1)):
-            view = drawn_people.View(drawn_people.look_at(yaw, 0, 0), 220.0, (200.0, 260.0), 5.0)
-            painted = drawn_people.paint_person(body, figure, view, (400, 300), light, 0.5)
+            view = View(look_at(yaw, 0, 0), 220.0, (200.0, 260.0), 5.0)
+            painted = paint_person(body, figure, view, (400, 300), light, 0.5)
             assert sign * (painted.keypoints[LEFT, 0] - painted.keypoints[RIGHT, 0]) > 20
             eyes = painted.seen[1:3]
-            assert (eyes == (drawn_people.TURNED_AWAY if yaw else drawn_people.VISIBLE)).all() or not yaw
+            assert (eyes == (visibility.TURNED_AWAY if yaw else visibility.VISIBLE)).all() or not yaw
 
 
 @pytest.mark.parametrize(("joint", "yaw"), [("hip", 90), ("shoulder", 75)])
@@ -232,36 +235,36 @@ def test_from_the_side_the_near_joint_is_seen_and_the_far_one_is_not(joint: str,
     light = np.array([0, -0.6, 0.8], np.float32)
     near, far = COCO17.keypoints.index(f"right_{joint}"), COCO17.keypoints.index(f"left_{joint}")
     for _ in range(6):
-        body = looks.sample_body(rng)
-        figure = drawn_body.pose_figure(body, stances.sample_pose(rng, "arms_up"))
-        view = drawn_people.View(drawn_people.look_at(yaw, 0, 0), 220.0, (200.0, 280.0), 5.0)
-        painted = drawn_people.paint_person(body, figure, view, (400, 300), light, 0.5)
-        assert painted.seen[near] == drawn_people.VISIBLE
-        assert painted.seen[far] == drawn_people.HIDDEN
+        body = sample_body(rng)
+        figure = pose_figure(body, sample_pose(rng, "arms_up"))
+        view = View(look_at(yaw, 0, 0), 220.0, (200.0, 280.0), 5.0)
+        painted = paint_person(body, figure, view, (400, 300), light, 0.5)
+        assert painted.seen[near] == visibility.VISIBLE
+        assert painted.seen[far] == visibility.HIDDEN
 
 
 def test_a_finished_set_is_left_alone_and_a_broken_one_completed(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    first = drawn.draw(folder, images=3, val_images=1, seed=1)
+    first = draw(folder, images=3, val_images=1, seed=1)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    assert drawn.draw(folder, images=3, val_images=1, seed=1) == first
+    assert draw(folder, images=3, val_images=1, seed=1) == first
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     bytes_before = files(folder)
     (folder / "train2017" / "000001000001.jpg").unlink()
-    assert drawn.draw(folder, images=3, val_images=1, seed=1) == first
+    assert draw(folder, images=3, val_images=1, seed=1) == first
     assert files(folder) == bytes_before
     with pytest.raises(DataError, match="other parameters"):
-        drawn.draw(folder, images=3, val_images=1, seed=2)
+        draw(folder, images=3, val_images=1, seed=2)
 
 
 def test_folders_of_others_and_impossible_counts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="mine"):
-        drawn.draw(tmp_path / "mine", images=2)
+        draw(tmp_path / "mine", images=2)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(DataError, match=r"thesis\.txt"):
-        drawn.draw(tmp_path / "mine" / "thesis.txt", images=2)
+        draw(tmp_path / "mine" / "thesis.txt", images=2)
     for wrong in (
         {"images": 0},
         {"images": 2, "workers": 0},
@@ -269,6 +272,6 @@ def test_folders_of_others_and_impossible_counts_are_refused(tmp_path: Path) -> 
         {"images": 2, "seed": -1},
     ):
         with pytest.raises(ConfigError, match="must be at least"):
-            drawn.draw(tmp_path / "new", **wrong)
+            draw(tmp_path / "new", **wrong)
     assert not (tmp_path / "new").exists()
     shutil.rmtree(tmp_path / "mine")

@@ -1,13 +1,12 @@
 """A body of human proportions, what it wears, and a pose within joint limits: all of it in 3D.
 
-Lengths are in units of stature, angles in degrees. Body axes: x to the person's own left, y up, z to
-where the person looks. person.py paints what is posed here.
+Lengths are in units of stature, angles in degrees. Body axes: x to the person's own left, y up, z to where
+the person looks. looks.py and stances.py sample what is described here, person.py paints it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,21 +48,10 @@ LIMITS = {
     "knee": (0, 145),
     "foot": (-50, 25),  # toes up positive
 }
+SIDES = ("left", "right")
 SIDED = ("arm", "arm_plane", "arm_turn", "elbow", "thigh", "spread", "toe_out", "knee", "foot")
 Pose = dict[str, float]
 """Degrees by name; the names in SIDED come twice, as `left_arm` and `right_arm`."""
-
-
-def pick(rng: np.random.Generator, options: Sequence[str], shares: Sequence[float] | None = None) -> str:
-    """One of the options, by share (default: equal). Many times faster than rng.choice."""
-    if shares is None:
-        return options[int(rng.random() * len(options))]
-    mark, total = rng.random() * sum(shares), 0.0
-    for option, share in zip(options, shares, strict=True):
-        total += share
-        if mark < total:
-            return option
-    return options[-1]
 
 
 @dataclass(frozen=True)
@@ -115,6 +103,7 @@ class Figure:
 
 
 def turn_x(degrees: float) -> Array:
+    """(3, 3) rotation about x, as `turn_y` and `turn_z` about theirs; right-handed."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return np.array([[1, 0, 0], [0, c, -s], [0, s, c]], np.float32)
 
@@ -130,7 +119,8 @@ def turn_z(degrees: float) -> Array:
 
 
 def pose_figure(body: Body, pose: Pose) -> Figure:
-    """Forward kinematics. The lowest point of the body stands on y = 0, the pelvis above x = z = 0."""
+    """Forward kinematics. The lowest point of the body stands on y = 0, or `lift` above it where the pose
+    says so; the pelvis is above x = z = 0."""
     size = body.lengths
     points: dict[str, Array] = {}
     pelvis = turn_x(pose["lean"]) @ turn_z(pose["tilt"])
@@ -141,10 +131,13 @@ def pose_figure(body: Body, pose: Pose) -> Figure:
     points["waist"] = pelvis @ np.array([0, size["loin"], 0], np.float32)
     points["neck"] = points["waist"] + chest @ np.array([0, size["chest"] + 0.012, 0], np.float32)
     _place_head(size["head"], points, chest, head)
-    for side, sign in (("left", 1.0), ("right", -1.0)):
-        _place_leg(size, pose, points, frames, side, sign)
-        _place_arm(size, pose, points, frames, side, sign)
-    floor = min(points[f"{s}_{p}"][1] for s in ("left", "right") for p in ("toe", "heel", "knee"))
+    for side, sign in zip(SIDES, (1.0, -1.0), strict=True):
+        own = {name: pose[f"{side}_{name}"] for name in SIDED}
+        for place in (_place_leg, _place_arm):
+            joints, axes = place(size, own, points, frames, sign)
+            points |= {f"{side}_{name}": point for name, point in joints.items()}
+            frames |= {f"{side}_{name}": frame for name, frame in axes.items()}
+    floor = min(points[f"{s}_{p}"][1] for s in SIDES for p in ("toe", "heel", "knee"))
     floor = min(floor, points["pelvis"][1] - 0.08)
     lift = np.array([0, pose.get("lift", 0.0) - floor, 0], np.float32)
     return Figure({name: point + lift for name, point in points.items()}, frames)
@@ -164,57 +157,51 @@ def _place_head(tall: float, points: dict[str, Array], chest: Array, head: Array
         points[name] = skull + head @ (tall * np.array(offset, np.float32))
 
 
+Parts = tuple[dict[str, Array], dict[str, Array]]
+"""Points and frames of one limb, named without its side."""
+
+
 def _place_leg(
-    size: dict[str, float],
-    pose: Pose,
-    points: dict[str, Array],
-    frames: dict[str, Array],
-    side: str,
-    sign: float,
-) -> None:
+    size: dict[str, float], own: Pose, points: dict[str, Array], frames: dict[str, Array], sign: float
+) -> Parts:
+    """The leg of one side below the pelvis. own: the pose's angles of that side; sign: 1 for the left."""
     thigh = (
         frames["pelvis"]
-        @ turn_x(-pose[f"{side}_thigh"])
-        @ turn_z(sign * pose[f"{side}_spread"])
-        @ turn_y(sign * pose[f"{side}_toe_out"])
+        @ turn_x(-own["thigh"])
+        @ turn_z(sign * own["spread"])
+        @ turn_y(sign * own["toe_out"])
     )
-    shank = thigh @ turn_x(pose[f"{side}_knee"])
-    foot = shank @ turn_x(-pose[f"{side}_foot"])
+    shank = thigh @ turn_x(own["knee"])
+    foot = shank @ turn_x(-own["foot"])
     hip = points["pelvis"] + frames["pelvis"] @ np.array([sign * size["hip_half"], 0, 0], np.float32)
     knee = hip - size["thigh"] * thigh[:, 1]
     ankle = knee - size["shank"] * shank[:, 1]
     sole = ankle - size["ankle"] * foot[:, 1]
-    points[f"{side}_hip"], points[f"{side}_knee"], points[f"{side}_ankle"] = hip, knee, ankle
-    points[f"{side}_heel"] = sole - 0.25 * size["foot"] * foot[:, 2]
-    points[f"{side}_toe"] = sole + 0.75 * size["foot"] * foot[:, 2]
-    frames[f"{side}_thigh"], frames[f"{side}_shank"], frames[f"{side}_foot"] = thigh, shank, foot
+    heel, toe = sole - 0.25 * size["foot"] * foot[:, 2], sole + 0.75 * size["foot"] * foot[:, 2]
+    joints = {"hip": hip, "knee": knee, "ankle": ankle, "heel": heel, "toe": toe}
+    return joints, {"thigh": thigh, "shank": shank, "foot": foot}
 
 
 def _place_arm(
-    size: dict[str, float],
-    pose: Pose,
-    points: dict[str, Array],
-    frames: dict[str, Array],
-    side: str,
-    sign: float,
-) -> None:
+    size: dict[str, float], own: Pose, points: dict[str, Array], frames: dict[str, Array], sign: float
+) -> Parts:
+    """The arm of one side beside the chest, as `_place_leg`."""
     chest = frames["chest"]
-    raised, plane = pose[f"{side}_arm"], pose[f"{side}_arm_plane"]
     # The shoulder itself rises with the arm.
-    shrug = 0.035 * max(0.0, raised - 60) / 115
+    shrug = 0.035 * max(0.0, own["arm"] - 60) / 115
     shoulder = points["waist"] + chest @ np.array(
         [sign * (size["shoulder_half"] - 0.4 * shrug), size["chest"] - 0.012 + shrug, 0], np.float32
     )
     # Swing to the wanted direction by the shortest way, then turn about the arm itself.
-    heading = turn_y(-sign * plane)
-    swing = heading @ turn_z(sign * raised) @ heading.T
-    upper = chest @ swing @ turn_y(-sign * pose[f"{side}_arm_turn"])
-    fore = upper @ turn_x(-pose[f"{side}_elbow"])
+    heading = turn_y(-sign * own["arm_plane"])
+    swing = heading @ turn_z(sign * own["arm"]) @ heading.T
+    upper = chest @ swing @ turn_y(-sign * own["arm_turn"])
+    fore = upper @ turn_x(-own["elbow"])
     elbow = shoulder - size["upper_arm"] * upper[:, 1]
     wrist = elbow - size["forearm"] * fore[:, 1]
-    points[f"{side}_shoulder"], points[f"{side}_elbow"], points[f"{side}_wrist"] = shoulder, elbow, wrist
-    points[f"{side}_fingers"] = wrist - size["hand"] * fore[:, 1]
-    frames[f"{side}_upper_arm"], frames[f"{side}_forearm"] = upper, fore
+    fingers = wrist - size["hand"] * fore[:, 1]
+    joints = {"shoulder": shoulder, "elbow": elbow, "wrist": wrist, "fingers": fingers}
+    return joints, {"upper_arm": upper, "forearm": fore}
 
 
 def clamp_pose(pose: Pose) -> Pose:
@@ -223,7 +210,7 @@ def clamp_pose(pose: Pose) -> Pose:
     for name, degrees in pose.items():
         low, high = LIMITS.get(name.removeprefix("left_").removeprefix("right_"), (-math.inf, math.inf))
         limited[name] = min(max(degrees, low), high)
-    for side in ("left", "right"):
+    for side in SIDES:
         if limited[f"{side}_arm_plane"] < -20:
             limited[f"{side}_arm"] = min(limited[f"{side}_arm"], 60.0)
     return limited

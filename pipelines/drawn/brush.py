@@ -13,14 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.drawn.body import Array
+from pipelines.drawn.body import SIDES, Array
+
+PAIRED = ("ear", "upper_arm", "forearm", "hand", "thigh", "shank", "foot")
+PARTS = ("torso", "skirt", "head", "hair", "hat", "bag", *(f"{s}_{name}" for s in SIDES for name in PAIRED))
+PART = {name: index + 1 for index, name in enumerate(PARTS)}
+"""Its number on the canvas, by name of a part of a person; 0 is nothing."""
 
 
 @dataclass(frozen=True)
 class Stroke:
     """A limb on the canvas. Its pixels are coloured at the end, when it is known which are seen."""
 
-    part: int
+    part: str
     side: tuple[float, float, float]
     """Unit vector across the limb, in the plane of the canvas"""
     front: tuple[float, float, float]
@@ -35,8 +40,12 @@ Pattern = Callable[[Array, Array, "Stroke"], Array]
 Paint = Callable[[Array], Array]
 """Points of a ball in its own axes, px, (3, n) -> colours (n, 3) or (3,)"""
 Keep = Callable[[Array], NDArray[np.bool_]]
+"""Whether each of such points is painted, bool (n,)"""
 NOTHING = -1e6
 SHADES = 50
+"""Colours along a limb."""
+STEPS = 32
+"""Widths along a limb."""
 
 
 @dataclass
@@ -64,6 +73,7 @@ class Canvas:
 
     @classmethod
     def window(cls, left: int, top: int, width: int, height: int, light: Array, ambient: float) -> Canvas:
+        """An empty one, whose top left pixel is (left, top) of the picture."""
         shape = (height, width)
         color, depth = np.zeros((*shape, 4), np.uint8), np.full(shape, NOTHING, np.float32)
         part, stroke = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
@@ -92,7 +102,7 @@ class Canvas:
 
 def limb(
     canvas: Canvas,
-    part: int,
+    part: str,
     start: Array,
     end: Array,
     radii: Array,
@@ -154,7 +164,7 @@ def limb(
 
 def ball(
     canvas: Canvas,
-    part: int,
+    part: str,
     center: Array,
     frame: Array,
     radii: tuple[float, float, float],
@@ -190,7 +200,7 @@ def ball(
     color = paint(frame.T @ points) if callable(paint) else paint
     canvas.color[box][row, column, :3] = np.minimum(color * bright[:, None], 255)
     canvas.depth[box][row, column] = points[2] + np.float32(cz)
-    canvas.part[box][row, column] = part
+    canvas.part[box][row, column] = PART[part]
     canvas.stroke[box][row, column] = 0
 
 
@@ -217,10 +227,7 @@ def color_strokes(canvas: Canvas) -> None:
     color *= bright[:, None]
     words = np.minimum(color, 255, out=color).astype(np.uint8).view(np.uint32)
     canvas.color.view(np.uint32).reshape(-1)[at] = words[:, 0]
-    canvas.part.reshape(-1)[at] = np.array([one.part for one in strokes], np.uint8).take(stroke)
-
-
-STEPS = 32
+    canvas.part.reshape(-1)[at] = np.array([PART[one.part] for one in strokes], np.uint8).take(stroke)
 
 
 @functools.cache
@@ -233,5 +240,6 @@ def _between(count: int) -> Array:
 
 
 def dot(a: tuple[float, float, float], b: Array) -> float:
+    """Of two vectors (3,); many times faster than NumPy's."""
     x, y, z = b.tolist()
     return a[0] * x + a[1] * y + a[2] * z

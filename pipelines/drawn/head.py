@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.drawn.body import Array
-from pipelines.drawn.brush import Keep, Paint, ball
-from pipelines.drawn.model import LIPS, NOSE, PART, Model, part_radii
+from pipelines.drawn.brush import Keep, Paint, ball, limb
+from pipelines.drawn.model import Model, part_radii
 
 # Solids of the head: center and radii in head heights, axes of the head; origin at the skull.
 HAIR_SHAPES = {
@@ -27,11 +27,14 @@ HAT_SHAPES = {
     "beanie": ((0.0, 0.07, -0.03), (0.395, 0.47, 0.46), 0.10),
     "brim": ((0.0, 0.10, -0.02), (0.40, 0.46, 0.46), 0.16),
 }
+# Of the skin.
+NOSE, LIPS = np.array([0.94, 0.80, 0.76], np.float32), np.array([0.74, 0.46, 0.46], np.float32)
 EAR = np.float32(0.92)
 Triple = tuple[float, float, float]
 
 
 def paint_head(model: Model) -> None:
+    """Onto the canvas, all that is above the neck."""
     body, (to_left, _, ahead) = model.body, model.frames["head"][2].tolist()
     # What the head hides for certain is not painted at all.
     face, jaw = (_face(model), _jaw(model)) if ahead > -0.6 else (body.skin, body.skin)
@@ -66,7 +69,7 @@ def _head_ball(
     offset = np.array(place, np.float32)[:, None]
     kept = None if keep is None else (lambda p: keep(p / tall + offset))
     size = (tall * radii[0], tall * radii[1], tall * radii[2])
-    ball(model.canvas, PART[part], _head_point(model, place), model.frames["head"], size, paint, kept)
+    ball(model.canvas, part, _head_point(model, place), model.frames["head"], size, paint, kept)
 
 
 def _face(model: Model) -> Paint:
@@ -128,11 +131,11 @@ def _paint_hair(model: Model) -> None:
         _head_ball(model, "hair", (0, 0.30, -0.36), (0.17, 0.16, 0.17), strands)
     elif style == "tail":
         radii = part_radii((0.09, 0.13, 0.12, 0.05), tall)
-        model.limb("hair", place((0, 0.02, -0.42)), place((0, -0.62, -0.58)), radii, color)
+        limb(model.canvas, "hair", place((0, 0.02, -0.42)), place((0, -0.62, -0.58)), radii, color)
     elif style == "long":
         radii = part_radii((0.38, 0.40, 0.38, 0.30), tall)
         ends = place((0, -0.1, -0.2)), place((0, -0.8, -0.3))
-        model.limb("hair", *ends, radii, color, model.frames["head"], 0.45)
+        limb(model.canvas, "hair", *ends, radii, color, model.frames["head"], 0.45)
 
 
 def _paint_hat(model: Model) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.drawn.body import LENGTHS, Array, Body, Clothes, pick
+from pipelines.drawn.body import LENGTHS, Array, Body, Clothes
+from pipelines.drawn.chance import pick
 
 SKINS = np.array(
     [(250, 216, 188), (241, 194, 158), (224, 172, 126), (198, 134, 92), (150, 98, 64), (104, 66, 44)],

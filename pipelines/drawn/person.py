@@ -2,8 +2,8 @@
 
 body.py poses, brush.py knows how to paint a solid, picture.py puts people into pictures.
 
-Canvas axes: x right, y down, z towards the viewer, all in px. A person who faces us has the left hand
-on the right.
+Canvas axes: x right, y down, z towards the viewer, all in px. A person who faces us has the left hand on
+the right.
 """
 
 from __future__ import annotations
@@ -15,26 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.skeleton import COCO17
-from pipelines.drawn.body import LENGTHS, Array, Body, Figure, turn_x, turn_y, turn_z
-from pipelines.drawn.brush import SHADES, Canvas, Pattern, Stroke, ball, color_strokes, dot
+from pipelines.drawn.body import LENGTHS, SIDES, Array, Body, Figure, turn_x, turn_y, turn_z
+from pipelines.drawn.brush import SHADES, Canvas, Pattern, Stroke, ball, color_strokes, dot, limb
 from pipelines.drawn.head import paint_head
-from pipelines.drawn.model import PART, PARTS, SIDES, Model, part_radii
-
-# Parts that a keypoint lies in: it is visible where one of them is seen at its pixel.
-OWN_PARTS = {
-    "nose": ("head",),
-    "eye": ("head",),
-    "ear": ("ear",),
-    "shoulder": ("torso", "upper_arm"),
-    "elbow": ("upper_arm", "forearm"),
-    "wrist": ("forearm", "hand"),
-    "hip": ("torso", "thigh", "skirt"),
-    "knee": ("thigh", "shank"),
-    "ankle": ("shank", "foot"),
-}
-# How far, in statures, the seen surface may lie in front of the keypoint: more means a body in between.
-DEPTH_REACH = {"nose": 0.03, "eye": 0.03, "ear": 0.05, "shoulder": 0.09, "hip": 0.105}
-TURNED_AWAY, HIDDEN, VISIBLE = 0, 1, 2
+from pipelines.drawn.model import Model, part_radii
+from pipelines.drawn.visibility import self_visibility
 
 
 @dataclass(frozen=True)
@@ -72,11 +57,11 @@ class Painted:
     color: NDArray[np.uint8]
     """uint8 (h, w, 3) RGB"""
     part: NDArray[np.uint8]
-    """uint8 (h, w): a value of PART, 0 outside the person"""
+    """uint8 (h, w): a value of brush.PART, 0 outside the person"""
     keypoints: Array
     """float32 (17, 2) px of the picture"""
     seen: NDArray[np.int64]
-    """int64 (17,): VISIBLE, HIDDEN by the own body, TURNED_AWAY (face); other people not considered"""
+    """int64 (17,): `self_visibility`, other people not considered"""
     figure: Figure
     view: View
 
@@ -112,16 +97,16 @@ def paint_person(
         _paint_backpack(model)
     color_strokes(canvas)
     keypoints = np.stack([points[name] for name in COCO17.keypoints])
-    seen = _self_visibility(canvas, keypoints, frames["head"], view.scale)
+    seen = self_visibility(canvas, keypoints, frames["head"], view.scale)
     return Painted(left, top, _finish(canvas, view.scale), canvas.part, keypoints[:, :2], seen, figure, view)
 
 
-def _sleeve(cloth: Array, skin: Array, cut: float) -> Array:
-    """(SHADES, 3): cloth up to `cut` along the limb, skin beyond."""
-    return np.where((cut > ALONG)[:, None], cloth, skin)
-
-
 ALONG = (np.arange(SHADES, dtype=np.float32) + 0.5) / SHADES
+
+
+def _two_tone(first: Array, second: Array, cut: float) -> Array:
+    """(SHADES, 3): the first colour up to `cut` along the limb, the second beyond."""
+    return np.where((cut > ALONG)[:, None], first, second)
 
 
 def _shirt(body: Body, frame: Array) -> Pattern:
@@ -175,7 +160,8 @@ def _facing(across: Array, stroke: Stroke, frame: Array) -> tuple[Array, Array]:
 
 
 def _paint_trunk(model: Model) -> None:
-    body, points, scale = model.body, model.points, model.scale
+    """From the crotch to the neck: hips, ribs, shoulders."""
+    canvas, body, points, scale = model.canvas, model.body, model.points, model.scale
     wide = scale * (0.5 + 0.5 * body.girth)
     pelvis, chest = model.frames["pelvis"], model.frames["chest"]
     shoulders = body.lengths["shoulder_half"] / LENGTHS["shoulder_half"]
@@ -183,20 +169,23 @@ def _paint_trunk(model: Model) -> None:
     hips = part_radii((0.072, 0.090, 0.094, 0.092, 0.086, 0.082), wide * body.hips)
     clothes = body.clothes
     belt = clothes.top * 0.55 if clothes.lower == "dress" else clothes.bottom * 0.45
-    lower = np.where((ALONG < 0.5)[:, None], clothes.bottom, _sleeve(belt, clothes.top, 0.56))
-    model.limb("torso", crotch, points["waist"], hips, lower, pelvis, 0.74, pattern=_seat(lower, pelvis))
+    lower = np.where((ALONG < 0.5)[:, None], clothes.bottom, _two_tone(belt, clothes.top, 0.56))
+    seat, waist, neck = _seat(lower, pelvis), points["waist"], points["neck"]
+    limb(canvas, "torso", crotch, waist, hips, lower, pelvis, 0.74, pattern=seat)
     ribs = part_radii((0.082, 0.087, 0.096, 0.105, 0.110, 0.104, 0.080, 0.045), wide * shoulders)
-    model.limb(
-        "torso", points["waist"], points["neck"], ribs, clothes.top, chest, 0.68, pattern=_shirt(body, chest)
-    )
+    limb(canvas, "torso", waist, neck, ribs, clothes.top, chest, 0.68, pattern=_shirt(body, chest))
     left, right = points["left_shoulder"], points["right_shoulder"]
     reach = 0.08 * (left - right)
     yoke = part_radii((0.038, 0.047, 0.050, 0.047, 0.038), wide)
-    model.limb("torso", left - reach, right + reach, yoke, clothes.top, chest)
+    limb(canvas, "torso", left - reach, right + reach, yoke, clothes.top, chest)
     head = model.frames["head"]
     top = points["skull"] - head[:, 1] * (0.3 * body.lengths["head"] * scale)
-    neck = part_radii((0.042, 0.034, 0.032), wide)
-    model.limb("torso", points["neck"], top, neck, body.skin)
+    limb(canvas, "torso", neck, top, part_radii((0.042, 0.034, 0.032), wide), body.skin)
+
+
+LOOSE_SLEEVE = np.linspace(1.1, 1.2, 6, dtype=np.float32)
+SHORT_SLEEVE = np.array([1.02, 1.08, 1.18, 1.25, 1.0, 1.0], np.float32)
+WATCH = np.array([30, 30, 34], np.float32)
 
 
 def _paint_arm(model: Model, side: str) -> None:
@@ -212,21 +201,18 @@ def _paint_arm(model: Model, side: str) -> None:
     shoulder, elbow, wrist, fingers = (
         model.points[f"{side}_{n}"] for n in ("shoulder", "elbow", "wrist", "fingers")
     )
-    model.limb(f"{side}_upper_arm", shoulder, elbow, upper, _sleeve(clothes.top, body.skin, cut))
-    sleeve = _sleeve(clothes.top, body.skin, fore_cut)
+    limb(model.canvas, f"{side}_upper_arm", shoulder, elbow, upper, _two_tone(clothes.top, body.skin, cut))
+    sleeve = _two_tone(clothes.top, body.skin, fore_cut)
     if clothes.watch and side == "left" and clothes.sleeves != "long":
         sleeve = np.where((np.abs(ALONG - 0.88) < 0.06)[:, None], WATCH, body.skin)
-    model.limb(f"{side}_forearm", elbow, wrist, fore, sleeve)
+    limb(model.canvas, f"{side}_forearm", elbow, wrist, fore, sleeve)
     hand = part_radii((0.017, 0.024, 0.027, 0.025, 0.016), model.scale * (0.6 + 0.4 * body.girth))
     flat = model.frames[f"{side}_forearm"][:, [2, 1, 0]]
-    model.limb(f"{side}_hand", wrist, fingers, hand, body.skin, flat, 0.55)
+    limb(model.canvas, f"{side}_hand", wrist, fingers, hand, body.skin, flat, 0.55)
 
 
-LOOSE_SLEEVE = np.linspace(1.1, 1.2, 6, dtype=np.float32)
-SHORT_SLEEVE = np.array([1.02, 1.08, 1.18, 1.25, 1.0, 1.0], np.float32)
 LOOSE_TROUSERS = np.linspace(1.1, 1.35, 6, dtype=np.float32)
 SHORTS = np.array([1.05, 1.08, 1.12, 1.18, 1.0, 1.0], np.float32)
-WATCH = np.array([30, 30, 34], np.float32)
 SOCKS = np.array([228, 228, 226], np.float32)
 
 
@@ -237,27 +223,20 @@ def _paint_leg(model: Model, side: str) -> None:
     thigh = part_radii((0.066, 0.067, 0.062, 0.055, 0.048, 0.043), thick)
     shank = part_radii((0.042, 0.045, 0.046, 0.039, 0.030, 0.025), thick)
     cut = 0.3
-    below = _sleeve(body.skin, SOCKS, clothes.socks)
+    below = _two_tone(body.skin, SOCKS, clothes.socks)
     if clothes.lower == "trousers":
-        cut, below = 1.0, _sleeve(clothes.bottom, clothes.bottom, 1.0)
+        cut, below = 1.0, _two_tone(clothes.bottom, clothes.bottom, 1.0)
         thigh, shank = thigh * np.float32(1.05), shank * LOOSE_TROUSERS
     elif clothes.lower == "shorts":
         cut, thigh = 0.78, thigh * SHORTS
-    model.limb(f"{side}_thigh", hip, knee, thigh, _sleeve(clothes.bottom, body.skin, cut))
-    model.limb(f"{side}_shank", knee, ankle, shank, below)
+    limb(model.canvas, f"{side}_thigh", hip, knee, thigh, _two_tone(clothes.bottom, body.skin, cut))
+    limb(model.canvas, f"{side}_shank", knee, ankle, shank, below)
     frame = model.frames[f"{side}_foot"]
     up = frame[:, 1] * (0.024 * scale)
     heel, toe = model.points[f"{side}_heel"] + up, model.points[f"{side}_toe"] + up * 0.8
-    shoe = part_radii((0.028, 0.033, 0.034, 0.032, 0.024), scale)
-    model.limb(
-        f"{side}_foot",
-        heel,
-        toe,
-        shoe,
-        _sleeve(clothes.shoes, clothes.toe_caps, 0.72),
-        frame[:, [0, 2, 1]],
-        0.85,
-    )
+    shoe, flat = part_radii((0.028, 0.033, 0.034, 0.032, 0.024), scale), frame[:, [0, 2, 1]]
+    leather = _two_tone(clothes.shoes, clothes.toe_caps, 0.72)
+    limb(model.canvas, f"{side}_foot", heel, toe, shoe, leather, flat, 0.85)
 
 
 def _paint_skirt(model: Model) -> None:
@@ -270,9 +249,8 @@ def _paint_skirt(model: Model) -> None:
     hem = max(1.25 * waist, 0.75 * apart + 0.055 * scale)
     radii = np.array([0.85 * waist, waist, 0.4 * waist + 0.6 * hem, hem], np.float32)
     start = 0.5 * (points["waist"] + points["pelvis"])
-    model.limb(
-        "skirt", start, end, radii, model.body.clothes.bottom, model.frames["pelvis"], 0.8, flat_end=True
-    )
+    cloth, frame = model.body.clothes.bottom, model.frames["pelvis"]
+    limb(model.canvas, "skirt", start, end, radii, cloth, frame, 0.8, flat_end=True)
 
 
 def _paint_backpack(model: Model) -> None:
@@ -280,41 +258,7 @@ def _paint_backpack(model: Model) -> None:
     middle = 0.45 * model.points["waist"] + 0.55 * model.points["neck"]
     center = middle - chest[:, 2] * (0.1 * scale)
     cloth = model.body.clothes.second
-    ball(model.canvas, PART["bag"], center, chest, (0.095 * scale, 0.13 * scale, 0.065 * scale), cloth)
-
-
-def _self_visibility(canvas: Canvas, keypoints: Array, head: Array, scale: float) -> NDArray[np.int64]:
-    """What the own body leaves to be seen: VISIBLE, HIDDEN, TURNED_AWAY for the far side of a face."""
-    height, width = canvas.part.shape
-    column = np.rint(keypoints[:, 0]).astype(int) - canvas.left
-    row = np.rint(keypoints[:, 1]).astype(int) - canvas.top
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    row, column = np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)
-    part, gap = canvas.part[row, column], canvas.depth[row, column] - keypoints[:, 2]
-    visible = inside & OWN_TABLE[np.arange(17), part] & (gap < REACH * scale)
-    seen = np.where(visible, VISIBLE, HIDDEN)
-    away = (OUTWARD @ head.T)[:, 2] < OUTWARD_LIMIT
-    seen[:5][away & ~visible[:5]] = TURNED_AWAY
-    return seen
-
-
-def _own_table() -> NDArray[np.bool_]:
-    """(17, parts + 1): may this part be seen where this keypoint is visible?"""
-    table = np.zeros((17, len(PARTS) + 1), bool)
-    for row, keypoint in enumerate(COCO17.keypoints):
-        side, _, name = keypoint.rpartition("_")
-        for part in OWN_PARTS[name]:
-            table[row, PART.get(part, 0) or PART[f"{side}_{part}"]] = True
-    return table
-
-
-OWN_TABLE = _own_table()
-REACH = np.array([DEPTH_REACH.get(name.rpartition("_")[2], 0.075) for name in COCO17.keypoints], np.float32)
-# Where nose, eyes and ears look in head axes, and how little towards us counts as turned away.
-OUTWARD = np.array(
-    [(0, 0, 1), (0.3, 0, 0.954), (-0.3, 0, 0.954), (0.98, 0, -0.2), (-0.98, 0, -0.2)], np.float32
-)
-OUTWARD_LIMIT = np.array([-0.05, 0.0, 0.0, -0.15, -0.15], np.float32)
+    ball(model.canvas, "bag", center, chest, (0.095 * scale, 0.13 * scale, 0.065 * scale), cloth)
 
 
 def _finish(canvas: Canvas, scale: float) -> NDArray[np.uint8]:

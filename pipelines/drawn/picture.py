@@ -10,9 +10,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.drawn import body as bodies
-from pipelines.drawn import looks, scenes, stances
-from pipelines.drawn import person as people
+from pipelines.drawn.body import pose_figure
+from pipelines.drawn.chance import pick
+from pipelines.drawn.flat import add_texture
+from pipelines.drawn.looks import sample_body
+from pipelines.drawn.person import Painted, View, look_at, paint_person
+from pipelines.drawn.scenes import Scene, paint_scene
+from pipelines.drawn.stances import FAMILIES, sample_pose
+from pipelines.drawn.things import Things, paint_occluder, paint_seat
+from pipelines.drawn.visibility import HIDDEN, VISIBLE, pixels_of
 
 FIRST_ID = {"train2017": 1_000_000, "val2017": 9_000_000}
 """Of the pictures of a split; annotation ids are picture id * 100 + a number from 1."""
@@ -28,6 +34,8 @@ ID_STEP = 32
 
 @dataclass(frozen=True)
 class DrawnPerson:
+    """One annotation of a picture: a person, or a crowd."""
+
     keypoints: NDArray[np.float32]
     """float32 (17, 2) picture px, also where v is 0"""
     visible: NDArray[np.int64]
@@ -36,7 +44,7 @@ class DrawnPerson:
     """ids // ID_STEP of this person's pixels"""
     window: tuple[slice, slice]
     """Rows and columns of `ids` outside of which no pixel is this person's"""
-    painted: people.Painted | None
+    painted: Painted | None
     """None: a crowd"""
 
     @property
@@ -59,14 +67,14 @@ def draw_picture(seed: int, split: str, index: int) -> Drawing:
     """Picture `index` of a split. Depends on its arguments only."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     width, height = SIZES[int(rng.integers(len(SIZES)))]
-    scene = scenes.paint_scene(rng, width, height)
+    scene = paint_scene(rng, width, height)
     ids = np.zeros((height, width), np.uint16)
     drawn: list[DrawnPerson] = []
     for kind, tall, x in _cast(rng, width, height, scene.indoor):
         number = len(drawn) + 1
         if kind == "thing":
             foot = min(_foot(scene, tall, 0.95), height * 1.1)
-            scenes.paint_occluder(rng, scenes.Things(scene.picture, ids), x, foot, tall, scene.indoor)
+            paint_occluder(rng, Things(scene.picture, ids), x, foot, tall, scene.indoor)
         elif kind == "crowd":
             for _ in range(int(rng.integers(5, 11))):
                 one, aside = tall * rng.uniform(0.85, 1.15), rng.normal(0, 2.2 * tall)
@@ -81,7 +89,7 @@ def draw_picture(seed: int, split: str, index: int) -> Drawing:
 
 def _cast(rng: np.random.Generator, width: int, height: int, indoor: bool) -> list[tuple[str, float, float]]:
     """Who and what is in the picture, far to near: (kind, stature in px, x of the foot)."""
-    count = "0123456".index(bodies.pick(rng, "0123456", (0.04, 0.34, 0.28, 0.18, 0.09, 0.04, 0.03)))
+    count = int(pick(rng, "0123456", (0.04, 0.34, 0.28, 0.18, 0.09, 0.04, 0.03)))
     largest = min(340.0, 0.82 * height) * (1.0 if count < 3 else 0.85 if count < 5 else 0.62)
     cast = []
     # One slot each across the picture, so that people overlap without covering each other.
@@ -101,52 +109,54 @@ def _cast(rng: np.random.Generator, width: int, height: int, indoor: bool) -> li
     return sorted(cast, key=lambda item: item[1])
 
 
-def _foot(scene: scenes.Scene, tall: float, eye: float) -> float:
+def _foot(scene: Scene, tall: float, eye: float) -> float:
     """Row of the ground below someone of `tall` px, seen by a camera at `eye` of that stature."""
     return max(scene.horizon + eye * tall, scene.ground + 0.04 * tall)
 
 
 def _place_person(
-    rng: np.random.Generator, scene: scenes.Scene, ids: NDArray[np.uint16], number: int, tall: float, x: float
-) -> people.Painted | None:
+    rng: np.random.Generator, scene: Scene, ids: NDArray[np.uint16], number: int, tall: float, x: float
+) -> Painted | None:
     """Sample someone, paint them with their shadow and seat. None when nothing of them is inside."""
     height, width = ids.shape
-    body = looks.sample_body(rng)
-    family = bodies.pick(rng, tuple(stances.FAMILIES), [share for share, _ in stances.FAMILIES.values()])
-    figure = bodies.pose_figure(body, stances.sample_pose(rng, family))
+    body = sample_body(rng)
+    family = pick(rng, tuple(FAMILIES), [share for share, _ in FAMILIES.values()])
+    figure = pose_figure(body, sample_pose(rng, family))
     yaw = _sample_yaw(rng)
-    turn = people.look_at(yaw, rng.uniform(-2, 9), rng.normal(0, 2.0))
+    turn = look_at(yaw, rng.uniform(-2, 9), rng.normal(0, 2.0))
     foot = _foot(scene, tall, rng.uniform(0.86, 1.04))
-    view = people.View(turn, tall, (x, foot), rng.uniform(3.5, 8.0))
-    painted = people.paint_person(body, figure, view, (width, height), scene.light, scene.ambient)
+    view = View(turn, tall, (x, foot), rng.uniform(3.5, 8.0))
+    painted = paint_person(body, figure, view, (width, height), scene.light, scene.ambient)
     if painted is None:
         return None
-    _paint_shadow(rng, scene, painted, x, foot, tall)
+    _paint_shadow(scene, painted, x, foot, tall)
     if family == "sit":
         hips = view.project(np.stack([figure.points["left_hip"], figure.points["right_hip"]]))
         seat = float(hips[:, 1].mean()) + 0.06 * tall
-        things = scenes.Things(scene.picture, ids)
-        scenes.paint_seat(
-            rng, things, float(hips[:, 0].mean()), seat, foot, tall, math.sin(math.radians(yaw))
-        )
+        things, turned = Things(scene.picture, ids), math.sin(math.radians(yaw))
+        paint_seat(rng, things, float(hips[:, 0].mean()), seat, foot, tall, turned)
     area = scene.picture[painted.window]
     cv2.copyTo(painted.color, painted.part, area)
     np.copyto(ids[painted.window], painted.part + np.uint16(number * ID_STEP), where=painted.part > 0)
     return painted
 
 
+YAWS = {
+    "front": (0.46, 0, 25),
+    "three-quarter": (0.29, 25, 65),
+    "side": (0.13, 65, 105),
+    "back": (0.12, 105, 180),
+}
+"""Share of people, and degrees from and to."""
+
+
 def _sample_yaw(rng: np.random.Generator) -> float:
-    """Degrees: mostly towards us, then three-quarter, side, back."""
-    low, high = YAWS[bodies.pick(rng, tuple(YAWS), (0.46, 0.29, 0.13, 0.12))]
+    """Degrees, `look_at`: mostly towards us."""
+    _, low, high = YAWS[pick(rng, tuple(YAWS), [share for share, *_ in YAWS.values()])]
     return float(rng.uniform(low, high)) * (1 if rng.random() < 0.5 else -1)
 
 
-YAWS = {"front": (0, 25), "three-quarter": (25, 65), "side": (65, 105), "back": (105, 180)}
-
-
-def _paint_shadow(
-    rng: np.random.Generator, scene: scenes.Scene, painted: people.Painted, x: float, foot: float, tall: float
-) -> None:
+def _paint_shadow(scene: Scene, painted: Painted, x: float, foot: float, tall: float) -> None:
     """A soft dark patch below the feet; in the sun also the shape of the person along the ground."""
     height, width = scene.picture.shape[:2]
     reach = 0.9 if scene.sunny else 0.3
@@ -179,7 +189,7 @@ def _develop(rng: np.random.Generator, picture: NDArray[np.uint8]) -> NDArray[np
     picture = cv2.GaussianBlur(picture, (3, 3), rng.uniform(0.55, 0.9))
     gain = rng.normal(1, 0.06) * (1 + rng.normal(0, 0.025, 3))
     picture = cv2.transform(picture, np.column_stack([np.diag(gain), np.full(3, rng.normal(0, 5))]))
-    scenes.add_texture(rng, picture, "grain", rng.uniform(1.0, 4.5))
+    add_texture(rng, picture, "grain", rng.uniform(1.0, 4.5))
     return picture
 
 
@@ -188,18 +198,16 @@ def _judge(person: DrawnPerson, ids: NDArray[np.uint16]) -> DrawnPerson:
     painted = person.painted
     if painted is None:
         return person
-    height, width = ids.shape
-    column, row = np.rint(person.keypoints).astype(int).T
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    here = ids[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)] // ID_STEP == person.number
-    visible = np.where(here | (person.visible != people.VISIBLE), person.visible, people.HIDDEN)
+    inside, pixel = pixels_of(person.keypoints, ids.shape)
+    here = ids[pixel] // ID_STEP == person.number
+    visible = np.where(here | (person.visible != VISIBLE), person.visible, HIDDEN)
     mask, (x, y, wide, high) = _seen(person, ids)
     reach = BOX_REACH * max(wide, high)
     low, far = np.array([x, y]) - reach, np.array([x + wide, y + high]) + reach
     near = np.all((person.keypoints >= low) & (person.keypoints <= far), axis=1)
     visible = np.where(inside & near, visible, 0)
     shown = np.count_nonzero(mask) / np.count_nonzero(painted.part)
-    if painted.view.scale < MIN_HEIGHT or shown < 0.15 or np.count_nonzero(visible == people.VISIBLE) < 2:
+    if painted.view.scale < MIN_HEIGHT or shown < 0.15 or np.count_nonzero(visible == VISIBLE) < 2:
         visible = np.zeros(17, np.int64)
     return replace(person, visible=visible)
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipelines.drawn.body import SIDED, Pose, clamp_pose, pick
+from pipelines.drawn.body import SIDED, SIDES, Pose, clamp_pose
+from pipelines.drawn.chance import pick
 
 
 def _neutral() -> Pose:
     pose = dict.fromkeys(("lean", "tilt", "bend", "side_bend", "twist", "nod", "look", "head_tilt"), 0.0)
-    for side in ("left", "right"):
+    for side in SIDES:
         pose |= {f"{side}_{name}": 0.0 for name in SIDED}
         pose |= {f"{side}_arm": 8.0, f"{side}_elbow": 12.0, f"{side}_spread": 5.0, f"{side}_toe_out": 8.0}
     return pose
@@ -39,7 +40,7 @@ def _either(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _arms_hang(rng: np.random.Generator, pose: Pose) -> None:
-    for side in ("left", "right"):
+    for side in SIDES:
         _set(pose, side, arm=rng.uniform(4, 16), arm_plane=rng.uniform(-10, 40), elbow=rng.uniform(4, 30))
 
 
@@ -71,7 +72,7 @@ def _stand(rng: np.random.Generator, pose: Pose) -> None:
         _set(pose, relaxed, thigh=rng.uniform(6, 16), knee=rng.uniform(10, 28), spread=9, foot=-4)
     else:
         width = rng.uniform(3, 13)
-        for side in ("left", "right"):
+        for side in SIDES:
             _set(pose, side, spread=width)
     for side, chance in ((relaxed, 0.55), (bearing, 0.25)):
         if rng.random() < chance:
@@ -113,7 +114,7 @@ def _sit(rng: np.random.Generator, pose: Pose) -> None:
     pose["lean"] = rng.uniform(-14, 12)
     pose["bend"] = rng.uniform(0, 18)
     apart = rng.uniform(0, 18)
-    for side in ("left", "right"):
+    for side in SIDES:
         thigh = rng.uniform(76, 92) + pose["lean"]
         _set(pose, side, thigh=thigh, knee=rng.uniform(70, 98), spread=apart, toe_out=4)
         if rng.random() < 0.7:  # hands in the lap, on the thighs
@@ -128,7 +129,7 @@ def _sit(rng: np.random.Generator, pose: Pose) -> None:
 def _squat(rng: np.random.Generator, pose: Pose) -> None:
     deep = rng.uniform(0.55, 1.0)
     pose["lean"] = 38 * deep
-    for side in ("left", "right"):
+    for side in SIDES:
         _set(pose, side, thigh=115 * deep, knee=118 * deep, spread=rng.uniform(8, 24), toe_out=16, foot=22)
         _set(pose, side, arm=rng.uniform(35, 75), arm_plane=rng.uniform(65, 90), elbow=rng.uniform(10, 90))
 
@@ -145,14 +146,14 @@ def _reach(rng: np.random.Generator, pose: Pose) -> None:
 def _arms_up(rng: np.random.Generator, pose: Pose) -> None:
     _stand(rng, pose)
     raised, fold = rng.uniform(110, 165), rng.uniform(0, 60)
-    for side in ("left", "right"):
+    for side in SIDES:
         _set(pose, side, arm=raised, arm_plane=rng.uniform(0, 45), arm_turn=-20, elbow=fold)
 
 
 def _jump(rng: np.random.Generator, pose: Pose) -> None:
     pose["lift"] = rng.uniform(0.06, 0.22)
     star = rng.random() < 0.5
-    for side in ("left", "right"):
+    for side in SIDES:
         if star:
             _set(pose, side, spread=rng.uniform(18, 34), knee=rng.uniform(0, 20), foot=-25)
         else:
@@ -163,7 +164,7 @@ def _jump(rng: np.random.Generator, pose: Pose) -> None:
 def _bend(rng: np.random.Generator, pose: Pose) -> None:
     pose["lean"], pose["bend"] = rng.uniform(18, 48), rng.uniform(10, 32)
     pose["nod"] = -rng.uniform(5, 30)
-    for side in ("left", "right"):
+    for side in SIDES:
         _set(pose, side, thigh=pose["lean"] + rng.uniform(0, 14), knee=rng.uniform(5, 32))
         reach = pose["lean"] + pose["bend"]
         _set(pose, side, arm=rng.uniform(0.5, 1.1) * reach, arm_plane=88, elbow=rng.uniform(5, 40))
