@@ -164,3 +164,51 @@ def keypoints_in_view(
     crop = apply_affine(image_to_crop, keypoints)
     swapped = np.take_along_axis(crop, order[..., None], axis=-2)
     return swapped, np.take_along_axis(np.asarray(visible), order, axis=-1)
+
+
+class PlacedViews(NamedTuple):
+    """Where P people are seen: their views, and the way there."""
+
+    view: View
+    image_to_crop: Float64
+    """(P, 2, 3)"""
+
+
+def place_views(
+    draws: Float64 | None,
+    center: ArrayLike,
+    scale: ArrayLike,
+    keypoints: ArrayLike,
+    image_width: ArrayLike,
+    codec: HeatmapCodec,
+    skeleton: Skeleton,
+    augmentation: Augmentation = OFFICIAL,
+) -> PlacedViews:
+    """From people to views: the one way for stored and for fresh ones. `view_targets` goes on from there.
+
+    draws (P, 6): the numbers that decide each view, None for the plain ones. center, scale (P, 2) of the
+    plain view and keypoints (P, K, 3) with v, in px of the photo, whose width is image_width (P,).
+    """
+    view = plain_view(center, scale)
+    if draws is not None:
+        triples = np.asarray(keypoints)
+        people = view.center, view.scale, triples[..., :2], triples[..., 2]
+        view = random_view(draws, *people, skeleton, codec.input_size, augmentation)
+    return PlacedViews(view, view_to_crop(view, codec, image_width))
+
+
+def view_targets(
+    image_to_crop: ArrayLike,
+    flipped: ArrayLike,
+    keypoints: ArrayLike,
+    codec: HeatmapCodec,
+    skeleton: Skeleton,
+) -> tuple[Float32, Float32, Float32]:
+    """What a network is to find in placed views: heatmap factors (P, K, H) and (P, K, W), weights (P, K).
+
+    image_to_crop (P, 2, 3) and flipped (P,) of the views; keypoints (P, K, 3) with v, in photo px.
+    """
+    triples = np.asarray(keypoints)
+    return codec.factors(
+        *keypoints_in_view(image_to_crop, flipped, triples[..., :2], triples[..., 2], skeleton)
+    )

@@ -17,25 +17,26 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow.fs import LocalFileSystem
 
-from hrnet_core.errors import CheckpointError, ImageError
-from hrnet_core.images import decode_image
+from hrnet_core.errors import CheckpointError
 from pipelines.checkpoints import local_checkpoint
+from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.pages.evaluation import contact_sheets, write_html
-from pipelines.poses.oks_ap import evaluate_results
-from pipelines.poses.protocol import Evaluation, Matched, answer_dtype, match_people, protocol_of, to_results
-from pipelines.poses.units import UNFINISHED, Answer, Unit, digest_of, run_units, stored
-from pipelines.sources.evaluation_set import read_people, sha256_of_file, unusable_photos
-from pipelines.sources.records import Photo
+from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
+from pipelines.poses.units import UNFINISHED, Answer, digest_of, run_units, stored
+from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
+from pipelines.sources.photos import open_photo
+from pipelines.sources.records import People, Photo, Rejection
+from pipelines.storage import sha256_of
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -70,131 +71,146 @@ def evaluate(
 
     settings, ray = settings or EvaluateSettings(), ray or RaySettings()
     out = Path(out)
-    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as folder:
-        spec = read_spec(folder)
-        people = read_people(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
-        units = plan_units(people.photos, 2 * settings.batch_size)
+    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:
+        spec = read_spec(found.folder)
+        of = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
+        groups = group_photos(of, 2 * settings.batch_size)
         start = time.monotonic()
-        store = out / UNFINISHED / _plan_digest(units, spec, settings)
-        answers, mode, speed = predict_units(units, folder, settings, ray, store)
-    results = to_results(answers, people, spec, settings)
-    # A data set without areas (CrowdPose) is scored by its boxes.
-    use_area = any("area" in annotation for annotation in people.truth["annotations"])
-    stats = evaluate_results(results, people.truth, skeleton=spec.skeleton, use_area=use_area)
-    matched = match_people(answers, people, spec.skeleton)
+        store = out / UNFINISHED / _plan_digest(of, spec, settings)
+        answers, mode, speed = predict_groups(groups, found.folder, settings, ray, store)
+    stats, results = score_poses(
+        answers["keypoints"], answers["scores"], of.asked, of.split.truth, spec, settings
+    )
+    matched = match_people(answers["keypoints"], answers["scores"], of, spec.skeleton)
 
     evaluation = Evaluation(
         stats=stats,
-        metric="eval_gt" if people.boxes is None else "eval_det",
-        protocol=protocol_of(people, spec, settings, mode),
+        metric="eval_gt" if of.boxes is None else "eval_det",
+        protocol=protocol_of(of, spec, settings, mode),
         figures={
             "people": len(answers),
-            "photos": len(people.photos),
+            "photos": len(of.photos),
             "results": len(results),
             "seconds": round(time.monotonic() - start, 3),
             "people_per_second": round(speed, 3),
-            "median_oks": float(np.median([m.oks for m in matched])) if matched else 0.0,
-            "left_out": dict(Counter(r.reason for r in people.split.rejected)),
+            "median_oks": float(np.median(matched.oks)) if len(matched.oks) else 0.0,
+            "left_out": dict(Counter(of.left_out)),
         },
         folder=out,
     )
-    files = _write(evaluation, results, matched, spec, str(checkpoint), report)
+    paths = {photo.image_id: photo.path for photo in of.split.photos}
+    files = _write(evaluation, results, matched, paths, spec, settings, str(checkpoint), report)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     if track is not None:
-        from pipelines.tracking import record_evaluation
+        from pipelines.registry import REGISTERED, record_evaluation
 
-        version = record_evaluation(
-            str(checkpoint), stats, evaluation.protocol, files, track=track, storage=storage
-        )
+        # An alias may have moved meanwhile; a folder is known by its weights.
+        ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
+        version = record_evaluation(ref, stats, evaluation.protocol, files, track=track, storage=storage)
         evaluation = replace(evaluation, version=version)
     return evaluation
 
 
-def plan_units(photos: Sequence[Photo], people: int) -> list[Unit]:
-    """Photos in order, cut into work units of at most `people` boxes (or one photo that has more).
+@dataclass(frozen=True, eq=False)
+class PhotoGroup:
+    """A work unit: some photographs and the people that are asked about, in order."""
 
-    A photograph of a unit is {image_id, path, width, height, ids, boxes}.
-    """
-    units: list[Unit] = []
+    photos: tuple[Photo, ...]
+    people: People
+
+
+def group_photos(of: EvaluationSet, people: int) -> list[PhotoGroup]:
+    """Photographs in order, cut into work units of at most `people` boxes (or one photo that has more)."""
+    groups: list[list[tuple[Photo, slice]]] = []
     room = 0
-    for photo in photos:
-        if not units or len(photo.people) > room:
-            units.append([])
+    for photo, rows in of.photos:
+        count = rows.stop - rows.start
+        if not groups or count > room:
+            groups.append([])
             room = people
-        room -= len(photo.people)
-        units[-1].append(
-            {
-                "image_id": photo.image_id,
-                "path": str(Path(photo.path).absolute()),
-                "width": photo.width,
-                "height": photo.height,
-                "ids": [p.ann_id for p in photo.people],
-                # A clipped box may have lost its width or height; the crop follows from the other side.
-                "boxes": [
-                    np.maximum(p.bbox_xywh, [-np.inf, -np.inf, 1e-6, 1e-6]).tolist() for p in photo.people
-                ],
-            }
-        )
-    return units
+        room -= count
+        groups[-1].append((photo, rows))
+    return [
+        PhotoGroup(tuple(photo for photo, _ in group), of.asked[group[0][1].start : group[-1][1].stop])
+        for group in groups
+    ]
 
 
-def answer_unit(unit: Unit, predictor: PosePredictor, settings: EvaluateSettings) -> Answer:
-    """Boxes of a unit -> answers (P,) of answer_dtype as npy bytes, or why its photos are unusable.
+# --- prediction: one unit, and all of them on Ray -------------------------------------------------------
+
+
+def answer_dtype(num_keypoints: int) -> np.dtype[Any]:
+    """One answered box: photo px and scores as the predictor gave them."""
+    return np.dtype(
+        [
+            ("image_id", "<i8"),
+            ("id", "<i8"),
+            ("keypoints", "<f4", (num_keypoints, 2)),
+            ("scores", "<f4", (num_keypoints,)),
+        ]
+    )
+
+
+def predict_group(
+    group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings
+) -> NDArray[Any] | list[Rejection]:
+    """Answers (P,) of answer_dtype for a group's people, or why its photographs cannot be used.
 
     COCO's annotations live on stored pixels: EXIF orientation is ignored, as published.
     """
-    images, problems = [], []
-    for photo in unit:
-        try:
-            image = decode_image(Path(photo["path"]).read_bytes(), apply_exif=False)
-        except (OSError, ImageError) as error:
-            problems.append((photo["path"], getattr(error, "strerror", None) or str(error)))
-            continue
-        height, width = image.shape[:2]
-        if (width, height) != (photo["width"], photo["height"]):
-            annotated = f"{photo['width']}x{photo['height']}"
-            problems.append((photo["path"], f"is {width}x{height} px, annotated as {annotated}"))
-        images.append(image)
-    if problems:
-        return Answer(b"", 0, tuple(problems))
+    opened = [open_photo(photo, settings.max_pixels) for photo in group.photos]
+    if rejected := [one for one in opened if isinstance(one, Rejection)]:
+        return rejected
+    # A clipped box may have lost its width or height; the crop follows from the other side.
+    boxes = np.maximum(group.people.bbox_xywh, np.array([-np.inf, -np.inf, 1e-6, 1e-6], np.float32))
+    rows = group.people.by_image()
     poses = predictor(
-        images,
-        boxes_xywh=[np.array(photo["boxes"], np.float32) for photo in unit],
+        [one[0] for one in opened if not isinstance(one, Rejection)],
+        boxes_xywh=[boxes[rows[photo.image_id]] for photo in group.photos],
         flip_test=settings.flip_test,
         batch_size=settings.batch_size,
         border=settings.preset,
     )
-    people = sum(len(photo["ids"]) for photo in unit)
-    answers = np.zeros(people, answer_dtype(predictor.spec.skeleton.num_keypoints))
-    answers["image_id"] = np.repeat([p["image_id"] for p in unit], [len(p["ids"]) for p in unit])
-    answers["id"] = np.concatenate([photo["ids"] for photo in unit])
+    answers = np.zeros(len(group.people), answer_dtype(predictor.spec.skeleton.num_keypoints))
+    answers["image_id"], answers["id"] = group.people.image_id, group.people.ann_id
     answers["keypoints"] = np.concatenate([p.keypoints.xy for p in poses])
     answers["scores"] = np.concatenate([p.keypoints.conf for p in poses])
+    return answers
+
+
+def answer_unit(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings) -> Answer:
+    """predict_group for an actor: npy bytes, or the problems."""
+    answers = predict_group(group, predictor, settings)
+    if isinstance(answers, list):
+        return Answer(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in answers))
     content = io.BytesIO()
     np.save(content, answers, allow_pickle=False)
-    return Answer(content.getvalue(), people)
+    return Answer(content.getvalue(), len(answers))
 
 
-def predict_units(
-    units: list[Unit], checkpoint: Path, settings: EvaluateSettings, ray: RaySettings, store: Path
+def predict_groups(
+    groups: list[PhotoGroup], checkpoint: Path, settings: EvaluateSettings, ray: RaySettings, store: Path
 ) -> tuple[NDArray[Any], str, float]:
     """Answers to all boxes sorted by (image_id, id), the mode they were computed in, and people/s.
 
     Every box is answered exactly once, or it is an error. DataError names all unusable photographs.
     """
     work = functools.partial(answer_unit, settings=settings)
-    done = run_units(units, work, checkpoint, settings, ray, store, "evaluate")
-    if done.problems:
-        raise unusable_photos(list(done.problems))
+    done = run_units(groups, work, checkpoint, settings, ray, store, "evaluate")
+    refuse_unusable(done.problems)
     answers = np.concatenate([np.load(file, allow_pickle=False) for file in stored(store).values()])
     answers = answers[np.lexsort((answers["id"], answers["image_id"]))]
-    check_answers(units, answers)
+    check_answers(groups, answers)
     return answers, done.mode, done.people_per_second
 
 
-def check_answers(units: list[Unit], answers: NDArray[Any]) -> None:
-    """RuntimeError unless every box of the units has exactly one answer; CheckpointError for NaN."""
-    asked = Counter((photo["image_id"], i) for unit in units for photo in unit for i in photo["ids"])
+def check_answers(groups: Sequence[PhotoGroup], answers: NDArray[Any]) -> None:
+    """RuntimeError unless every box of the groups has exactly one answer; CheckpointError for NaN."""
+    asked = Counter(
+        pair
+        for group in groups
+        for pair in zip(group.people.image_id.tolist(), group.people.ann_id.tolist(), strict=True)
+    )
     got = Counter(zip(answers["image_id"].tolist(), answers["id"].tolist(), strict=True))
     if asked != got:
         lost, extra = asked - got, got - asked
@@ -211,29 +227,32 @@ def check_answers(units: list[Unit], answers: NDArray[Any]) -> None:
         )
 
 
-def _plan_digest(units: list[Unit], spec: CheckpointSpec, settings: EvaluateSettings) -> str:
+def _plan_digest(of: EvaluationSet, spec: CheckpointSpec, settings: EvaluateSettings) -> str:
     """16 hex digits of all that decides the answers of a unit, the photographs' size and time included."""
-    files = [os.stat(p["path"]) if os.path.exists(p["path"]) else None for unit in units for p in unit]
-    decides = [
+    files = [os.stat(photo.path) if os.path.exists(photo.path) else None for photo, _ in of.photos]
+    return digest_of(
         spec.as_dict(),
-        units,
+        of.asked.image_id.tolist(),
+        of.asked.ann_id.tolist(),
+        of.asked.bbox_xywh.tolist(),
         [(f.st_size, f.st_mtime_ns) if f else None for f in files],
         settings.model_dump(
             include={"flip_test", "preset", "batch_size", "mode", "cpus_per_worker", "use_gpu"}
         ),
-    ]
-    return digest_of(*decides)
+    )
 
 
 def _write(
     evaluation: Evaluation,
     results: list[dict[str, Any]],
-    matched: list[Matched],
+    matched: Matched,
+    paths: Mapping[int, str],
     spec: CheckpointSpec,
+    settings: EvaluateSettings,
     checkpoint: str,
     report: str | Path | None,
 ) -> list[Path]:
-    """results.json, evaluation.json, overlays and the page; returns the files."""
+    """results.json, evaluation.json, overlays and the page; returns the files. paths: of the photos by id."""
     out = evaluation.folder
     evaluation.results_file.write_text(json.dumps(results, allow_nan=False))
     made = {
@@ -241,7 +260,7 @@ def _write(
         "weights_sha256": spec.weights_sha256,
         "trained_as": spec.provenance.get("run_id"),
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "code_version": version("hrnet-ray"),
+        "code_version": code_version(),
     }
     summary = {
         "metric": evaluation.metric,
@@ -249,10 +268,10 @@ def _write(
         "protocol": evaluation.protocol,
         "figures": evaluation.figures,
         **made,
-        "results_sha256": sha256_of_file(evaluation.results_file),
+        "results_sha256": sha256_of(LocalFileSystem(), str(evaluation.results_file.absolute())),
     }
     (out / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n")
-    sheets = contact_sheets(matched, spec.skeleton, out / "overlays")
+    sheets = contact_sheets(matched, paths, spec.skeleton, out / "overlays", settings.max_pixels)
     files = [evaluation.results_file, out / "evaluation.json", *sheets.values()]
     if report is not None:
         write_html(Path(report), evaluation, matched, sheets, spec.skeleton, made)

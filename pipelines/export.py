@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError, ConfigError, DataError, ImageError
-from hrnet_core.images import decode_image
-from pipelines.checkpoints import local_checkpoint
+from hrnet_core.errors import CheckpointError, ConfigError
+from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
-from pipelines.poses.oks_ap import evaluate_results
-from pipelines.poses.protocol import answer_dtype, to_results
-from pipelines.sources.evaluation_set import People, read_people
+from pipelines.evaluate import group_photos, predict_group
+from pipelines.poses.protocol import score_poses
+from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
+from pipelines.sources.records import on_photos
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -88,13 +88,14 @@ def export(
     """
     from hrnet_core.checkpoint import ONNX, read_spec
 
-    if out is None and ":/" in str(checkpoint):
+    if out is None and not is_folder_here(checkpoint):
         raise ConfigError(
             f"name the file to write, hrnet export {checkpoint} OUT.onnx: only a checkpoint folder of this "
             f"machine is ours to add to."
         )
     settings = settings or EvaluateSettings()
-    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as folder:
+    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:
+        folder = found.folder
         read_spec(folder)  # before a folder is made where there is none
         target = folder / ONNX if out is None else Path(out)
         part = target.with_name(f".{target.name}.part")
@@ -181,58 +182,36 @@ def _on_coco(
 ) -> dict[str, Any]:
     """Keypoints and AP of both on the first photographs with `people` people."""
     spec = torch_side.spec
-    everyone = read_people(coco_root, split, boxes, settings, spec.skeleton)
+    everyone = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton)
     some = first_people(everyone, people)
     answers = [_answers(some, side, settings) for side in (torch_side, onnx_side)]
-    asked = np.array([p.bbox_xywh for photo in some.photos for p in photo.people])
-    distances = crop_px(spec, answers[0]["keypoints"], answers[1]["keypoints"], asked)
+    distances = crop_px(spec, answers[0]["keypoints"], answers[1]["keypoints"], some.asked.bbox_xywh)
     stats = [
-        evaluate_results(to_results(a, some, spec, settings), some.truth, skeleton=spec.skeleton)
+        score_poses(a["keypoints"], a["scores"], some.asked, some.split.truth, spec, settings)[0]
         for a in answers
     ]
     return {
-        "crops": len(asked),
+        "crops": len(some.asked),
         **told_distances(distances),
         "ap": (stats[0]["AP"], stats[1]["AP"]),
-        "people": len(asked),
+        "people": len(some.asked),
     }
 
 
-def first_people(everyone: People, count: int) -> People:
+def first_people(everyone: EvaluationSet, count: int) -> EvaluationSet:
     """The first photographs whose people are `count` or more, and the ground truth of these alone."""
-    photos, found = [], 0
-    for photo in everyone.photos:
-        if found >= count:
-            break
-        photos.append(photo)
-        found += len(photo.people)
-    ids = {photo.image_id for photo in photos}
-    truth = {
-        **everyone.truth,
-        "images": [i for i in everyone.truth["images"] if i["id"] in ids],
-        "annotations": [a for a in everyone.truth["annotations"] if a["image_id"] in ids],
-    }
-    return replace(everyone, split=replace(everyone.split, photos=tuple(photos)), truth=truth)
+    photos = [photo for photo, rows in everyone.photos if rows.start < count]
+    image_ids = np.array([photo.image_id for photo in photos], np.int64)
+    truth, people = everyone.split.truth, everyone.split.truth.people
+    truth = replace(truth, image_ids=image_ids, people=people[np.isin(people.image_id, image_ids)])
+    split = replace(
+        everyone.split, photos=tuple(photos), people=on_photos(everyone.split.people, photos), truth=truth
+    )
+    return replace(everyone, split=split, asked=on_photos(everyone.asked, photos))
 
 
-def _answers(some: People, predictor: PosePredictor, settings: EvaluateSettings) -> NDArray[Any]:
+def _answers(some: EvaluationSet, predictor: PosePredictor, settings: EvaluateSettings) -> NDArray[Any]:
     """Answers to all boxes, sorted by (image_id, id), photograph after photograph."""
-    parts = []
-    for photo in some.photos:
-        try:
-            image = decode_image(Path(photo.path).read_bytes(), apply_exif=False)
-        except (OSError, ImageError) as error:
-            raise DataError(f"{photo.path}: cannot be used ({error}). Copy the photograph again.") from None
-        (poses,) = predictor(
-            [image],
-            [np.array([p.bbox_xywh for p in photo.people])],
-            flip_test=settings.flip_test,
-            batch_size=settings.batch_size,
-            border=settings.preset,
-        )
-        answers = np.zeros(len(poses), answer_dtype(predictor.spec.skeleton.num_keypoints))
-        answers["image_id"] = photo.image_id
-        answers["id"] = [p.ann_id for p in photo.people]
-        answers["keypoints"], answers["scores"] = poses.keypoints.xy, poses.keypoints.conf
-        parts.append(answers)
-    return np.concatenate(parts)
+    parts = [predict_group(group, predictor, settings) for group in group_photos(some, 1)]
+    refuse_unusable([(r.file, r.detail) for part in parts if isinstance(part, list) for r in part])
+    return np.concatenate([part for part in parts if not isinstance(part, list)])

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import cv2
@@ -31,6 +30,7 @@ from hrnet_core.errors import DataError, PoseError
 from hrnet_core.locations import is_uri, open_folder
 from hrnet_core.skeleton import load_skeleton
 from pipelines.cluster import quiet_ray_data, ray_session, require
+from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
 from pipelines.shards.build import Figures, build_shard
 from pipelines.shards.manifest import Manifest, write_manifest
@@ -45,7 +45,7 @@ from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
 from pipelines.sources.coco import read_coco
 from pipelines.sources.layout import annotations_of
-from pipelines.sources.records import CocoSplit, Rejection, refuse_rejected
+from pipelines.sources.records import Rejection, Split, refuse_rejected
 from pipelines.sources.yolo import read_yolo
 from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
@@ -130,7 +130,7 @@ def _takes_long(data: DataSettings) -> bool:
     return size > LONG_ANNOTATIONS
 
 
-def _plan(data: DataSettings) -> tuple[list[CocoSplit], list[ShardWork], dict[tuple[str, int], Figures]]:
+def _plan(data: DataSettings) -> tuple[list[Split], list[ShardWork], dict[tuple[str, int], Figures]]:
     """Both splits, their shards, and the figures of those that are there."""
     skeleton = load_skeleton(data.skeleton)
     read = read_yolo if data.format == "yolo_pose" else read_coco
@@ -206,7 +206,7 @@ class Progress:
     """
 
     def __init__(self, pending: Sequence[ShardWork]) -> None:
-        self._people = {work.key: work.people for work in pending}
+        self._people = {work.key: len(work.people) for work in pending}
         self._answers: list[Figures] = []
         self._told = 0.0
         self._slots = 1
@@ -256,7 +256,7 @@ class Progress:
 
 
 def finish(
-    splits: Sequence[CocoSplit],
+    splits: Sequence[Split],
     works: Sequence[ShardWork],
     figures: Mapping[tuple[str, int], Figures],
     data: DataSettings,
@@ -268,7 +268,7 @@ def finish(
         own = [work for work in works if work.split == split.name]
         rejected = [asdict(r) for r in split.rejected]
         rejected += [row for work in own for row in figures[work.key]["rejected"]]
-        rejected.sort(key=lambda r: (r["image_id"], -1 if r["ann_id"] is None else r["ann_id"]))
+        rejected.sort(key=lambda row: Rejection(**row).order)
         rows += [{"split": split.name, **row} for row in rejected]
         shards = [entry for work in own for entry in figures[work.key]["shards"]]
         shards.sort(key=lambda entry: entry["path"])
@@ -291,7 +291,9 @@ def finish(
             "repaired": dict(split.repaired),
             "shards": shards,
         }
-    fields = {"config": data.semantic(), "splits": sections, "code": _code_versions()}
+    packages = {"numpy": np.__version__, "opencv": cv2.__version__, "pyarrow": pa.__version__}
+    code = {"hrnet": code_version(), **packages}
+    fields = {"config": works[0].recipe.as_dict(), "splits": sections, "code": code}
     files, root = open_folder(data.shards)
     try:
         check_target(data.shards, works)
@@ -309,14 +311,6 @@ def _by_reason(rejected: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int
         count["rows"] += 1
         count["people"] += row["people"]
     return counts
-
-
-def _code_versions() -> dict[str, str | None]:
-    try:
-        own = version("hrnet-ray")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        own = None
-    return {"hrnet": own, "numpy": np.__version__, "opencv": cv2.__version__, "pyarrow": pa.__version__}
 
 
 def summary(report: Report) -> str:

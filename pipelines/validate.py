@@ -10,23 +10,24 @@ lie outside their box, pictures that both splits have, bytes that are not those 
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
 from pipelines.sources.coco import read_coco
-from pipelines.sources.photos import left_out, open_photo, read_photo
-from pipelines.sources.records import CocoSplit, Person, Photo, Rejection, refuse_rejected
+from pipelines.sources.photos import check_photo, left_out, open_photo
+from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
 from pipelines.sources.yolo import read_yolo
 
 WAY_OUT = {
@@ -75,7 +76,7 @@ Verdict = Rejection | bytes
 class CheckedSplit:
     """One split after its pictures were opened."""
 
-    split: CocoSplit
+    split: Split
     rejected: tuple[Rejection, ...]
     """Of annotations and pictures, in order of (image_id, ann_id)."""
     suspicious: tuple[Rejection, ...]
@@ -191,31 +192,33 @@ def write_csv(found: Validation, file: str | Path) -> None:
 
 
 def _check_split(
-    split: CocoSplit, data: DataSettings, decode: bool, known: Mapping[str, str] | None, workers: int
+    split: Split, data: DataSettings, decode: bool, known: Mapping[str, str] | None, workers: int
 ) -> CheckedSplit:
-    photos = [photo for photo in split.photos if photo.people]  # preprocess opens no others
+    photos = list(split.by_photo())  # preprocess opens no others
 
     def look(photo: Photo) -> Verdict:
-        if not decode:
-            read = read_photo(photo, data.max_pixels)
-            return read if isinstance(read, Rejection) else hashlib.sha256(read[0]).digest()
-        opened = open_photo(photo, data.max_pixels)
-        return opened if isinstance(opened, Rejection) else opened[1]
+        opened = open_photo(photo, data.max_pixels) if decode else check_photo(photo, data.max_pixels)
+        if isinstance(opened, Rejection):
+            return opened
+        return opened[1] if isinstance(opened, tuple) else opened.sha256
 
-    verdicts = list(_told(split.name, len(photos), _in_threads(look, photos, workers)))
-    pairs = list(zip(photos, verdicts, strict=True))
-    usable = [(photo, verdict) for photo, verdict in pairs if isinstance(verdict, bytes)]
-    suspicious = [
-        r for photo, verdict in usable for r in _suspicions(split, photo, verdict.hex(), known or {})
-    ]
-    rejected = [*split.rejected, *(v for v in verdicts if isinstance(v, Rejection))]
+    verdicts = list(
+        _told(split.name, len(photos), _in_threads(look, [photo for photo, _ in photos], workers))
+    )
+    rejected, usable, suspicious = list(split.rejected), {}, []
+    for (photo, rows), verdict in zip(photos, verdicts, strict=True):
+        if isinstance(verdict, Rejection):
+            rejected.append(replace(verdict, people=rows.stop - rows.start))
+            continue
+        usable[photo.image_id] = photo.file_name, verdict
+        suspicious += _suspicions(split, photo, split.people[rows], verdict.hex(), known or {})
     return CheckedSplit(
         split=split,
-        rejected=tuple(sorted(rejected, key=lambda r: (r.image_id, -1 if r.ann_id is None else r.ann_id))),
+        rejected=tuple(sorted(rejected, key=attrgetter("order"))),
         suspicious=tuple(suspicious),
         photos=len(usable),
-        people=sum(len(photo.people) for photo, _ in usable),
-        sha256={verdict: photo.file_name for photo, verdict in usable},
+        people=int(np.isin(split.people.image_id, list(usable)).sum()),
+        sha256={content: name for name, content in usable.values()},
     )
 
 
@@ -244,25 +247,27 @@ def _told(name: str, total: int, verdicts: Iterable[Verdict]) -> Iterator[Verdic
         yield verdict
 
 
-def _suspicions(split: CocoSplit, photo: Photo, sha256: str, known: Mapping[str, str]) -> Iterator[Rejection]:
-    told = known.get(f"{split.name}/{photo.file_name}", sha256)
-    if told != sha256:
-        detail = f"sha256 {sha256[:12]}... instead of {told[:12]}..."
-        yield left_out(photo, "checksum_differs", detail)
-    for person in photo.people:
-        outside, labelled = _outside_box(person)
-        if outside > labelled / 2:
-            box = ", ".join(f"{v:.1f}" for v in person.bbox_xywh.tolist())
-            detail = f"{outside} of {labelled} labelled keypoints, box [{box}]"
-            yield Rejection("keypoints_outside_box", photo.file_name, photo.image_id, person.ann_id, detail)
+def _suspicions(
+    split: Split, photo: Photo, people: People, sha256: str, known: Mapping[str, str]
+) -> Iterator[Rejection]:
+    listed = known.get(f"{split.name}/{photo.file_name}", sha256)
+    if listed != sha256:
+        detail = f"sha256 {sha256[:12]}... instead of {listed[:12]}..."
+        yield left_out(photo, "checksum_differs", detail, len(people))
+    outside, labelled = _outside_box(people)
+    for row in np.flatnonzero(outside > labelled / 2).tolist():
+        box = ", ".join(f"{v:.1f}" for v in people.bbox_xywh[row].tolist())
+        detail = f"{outside[row]} of {labelled[row]} labelled keypoints, box [{box}]"
+        ann_id = int(people.ann_id[row])
+        yield Rejection("keypoints_outside_box", photo.file_name, photo.image_id, ann_id, detail)
 
 
-def _outside_box(person: Person) -> tuple[int, int]:
-    """Labelled keypoints further than a tenth of the box outside of it; all labelled ones."""
-    corner, size = person.bbox_xywh[:2], person.bbox_xywh[2:]
-    labelled = person.keypoints[person.visible > 0]
-    outside = np.abs(labelled - corner - size / 2) > 0.6 * size
-    return int(outside.any(axis=1).sum()), len(labelled)
+def _outside_box(people: People) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(P,) labelled keypoints further than a tenth of the box outside of it; all labelled ones."""
+    corner, size = people.bbox_xywh[:, None, :2], people.bbox_xywh[:, None, 2:]
+    labelled = people.keypoints[..., 2] > 0
+    outside = (np.abs(people.keypoints[..., :2] - corner - size / 2) > 0.6 * size).any(axis=2)
+    return (outside & labelled).sum(axis=1), labelled.sum(axis=1)
 
 
 # ---------------------------------------------------------------------------------- the set as a whole
@@ -270,12 +275,13 @@ def _outside_box(person: Person) -> tuple[int, int]:
 
 def _with_shared_pictures(train: CheckedSplit, val: CheckedSplit) -> CheckedSplit:
     """`val` with a suspicion for each picture whose bytes the training split has too."""
-    by_name = {photo.file_name: photo for photo in val.split.photos}
-    shared = [
-        left_out(by_name[name], "in_both_splits", f"the bytes of {train.split.name}/{train.sha256[content]}")
-        for content, name in val.sha256.items()
-        if content in train.sha256
-    ]
+    photos = {photo.file_name: (photo, rows) for photo, rows in val.split.by_photo()}
+    shared = []
+    for content, name in val.sha256.items():
+        if content in train.sha256:
+            photo, rows = photos[name]
+            detail = f"the bytes of {train.split.name}/{train.sha256[content]}"
+            shared.append(left_out(photo, "in_both_splits", detail, rows.stop - rows.start))
     return replace(val, suspicious=(*val.suspicious, *shared))
 
 
@@ -332,7 +338,7 @@ def read_checksums(file: str | Path) -> dict[str, str]:
     return known
 
 
-def _paths(split: CocoSplit) -> set[str]:
+def _paths(split: Split) -> set[str]:
     return {f"{split.name}/{photo.file_name}" for photo in split.photos}
 
 

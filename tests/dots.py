@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def rows_here(
     try:
         actor = Actor(lambda: load_checkpoint(checkpoint), work, settings)
         for index, unit in pending.items():
-            row = actor({"unit": np.array([index]), "pictures": np.array([json.dumps(unit)])})
+            row = actor({"unit": np.array([index]), "work": [pickle.dumps(unit)]})
             yield {name: values[0] for name, values in row.items()}
     finally:
         torch.set_num_threads(before)

@@ -20,7 +20,7 @@ from hrnet_core.skeleton import COCO17
 from pipelines.poses.protocol import poses_to_results
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
-from pipelines.sources.records import CocoSplit
+from pipelines.sources.records import Split
 
 Edit = Callable[[dict[str, Any]], Any]
 TRAIN = "train2017"
@@ -51,7 +51,7 @@ def fixture_root(mmpose_cases: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def reasons(split: CocoSplit) -> dict[str, int]:
+def reasons(split: Split) -> dict[str, int]:
     return dict(Counter(r.reason for r in split.rejected))
 
 
@@ -71,18 +71,16 @@ def test_the_published_loaders_records(
     fixture_root: Path, reference: dict[str, Any], mmpose_cases: dict[str, Any]
 ) -> None:
     split = read_coco(fixture_root, "val2017", COCO17)
-    people = [person for photo in split.photos for person in photo.people]
+    people = split.people
     assert len(people) == mmpose_cases["coco_fixture"]["facts"]["topdown_valid_instances"] == 12
-    ours = []
-    for person in people:
-        center, scale = box_to_center_scale(person.bbox_xywh, (192, 256))
-        labelled = float((person.visible > 0).sum())
-        ours.append((person.image_id, *center.tolist(), *(scale / 200).tolist(), labelled))
+    center, scale = box_to_center_scale(people.bbox_xywh, (192, 256))
+    labelled = (people.keypoints[..., 2] > 0).sum(axis=1)
+    ours = np.column_stack([people.image_id, center, scale / 200, labelled]).tolist()
     theirs = [
         (r["image_id"], *r["center"], *r["scale"], r["nvis"])
         for r in reference["official_gt_boxes_test_coco"]["records"]
     ]
-    np.testing.assert_allclose(sorted(ours), sorted(theirs), atol=2e-6, rtol=1e-6)
+    np.testing.assert_allclose(sorted(ours), sorted(map(list, theirs)), atol=2e-6, rtol=1e-6)
     unlabelled = mmpose_cases["coco_fixture"]["facts"]["num_keypoints_zero"]
     assert sorted(r.ann_id for r in split.rejected) == sorted(unlabelled)
     assert reasons(split) == {"no_keypoints": 2}
@@ -95,7 +93,7 @@ def test_the_published_loaders_records(
 def test_real_coco(real_data: Path, split: str, photos: int, people: int, crowds: int) -> None:
     """The counts that the data's own README states."""
     found = read_coco(real_data / "coco", split, COCO17)
-    assert (len(found.photos), found.people) == (photos, people)
+    assert (len(found.photos), len(found.people)) == (photos, people)
     assert reasons(found)["crowd"] == crowds
     assert {r.reason for r in found.rejected} == {"crowd", "no_keypoints"}
     assert all(Path(photo.path).is_file() for photo in found.photos)
@@ -107,11 +105,11 @@ def test_records_are_in_order_and_keep_visibility(root: Path) -> None:
         data["images"].reverse()
     split = read_coco(root, TRAIN, COCO17)
     assert [photo.image_id for photo in split.photos] == [10, 20, 30]
-    assert [p.ann_id for photo in split.photos for p in photo.people] == [1, 2, 3, 4]
-    person = split.photos[0].people[0]
-    assert person.visible.tolist() == [1, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1, 2]
-    assert (person.keypoints.dtype, person.keypoints.shape) == (np.float32, (17, 2))
-    assert (person.bbox_xywh.dtype, person.bbox_xywh.shape) == (np.float32, (4,))
+    people = split.people
+    assert people.ann_id.tolist() == [1, 2, 3, 4]
+    assert people.keypoints[0, :, 2].tolist() == [1, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1, 2]
+    assert (people.keypoints.dtype, people.keypoints.shape) == (np.float64, (4, 17, 3))
+    assert (people.bbox_xywh.dtype, people.bbox_xywh.shape) == (np.float32, (4, 4))
 
 
 def test_the_path_comes_from_file_name_not_from_the_id(root: Path) -> None:
@@ -175,7 +173,7 @@ def test_one_bad_annotation_costs_one_person(root: Path, reason: str, edit: Edit
     with edited(root) as data:
         edit(data["annotations"][1])
     split = read_coco(root, TRAIN, COCO17)
-    assert [p.ann_id for photo in split.photos for p in photo.people] == [1, 3, 4]
+    assert split.people.ann_id.tolist() == [1, 3, 4]
     (rejection,) = split.rejected
     assert (rejection.reason, rejection.image_id, rejection.ann_id) == (reason, 10, 2)
     assert rejection.file == f"{TRAIN}-0.jpg"
@@ -187,7 +185,7 @@ def test_a_box_partly_outside_is_clipped(root: Path) -> None:
     """x1 = max(0, -10) = 0, x2 = min(159, 0 + 79) = 79; y1 = 100, y2 = min(119, 100 + 49) = 119."""
     with edited(root) as data:
         data["annotations"][2]["bbox"] = [-10, 100, 80, 50]
-    assert read_coco(root, TRAIN, COCO17).photos[1].people[0].bbox_xywh.tolist() == [0, 100, 79, 19]
+    assert read_coco(root, TRAIN, COCO17).people.bbox_xywh[2].tolist() == [0, 100, 79, 19]
 
 
 def test_harmless_contradictions_are_repaired_and_counted(root: Path) -> None:
@@ -199,9 +197,9 @@ def test_harmless_contradictions_are_repaired_and_counted(root: Path) -> None:
         data["categories"].append({"id": 2, "name": "dog"})
         data["annotations"].append({**second, "id": 99, "category_id": 2})
     split = read_coco(root, TRAIN, COCO17)
-    assert split.photos[0].people[0].keypoints[0].tolist() == [0, 0]
+    assert split.people.keypoints[0, 0].tolist() == [0, 0, 0]
     assert split.repaired == {"hidden_coordinates": 1, "num_keypoints": 1, "other_category": 1}
-    assert split.people == 4
+    assert len(split.people) == 4
 
 
 # ---------------------------------------------------------------------------------- one picture rejected
@@ -254,7 +252,7 @@ def test_links_out_of_the_root_are_never_followed(root: Path, tmp_path: Path) ->
 def test_the_pictures_folder_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
     (root / TRAIN).rename(tmp_path / "disk")
     (root / TRAIN).symlink_to(tmp_path / "disk")
-    assert read_coco(root, TRAIN, COCO17).people == 4
+    assert read_coco(root, TRAIN, COCO17).people.ann_id.tolist() == [1, 2, 3, 4]
 
 
 def test_case_is_named_where_it_differs(root: Path) -> None:
@@ -269,7 +267,11 @@ def test_a_missing_picture_without_people_costs_nothing(root: Path) -> None:
         data["images"].append({"id": 40, "file_name": "nobody.jpg", "width": 9, "height": 9})
     split = read_coco(root, TRAIN, COCO17)
     assert split.rejected == ()
-    assert [len(photo.people) for photo in split.photos] == [2, 1, 1, 0]
+    assert [(photo.image_id, rows.stop - rows.start) for photo, rows in split.by_photo()] == [
+        (10, 2),
+        (20, 1),
+        (30, 1),
+    ]
 
 
 # ---------------------------------------------------------------------------------- the file as a whole
@@ -320,7 +322,7 @@ SWAPPED = ["nose", "right_eye", "left_eye", *COCO17.keypoints[3:]]
         (lambda data: data["categories"].append({**CATEGORY, "id": 2}), ["2 categories"]),
         (_renamed(SWAPPED), ["another order", "position 1 has 'right_eye' instead of 'left_eye'", "coco17"]),
         (_renamed(list(COCO17.keypoints[:14])), ["14 keypoints instead of 17", "right_knee"]),
-        (_renamed(["Nose", *COCO17.keypoints[1:]]), ["position 0 has 'Nose'"]),
+        (_renamed(["snout", *COCO17.keypoints[1:]]), ["position 0 has 'snout'"]),
         (lambda data: data["images"][1].update(id=10), ["1 ids", "'images'", ": 10"]),
         (lambda data: data["annotations"][1].update(id=4), ["1 ids", "'annotations'", ": 4"]),
         (lambda data: data["annotations"][1].pop("id"), ["annotations[1].id"]),
@@ -359,16 +361,14 @@ def test_detections_of_the_published_fixture(
 ) -> None:
     truth = mmpose_cases["detector_fixture"]
     split = read_coco(fixture_root, "val2017", COCO17)
-    found = read_detections(detections, split)
-    assert found.people == truth["records"] == 118
-    assert {str(p.image_id): len(p.people) for p in found.photos} == truth["per_image"]
-    assert read_detections(detections, split, 0.3).people == truth["records_score_gt_0.3"] == 33
-    first = found.photos[0].people[0]
+    found, _ = read_detections(detections, split)
+    assert len(found) == truth["records"] == 118
+    assert dict(Counter(map(str, found.image_id.tolist()))) == truth["per_image"]
+    assert len(read_detections(detections, split, 0.3)[0]) == truth["records_score_gt_0.3"] == 33
     # As given: no pixel is taken off, nothing is clipped.
-    np.testing.assert_allclose(first.bbox_xywh, truth["first_record"]["bbox"], atol=1e-4)
-    assert first.score == pytest.approx(truth["first_record"]["score"], abs=1e-6)
-    assert (first.ann_id, first.visible.sum(), first.keypoints.shape) == (0, 0, (17, 2))
-    assert split.people == 12  # the split that was given is as it was
+    np.testing.assert_allclose(found.bbox_xywh[0], truth["first_record"]["bbox"], atol=1e-4)
+    assert found.score[0] == pytest.approx(truth["first_record"]["score"], abs=1e-6)
+    assert (found.ann_id[0], found.keypoints.any(), found.keypoints.shape) == (0, False, (118, 17, 3))
 
 
 def test_detections_out_of_reach(root: Path, tmp_path: Path) -> None:
@@ -378,13 +378,10 @@ def test_detections_out_of_reach(root: Path, tmp_path: Path) -> None:
     split = read_coco(root, TRAIN, COCO17)
     gone, other, empty = {**good, "image_id": 30}, {**good, "category_id": 3}, {**good, "bbox": [1, 2, 0, 5]}
     file.write_text(json.dumps([good, gone, other, empty]))
-    found = read_detections(file, split)
-    assert [(p.image_id, p.ann_id) for photo in found.photos for p in photo.people] == [(10, 0)]
-    assert found.photos[0].people[0].bbox_xywh.tolist() == [-5, 1, 400, 30]
-    assert [(r.reason, r.image_id, r.ann_id) for r in found.rejected] == [
-        ("missing_image", 30, None),
-        ("bbox_invalid", 10, 3),
-    ]
+    found, rejected = read_detections(file, split)
+    assert (found.image_id.tolist(), found.ann_id.tolist()) == ([10], [0])
+    assert found.bbox_xywh.tolist() == [[-5, 1, 400, 30]]
+    assert [(r.reason, r.image_id, r.ann_id) for r in rejected] == [("bbox_invalid", 10, 3)]
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,11 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines import evaluate as module
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.evaluate import check_answers, evaluate, plan_units
+from pipelines.evaluate import PhotoGroup, answer_dtype, check_answers, evaluate, group_photos, predict_group
 from pipelines.poses.oks_ap import STATS, evaluate_results
-from pipelines.poses.protocol import _preset, answer_dtype, match_people, to_results
-from pipelines.poses.units import Unit
-from pipelines.sources.evaluation_set import People, read_people
-from pipelines.sources.records import CocoSplit, Person, Photo
+from pipelines.poses.protocol import _preset, match_people, score_poses, to_results
+from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
+from pipelines.sources.records import GroundTruth, People, Photo, Split
 
 CODEC = HeatmapCodec("official", (96, 128))
 SPEC = CheckpointSpec(SMALL, CODEC)
@@ -170,49 +169,63 @@ def test_a_run_that_was_cut_short_goes_on(
 
 
 def test_an_interrupted_run_of_other_settings_is_not_taken_over(dots: dict[str, Any]) -> None:
-    people = read_people(dots["root"], "val2017", None, EvaluateSettings(), COCO17)
-    units = plan_units(people.photos, 4)
+    of = read_evaluation_set(dots["root"], "val2017", None, EvaluateSettings(), COCO17)
     digests = {
-        module._plan_digest(units, SPEC, EvaluateSettings()),
-        module._plan_digest(units, SPEC, EvaluateSettings(flip_test=False)),
-        module._plan_digest(units[:-1], SPEC, EvaluateSettings()),
-        module._plan_digest(units, replace(SPEC, weights_sha256="other"), EvaluateSettings()),
+        module._plan_digest(of, SPEC, EvaluateSettings()),
+        module._plan_digest(of, SPEC, EvaluateSettings(flip_test=False)),
+        module._plan_digest(replace(of, asked=of.asked[:-1]), SPEC, EvaluateSettings()),
+        module._plan_digest(of, replace(SPEC, weights_sha256="other"), EvaluateSettings()),
     }
     assert len(digests) == 4
-    more_actors = module._plan_digest(units, SPEC, EvaluateSettings(num_workers=7))
-    assert more_actors == module._plan_digest(units, SPEC, EvaluateSettings())
+    more_actors = module._plan_digest(of, SPEC, EvaluateSettings(num_workers=7))
+    assert more_actors == module._plan_digest(of, SPEC, EvaluateSettings())
 
 
 # --- units and counts ---------------------------------------------------------------------------------
 
 
-def photo(image_id: int, ids: list[int], size: tuple[int, int] = (100, 80), **fields: Any) -> Photo:
-    def person(i: int) -> Person:
-        box = np.array([10, 10, 20, 40], np.float32)
-        return Person(
-            image_id, i, box, np.zeros((17, 2), np.float32), np.ones(17, np.float32), 500.0, **fields
-        )
+def asked(ids: dict[int, list[int]], scores: list[float] | None = None) -> People:
+    """People of image id -> their ids: all have one box, area 500 and their keypoints at (0, 0), v = 1."""
+    pairs = [(image_id, i) for image_id, own in ids.items() for i in own]
+    boxes = np.tile([10.0, 10, 20, 40], (len(pairs), 1))
+    return People(
+        image_id=np.array([image_id for image_id, _ in pairs]),
+        ann_id=np.array([i for _, i in pairs]),
+        keypoints=np.tile([0.0, 0, 1], (len(pairs), 17, 1)),
+        bbox_xywh=boxes.astype(np.float32),
+        stated_xywh=boxes,
+        area=np.full(len(pairs), 500.0),
+        score=np.array(scores if scores is not None else [1.0] * len(pairs)),
+        crowd=np.zeros(len(pairs), bool),
+    )
 
-    return Photo(image_id, f"{image_id}.png", f"/x/{image_id}.png", *size, tuple(person(i) for i in ids))
+
+def set_of(
+    people: People, boxes: tuple[str, str] | None = None, found: People | None = None
+) -> EvaluationSet:
+    """People on photographs of 100 x 80 px; a detector's boxes are `found`."""
+    photos = tuple(Photo(i, f"{i}.png", f"/x/{i}.png", 100, 80) for i in np.unique(people.image_id).tolist())
+    truth = GroundTruth("a.json", np.unique(people.image_id), people)
+    split = Split("val2017", "a.json", "0", photos, people, truth, ())
+    return EvaluationSet(split, people if found is None else found, (), boxes)
 
 
 def test_units_hold_whole_photographs_and_at_most_so_many_people() -> None:
-    photos = [photo(1, [1, 2]), photo(2, [3]), photo(3, [4, 5, 6, 7, 8]), photo(4, [9]), photo(5, [10, 11])]
-    units = plan_units(photos, 3)
-    assert [[p["ids"] for p in unit] for unit in units] == [[[1, 2], [3]], [[4, 5, 6, 7, 8]], [[9], [10, 11]]]
-    assert json.loads(json.dumps(units)) == units
+    of = set_of(asked({1: [1, 2], 2: [3], 3: [4, 5, 6, 7, 8], 4: [9], 5: [10, 11]}))
+    groups = group_photos(of, 3)
+    assert [[p.image_id for p in group.photos] for group in groups] == [[1, 2], [3], [4, 5]]
+    assert [g.people.ann_id.tolist() for g in groups] == [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
 
 
-def answers_for(units: list[Unit]) -> np.ndarray:
-    pairs = [(p["image_id"], i) for unit in units for p in unit for i in p["ids"]]
-    answers = np.zeros(len(pairs), answer_dtype(17))
-    answers["image_id"], answers["id"] = np.transpose(pairs)
+def answers_for(people: People) -> np.ndarray:
+    answers = np.zeros(len(people), answer_dtype(17))
+    answers["image_id"], answers["id"] = people.image_id, people.ann_id
     return answers
 
 
 def test_every_box_is_answered_exactly_once_or_it_is_an_error() -> None:
-    units = plan_units([photo(1, [1, 2]), photo(2, [1])], 2)
-    answers = answers_for(units)
+    people = asked({1: [1, 2], 2: [1]})
+    units, answers = group_photos(set_of(people), 2), answers_for(people)
     check_answers(units, answers)
     with pytest.raises(RuntimeError, match=r"3 boxes .* 2 answers .*: 1 are missing \[\(1, 2\)\]"):
         check_answers(units, answers[[0, 2]])
@@ -231,7 +244,7 @@ def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> No
     exif[0x0112] = 6
     stored = Image.open(dots["root"] / "val2017" / "picture-0.png")
     stored.save(tmp_path / "0.jpg", quality=100, subsampling=0, exif=exif)
-    unit = {"image_id": 1, "path": str(tmp_path / "0.jpg"), "width": 200, "height": 160}
+    group = PhotoGroup((Photo(1, "0.jpg", str(tmp_path / "0.jpg"), 200, 160),), asked({1: [1]}))
     seen = []
 
     class Spy:
@@ -242,29 +255,22 @@ def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> No
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        module.answer_unit([{**unit, "ids": [1], "boxes": [[1, 1, 9, 9]]}], Spy(), EvaluateSettings())
+        predict_group(group, Spy(), EvaluateSettings())
     assert np.abs(seen[0].astype(int) - np.asarray(stored.convert("RGB"))).mean() < 3
 
 
 # --- from answers to results --------------------------------------------------------------------------
 
 
-def people_of(photos: list[Photo], boxes: tuple[str, str] | None = None) -> People:
-    split = CocoSplit("val2017", "a.json", "0", tuple(photos), ())
-    return People(split, split, {}, boxes)
-
-
 def test_results_are_rescored_suppressed_and_sorted() -> None:
     """Three boxes of one picture: 5 and 9 are the same pose, 7 another. Box scores .5, .9, .8; keypoints
     score .6 and .1 (not counted): .3, .54, .48. The better of the two stays; order is by id."""
-    boxes = [photo(2, [4], score=1.0), photo(8, [5, 7, 9])]
-    scored = tuple(replace(p, score=s) for p, s in zip(boxes[1].people, (0.5, 0.8, 0.9), strict=True))
-    people = people_of([boxes[0], replace(boxes[1], people=scored)], ("boxes.json", "1"))
-    answers = answers_for(plan_units(people.photos, 9))
-    answers["keypoints"] = np.arange(34).reshape(17, 2)
-    answers["keypoints"][2] += 30  # id 7
-    answers["scores"] = np.where(np.arange(17) < 9, 0.6, 0.1)
-    results = to_results(answers, people, SPEC, EvaluateSettings())
+    boxes = asked({2: [4], 8: [5, 7, 9]}, [1.0, 0.5, 0.8, 0.9])
+    keypoints = np.tile(np.arange(34, dtype=np.float32).reshape(17, 2), (4, 1, 1))
+    keypoints[2] += 30  # id 7
+    scores = np.tile(np.where(np.arange(17) < 9, 0.6, 0.1).astype(np.float32), (4, 1))
+    answers = keypoints, scores, boxes, SPEC
+    results = to_results(*answers, EvaluateSettings())
     assert [(r["image_id"], r["score"]) for r in results] == [
         (2, pytest.approx(0.6)),
         (8, pytest.approx(0.48)),
@@ -272,26 +278,27 @@ def test_results_are_rescored_suppressed_and_sorted() -> None:
     ]
     assert results[1]["keypoints"][:3] == [30, 31, pytest.approx(0.6)]
     assert all(r["category_id"] == 1 for r in results)
-    loose = to_results(answers, people, SPEC, EvaluateSettings(oks_nms=1.0))
-    soft = to_results(answers, people, SPEC, EvaluateSettings(soft_nms=True))
+    loose = to_results(*answers, EvaluateSettings(oks_nms=1.0))
+    soft = to_results(*answers, EvaluateSettings(soft_nms=True))
     assert len(loose) == len(soft) == 4
-    all_counted = to_results(answers, people, SPEC, EvaluateSettings(keypoint_threshold=0.05))
+    all_counted = to_results(*answers, EvaluateSettings(keypoint_threshold=0.05))
     assert all_counted[0]["score"] == pytest.approx((9 * 0.6 + 8 * 0.1) / 17)
 
 
 def test_people_are_matched_with_their_own_or_the_best_prediction() -> None:
-    here = photo(3, [1, 2])
-    answers = answers_for(plan_units([here], 9))
-    answers["keypoints"][0] += 9.0
-    own = match_people(answers, people_of([here, photo(4, [3])]), COCO17)
-    assert [m.ann_id for m in own] == [1, 2, 3]
+    people = asked({3: [1, 2]})
+    keypoints, scores = np.zeros((2, 17, 2), np.float32), np.zeros((2, 17), np.float32)
+    keypoints[0] += 9.0
+    own = match_people(keypoints, scores, set_of(people), COCO17)
     # OKS by hand: mean of exp(-(81 + 81) / (8 sigma² 500)).
     expected = np.mean(np.exp(-162 / (8 * np.array(COCO17.oks_sigmas) ** 2 * 500)))
-    assert [m.oks for m in own] == pytest.approx([expected, 1.0, 0.0])
-    assert np.isnan(own[2].predicted).all()
-    assert own[0].similarity.mean() == pytest.approx(expected)
-    best = match_people(answers, people_of([here], ("boxes.json", "1")), COCO17)
-    assert [m.oks for m in best] == [1.0, 1.0]
+    assert own.oks == pytest.approx([expected, 1.0])
+    assert own.similarity[0].mean() == pytest.approx(expected)
+    of = set_of(asked({3: [1, 2], 4: [3]}), ("boxes.json", "1"), found=people)
+    best = match_people(keypoints, scores, of, COCO17)
+    assert best.people.ann_id.tolist() == [1, 2, 3]
+    assert best.oks.tolist() == [1.0, 1.0, 0.0]  # nobody was looked for in picture 4
+    assert np.isnan(best.predicted[2]).all()
 
 
 def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) -> None:
@@ -304,8 +311,8 @@ def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) ->
     (root / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(truth))
     boxes = {}
     for preset in ("official", "mmpose"):
-        people = read_people(root, "val2017", None, EvaluateSettings(preset=preset), COCO17)
-        boxes[preset] = [p.bbox_xywh.tolist() for p in people.photos[0].people]
+        of = read_evaluation_set(root, "val2017", None, EvaluateSettings(preset=preset), COCO17)
+        boxes[preset] = of.asked.bbox_xywh[:2].tolist()
     assert boxes["official"] == [[0, 20, 49, 59], [150, 100, width - 151, height - 101]]
     assert boxes["mmpose"] == [[0, 20, 45, 60], [150, 100, width - 151, height - 101]]
 
@@ -319,9 +326,7 @@ def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) ->
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        module.answer_unit(
-            plan_units(people.photos, 4)[0], Spy(), EvaluateSettings(preset="mmpose", batch_size=5)
-        )
+        predict_group(group_photos(of, 4)[0], Spy(), EvaluateSettings(preset="mmpose", batch_size=5))
     assert (seen["border"], seen["batch_size"], seen["flip_test"]) == ("mmpose", 5, True)
 
 
@@ -339,7 +344,7 @@ def test_unusable_photographs_are_all_named(dots: dict[str, Any], tmp_path: Path
     text = str(caught.value)
     assert text.startswith("2 photographs cannot be used")
     assert "picture-1.png: " in text
-    assert "picture-5.png: is 200x160 px, annotated as 240x160" in text
+    assert "picture-5.png: size_differs, 200 x 160 px, the annotations are for 240 x 160" in text
     assert "\n" not in text
     (pictures / "picture-3.png").unlink()
     with pytest.raises(DataError, match=r"1 photographs cannot be used.*picture-3\.png: missing_image"):
@@ -369,8 +374,8 @@ def test_wrong_input_is_one_paragraph(dots: dict[str, Any], tmp_path: Path, here
     small = replace(SMALL, num_keypoints=3)
     save_checkpoint(tmp_path / "three", _random_network(small), CheckpointSpec(small, CODEC, three))
     refused(
-        CheckpointError,
-        r"three: trained for the skeleton 'three', 3 keypoints \(a, b, c \.\.\.\), but .* names 17",
+        DataError,
+        r"is not skeleton 'three': 17 keypoints instead of 3 .* the skeleton that .*three was trained for",
         tmp_path / "three",
         root,
     )
@@ -407,37 +412,36 @@ def test_perfect_heatmaps_of_real_people(real_data: Path, split: str, input_size
     a perfect official heatmap is symmetric about the cell round(x / 4), so no quarter step is taken; of a
     keypoint outside the map the tail within 3 sigma is left, beyond that nothing: (0, 0)."""
     spec = CheckpointSpec(HRNetConfig(), HeatmapCodec("official", input_size))
-    people = read_people(real_data / "coco", split, None, EvaluateSettings(), COCO17)
-    asked = [p for ph in people.photos for p in ph.people]
-    keypoints, visible = np.array([p.keypoints for p in asked]), np.array([p.visible for p in asked])
-    center, scale = box_to_center_scale(np.array([p.bbox_xywh for p in asked]), input_size)
+    of = read_evaluation_set(real_data / "coco", split, None, EvaluateSettings(), COCO17)
+    people = of.asked
+    keypoints, visible = people.keypoints[..., :2], people.keypoints[..., 2]
+    center, scale = box_to_center_scale(people.bbox_xywh, input_size)
     matrices = spec.codec.image_to_crop_matrix(center, scale)
     heatmaps, _ = spec.codec.encode(apply_affine(matrices, keypoints), visible)
     decoded, scores = spec.codec.decode(heatmaps)
-    answers = answers_for(plan_units(people.photos, 64))
-    answers["keypoints"], answers["scores"] = place_in_image(decoded, matrices), scores
-    stats = evaluate_results(to_results(answers, people, spec, EvaluateSettings()), people.truth)
+    answers = place_in_image(decoded, matrices), scores
+    stats, _ = score_poses(*answers, people, of.split.truth, spec, EvaluateSettings())
 
     by_hand = []
     (width, height), sigma = input_size, input_size[1] / 128
-    for person in asked:
-        x, y, w, h = person.bbox_xywh.astype(float)
+    for row, box in enumerate(people.bbox_xywh.astype(float)):
+        x, y, w, h = box
         factor = width / (1.25 * max(w, h * width / height))  # crop px per photo px
         left, top = x + w / 2 - width / 2 / factor, y + h / 2 - height / 2 / factor
-        rounded = np.trunc((person.keypoints - [left, top]) * factor / 4 + 0.5)
+        rounded = np.trunc((keypoints[row] - [left, top]) * factor / 4 + 0.5)
         cells = np.clip(rounded, 0, [width / 4 - 1, height / 4 - 1])  # the nearest that the map has
-        reached = (np.abs(rounded - cells) <= 3 * sigma).all(axis=1) & (person.visible > 0)
+        reached = (np.abs(rounded - cells) <= 3 * sigma).all(axis=1) & (visible[row] > 0)
         places = np.where(reached[:, None], cells * 4, 0) / factor + [left, top]
         peaks = np.exp(-((rounded - cells) ** 2).sum(axis=1) / (2 * sigma**2)) * reached
         counted = peaks[peaks > 0.2]
         by_hand.append(
             {
-                "image_id": person.image_id,
+                "image_id": int(people.image_id[row]),
                 "category_id": 1,
                 "keypoints": np.concatenate([places, peaks[:, None]], axis=1).ravel().tolist(),
                 "score": float(counted.mean()) if len(counted) else 0.0,
             }
         )
-    expected = evaluate_results(by_hand, people.truth)
+    expected = evaluate_results(by_hand, of.split.truth)
     assert stats == pytest.approx(expected, abs=1e-6)
     assert stats["AP"] == pytest.approx(CEILING[split, input_size], abs=0.001)

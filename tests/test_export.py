@@ -19,12 +19,13 @@ from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.modes import MODES, export_onnx
 from hrnet_core.predictor import PosePredictor
-from pipelines import evaluate as evaluate_module
+from hrnet_core.skeleton import COCO17
 from pipelines import measure_modes as measure_module
 from pipelines.cli import main
 from pipelines.config import EvaluateSettings
 from pipelines.export import crop_px, export, first_people
 from pipelines.measure_modes import keypoint_differences, measure_modes, time_modes
+from pipelines.sources.evaluation_set import read_evaluation_set
 
 CODEC = HeatmapCodec("official", (96, 128))
 
@@ -106,15 +107,13 @@ def test_what_export_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_slice_is_whole_photographs_with_their_truth(dots: tuple[Path, Path]) -> None:
-    everyone = evaluate_module.read_people(
-        dots[0], "val2017", None, EvaluateSettings(), CheckpointSpec(SMALL, CODEC).skeleton
-    )
+    everyone = read_evaluation_set(dots[0], "val2017", None, EvaluateSettings(), COCO17)
     some = first_people(everyone, 3)
-    assert [p.image_id for p in some.photos] == [100, 101]
-    assert [i["id"] for i in some.truth["images"]] == [100, 101]
-    assert [a["id"] for a in some.truth["annotations"]] == [1, 2, 3, 4]
+    assert [p.image_id for p, _ in some.photos] == [100, 101]
+    assert some.split.truth.image_ids.tolist() == [100, 101]
+    assert some.split.truth.people.ann_id.tolist() == [1, 2, 3, 4]
     assert len(first_people(everyone, 999).photos) == 6
-    assert len(everyone.truth["annotations"]) == len(truth_of(dots[0])["annotations"])
+    assert len(everyone.split.truth.people) == len(truth_of(dots[0])["annotations"])
 
 
 def test_distances_are_of_the_crop() -> None:

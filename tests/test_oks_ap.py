@@ -185,12 +185,12 @@ def test_bad_results_are_refused(message: str) -> None:
 
 def test_bad_ground_truth_and_files_are_refused(tmp_path: Path) -> None:
     truth, results = hand_made(0)
-    with pytest.raises(DataError, match="1 keypoints, the skeleton 'coco17' has 17"):
+    with pytest.raises(DataError, match="keypoints is 3 entries, not 51 numbers"):
         evaluate_results(results, truth)
-    with pytest.raises(DataError, match="lists images, annotations and categories"):
+    with pytest.raises(DataError, match="field 'annotations' is missing"):
         evaluate_results(results, {"images": []}, skeleton=ONE)
     del truth["annotations"][0]["area"]
-    with pytest.raises(DataError, match=r"annotation 1 has no area.*--no-use-area"):
+    with pytest.raises(DataError, match=r"every annotation has no area.*--no-use-area"):
         evaluate_results(results, truth, skeleton=ONE)
     assert evaluate_results(results, truth, skeleton=ONE, use_area=False)["AP"] == pytest.approx(1.0)
     broken = tmp_path / "r.json"
@@ -242,7 +242,7 @@ def test_on_the_command_line_with_all_digits(
     for more, why in (
         (["--report", "x.html"], "--report"),
         (["--measure-modes"], "--measure-modes"),
-        (["--skeleton", str(one)], "17 keypoints, the skeleton 'one' has 1"),
+        (["--skeleton", str(one)], "17 keypoints instead of 1"),
     ):
         assert main([*argv, *more]) == 2
         assert why in capsys.readouterr().err

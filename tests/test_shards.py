@@ -148,16 +148,15 @@ def test_parquet_settings(pristine: Manifest) -> None:
 
 def test_rows_say_what_they_hold(pristine: Manifest, coco: Path) -> None:
     """Picture, heatmaps, weights and matrix of a row belong together, in both variants."""
-    codec, skeleton = pristine.codec(), pristine.skeleton()
+    codec, skeleton = pristine.recipe.codec, pristine.recipe.skeleton
     assert skeleton == COCO17
     split = read_coco(coco, TRAIN, COCO17)
-    people = [person for photo in split.photos for person in photo.people]
+    people = split.people
     for variant in range(2):
         found = rows(pristine, TRAIN, variant)
-        assert found["ann_id"].tolist() == [p.ann_id for p in people] == list(range(1, 12))
-        np.testing.assert_array_equal(found["keypoints"][..., :2], [p.keypoints for p in people])
-        np.testing.assert_array_equal(found["keypoints"][..., 2], [p.visible for p in people])
-        np.testing.assert_array_equal(found["bbox_xywh"], [p.bbox_xywh for p in people])
+        assert found["ann_id"].tolist() == people.ann_id.tolist() == list(range(1, 12))
+        np.testing.assert_array_equal(found["keypoints"], people.keypoints.astype(np.float32))
+        np.testing.assert_array_equal(found["bbox_xywh"], people.bbox_xywh)
         assert (found["variant"] == variant).all()
         places, visible = found["keypoints"][..., :2], found["keypoints"][..., 2]
         crop = keypoints_in_view(found["image_to_crop"], found["flipped"], places, visible, skeleton)
@@ -237,7 +236,7 @@ def test_digest_is_the_contracts(pristine: Manifest, coco: Path, tmp_path: Path)
         name: hashlib.sha256((coco / f"annotations/person_keypoints_{name}.json").read_bytes()).hexdigest()
         for name in (TRAIN, VAL)
     }
-    parts = [1, pristine.config, annotations, shards]
+    parts = [1, pristine.fields["config"], annotations, shards]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     assert pristine.digest == hashlib.sha256(text.encode()).hexdigest()
     elsewhere = Path(shutil.copytree(coco, tmp_path / "moved"))

@@ -174,16 +174,19 @@ def test_crowdpose_annotations_are_read(real_data: Path, tmp_path: Path) -> None
     root = root_of(tmp_path, data)
     split = read_coco(root, "train2017", load_skeleton("crowdpose14"))
     labelled = [a for a in data["annotations"] if a["num_keypoints"]]
-    assert (len(split.photos), split.people) == (4, len(labelled)) == (4, 9)
+    assert (len(split.photos), len(split.people)) == (4, len(labelled)) == (4, 9)
     assert [r.reason for r in split.rejected] == ["no_keypoints"]
     assert split.repaired["area_from_box"] == 9
     boxes = {a["id"]: a["bbox"] for a in data["annotations"]}
-    for person in (person for photo in split.photos for person in photo.people):
-        assert person.area == pytest.approx(0.53 * boxes[person.ann_id][2] * boxes[person.ann_id][3])
+    for ann_id, area in zip(split.people.ann_id.tolist(), split.people.area, strict=True):
+        assert area == pytest.approx(0.53 * boxes[ann_id][2] * boxes[ann_id][3])
     # One that has an area: then its absence is a defect of the others, as before.
     labelled[0]["area"] = 100.0
     split = read_coco(root_of(tmp_path / "b", data), "train2017", load_skeleton("crowdpose14"))
-    assert (split.people, {r.reason for r in split.rejected}) == (1, {"area_not_positive", "no_keypoints"})
+    assert (len(split.people), {r.reason for r in split.rejected}) == (
+        1,
+        {"area_not_positive", "no_keypoints"},
+    )
 
 
 def root_of(root: Path, data: dict[str, Any]) -> Path:
@@ -240,12 +243,12 @@ def test_a_training_step_with_14_keypoints(tmp_path: Path, monkeypatch: pytest.M
         update={"width": 8, "stem_width": 8, "bottlenecks": 1, "modules": (1, 1, 1), "blocks": 1}
     )
     manifest = preprocess(run)
-    assert manifest.skeleton() == body
+    assert manifest.recipe.skeleton == body
     settings = TrainSettings(batch_size=4, lanes=4)
     (batch,) = Feed(manifest, "train2017", settings).batches(0)
     assert batch.heatmaps.shape == (4, 14, 24, 16)
     torch.manual_seed(0)
-    model = HRNet(small.architecture(manifest.skeleton().num_keypoints), "kaiming").train()
+    model = HRNet(small.architecture(manifest.recipe.skeleton.num_keypoints), "kaiming").train()
     optimizer = make_optimizer(model, settings)
     part = Part(
         torch.from_numpy(batch.images).permute(0, 3, 1, 2) / 255,

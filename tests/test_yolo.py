@@ -19,8 +19,8 @@ from hrnet_core.images import encode_jpeg
 from hrnet_core.skeleton import COCO17, load_skeleton
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
-from pipelines.sources.evaluation_set import read_people
-from pipelines.sources.records import CocoSplit
+from pipelines.sources.evaluation_set import read_evaluation_set
+from pipelines.sources.records import Split
 from pipelines.sources.yolo import read_yolo
 
 WIDTH, HEIGHT = 160, 120
@@ -59,7 +59,7 @@ def label(root: Path, index: int = 0, split: str = "train") -> Path:
     return sorted((root / "labels" / split).glob("*.txt"))[index]
 
 
-def reasons(split: CocoSplit) -> dict[str, int]:
+def reasons(split: Split) -> dict[str, int]:
     return dict(Counter(r.reason for r in split.rejected))
 
 
@@ -77,24 +77,22 @@ def fails(root: Path, *words: str, split: str = "train", skeleton: str = "coco17
 def test_the_people_are_cocos(root: Path, coco: Path) -> None:
     """Beside read_coco on the same annotations: half a digit of six is 8e-5 px."""
     ours, theirs = read_yolo(root, "train", COCO17), read_coco(coco, TRAIN, COCO17)
-    assert (len(ours.photos), ours.people, ours.rejected) == (3, 4, ())
+    assert (len(ours.photos), len(ours.people), ours.rejected) == (3, 4, ())
     assert [p.file_name for p in ours.photos] == [p.file_name for p in theirs.photos]
     assert [(p.width, p.height) for p in ours.photos] == [(WIDTH, HEIGHT)] * 3
     assert [p.image_id for p in ours.photos] == [1, 2, 3]
     for mine, other in zip(ours.photos, theirs.photos, strict=True):
         assert Path(mine.path).read_bytes() == Path(other.path).read_bytes()
-        for a, b in zip(mine.people, other.people, strict=True):
-            assert a.ann_id == b.ann_id
-            np.testing.assert_allclose(a.keypoints, b.keypoints, atol=1e-4)
-            np.testing.assert_array_equal(a.visible, b.visible)
-            np.testing.assert_allclose(a.bbox_xywh, b.bbox_xywh, atol=2.5e-4)
+    assert ours.people.ann_id.tolist() == theirs.people.ann_id.tolist()
+    np.testing.assert_allclose(ours.people.keypoints, theirs.people.keypoints, atol=1e-4)
+    np.testing.assert_array_equal(ours.people.keypoints[..., 2], theirs.people.keypoints[..., 2])
+    np.testing.assert_allclose(ours.people.bbox_xywh, theirs.people.bbox_xywh, atol=2.5e-4)
     assert ours.repaired == {"area_from_box": 4}
 
 
 def test_the_area_is_that_of_the_box_by_the_stated_rule(root: Path) -> None:
     label(root).write_text(line([8, 6, 80, 60], [40, 30, 2] * 17) + "\n")
-    person = read_yolo(root, "train", COCO17).photos[0].people[0]
-    assert person.area == pytest.approx(0.53 * 80 * 60, rel=1e-5)
+    assert read_yolo(root, "train", COCO17).people.area[0] == pytest.approx(0.53 * 80 * 60, rel=1e-5)
 
 
 def test_the_rule_fits_real_people(real_data: Path) -> None:
@@ -160,7 +158,7 @@ def test_a_line_is_rejected_by_its_kind(root: Path, reason: str, change: Callabl
     (rejection,) = split.rejected
     assert (rejection.file, rejection.image_id, rejection.ann_id) == (f"{TRAIN}-0.jpg", 1, 2)
     assert rejection.detail.startswith(f"{TRAIN}-0.txt line 2: ")
-    assert split.people == 3
+    assert len(split.people) == 3
 
 
 def test_a_value_outside_the_picture_says_so(root: Path) -> None:
@@ -202,7 +200,7 @@ def test_a_picture_is_rejected_by_its_kind(
     assert len(found) == len(split.rejected) == (2 if reason == "label_shared" else 1)
     assert (found[0].ann_id, found[0].people) == (None, people)
     assert found[0].is_defect == (reason not in ("no_label", "empty_label"))
-    assert split.people == 2
+    assert len(split.people) == 2
 
 
 def test_other_classes_and_repeated_lines_are_counted(root: Path) -> None:
@@ -210,10 +208,10 @@ def test_other_classes_and_repeated_lines_are_counted(root: Path) -> None:
     dog = " ".join(["1", *first.split()[1:]])
     label(root).write_text(f"{first}\n{dog}\n\n{second}\n{first}\n")
     split = read_yolo(root, "train", COCO17)
-    assert (split.people, split.rejected) == (4, ())
+    assert (len(split.people), split.rejected) == (4, ())
     assert split.repaired == {"area_from_box": 4, "other_category": 1, "duplicates": 1}
     (root / "data.yaml").write_text("names: {0: dog, 1: person}\n")
-    assert read_yolo(root, "train", COCO17).people == 1
+    assert len(read_yolo(root, "train", COCO17).people) == 1
 
 
 def test_a_place_that_is_not_labelled_is_dropped(root: Path) -> None:
@@ -222,7 +220,7 @@ def test_a_place_that_is_not_labelled_is_dropped(root: Path) -> None:
     label(root).write_text(" ".join(first))
     split = read_yolo(root, "train", COCO17)
     assert split.repaired["hidden_coordinates"] == 1
-    assert split.photos[0].people[0].keypoints[0].tolist() == [0, 0]
+    assert split.people.keypoints[0, 0].tolist() == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------- data.yaml and folders
@@ -242,17 +240,17 @@ def test_data_yaml_as_ultralytics_writes_it(root: Path) -> None:
     plain = read_yolo(root, "train", COCO17)
     (root / "data.yaml").write_text(ULTRALYTICS)
     split = read_yolo(root, "train", COCO17)
-    assert split.people == 4
+    assert len(split.people) == 4
     assert split.annotation_sha256 != plain.annotation_sha256
     names = "\n".join(["kpt_names:", "  0:", *(f"    - {name}" for name in COCO17.keypoints)])
     (root / "data.yaml").write_text(ULTRALYTICS + names)
-    assert read_yolo(root, "val", COCO17).people == 1
+    assert len(read_yolo(root, "val", COCO17).people) == 1
     # Roboflow's layout: train/images beside train/labels, and a path that leaves the folder.
     (root / "train").mkdir()
     (root / "images" / "train").rename(root / "train" / "images")
     (root / "labels" / "train").rename(root / "train" / "labels")
     (root / "data.yaml").write_text(ULTRALYTICS.replace("images/train", "../train/images"))
-    assert read_yolo(root, "train", COCO17).people == 4
+    assert len(read_yolo(root, "train", COCO17).people) == 4
 
 
 @pytest.mark.parametrize(
@@ -301,7 +299,7 @@ def test_folders(root: Path, tmp_path: Path) -> None:
     fails(root, f"{root}/images: no pictures", "--data.train-split", split="all")
     shutil.move(str(root / "images" / "val"), root / "flat" / "images")
     shutil.move(str(root / "labels" / "val"), root / "flat" / "labels")
-    assert read_yolo(root / "flat", "all", COCO17).people == 1
+    assert len(read_yolo(root / "flat", "all", COCO17).people) == 1
     fails(root, "images/val: no such folder", split="val")
     split = read_yolo(root, "train", load_skeleton("crowdpose14"))
     assert reasons(split) == {"keypoints_length": 4}
@@ -332,7 +330,7 @@ def test_preprocess_says_where_the_area_is_from(
 def test_no_ap_on_such_labels(root: Path) -> None:
     for read in (
         lambda: read_coco(root, "val", COCO17),
-        lambda: read_people(root, "val", None, None, COCO17),  # type: ignore[arg-type]
+        lambda: read_evaluation_set(root, "val", None, None, COCO17),  # type: ignore[arg-type]
     ):
         with pytest.raises(DataError, match=r"YOLO-pose labels.*--data\.format yolo_pose.*AP"):
             read()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import PAGE, definitions, embedded
 from pipelines.poses.protocol import Evaluation, Matched, protocol_line
+from pipelines.sources.photos import open_picture
 
 PAIRS = 12
 """People of a contact sheet."""
@@ -32,12 +33,17 @@ MEANINGS = {
 }
 
 
-def contact_sheets(people: Sequence[Matched], skeleton: Skeleton, folder: Path) -> dict[str, Path]:
-    """Write best.jpg, median.jpg and worst.jpg: of each person truth (left) beside prediction (right)."""
+def contact_sheets(
+    matched: Matched, paths: Mapping[int, str], skeleton: Skeleton, folder: Path, max_pixels: int
+) -> dict[str, Path]:
+    """Write best.jpg, median.jpg and worst.jpg: of each person truth (left) beside prediction (right).
+
+    paths: of the photographs by image_id.
+    """
     from hrnet_core.images import encode_jpeg
 
     folder.mkdir(parents=True, exist_ok=True)
-    ranked = sorted(people, key=lambda p: (-p.oks, p.image_id, p.ann_id))
+    ranked = np.lexsort((matched.people.ann_id, matched.people.image_id, -matched.oks))
     middle = max(0, (len(ranked) - PAIRS) // 2)
     chosen = {
         "best": ranked[:PAIRS],
@@ -45,37 +51,42 @@ def contact_sheets(people: Sequence[Matched], skeleton: Skeleton, folder: Path) 
         "worst": ranked[::-1][:PAIRS],
     }
     files = {}
-    for name, some in chosen.items():
-        if some:
+    for name, rows in chosen.items():
+        if len(rows):
             files[name] = folder / f"{name}.jpg"
-            files[name].write_bytes(encode_jpeg(_sheet(some, skeleton), 90))
+            files[name].write_bytes(encode_jpeg(_sheet(matched, rows, paths, skeleton, max_pixels), 90))
     return files
 
 
-def _sheet(people: Sequence[Matched], skeleton: Skeleton) -> NDArray[np.uint8]:
+def _sheet(
+    matched: Matched, rows: NDArray[np.int64], paths: Mapping[int, str], skeleton: Skeleton, max_pixels: int
+) -> NDArray[np.uint8]:
     from hrnet_core.overlays import tile
 
-    labels = [f"OKS {p.oks:.2f}  image {p.image_id}" for p in people]
-    return tile([_pair(p, skeleton) for p in people], columns=4, labels=labels)
+    image_ids = matched.people.image_id[rows].tolist()
+    labels = [f"OKS {matched.oks[r]:.2f}  image {i}" for r, i in zip(rows, image_ids, strict=True)]
+    pictures = (open_picture(paths[i], max_pixels, apply_exif=False).decode() for i in image_ids)
+    pairs = [_pair(picture, matched, r, skeleton) for picture, r in zip(pictures, rows, strict=True)]
+    return tile(pairs, columns=4, labels=labels)
 
 
-def _pair(person: Matched, skeleton: Skeleton) -> NDArray[np.uint8]:
+def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skeleton) -> NDArray[np.uint8]:
     """uint8 (h, 2w + gap, 3): the person cut out twice, with the truth and with the prediction drawn in."""
     from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, three_point_matrix
-    from hrnet_core.images import decode_image
     from hrnet_core.overlays import draw_poses
 
-    image = decode_image(Path(person.path).read_bytes(), apply_exif=False)
-    center, scale = box_to_center_scale(person.bbox_xywh, TILE, padding=1.35)
+    box = matched.people.bbox_xywh[row]
+    truth = matched.people.keypoints[row]
+    center, scale = box_to_center_scale(box, TILE, padding=1.35)
     image_to_tile = three_point_matrix(center, scale, TILE)
     crop = crop_people(image, image_to_tile[None], TILE)[0]
-    box = _box_in_tile(person.bbox_xywh, image_to_tile)
-    labelled = (person.visible > 0).astype(np.float32)
-    truth = apply_affine(image_to_tile, person.truth)
-    left = draw_poses(crop, truth[None], labelled[None], skeleton, boxes_xywh=box[None])
+    boxes = _box_in_tile(box, image_to_tile)[None]
+    labelled = (truth[:, 2] > 0).astype(np.float32)
+    places = apply_affine(image_to_tile, truth[:, :2])
+    left = draw_poses(crop, places[None], labelled[None], skeleton, boxes_xywh=boxes)
     # NaN points are not drawn: where nothing was predicted the box stands alone.
-    predicted = apply_affine(image_to_tile, person.predicted)
-    right = draw_poses(crop, predicted[None], person.scores[None], skeleton, 0.2, boxes_xywh=box[None])
+    predicted = apply_affine(image_to_tile, matched.predicted[row])
+    right = draw_poses(crop, predicted[None], matched.scores[row][None], skeleton, 0.2, boxes_xywh=boxes)
     gap = np.full((TILE[1], 4, 3), 255, np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
@@ -92,7 +103,7 @@ def _box_in_tile(bbox_xywh: NDArray[np.float32], image_to_tile: NDArray[np.float
 def write_html(
     file: Path,
     evaluation: Evaluation,
-    people: Sequence[Matched],
+    matched: Matched,
     sheets: dict[str, Path],
     skeleton: Skeleton,
     details: dict[str, Any],
@@ -118,9 +129,9 @@ def write_html(
 <section class="stats">{tiles}</section>
 <section><h2>People by OKS</h2><p class="quiet">How well each labelled person was found: 1 is exact, below .5
 counts as missed at the loosest threshold. A person without any prediction counts as 0.</p>
-{_histogram([p.oks for p in people])}</section>
+{_histogram(matched.oks)}</section>
 <section><h2>Keypoints</h2><p class="quiet">Mean similarity (the term of OKS) where labelled.</p>
-{_keypoints(people, skeleton)}</section>
+{_keypoints(matched, skeleton)}</section>
 <section><h2>Pictures</h2><p class="quiet">Of each person the truth on the left, the prediction on the right,
 and the annotated box; left limbs green, right limbs orange. Keypoints scoring .2 or less are not drawn.</p>
 {pictures}</section>
@@ -130,7 +141,7 @@ and the annotated box; left limbs green, right limbs orange. Keypoints scoring .
     file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
 
 
-def _histogram(values: Sequence[float]) -> str:
+def _histogram(values: NDArray[np.float64]) -> str:
     """Ten bars as inline SVG."""
     counts, _ = np.histogram(values, bins=10, range=(0, 1))
     tallest = max(int(counts.max(initial=0)), 1)
@@ -145,9 +156,9 @@ def _histogram(values: Sequence[float]) -> str:
     return f'<svg viewBox="0 0 600 162" role="img" aria-label="people by OKS">{"".join(bars)}</svg>'
 
 
-def _keypoints(people: Sequence[Matched], skeleton: Skeleton) -> str:
+def _keypoints(matched: Matched, skeleton: Skeleton) -> str:
     """A row for each keypoint: name, labelled people, mean similarity as a bar."""
-    similarity = np.array([p.similarity for p in people]).reshape(-1, skeleton.num_keypoints)
+    similarity = matched.similarity
     labelled = np.isfinite(similarity)
     means = np.nansum(similarity, axis=0) / np.maximum(labelled.sum(axis=0), 1)
     rows = "".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,66 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17, Skeleton
+from pipelines.sources.coco import TO_SCORE, Annotations, read_annotations
+from pipelines.sources.records import BOX_AREA, GroundTruth
 from pipelines.storage import read_json
 
 STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 """The ten figures of COCO's keypoint task, in pycocotools' order."""
 MAX_DETS = 20
 """Best results of an image that count (COCO keypoints)."""
-BOX_AREA = 0.53
-"""Area of a person in areas of its box, where annotations have none (CrowdPose, AI Challenger)."""
 
 
 def evaluate_results(
     results: str | Path | list[dict[str, Any]],
-    ground_truth: str | Path | dict[str, Any],
+    ground_truth: Annotations | GroundTruth,
     *,
     skeleton: Skeleton = COCO17,
     use_area: bool = True,
 ) -> dict[str, float]:
     """The figures of a COCO keypoint results list, equal to pycocotools' to the last digit.
 
-    results, ground_truth: JSON files (or .json.gz), or what they hold; neither is changed. The order of
-    the results is kept, because equal scores are ranked by it. The OKS constants are the skeleton's.
-    use_area=False replaces the annotations' area by 0.53 x box width x height, as data sets without
-    segments are scored (CrowdPose, AI Challenger).
+    results, ground_truth: JSON files (or .json.gz), or what they hold; neither is changed. Scored is
+    everyone whom the reader of annotations accepts, under ids of our own: pycocotools takes id 0 for nobody
+    and averages over categories. The order of the results is kept, because equal scores are ranked by it.
+    The OKS constants are the skeleton's. use_area=False replaces the annotations' area by 0.53 x box width x
+    height, as data sets without segments are scored (CrowdPose, AI Challenger).
 
     Returns STATS by name, -1 where the ground truth has no such person; and AP_easy, AP_medium, AP_hard
     (rounded to 4 digits, as published) where every image has CrowdPose's `crowdIndex`.
     DataError: a file that is not COCO's, an unknown image, a wrong number of keypoints, NaN.
     """
-    truth_name, truth = read_json(ground_truth, "the ground truth")
+    truth = ground_truth
+    if not isinstance(truth, GroundTruth):
+        truth = read_annotations(truth, skeleton, TO_SCORE).truth
+    truth = _scorable(truth, use_area)
     name, found = read_json(results, "the results")
-    truth = _checked_truth(truth, truth_name, skeleton, use_area)
-    found = _checked_results(found, name, truth, truth_name, skeleton)
-    stats, _ = _pycocotools(truth, found, skeleton, [image["id"] for image in truth["images"]])
-    if truth["images"] and all("crowdIndex" in image for image in truth["images"]):
+    found = _checked_results(found, name, truth, skeleton)
+    stats, _ = _pycocotools(truth, found, skeleton, truth.image_ids)
+    if truth.crowd_index is not None:
         stats |= _by_crowding(truth, found, skeleton)
     return stats
 
 
+def _scorable(truth: GroundTruth, use_area: bool) -> GroundTruth:
+    """The ground truth with its areas decided; DataError where somebody cannot be scored against."""
+    truth.refuse_unscorable()
+    people = truth.people
+    if not use_area:
+        width, height = people.stated_xywh[:, 2], people.stated_xywh[:, 3]
+        return replace(truth, people=replace(people, area=BOX_AREA * (width * height)))
+    without = np.isnan(people.area) & ~people.crowd & (people.keypoints[..., 2] > 0).any(axis=1)
+    if without.any() or not truth.has_areas:
+        who = f"annotation {people.ann_id[without][0]}" if without.any() else "every annotation"
+        raise DataError(
+            f"{truth.name}: {who} has no area, which OKS is measured by. Write the area of the segment in "
+            f"px, or score by the boxes with --no-use-area."
+        )
+    return replace(truth, people=replace(people, area=np.nan_to_num(people.area)))
+
+
 def _pycocotools(
-    truth: dict[str, Any], found: list[dict[str, Any]], skeleton: Skeleton, image_ids: list[int]
+    truth: GroundTruth, found: list[dict[str, Any]], skeleton: Skeleton, image_ids: NDArray[np.int64]
 ) -> tuple[dict[str, float], NDArray[np.float64]]:
     """STATS over some images, and precision (thresholds, recalls, categories, areas, max_dets)."""
     from pycocotools.coco import COCO
@@ -60,13 +81,13 @@ def _pycocotools(
     # pycocotools writes into the records it is given, and prints.
     with contextlib.redirect_stdout(io.StringIO()):
         coco_truth, coco_found = COCO(), COCO()
-        coco_truth.dataset = {**truth, "annotations": [dict(a) for a in truth["annotations"]]}
+        coco_truth.dataset = coco_dataset(truth)
         coco_truth.createIndex()
         if found:
             coco_found = coco_truth.loadRes([dict(r) for r in found])
         evaluator = COCOeval(coco_truth, coco_found, "keypoints")
         evaluator.params.kpt_oks_sigmas = np.array(skeleton.oks_sigmas)
-        evaluator.params.imgIds = sorted(image_ids)
+        evaluator.params.imgIds = sorted(image_ids.tolist())
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -74,60 +95,58 @@ def _pycocotools(
     return stats, evaluator.eval["precision"]
 
 
-def _by_crowding(truth: dict[str, Any], found: list[dict[str, Any]], skeleton: Skeleton) -> dict[str, float]:
+def coco_dataset(truth: GroundTruth) -> dict[str, Any]:
+    """The ground truth as COCO's own fields: ids from 1 in order, keypoints counted."""
+    people = truth.people
+    columns = zip(
+        people.image_id.tolist(),
+        people.crowd.tolist(),
+        people.keypoints.reshape(len(people), -1).tolist(),
+        (people.keypoints[..., 2] > 0).sum(axis=1).tolist(),
+        people.area.tolist(),
+        people.stated_xywh.tolist(),
+        strict=True,
+    )
+    annotations = [
+        {
+            "id": number,
+            "image_id": image_id,
+            "category_id": truth.category_id,
+            "iscrowd": int(crowd),
+            "keypoints": keypoints,
+            "num_keypoints": labelled,
+            "area": area,
+            "bbox": bbox,
+        }
+        for number, (image_id, crowd, keypoints, labelled, area, bbox) in enumerate(columns, start=1)
+    ]
+    return {
+        "images": [{"id": image_id} for image_id in truth.image_ids.tolist()],
+        "annotations": annotations,
+        "categories": [{"id": truth.category_id, "name": "person"}],
+    }
+
+
+def _by_crowding(truth: GroundTruth, found: list[dict[str, Any]], skeleton: Skeleton) -> dict[str, float]:
     """CrowdPose's AP over images with crowdIndex below 0.2, below 0.8 and above (its published evaluator)."""
     bounds = {"AP_easy": (-np.inf, 0.2), "AP_medium": (0.2, 0.8), "AP_hard": (0.8, np.inf)}
     figures = {}
     for name, (low, high) in bounds.items():
-        ids = {image["id"] for image in truth["images"] if low <= image["crowdIndex"] < high}
-        some = [r for r in found if r["image_id"] in ids]
-        _, precision = _pycocotools(truth, some, skeleton, list(ids))
-        figures[name] = round(float(np.mean(precision[:, :, :, 0, :])), 4) if ids else -1.0
+        ids = truth.image_ids[(low <= truth.crowd_index) & (truth.crowd_index < high)]
+        some = [r for r in found if r["image_id"] in set(ids.tolist())]
+        _, precision = _pycocotools(truth, some, skeleton, ids)
+        figures[name] = round(float(np.mean(precision[:, :, :, 0, :])), 4) if len(ids) else -1.0
     return figures
 
 
-def _checked_truth(truth: Any, name: str, skeleton: Skeleton, use_area: bool) -> dict[str, Any]:
-    """The ground truth with its areas decided, after every field that pycocotools reads was seen."""
-    if not isinstance(truth, dict) or not all(
-        isinstance(truth.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise DataError(
-            f"{name}: COCO ground truth is an object with the lists images, annotations and categories."
-        )
-    needed = ["id", "image_id", "category_id", "bbox", "iscrowd", "num_keypoints", "keypoints"]
-    needed += ["area"] if use_area else []
-    for annotation in truth["annotations"]:
-        missing = [key for key in needed if key not in annotation]
-        if missing:
-            way = " Without areas, score with --no-use-area." if missing == ["area"] else ""
-            raise DataError(
-                f"{name}: annotation {annotation.get('id')!r} has no {', '.join(missing)}; "
-                f"COCO keypoint annotations have {', '.join(needed)}.{way}"
-            )
-        count = len(annotation["keypoints"])
-        if count != 3 * skeleton.num_keypoints:
-            raise DataError(
-                f"{name}: annotation {annotation['id']} has {count / 3:g} keypoints, the skeleton "
-                f"{skeleton.name!r} has {skeleton.num_keypoints} and as many OKS constants. Name the "
-                f"skeleton of this data (--skeleton FILE.json, docs/skeletons.md)."
-            )
-    if use_area:
-        return truth
-    boxed = [{**a, "area": BOX_AREA * (a["bbox"][3] * a["bbox"][2])} for a in truth["annotations"]]
-    return {**truth, "annotations": boxed}
-
-
-def _checked_results(
-    found: Any, name: str, truth: dict[str, Any], truth_name: str, skeleton: Skeleton
-) -> list[dict[str, Any]]:
+def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skeleton) -> list[dict[str, Any]]:
     """The results as they are, after all that pycocotools would trip over or pass by in silence."""
     if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
         raise DataError(
             f"{name}: COCO results are a list of objects with image_id, category_id, keypoints and score, "
             f"got {type(found).__name__}."
         )
-    images = {image["id"] for image in truth["images"]}
-    categories = {category["id"] for category in truth["categories"]}
+    images = set(truth.image_ids.tolist())
     numbers = 3 * skeleton.num_keypoints
     boxed = bool(found) and bool(found[0].get("bbox"))
 
@@ -139,11 +158,11 @@ def _checked_results(
         if missing:
             raise refuse(index, f"has no {', '.join(missing)}")
         if result["image_id"] not in images:
-            raise refuse(index, f"is of image {result['image_id']!r}, which {truth_name} does not have")
-        if result["category_id"] not in categories:
+            raise refuse(index, f"is of image {result['image_id']!r}, which {truth.name} does not have")
+        if result["category_id"] != truth.category_id:
             raise refuse(
                 index,
-                f"is of category {result['category_id']!r}; {truth_name} has {sorted(categories)}",
+                f"is of category {result['category_id']!r}; people are {truth.category_id} in {truth.name}",
             )
         points = result["keypoints"]
         if not isinstance(points, list) or len(points) != numbers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,9 @@ from hrnet_core.geometry import box_to_center_scale
 from hrnet_core.oks import oks, oks_nms, rescore, soft_oks_nms
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import EvaluateSettings
-from pipelines.poses.oks_ap import MAX_DETS, STATS
-from pipelines.sources.evaluation_set import People
+from pipelines.poses.oks_ap import MAX_DETS, STATS, evaluate_results
+from pipelines.sources.evaluation_set import EvaluationSet
+from pipelines.sources.records import GroundTruth, People
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -109,124 +109,118 @@ def work_line(figures: dict[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Matched:
-    """One labelled person and the prediction that fits best."""
+def score_poses(
+    keypoints: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    asked: People,
+    truth: GroundTruth,
+    spec: CheckpointSpec,
+    settings: EvaluateSettings,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The ten figures of the poses of `asked`, and the COCO results that they are of.
 
-    path: str
-    image_id: int
-    ann_id: int
-    bbox_xywh: NDArray[np.float32]
-    """(4,), the ground truth's, image px."""
-    truth: NDArray[np.float32]
-    """(K, 2) image px."""
-    visible: NDArray[np.float32]
-    """(K,) 0, 1, 2."""
-    predicted: NDArray[np.float32]
-    """(K, 2) image px; NaN where nothing was predicted in this image."""
-    scores: NDArray[np.float32]
-    """(K,)"""
-    oks: float
-    """0 where nothing was predicted."""
-    similarity: NDArray[np.float64]
-    """(K,): each keypoint's term of OKS; NaN where it is not labelled."""
-
-
-def answer_dtype(num_keypoints: int) -> np.dtype[Any]:
-    """One answered box: photo px and scores as the predictor gave them."""
-    return np.dtype(
-        [
-            ("image_id", "<i8"),
-            ("id", "<i8"),
-            ("keypoints", "<f4", (num_keypoints, 2)),
-            ("scores", "<f4", (num_keypoints,)),
-        ]
-    )
+    keypoints (P, K, 2) in photo px and scores (P, K) of each asked person in turn. This is the one protocol:
+    evaluate, the AP of an epoch, export and measured modes all come here.
+    """
+    results = to_results(keypoints, scores, asked, spec, settings, truth.category_id)
+    # A data set without areas (CrowdPose) is scored by its boxes.
+    return evaluate_results(results, truth, skeleton=spec.skeleton, use_area=truth.has_areas), results
 
 
 def to_results(
-    answers: NDArray[Any], people: People, spec: CheckpointSpec, settings: EvaluateSettings
+    keypoints: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    asked: People,
+    spec: CheckpointSpec,
+    settings: EvaluateSettings,
+    category_id: int = 1,
 ) -> list[dict[str, Any]]:
-    """COCO results of sorted answers: rescored, OKS-NMS within each image, sorted by (image_id, id).
+    """COCO results of the answers (as in score_poses): rescored, OKS-NMS within each image, in order.
 
     Score: mean of the keypoint scores above the threshold, times the box's (1 for ground truth), float64.
     NMS counts a person's area as that of the padded, aspect-fixed box (official coco.py:326-357).
     """
-    asked = [person for photo in people.photos for person in photo.people]
-    scores = rescore(answers["scores"], [p.score for p in asked], settings.keypoint_threshold)
-    _, scale = box_to_center_scale([p.bbox_xywh for p in asked], spec.input_size, spec.padding)
+    totals = rescore(scores, asked.score, settings.keypoint_threshold)
+    _, scale = box_to_center_scale(asked.bbox_xywh, spec.input_size, spec.padding)
     areas = scale.astype(np.float64).prod(axis=-1)
     suppress = soft_oks_nms if settings.soft_nms else oks_nms
-    kept = []
-    for rows in _by_image(answers["image_id"]):
+    kept = [np.zeros(0, np.int64)]
+    for rows in asked.by_image().values():
         inside = suppress(
-            answers["keypoints"][rows], scores[rows], areas[rows], spec.skeleton.oks_sigmas, settings.oks_nms
+            keypoints[rows], totals[rows], areas[rows], spec.skeleton.oks_sigmas, settings.oks_nms
         )
         kept.append(rows.start + np.sort(inside))
     keep = np.concatenate(kept)
     return poses_to_results(
-        answers["image_id"][keep],
-        answers["id"][keep],
-        answers["keypoints"][keep],
-        answers["scores"][keep],
-        scores[keep],
-        people.split.category_id,
+        asked.image_id[keep], asked.ann_id[keep], keypoints[keep], scores[keep], totals[keep], category_id
     )
 
 
-def match_people(answers: NDArray[Any], people: People, skeleton: Skeleton) -> list[Matched]:
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """N labelled people, each with the prediction that fits best."""
+
+    people: People
+    predicted: NDArray[np.float32]
+    """(N, K, 2) photo px; NaN where nothing was predicted in this image."""
+    scores: NDArray[np.float32]
+    """(N, K)"""
+    oks: NDArray[np.float64]
+    """(N,); 0 where nothing was predicted."""
+    similarity: NDArray[np.float64]
+    """(N, K) each keypoint's term of OKS; NaN where it is not labelled."""
+
+
+def match_people(
+    keypoints: NDArray[np.float32], scores: NDArray[np.float32], of: EvaluationSet, skeleton: Skeleton
+) -> Matched:
     """Each labelled person with its prediction: for ground-truth boxes its own, else the best by OKS."""
-    where = {int(answers["image_id"][rows.start]): rows for rows in _by_image(answers["image_id"])}
-    sigmas = np.array(skeleton.oks_sigmas)
-    matched = []
-    for photo in people.labelled.photos:
-        here = answers[where.get(photo.image_id, slice(0, 0))]
-        for person in photo.people:
-            mine = here[here["id"] == person.ann_id] if people.boxes is None else here
-            fits = oks(person.keypoints, mine["keypoints"], person.area, sigmas, person.visible)
-            best = int(fits.argmax()) if len(mine) else None
-            predicted = mine["keypoints"][best] if len(mine) else np.full(person.keypoints.shape, np.nan)
-            squared = ((predicted - person.keypoints) ** 2).sum(axis=-1)
-            similarity = np.nan_to_num(np.exp(-squared / (8 * sigmas**2 * person.area)))
-            matched.append(
-                Matched(
-                    path=photo.path,
-                    image_id=photo.image_id,
-                    ann_id=person.ann_id,
-                    bbox_xywh=person.bbox_xywh,
-                    truth=person.keypoints,
-                    visible=person.visible,
-                    predicted=predicted,
-                    scores=mine["scores"][best] if len(mine) else np.zeros(len(sigmas), np.float32),
-                    oks=float(fits[best]) if len(mine) else 0.0,
-                    similarity=np.where(person.visible > 0, similarity, np.nan),
+    people, sigmas = of.split.people, np.array(skeleton.oks_sigmas)
+    places, labelled = people.keypoints[..., :2], people.keypoints[..., 2] > 0
+    answered = of.asked.by_image()
+    best = np.full(len(people), -1)
+    if of.boxes is None:
+        best = np.arange(len(people))
+    else:
+        for image_id, rows in people.by_image().items():
+            if (there := answered.get(image_id)) is not None:
+                fits = oks(
+                    places[rows, None],
+                    keypoints[there],
+                    people.area[rows, None],
+                    sigmas,
+                    labelled[rows, None],
                 )
-            )
-    return matched
-
-
-def _by_image(image_ids: NDArray[np.int64]) -> list[slice]:
-    """Slices of equal neighbours."""
-    edges = np.flatnonzero(np.diff(image_ids)) + 1
-    return [slice(int(a), int(b)) for a, b in itertools.pairwise([0, *edges, len(image_ids)])]
+                best[rows] = there.start + fits.argmax(axis=1)
+    found = best >= 0
+    predicted = np.where(found[:, None, None], keypoints[best], np.nan)
+    squared = ((predicted - places) ** 2).sum(axis=-1)
+    similarity = np.nan_to_num(np.exp(-squared / (8 * sigmas**2 * people.area[:, None])))
+    return Matched(
+        people=people,
+        predicted=predicted,
+        scores=np.where(found[:, None], scores[best], 0),
+        oks=np.where(found, oks(places, predicted, people.area, sigmas, labelled), 0),
+        similarity=np.where(labelled, similarity, np.nan),
+    )
 
 
 def protocol_of(
-    people: People, spec: CheckpointSpec, settings: EvaluateSettings, mode: str
+    of: EvaluationSet, spec: CheckpointSpec, settings: EvaluateSettings, mode: str
 ) -> dict[str, Any]:
     """All that decides the figures. data_digest covers the annotation file and the boxes file."""
-    name, sha256 = people.boxes or (None, None)
-    content = f"{people.split.annotation_sha256} {sha256 or 'ground-truth'}"
+    name, sha256 = of.boxes or (None, None)
+    content = f"{of.split.annotation_sha256} {sha256 or 'ground-truth'}"
     return {
         "data_digest": hashlib.sha256(content.encode()).hexdigest(),
-        "boxes": "gt" if people.boxes is None else f"det {name} {sha256}",
+        "boxes": "gt" if of.boxes is None else f"det {name} {sha256}",
         "boxes_file": name,
         "flip_test": settings.flip_test,
         "preset": _preset(settings),
-        "split": people.split.name,
-        "annotation_sha256": people.split.annotation_sha256,
+        "split": of.split.name,
+        "annotation_sha256": of.split.annotation_sha256,
         "boxes_sha256": sha256,
-        "score_threshold": settings.score_threshold if people.boxes else None,
+        "score_threshold": settings.score_threshold if of.boxes else None,
         "keypoint_threshold": settings.keypoint_threshold,
         "oks_nms": settings.oks_nms,
         "soft_nms": settings.soft_nms,

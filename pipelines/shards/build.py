@@ -1,36 +1,28 @@
-"""One shard from its photographs: what a task of preprocess does."""
+"""One shard from its photographs: what a task of preprocess does.
+
+photo -> its people -> views, crops or one cut, heatmaps -> a row group of each variant
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.augment import (
-    View,
-    draw_stored,
-    keypoints_in_view,
-    plain_view,
-    random_view,
-    view_to_crop,
-)
+from hrnet_core.augment import PlacedViews, draw_stored, place_views, view_targets
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.heatmaps import float16_heatmaps
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.locations import open_folder
-from hrnet_core.skeleton import skeleton_from_dict
-from pipelines.shards.plan import (
-    ShardWork,
-    cannot_write,
-    check_not_taken,
-)
-from pipelines.shards.schema import augmentation_of, codec_of, shard_schema
+from pipelines.config import DataSettings
+from pipelines.shards.plan import ShardWork, cannot_write, check_not_taken
+from pipelines.shards.schema import shard_schema
 from pipelines.shards.writer import ShardWriter, shard_entry
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import Rejection
@@ -40,6 +32,7 @@ LARGEST_CUT = 4
 larger cut is made smaller. The plain view then has two pixels of the cut to one of the crop, and a view of
 half its size (a half body, a zoom) still one to one: nothing that a crop could show is lost. COCO's photos
 have 640 px at most: at 256x192 their cuts are never touched. Another number makes another schema version."""
+
 Figures = dict[str, Any]
 """Of one shard: `shards`, its manifest entries by variant, and `rejected`, as dicts; of this run also
 `start`, `end` (s since the epoch), `worker` and `peak_bytes`."""
@@ -51,9 +44,8 @@ def build_shard(work: ShardWork) -> Figures:
     Each photo is decoded once for all its people and views. One that cannot be used becomes a rejection.
     DataError where the target cannot be written; then no file of this shard is left half.
     """
-    common = _person_columns(work)
-    views = [_view_columns(work, common, variant) for variant in range(work.variants)]
-    schema = shard_schema(work.config, work.plan, work.split)
+    shard = _placed(work)
+    schema = shard_schema(work.recipe, work.plan, work.split)
     rejected: list[Rejection] = []
     files, root = open_folder(work.folder)
     try:
@@ -63,9 +55,10 @@ def build_shard(work: ShardWork) -> Figures:
                 writers.append(ShardWriter(files, f"{root}/{name}", schema))
                 stack.callback(writers[-1].discard)
             # One row group after the other: no more pictures are kept than it has.
-            rows = _rows(work, common, views, rejected)
-            while group := list(itertools.islice(rows, work.config["row_group_people"])):
-                _write_group(work, group, common, views, writers)
+            rows = _rows(shard, rejected)
+            while group := list(itertools.islice(rows, work.recipe.settings.row_group_people)):
+                for variant, writer in enumerate(writers):
+                    writer.write(_columns(shard, group, variant))
             told = [asdict(rejection) for rejection in rejected]
             check_not_taken(files, root, work)
             written = [writer.finish({"rejected": told}) for writer in writers]
@@ -78,7 +71,38 @@ def build_shard(work: ShardWork) -> Figures:
     return {"rejected": told, "shards": shards}
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """A shard's people (P) with the place of everything that is cut out for them."""
+
+    work: ShardWork
+    sizes: NDArray[np.int32]
+    """(P, 2) width and height of each person's photo."""
+    cuts: PhotoCuts
+    views: list[PlacedViews]
+    """By variant."""
+
+
+def _placed(work: ShardWork) -> _Shard:
+    people, recipe = work.people, work.recipe
+    settings, input_size = recipe.settings, recipe.settings.input_size
+    sizes = np.array([(photo.width, photo.height) for photo, n in work.photos for _ in range(n)], np.int32)
+    center, scale = box_to_center_scale(people.bbox_xywh, input_size, settings.padding)
+    draws = [
+        draw_stored(settings.seed, people.ann_id.tolist(), v) if v else None for v in range(work.variants)
+    ]
+    keypoints = people.keypoints.astype(np.float32)
+    how = recipe.codec, recipe.skeleton, recipe.augmentation
+    return _Shard(
+        work,
+        sizes,
+        # A view turns about the box, so what it may show is round: a square as wide as the longer side.
+        cut_around(center, settings.context * scale.max(axis=-1), sizes, LARGEST_CUT * max(input_size)),
+        [place_views(numbers, center, scale, keypoints, sizes[:, 0], *how) for numbers in draws],
+    )
+
+
+class _Row(NamedTuple):
     """A person of the shard whose photo could be used."""
 
     index: int
@@ -89,103 +113,59 @@ class Row(NamedTuple):
     """Of the photo's file."""
 
 
-def _rows(
-    work: ShardWork,
-    common: Mapping[str, Any],
-    views: Sequence[Mapping[str, NDArray[Any]]],
-    rejected: list[Rejection],
-) -> Iterator[Row]:
+def _rows(shard: _Shard, rejected: list[Rejection]) -> Iterator[_Row]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
-    matrices = np.stack([view["image_to_crop"] for view in views], axis=1)
+    settings = shard.work.recipe.settings
+    matrices = np.stack([view.image_to_crop for view in shard.views], axis=1)
     first = 0
-    for photo, people in work.photos:
+    for photo, people in shard.work.photos:
         indices, first = range(first, first + people), first + people
-        opened = open_photo(photo, work.config["max_pixels"])
+        opened = open_photo(photo, settings.max_pixels)
         if isinstance(opened, Rejection):
             rejected.append(replace(opened, people=people))
             continue
         image, sha256 = opened
         for index in indices:
-            pictures = _pictures(image, index, matrices[index], common["cuts"], work.config)
-            yield Row(index, pictures, sha256)
+            if settings.context == 1.0:
+                crops = crop_people(image, matrices[index], settings.input_size)
+                pictures = [_encode(crop, settings) for crop in crops]
+            else:
+                cut = cut_photo(image, shard.cuts.box[index], shard.cuts.size[index])
+                pictures = [_encode(cut, settings)] * shard.work.variants
+            yield _Row(index, pictures, sha256)
 
 
-def _pictures(
-    image: NDArray[np.uint8],
-    index: int,
-    matrices: NDArray[np.float64],
-    cuts: PhotoCuts,
-    config: Mapping[str, Any],
-) -> list[bytes]:
-    """What to store of a person, encoded: the crop of each view (matrices (V, 2, 3)), or one cut of the
-    photo for all."""
-    if config["context"] != 1.0:
-        return [_encode(cut_photo(image, cuts.box[index], cuts.size[index]), config)] * len(matrices)
-    return [_encode(crop, config) for crop in crop_people(image, matrices, config["input_size"])]
+def _encode(crop: NDArray[np.uint8], settings: DataSettings) -> bytes:
+    return encode_png(crop) if settings.image_format == "png" else encode_jpeg(crop, settings.jpeg_quality)
 
 
-def _person_columns(work: ShardWork) -> dict[str, Any]:
-    """What all views of the shard's people share: arrays with the people first."""
-    told = work.annotated
-    input_size, context = work.config["input_size"], work.config["context"]
-    center, scale = box_to_center_scale(told["bbox_xywh"], tuple(input_size), work.config["padding"])
-    sizes = np.stack([told["width"], told["height"]], axis=-1)
+def _columns(shard: _Shard, group: Sequence[_Row], variant: int) -> dict[str, Any]:
+    """A row group of a variant, as ShardWriter.write wants it."""
+    rows = np.array([row.index for row in group])
+    people, settings = shard.work.people[rows], shard.work.recipe.settings
+    view, image_to_crop = shard.views[variant]
+    recipe, keypoints = shard.work.recipe, people.keypoints.astype(np.float32)
+    heatmap_rows, heatmap_columns, weights = view_targets(
+        image_to_crop[rows], view.flipped[rows], keypoints, recipe.codec, recipe.skeleton
+    )
+    image_to_picture = image_to_crop if settings.context == 1.0 else shard.cuts.image_to_picture
+    suffix = "jpg" if settings.image_format == "jpeg" else "png"
+    ids = zip(people.image_id.tolist(), people.ann_id.tolist(), strict=True)
     return {
-        **told,
-        "plain": plain_view(center, scale),
-        # A view turns about the box, so what it may show is round: a square as wide as the longer side.
-        "cuts": cut_around(center, context * scale.max(axis=-1), sizes, LARGEST_CUT * max(input_size)),
+        "image": [row.pictures[variant] for row in group],
+        "image_path": [f"{image_id}-{ann_id}-v{variant}.{suffix}" for image_id, ann_id in ids],
+        "image_to_picture": image_to_picture[rows],
+        "image_to_crop": image_to_crop[rows],
+        "keypoints": keypoints,
+        "heatmaps": float16_heatmaps(heatmap_rows, heatmap_columns),
+        "weights": weights,
+        "image_id": people.image_id,
+        "ann_id": people.ann_id,
+        "variant": np.full(len(rows), variant, np.int16),
+        "bbox_xywh": people.bbox_xywh,
+        **{name: values[rows] for name, values in view._asdict().items()},
+        "area": people.area.astype(np.float32),
+        "width": shard.sizes[rows, 0],
+        "height": shard.sizes[rows, 1],
+        "image_sha256": [row.sha256 for row in group],
     }
-
-
-def _view_columns(work: ShardWork, common: Mapping[str, Any], variant: int) -> dict[str, NDArray[Any]]:
-    """The columns of one variant that its view decides, without picture and heatmaps."""
-    view: View = common["plain"]
-    if variant:
-        draws = draw_stored(work.config["seed"], common["ann_id"].tolist(), variant)
-        places, visible = common["keypoints"][..., :2], common["keypoints"][..., 2]
-        skeleton, size = skeleton_from_dict(work.config["skeleton"]), work.config["input_size"]
-        how = augmentation_of(work.config)
-        view = random_view(draws, view.center, view.scale, places, visible, skeleton, size, how)
-    matrices = view_to_crop(view, codec_of(work.config), common["width"])
-    return {
-        **view._asdict(),
-        "image_to_crop": matrices,
-        "image_to_picture": matrices if work.config["context"] == 1.0 else common["cuts"].image_to_picture,
-        "variant": np.full(len(matrices), variant, np.int16),
-    }
-
-
-def _write_group(
-    work: ShardWork,
-    group: Sequence[Row],
-    common: Mapping[str, Any],
-    views: Sequence[Mapping[str, NDArray[Any]]],
-    writers: Sequence[ShardWriter],
-) -> None:
-    """One row group of every variant."""
-    codec, skeleton = codec_of(work.config), skeleton_from_dict(work.config["skeleton"])
-    suffix = "jpg" if work.config["image_format"] == "jpeg" else "png"
-    indices = [row.index for row in group]
-    shared = {name: values[indices] for name, values in common.items() if name not in ("plain", "cuts")}
-    places, visible = shared["keypoints"][..., :2], shared["keypoints"][..., 2]
-    ids = list(zip(shared["image_id"].tolist(), shared["ann_id"].tolist(), strict=True))
-    for variant, (view, writer) in enumerate(zip(views, writers, strict=True)):
-        own = {name: values[indices] for name, values in view.items()}
-        crop = keypoints_in_view(own["image_to_crop"], own["flipped"], places, visible, skeleton)
-        heatmap_rows, heatmap_columns, weights = codec.factors(*crop)
-        writer.write(
-            {
-                **shared,
-                **own,
-                "image": [row.pictures[variant] for row in group],
-                "image_path": [f"{image_id}-{ann_id}-v{variant}.{suffix}" for image_id, ann_id in ids],
-                "image_sha256": [row.sha256 for row in group],
-                "heatmaps": float16_heatmaps(heatmap_rows, heatmap_columns),
-                "weights": weights,
-            }
-        )
-
-
-def _encode(crop: NDArray[np.uint8], config: Mapping[str, Any]) -> bytes:
-    return encode_png(crop) if config["image_format"] == "png" else encode_jpeg(crop, config["jpeg_quality"])

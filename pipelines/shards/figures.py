@@ -99,9 +99,9 @@ class SplitFigures:
     views: list[ViewFigures]
 
 
-def measure(manifest: Manifest, split: str) -> SplitFigures:
+def figures_of(manifest: Manifest, split: str) -> SplitFigures:
     """Figures of all rows of a split, added up a row group at a time."""
-    num_keypoints = manifest.skeleton().num_keypoints
+    num_keypoints = manifest.recipe.skeleton.num_keypoints
     figures = SplitFigures(
         visibility=np.zeros((num_keypoints, 3), np.int64),
         heights=Histogram(LENGTHS),
@@ -140,8 +140,8 @@ def _small_rows(manifest: Manifest, shard: Shard) -> Iterator[dict[str, NDArray[
 
 
 def _add_view(view: ViewFigures, rows: dict[str, NDArray[Any]], manifest: Manifest) -> None:
-    config = manifest.config
-    plain = box_to_center_scale(rows["bbox_xywh"], manifest.input_size, config["padding"])[1]
+    settings = manifest.recipe.settings
+    plain = box_to_center_scale(rows["bbox_xywh"], settings.input_size, settings.padding)[1]
     view.rows += len(rows["flipped"])
     view.flipped += int(rows["flipped"].sum())
     view.rotated += int((rows["rotation_deg"] != 0).sum())

@@ -23,18 +23,16 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import open_folder
-from hrnet_core.skeleton import Skeleton, skeleton_from_dict
 from pipelines.shards.cards import croissant, readme
-from pipelines.shards.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, canonical_json, codec_of
+from pipelines.shards.recipe import Recipe
+from pipelines.shards.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, canonical_json
 from pipelines.storage import absolute, answering, join, list_files, put_file, read_file, sha256_of
-
-if TYPE_CHECKING:
-    from hrnet_core.heatmaps import HeatmapCodec
 
 
 def write_manifest(folder: str, fields: Mapping[str, Any]) -> Manifest:
@@ -90,8 +88,13 @@ class Manifest:
         where = join(folder, MANIFEST)
         try:
             fields = json.loads(read_file(where))
-            version = fields["schema_version"]
+            if (version := fields["schema_version"]) != SCHEMA_VERSION:
+                raise DataError(
+                    f"{where}: schema_version {version}, this code reads {SCHEMA_VERSION}. Use the hrnet "
+                    f"that wrote it ({fields.get('code', {}).get('hrnet')}), or preprocess again."
+                )
             manifest = cls(folder, fields)
+            _ = manifest.recipe
             known = {
                 s.path: s
                 for split in manifest.splits
@@ -105,11 +108,6 @@ class Manifest:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: not a manifest ({error!r}). Preprocess into a new folder.") from None
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{where}: schema_version {version}, this code reads {SCHEMA_VERSION}. Use the hrnet that "
-                f"wrote it ({fields.get('code', {}).get('hrnet')}), or preprocess again."
-            )
         manifest._check_listing(known)
         return manifest
 
@@ -131,20 +129,14 @@ class Manifest:
         """Hex sha256 that two datasets share exactly when their content does."""
         return str(self.fields["digest"])
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """DataSettings.semantic() of the run that wrote it."""
-        return dict(self.fields["config"])
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The settings that it was made with, skeleton and codec."""
+        return Recipe.from_dict(self.fields["config"], f"{self.folder}/{MANIFEST}")
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.fields["splits"])
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """(width, height) of a crop in px."""
-        width, height = self.config["input_size"]
-        return width, height
 
     def split(self, name: str) -> dict[str, Any]:
         """A split's own part of the manifest; DataError names what there is instead."""
@@ -163,13 +155,6 @@ class Manifest:
         """The shards of one variant in order."""
         rows = [Shard(**{**s, "row_groups": tuple(s["row_groups"])}) for s in self.split(split)["shards"]]
         return [shard for shard in rows if shard.variant == variant]
-
-    def codec(self) -> HeatmapCodec:
-        """The codec that made the heatmaps."""
-        return codec_of(self.config)
-
-    def skeleton(self) -> Skeleton:
-        return skeleton_from_dict(self.config["skeleton"], f"{self.folder}/{MANIFEST}")
 
     def verify(
         self, splits: Iterable[str] | None = None, progress: Callable[[Shard], None] | None = None

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri, one_line, open_folder
 from pipelines.config import DataSettings
+from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, canonical_json, shard_name
 from pipelines.shards.writer import inspect_shard, plan_of_shard, shard_entry
-from pipelines.sources.records import CocoSplit, Photo
+from pipelines.sources.records import People, Photo, Split
 from pipelines.storage import absolute, answering, file_sizes, join, list_files, read_file, remove_leftovers
 
 
@@ -34,13 +34,10 @@ class ShardWork:
     count: int
     variants: int
     photos: tuple[tuple[Photo, int], ...]
-    """Each without its people, and the number of them."""
-    annotated: Mapping[str, NDArray[Any]]
-    """What the annotations say of these people, in order: the columns image_id, ann_id, area, bbox_xywh,
-    keypoints, width and height of a shard. Arrays, because a Person each would cost more to send than
-    the rest of a task's start."""
-    config: dict[str, Any]
-    """DataSettings.semantic()."""
+    """Each with the number of its people."""
+    people: People
+    """Of these photos, in order."""
+    recipe: Recipe
     plan: str
 
     @property
@@ -48,22 +45,18 @@ class ShardWork:
         return self.split, self.index
 
     @property
-    def people(self) -> int:
-        return len(self.annotated["ann_id"])
-
-    @property
     def names(self) -> list[str]:
         """The files, by variant."""
         return [shard_name(self.split, v, self.index, self.count) for v in range(self.variants)]
 
 
-def plan_shards(split: CocoSplit, data: DataSettings) -> list[ShardWork]:
+def plan_shards(split: Split, data: DataSettings) -> list[ShardWork]:
     """The split's photos with people, in order of image id, in shards of about people_per_shard.
 
     The plan's hash stands for everything that decides the bytes: annotations, settings, which photos and
     people are in, and the size of each photo's file (a replaced picture makes another plan).
     """
-    photos = [photo for photo in split.photos if photo.people]
+    photos = [(photo, rows.stop - rows.start) for photo, rows in split.by_photo()]
     if not photos:
         counts = Counter(r.reason for r in split.rejected)
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
@@ -71,54 +64,33 @@ def plan_shards(split: CocoSplit, data: DataSettings) -> list[ShardWork]:
             f"{split.annotation_file}: no person of split {split.name!r} can be used "
             f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures."
         )
-    config = data.semantic()
-    sizes = file_sizes([photo.path for photo in photos])
+    recipe = Recipe.of(data)
+    ends = np.cumsum([people for _, people in photos])
+    starts = [0, *ends.tolist()]
     members = [
-        (photo.image_id, size, [person.ann_id for person in photo.people])
-        for photo, size in zip(photos, sizes, strict=True)
+        (photo.image_id, size, split.people.ann_id[start : start + people].tolist())
+        for (photo, people), size, start in zip(
+            photos, file_sizes([photo.path for photo, _ in photos]), starts[:-1], strict=True
+        )
     ]
-    text = canonical_json([SCHEMA_VERSION, config, split.name, split.annotation_sha256, members])
-    plan = hashlib.sha256(text.encode()).hexdigest()
-    counts = [len(photo.people) for photo in photos]
-    people = np.cumsum(counts)
-    count = -(-int(people[-1]) // data.people_per_shard)
-    borders = np.searchsorted(people, np.arange(1, count) * people[-1] / count) + 1
+    text = canonical_json([SCHEMA_VERSION, recipe.as_dict(), split.name, split.annotation_sha256, members])
+    count = -(-int(ends[-1]) // data.people_per_shard)
+    borders = np.searchsorted(ends, np.arange(1, count) * ends[-1] / count) + 1
     cuts = sorted({0, *borders.tolist(), len(photos)})
-    annotated, alone = _annotated(photos), [replace(photo, people=()) for photo in photos]
-    starts = [0, *people.tolist()]
-    folder = absolute(data.shards)
-    variants = data.variants if split.name == data.train_split else 1
     return [
         ShardWork(
-            folder=folder,
+            folder=absolute(data.shards),
             split=split.name,
             index=index,
             count=len(cuts) - 1,
-            variants=variants,
-            photos=tuple(zip(alone[a:b], counts[a:b], strict=True)),
-            annotated={name: column[starts[a] : starts[b]] for name, column in annotated.items()},
-            config=config,
-            plan=plan,
+            variants=data.variants if split.name == data.train_split else 1,
+            photos=tuple(photos[a:b]),
+            people=split.people[starts[a] : starts[b]],
+            recipe=recipe,
+            plan=hashlib.sha256(text.encode()).hexdigest(),
         )
         for index, (a, b) in enumerate(pairwise(cuts))
     ]
-
-
-def _annotated(photos: Sequence[Photo]) -> dict[str, NDArray[Any]]:
-    """ShardWork.annotated of all people of these photos."""
-    people = [person for photo in photos for person in photo.people]
-    sizes = np.array([(photo.width, photo.height) for photo in photos for _ in photo.people], np.int32)
-    places = np.concatenate([person.keypoints for person in people]).reshape(len(people), -1, 2)
-    visible = np.concatenate([person.visible for person in people]).reshape(len(people), -1, 1)
-    return {
-        "image_id": np.array([person.image_id for person in people], np.int64),
-        "ann_id": np.array([person.ann_id for person in people], np.int64),
-        "area": np.array([person.area for person in people], np.float32),
-        "bbox_xywh": np.concatenate([person.bbox_xywh for person in people]).reshape(-1, 4),
-        "keypoints": np.concatenate([places, visible], axis=-1),
-        "width": sizes[:, 0],
-        "height": sizes[:, 1],
-    }
 
 
 def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -201,7 +173,7 @@ def _check_same_plan(path: str, folder: str, works: Sequence[ShardWork]) -> None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a manifest of ours. Give --data.shards a new folder.") from None
     if plans != {work.split: work.plan for work in works}:
-        ours = works[0].config
+        ours = works[0].recipe.as_dict()
         differing = sorted(k for k in ours if ours[k] != config.get(k))
         what = f"settings {', '.join(differing)}" if differing else "annotations or pictures"
         raise DataError(_another_plan(folder, f"its {MANIFEST}", what))

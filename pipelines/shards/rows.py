@@ -50,8 +50,7 @@ def decode_rows(
     image_to_picture float64 (N, 2, 3); bbox_xywh float32 (N, 4); center, scale float32 (N, 2); the scalar
     columns (N,).
     """
-    num_keypoints = len(manifest.config["skeleton"]["keypoints"])
-    codec = manifest.codec()
+    num_keypoints, codec = manifest.recipe.skeleton.num_keypoints, manifest.recipe.codec
     rows = {}
     for name in table.column_names:
         chunks = table.column(name)
@@ -102,9 +101,9 @@ def _crops(pictures: Sequence[NDArray[np.uint8]], table: pa.Table, manifest: Man
     """uint8 (N, h, w, 3): the stored pictures themselves, or warped from cuts."""
     from hrnet_core.geometry import crop_people
 
-    width, height = manifest.input_size
+    width, height = manifest.recipe.settings.input_size
     crops = np.empty((len(pictures), height, width, 3), np.uint8)
-    if manifest.config["context"] == 1.0:
+    if manifest.recipe.settings.context == 1.0:
         for crop, picture in zip(crops, pictures, strict=True):
             if picture.shape != crop.shape:
                 raise DataError(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-if TYPE_CHECKING:
-    from hrnet_core.augment import Augmentation
-    from hrnet_core.heatmaps import HeatmapCodec
-
+from pipelines.shards.recipe import Recipe
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -57,24 +53,23 @@ def shard_name(split: str, variant: int, index: int, count: int) -> str:
     return f"data/{split}{tag}-{index:05d}-of-{count:05d}.parquet"
 
 
-def shard_schema(config: Mapping[str, Any], plan: str, split: str) -> pa.Schema:
+def shard_schema(recipe: Recipe, plan: str, split: str) -> pa.Schema:
     """Columns with two metadata entries: `huggingface` features, and `hrnet` (what the bytes mean).
 
-    `config` is DataSettings.semantic(); `plan` the hash that tells whose shard this is.
+    `plan` is the hash that tells whose shard this is.
     """
-    codec = codec_of(config)
     own = {
         "schema_version": SCHEMA_VERSION,
         "plan": plan,
         "split": split,
-        "codec": codec.as_dict(),
+        "codec": recipe.codec.as_dict(),
         "heatmaps": {
             "dtype": "float16",
-            "shape": [len(config["skeleton"]["keypoints"]), *codec.heatmap_size[::-1]],
+            "shape": [recipe.skeleton.num_keypoints, *recipe.codec.heatmap_size[::-1]],
         },
-        "padding": config["padding"],
-        "context": config["context"],
-        "skeleton": config["skeleton"],
+        "padding": recipe.settings.padding,
+        "context": recipe.settings.context,
+        "skeleton": recipe.skeleton.as_dict(),
     }
     features = {name: _huggingface_feature(kind) for name, kind in COLUMNS.items()}
     # Not sorted: its readers take the columns in the order of the features.
@@ -94,17 +89,3 @@ def _huggingface_feature(kind: pa.DataType) -> dict[str, Any]:
 def canonical_json(value: Any) -> str:
     """The one text of a JSON value, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def augmentation_of(config: Mapping[str, Any]) -> Augmentation:
-    """How far the views of a dataset may differ from the plain one, by DataSettings.semantic()."""
-    from hrnet_core.augment import Augmentation
-
-    return Augmentation(**{name: config[name] for name in Augmentation.__dataclass_fields__})
-
-
-def codec_of(config: Mapping[str, Any]) -> HeatmapCodec:
-    """The codec that DataSettings.semantic() describes."""
-    from hrnet_core.heatmaps import HeatmapCodec
-
-    return HeatmapCodec(config["codec"], input_size=tuple(config["input_size"]), sigma=config["sigma"])

@@ -1,4 +1,4 @@
-"""COCO keypoint files in: person records, with a reason for each one left out. Poses out: COCO results.
+"""COCO keypoint files in: the table of people, with a reason for each one left out.
 
 Decided here, on the JSON and the folder's listing alone (pictures are opened by who uses them):
 
@@ -14,31 +14,38 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import gzip
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import Skeleton
 from pipelines.sources.layout import annotations_of
-from pipelines.sources.records import CocoSplit, Photo, Rejection
+from pipelines.sources.records import GroundTruth, Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import (
     Annotation,
     ImageEntry,
+    Judged,
     image_problem,
+    is_number,
+    judge,
     listed,
     name_difference,
-    people_of,
     printable,
 )
-from pipelines.storage import absolute, file_sizes, is_file, is_folder, is_uri, join, list_files, read_file
+from pipelines.storage import absolute, file_sizes, is_file, is_folder, join, list_files, read_file
 
 
 class AnnotationFile(msgspec.Struct, gc=False):
@@ -62,8 +69,70 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+class Wanted(NamedTuple):
+    """What a caller needs of a file's category, and what to do where it is of another skeleton."""
+
+    names: bool
+    """The names of its keypoints must be stated: where they are not, only their number could be compared."""
+    way_out: str
+
+
+TO_CROP = Wanted(
+    True,
+    "give the skeleton of this file with --data.skeleton FILE.json, or bring its keypoints into that order",
+)
+TO_SCORE = Wanted(False, "name the skeleton of this data (--skeleton FILE.json, docs/skeletons.md)")
+Annotations = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotatedFile:
+    """A COCO keypoint file, read: everyone of the category that the skeleton is of."""
+
+    name: str
+    sha256: str
+    images: dict[int, ImageEntry]
+    """By id, in order."""
+    judged: Judged
+    category_id: int
+
+    @property
+    def truth(self) -> GroundTruth:
+        crowding = [image.crowdIndex for image in self.images.values()]
+        known = bool(crowding) and all(map(is_number, crowding))
+        return GroundTruth(
+            name=self.name,
+            image_ids=np.array(list(self.images), np.int64),
+            people=self.judged.people,
+            category_id=self.category_id,
+            crowd_index=np.array(crowding, np.float64) if known else None,
+            has_areas=self.judged.has_areas,
+            unscorable=tuple(self.judged.unscorable),
+        )
+
+
 @collector_paused()
-def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
+def read_annotations(file: Annotations, skeleton: Skeleton, wanted: Wanted = TO_CROP) -> AnnotatedFile:
+    """The one reader of a COCO keypoint file: a path, a URI, a .json.gz, or what such a file holds.
+
+    DataError where the file or its index is wrong as a whole: people are judged one by one.
+    """
+    name, sha256, content = "the ground truth", "", file
+    if isinstance(file, str | Path):
+        name = str(file)
+        content, sha256 = load(name, AnnotationFile)
+    data = content if isinstance(content, AnnotationFile) else _sections(name, content)
+    category_id = _person_category(name, data.categories, skeleton, wanted)
+    images = dict(zip(_ids(name, "images", data.images), data.images, strict=True))
+    annotations = _annotations(name, data, images)
+    ours = [a for a in annotations if a.category_id == category_id]
+    judged = judge(ours, images, skeleton.num_keypoints)
+    if len(ours) < len(annotations):
+        judged.repaired["other_category"] = len(annotations) - len(ours)
+    return AnnotatedFile(name, sha256, dict(sorted(images.items())), judged, category_id)
+
+
+def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted = TO_CROP) -> Split:
     """ROOT/annotations/person_keypoints_SPLIT.json and the listing of ROOT/SPLIT/; ROOT may be a URI.
 
     DataError where the folder, the file or its index is wrong as a whole. A photo's place comes from its
@@ -73,35 +142,28 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     annotation_file = annotations_of(root, split)
     pictures = join(root, split)
     _check_folders(root, split, annotation_file, pictures)
-    content, sha256 = load(annotation_file, AnnotationFile)
-    data = content if isinstance(content, AnnotationFile) else _sections(annotation_file, content)
-    category_id = _person_category(annotation_file, data.categories, skeleton)
-    images = dict(zip(_ids(annotation_file, "images", data.images), data.images, strict=True))
-    annotations = _annotations(annotation_file, data, images)
-    ours = [a for a in annotations if a.category_id == category_id]
-    people, rejected, repaired = people_of(ours, images, skeleton.num_keypoints)
-    if len(ours) < len(annotations):
-        repaired["other_category"] = len(annotations) - len(ours)
-
-    photos = []
+    read = read_annotations(annotation_file, skeleton, wanted)
+    judged = read.judged
+    people = judged.people[judged.usable]
+    counts = {image_id: rows.stop - rows.start for image_id, rows in people.by_image().items()}
+    photos, rejected = [], list(judged.rejected)
     listing = _Listing(pictures)
-    for image_id, image in sorted(images.items()):
-        name, here = image.file_name, tuple(people.get(image_id, ()))
-        problem = image_problem(image) or listing.problem(name, needed=bool(here))
+    for image_id, image in read.images.items():
+        name, count = image.file_name, counts.get(image_id, 0)
+        problem = image_problem(image) or listing.problem(name, needed=count > 0)
         if problem:
-            rejected.append(Rejection(problem[0], printable(name), image_id, None, problem[1], len(here)))
+            rejected.append(Rejection(problem[0], printable(name), image_id, None, problem[1], count))
         else:
-            place = join(pictures, name)
-            photos.append(Photo(image_id, name, place, image.width, image.height, here))
-    rejected.sort(key=lambda r: (r.image_id, -1 if r.ann_id is None else r.ann_id))
-    return CocoSplit(
+            photos.append(Photo(image_id, name, join(pictures, name), image.width, image.height))
+    return Split(
         name=split,
         annotation_file=annotation_file,
-        annotation_sha256=sha256,
+        annotation_sha256=read.sha256,
         photos=tuple(photos),
-        rejected=tuple(rejected),
-        repaired=repaired,
-        category_id=category_id,
+        people=on_photos(people, photos),
+        truth=read.truth,
+        rejected=tuple(sorted(rejected, key=attrgetter("order"))),
+        repaired=judged.repaired,
     )
 
 
@@ -141,9 +203,14 @@ def load(file: str | Path, kind: Any = Any) -> tuple[Any, str]:
     way_out = "The file is damaged or incomplete: copy or unpack it again."
     try:
         raw = read_file(str(file))
+        if str(file).endswith(".gz"):
+            raw = gzip.decompress(raw)
         return _parsed(raw, kind), hashlib.sha256(raw).hexdigest()
-    except OSError as error:
-        problem, way_out = f"cannot be read ({error.strerror})", "Check its name and its rights."
+    except (OSError, EOFError) as error:
+        problem, way_out = (
+            f"cannot be read ({getattr(error, 'strerror', None) or error})",
+            "Check its name and its rights.",
+        )
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text at byte {error.start:,}"
     except json.JSONDecodeError as error:
@@ -170,13 +237,16 @@ def _sections(file: str, content: Any) -> AnnotationFile:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             what = "is missing" if rows is None else "is not a list of objects"
             raise DataError(f"{file}: field {name!r} {what}. Give a COCO keypoint annotation file.")
-    return msgspec.convert(content, AnnotationFile)
+    return msgspec.convert(
+        {name: content[name] for name in ("images", "annotations", "categories")}, AnnotationFile
+    )
 
 
-def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skeleton) -> int:
+def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skeleton, wanted: Wanted) -> int:
     """Id of the category that is read, after its keypoint names were compared with the skeleton's."""
     with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list)]
-    people = [c for c in with_keypoints if c.get("name") == "person"] or with_keypoints
+    candidates = with_keypoints if with_keypoints or wanted.names else categories
+    people = [c for c in candidates if c.get("name") == "person"] or candidates
     if len(people) != 1 or not isinstance(people[0].get("id"), int):
         raise DataError(
             f"{file}: field 'categories' has {len(people)} categories that list their keypoints; one is "
@@ -184,14 +254,19 @@ def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skel
             f"(instances_*.json has none), or add the list of names."
         )
     category = people[0]
-    theirs, ours = [str(name) for name in category["keypoints"]], list(skeleton.keypoints)
-    if theirs != ours:
+    ours = list(skeleton.keypoints)
+    theirs = [str(name) for name in category.get("keypoints", ours)]
+    if list(map(_plain, theirs)) != list(map(_plain, ours)):
         raise DataError(
             f"{file}: categories[{category.get('name')!r}].keypoints is not skeleton {skeleton.name!r}: "
-            f"{name_difference(theirs, ours)}. Every number would go to the wrong joint: give the skeleton "
-            f"of this file with --data.skeleton FILE.json, or bring its keypoints into that order."
+            f"{name_difference(theirs, ours)}. Every number would go to the wrong joint: {wanted.way_out}."
         )
     return int(category["id"])
+
+
+def _plain(name: str) -> str:
+    """ "Left Eye", "left-eye" and "left_eye" are one name."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
 def _ids(file: str, section: str, rows: Sequence[ImageEntry | Annotation]) -> list[int]:

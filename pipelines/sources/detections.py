@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +10,63 @@ import numpy as np
 
 from hrnet_core.errors import DataError
 from pipelines.sources.coco import load
-from pipelines.sources.records import CocoSplit, Person, Rejection
+from pipelines.sources.records import People, Rejection, Split
 from pipelines.sources.rows import is_number, listed
 
 
-def read_detections(file: str | Path, split: CocoSplit, score_threshold: float = 0.0) -> CocoSplit:
-    """`split` with the people of a detector: a JSON list of {image_id, category_id, bbox xywh, score}.
+def read_detections(
+    file: str | Path, split: Split, score_threshold: float = 0.0
+) -> tuple[People, list[Rejection]]:
+    """The people of a detector: a JSON list of {image_id, category_id, bbox xywh, score}; and why others of
+    its entries are out.
 
     Kept are entries of the split's category with score >= score_threshold, boxes as given (never
-    sanitised), keypoints and visible zero; ann_id is the index in the file (official coco.py:246-287).
-    Entries whose box is no box are rejected. DataError where the file is of another kind, names images
-    that the split does not have, or leaves no box.
+    sanitised), keypoints zero; ann_id is the index in the file (official coco.py:246-287). Entries whose
+    box is no box are rejected. DataError where the file is of another kind, names images that the split
+    does not have, or leaves no box.
     """
     file = Path(file)
     rows, _ = load(file)
     _check_detections(file, rows)
-    num_keypoints = next((len(p.visible) for photo in split.photos for p in photo.people), 0)
-    photos = {photo.image_id: photo for photo in split.photos}
+    names = {photo.image_id: photo.file_name for photo in split.photos}
     gone = {r.image_id for r in split.rejected if r.ann_id is None}
-    unknown = sorted({r["image_id"] for r in rows} - photos.keys() - gone)
+    unknown = sorted({r["image_id"] for r in rows} - names.keys() - gone)
     if unknown:
         raise DataError(
             f"{file}: {len(unknown)} image ids are not in {split.annotation_file}: {listed(unknown)}. These "
             f"detections are of other pictures: give the file made for split {split.name!r}."
         )
-    rejected = [r for r in split.rejected if r.ann_id is None]
-    nothing = np.zeros((num_keypoints, 2), np.float32), np.zeros(num_keypoints, np.float32)
-    found: dict[int, list[Person]] = {}
+    category, kept, rejected = split.truth.category_id, list[int](), list[Rejection]()
     for index, row in enumerate(rows):
-        if (
-            row["category_id"] != split.category_id
-            or row["score"] < score_threshold
-            or row["image_id"] in gone
-        ):
+        image_id, box = row["image_id"], row["bbox"]
+        if row["category_id"] != category or row["score"] < score_threshold or image_id in gone:
             continue
-        photo, box = photos[row["image_id"]], row["bbox"]
-        if len(box) != 4 or not all(map(is_number, box)) or not (box[2] > 0 and box[3] > 0):
+        if len(box) == 4 and all(map(is_number, box)) and box[2] > 0 and box[3] > 0:
+            kept.append(index)
+        else:
             detail = f"bbox {box} of entry {index} is not x, y and a positive w, h"
-            rejected.append(Rejection("bbox_invalid", photo.file_name, photo.image_id, index, detail))
-            continue
-        area, score = float(box[2] * box[3]), float(row["score"])
-        person = Person(photo.image_id, index, np.array(box, np.float32), *nothing, area, score)
-        found.setdefault(photo.image_id, []).append(person)
-    if not found:
+            rejected.append(Rejection("bbox_invalid", names[image_id], image_id, index, detail))
+    if not kept:
         raise DataError(
-            f"{file}: no box is left of {len(rows)} entries (category {split.category_id}, score at least "
+            f"{file}: no box is left of {len(rows)} entries (category {category}, score at least "
             f"{score_threshold:g}). Lower --evaluate.score-threshold, or give a file with person detections."
         )
-    new = [replace(photo, people=tuple(found.get(photo.image_id, ()))) for photo in split.photos]
-    return replace(split, photos=tuple(new), rejected=tuple(rejected))
+    kept.sort(key=lambda index: (rows[index]["image_id"], index))
+    return _table(rows, kept, split), rejected
+
+
+def _table(rows: Sequence[dict[str, Any]], kept: Sequence[int], split: Split) -> People:
+    boxes = np.array([rows[index]["bbox"] for index in kept], np.float64)
+    return People(
+        image_id=np.array([rows[index]["image_id"] for index in kept], np.int64),
+        ann_id=np.array(kept, np.int64),
+        keypoints=np.zeros((len(kept), *split.people.keypoints.shape[1:])),
+        bbox_xywh=boxes.astype(np.float32),
+        stated_xywh=boxes,
+        area=boxes[:, 2] * boxes[:, 3],
+        score=np.array([rows[index]["score"] for index in kept], np.float64),
+        crowd=np.zeros(len(kept), bool),
+    )
 
 
 def _check_detections(file: Path, rows: Any) -> None:

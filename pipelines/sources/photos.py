@@ -1,10 +1,13 @@
-"""One picture of a COCO folder: its stored pixels, or why it is left out. The one verdict on a file that
-preprocess and validate share.
+"""A picture file, opened: the one verdict on it that every stage shares, with one set of limits.
+
+`open_picture` raises an ImageError with its reason; `open_photo` is the same for a photograph of
+annotations, whose verdict becomes a row of rejected.parquet.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,37 +17,84 @@ from hrnet_core.images import ImageHeader, check_image, decode_checked
 from pipelines.sources.records import Photo, Rejection
 from pipelines.storage import read_file
 
+MAX_BYTES = 2**30
+"""A larger file is not read: no picture below the limit of pixels has so many bytes."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file after its header and end were judged; no pixel is decoded yet."""
+
+    content: bytes
+    header: ImageHeader
+    apply_exif: bool
+
+    @property
+    def turned(self) -> bool:
+        """Whether EXIF turns or mirrors what is stored, and is obeyed."""
+        return self.apply_exif and self.header.orientation != 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the decoded picture, px."""
+        sides = self.header.width, self.header.height
+        return sides[::-1] if self.apply_exif and self.header.orientation >= 5 else sides
+
+    @property
+    def sha256(self) -> bytes:
+        """Of the file."""
+        return hashlib.sha256(self.content).digest()
+
+    def decode(self) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3) RGB. ImageError `decode_failed`."""
+        return decode_checked(self.content, self.header, apply_exif=self.apply_exif)
+
+
+def open_picture(
+    path: str, max_pixels: int, *, apply_exif: bool, size: tuple[int, int] | None = None
+) -> Picture:
+    """A picture at a path or URI. COCO's annotations are of the stored pixels (apply_exif False), what
+    people look at is turned as its EXIF says.
+
+    size: (width, height) px that boxes or annotations are of. ImageError: those of check_image,
+    missing_image, unreadable, size_differs. DataError where a bucket does not answer.
+    """
+    try:
+        content = read_file(path, MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ImageError("missing_image", "no such file") from None
+    except OSError as error:
+        raise ImageError("unreadable", str(error.strerror or error)) from None
+    if len(content) > MAX_BYTES:
+        raise ImageError("too_large", f"the file has more than {MAX_BYTES:,} bytes.")
+    picture = Picture(content, check_image(content, max_pixels), apply_exif)
+    if size is None or picture.size == tuple(size):
+        return picture
+    (width, height), turned = picture.size, " once turned as its EXIF says" if picture.turned else ""
+    raise ImageError(
+        "size_differs", f"{width} x {height} px{turned}, the annotations are for {size[0]} x {size[1]}"
+    )
+
+
+def check_photo(photo: Photo, max_pixels: int) -> Picture | Rejection:
+    """A photograph of annotations after all that is judged without decoding a pixel, or why it is out."""
+    try:
+        return open_picture(photo.path, max_pixels, apply_exif=False, size=(photo.width, photo.height))
+    except ImageError as error:
+        return left_out(photo, error.reason, str(error))
+
 
 def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes] | Rejection:
-    """The stored pixels (EXIF ignored, as the annotations want) and the file's sha256, or why not."""
-    read = read_photo(photo, max_pixels)
-    if isinstance(read, Rejection):
-        return read
-    content, header = read
+    """The stored pixels uint8 (H, W, 3) RGB and the file's sha256, or why it is out."""
+    checked = check_photo(photo, max_pixels)
+    if isinstance(checked, Rejection):
+        return checked
     try:
-        image = decode_checked(content, header, apply_exif=False)
+        return checked.decode(), checked.sha256
     except ImageError as error:
         return left_out(photo, error.reason, str(error))
-    return image, hashlib.sha256(content).digest()
 
 
-def read_photo(photo: Photo, max_pixels: int) -> tuple[bytes, ImageHeader] | Rejection:
-    """The file's bytes and header after all that is judged without decoding a pixel, or why it is out."""
-    try:
-        content = read_file(photo.path)
-        header = check_image(content, max_pixels)
-    except FileNotFoundError:
-        return left_out(photo, "missing_image", "no such file")
-    except OSError as error:
-        return left_out(photo, "unreadable", str(error.strerror))
-    except ImageError as error:
-        return left_out(photo, error.reason, str(error))
-    if (header.width, header.height) == (photo.width, photo.height):
-        return content, header
-    told = f"{header.width} x {header.height} px, the annotations are for {photo.width} x {photo.height}"
-    return left_out(photo, "size_differs", told)
-
-
-def left_out(photo: Photo, reason: str, detail: str) -> Rejection:
-    """The rejection of a picture with all its people."""
-    return Rejection(reason, photo.file_name, photo.image_id, None, detail, len(photo.people))
+def left_out(photo: Photo, reason: str, detail: str, people: int = 0) -> Rejection:
+    """The rejection of a picture; who knows how many people it has says so."""
+    return Rejection(reason, photo.file_name, photo.image_id, None, detail, people)

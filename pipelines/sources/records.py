@@ -1,16 +1,21 @@
-"""What a source holds: people, photographs, and why others are left out."""
+"""What a source holds: people as one table, photographs, and why others are left out.
+
+A reader (coco.py, yolo.py, detections.py) makes the table once; whoever comes after takes rows of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 
-PROTOCOL = frozenset({"crowd", "no_keypoints", "no_label", "empty_label"})
+LEFT_OUT_AS_PUBLISHED = frozenset({"crowd", "no_keypoints", "no_label", "empty_label"})
 """Reasons that are no defect: people whom the published protocol leaves out, YOLO pictures without any."""
 BOX_AREA = 0.53
 """Area of a person by that of the box, where the annotations have none: as CrowdPose and AI Challenger are
@@ -20,25 +25,62 @@ LARGEST = 1e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Person:
-    """One annotated or detected person, all in photo px."""
+class People:
+    """N annotated or detected people, a row each, in order of (image_id, ann_id); all in photo px."""
 
-    image_id: int
-    ann_id: int
-    """Annotation id; for a detection its index in the file."""
+    image_id: NDArray[np.int64]
+    """(N,)"""
+    ann_id: NDArray[np.int64]
+    """(N,) annotation id; for a detection its index in the file."""
+    keypoints: NDArray[np.float64]
+    """(N, K, 3) x, y, v; v is 0 not labelled, 1 hidden, 2 seen; x and y are 0 where v is."""
     bbox_xywh: NDArray[np.float32]
-    """(4,): sanitised for annotations, as given for detections."""
-    keypoints: NDArray[np.float32]
-    """(K, 2); zeros where visible is 0."""
-    visible: NDArray[np.float32]
-    """(K,): 0 not labelled, 1 hidden, 2 seen."""
-    area: float
-    score: float = 1.0
+    """(N, 4) to crop by: sanitised for annotations, as given for detections."""
+    stated_xywh: NDArray[np.float64]
+    """(N, 4) as the file states it."""
+    area: NDArray[np.float64]
+    """(N,) of the segment, in px²; NaN where it cannot be read."""
+    score: NDArray[np.float64]
+    """(N,) of the box; 1 for annotations."""
+    crowd: NDArray[np.bool_]
+    """(N,) a group, not a person: never predicted, forgiven in scoring."""
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def __getitem__(self, rows: slice | NDArray[Any]) -> People:
+        """Some rows: a slice, indices or a mask (N,)."""
+        return People(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+    @classmethod
+    def empty(cls, num_keypoints: int) -> People:
+        return cls(
+            image_id=np.zeros(0, np.int64),
+            ann_id=np.zeros(0, np.int64),
+            keypoints=np.zeros((0, num_keypoints, 3)),
+            bbox_xywh=np.zeros((0, 4), np.float32),
+            stated_xywh=np.zeros((0, 4)),
+            area=np.zeros(0),
+            score=np.zeros(0),
+            crowd=np.zeros(0, bool),
+        )
+
+    def by_image(self) -> dict[int, slice]:
+        """The rows of each image that has some."""
+        return {int(self.image_id[rows.start]): rows for rows in equal_neighbours(self.image_id)}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def equal_neighbours(values: NDArray[Any]) -> list[slice]:
+    """Slices of equal neighbours of (N,)."""
+    if not len(values):
+        return []
+    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return [slice(int(a), int(b)) for a, b in pairwise([0, *edges, len(values)])]
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
-    """One picture of the annotations with its people, in order of ann_id; may have none."""
+    """One picture of the annotations."""
 
     image_id: int
     file_name: str
@@ -46,7 +88,11 @@ class Photo:
     path: str
     width: int
     height: int
-    people: tuple[Person, ...] = ()
+
+
+def on_photos(people: People, photos: Sequence[Photo]) -> People:
+    """Those whose picture is one of `photos`."""
+    return people[np.isin(people.image_id, [photo.image_id for photo in photos])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +102,9 @@ class Rejection:
     reason: str
     """missing_image, path_outside_root, image_size_invalid, bbox_invalid, bbox_degenerate,
     area_not_positive, keypoints_length, keypoints_invalid, visibility_invalid; crowd, no_keypoints
-    (PROTOCOL); of YOLO-pose labels: no_label, empty_label (PROTOCOL), class_invalid, label_unreadable,
-    label_shared, exif_rotated; for pictures that were opened (photos.py): ImageError's reasons, unreadable,
-    size_differs."""
+    (LEFT_OUT_AS_PUBLISHED); of YOLO-pose labels: no_label, empty_label (as published too), class_invalid,
+    label_unreadable, label_shared, exif_rotated; for pictures that were opened (photos.py): ImageError's
+    reasons, unreadable, size_differs."""
     file: str
     image_id: int
     ann_id: int | None
@@ -68,17 +114,53 @@ class Rejection:
 
     @property
     def is_defect(self) -> bool:
-        return self.reason not in PROTOCOL
+        return self.reason not in LEFT_OUT_AS_PUBLISHED
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """By image; the picture itself before its people."""
+        return self.image_id, -1 if self.ann_id is None else self.ann_id
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CocoSplit:
-    """One split: photos in order of image_id."""
+class GroundTruth:
+    """What poses are scored against: everyone of one category, with crowds and people without keypoints."""
+
+    name: str
+    """The file."""
+    image_ids: NDArray[np.int64]
+    """(M,) of all pictures, in order."""
+    people: People
+    category_id: int = 1
+    crowd_index: NDArray[np.float64] | None = None
+    """(M,) how crowded each picture is, where the file says so (CrowdPose)."""
+    has_areas: bool = True
+    """Whether the file states areas; where not, `people` has BOX_AREA of the box."""
+    unscorable: tuple[Rejection, ...] = ()
+    """People whose keypoints cannot be read: nobody could say how well a pose fits."""
+
+    def refuse_unscorable(self) -> None:
+        """DataError where somebody cannot be scored: left out, they would raise the AP in silence."""
+        if self.unscorable:
+            first = self.unscorable[0]
+            raise DataError(
+                f"{self.name}: {len(self.unscorable)} people cannot be scored against, the first is "
+                f"annotation {first.ann_id} of image {first.image_id}: {first.detail}. Mend them, or take "
+                f"them out."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """One split of a source: photos in order of image_id, and those of its people that can be used."""
 
     name: str
     annotation_file: str
     annotation_sha256: str
     photos: tuple[Photo, ...]
+    people: People
+    """All are on one of `photos`."""
+    truth: GroundTruth
     rejected: tuple[Rejection, ...]
     """In order of (image_id, ann_id)."""
     repaired: Mapping[str, int] = field(default_factory=dict)
@@ -86,11 +168,11 @@ class CocoSplit:
     with a place: place dropped), num_keypoints (the field disagrees with the keypoints: not used),
     other_category (no people: passed over), area_from_box (no annotation has an area: BOX_AREA of the box),
     duplicates (YOLO-pose: the same line again)."""
-    category_id: int = 1
 
-    @property
-    def people(self) -> int:
-        return sum(len(photo.people) for photo in self.photos)
+    def by_photo(self) -> Iterator[tuple[Photo, slice]]:
+        """Photos with people, and their rows in `people`."""
+        rows = self.people.by_image()
+        return ((photo, rows[photo.image_id]) for photo in self.photos if photo.image_id in rows)
 
 
 def refuse_rejected(rejected: Sequence[Rejection]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.geometry import sanitize_boxes
-from pipelines.sources.records import BOX_AREA, LARGEST, Person, Rejection
+from pipelines.sources.records import BOX_AREA, LARGEST, People, Rejection
 
 
 class Annotation(msgspec.Struct, gc=False):
@@ -36,6 +37,7 @@ class ImageEntry(msgspec.Struct, gc=False):
     file_name: Any = None
     width: Any = None
     height: Any = None
+    crowdIndex: Any = None
 
 
 def name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -51,71 +53,110 @@ def name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 class _Problems:
     """Why each of the rows is left out: the first reason found, None while there is none."""
 
-    def __init__(self, rows: int) -> None:
-        self.found: list[tuple[str, str] | None] = [None] * rows
+    def __init__(self, rows: Sequence[Annotation], images: Mapping[int, ImageEntry]) -> None:
+        self._rows, self._images = rows, images
+        self._found: list[tuple[str, str] | None] = [None] * len(rows)
 
     def mark(
         self, where: NDArray[np.bool_] | Sequence[bool], reason: str, detail: Callable[[int], str]
     ) -> None:
         for index in np.flatnonzero(where).tolist():
-            self.found[index] = self.found[index] or (reason, detail(index))
+            self._found[index] = self._found[index] or (reason, detail(index))
+
+    @property
+    def marked(self) -> NDArray[np.bool_]:
+        """(N,) where a reason was found."""
+        return np.array([problem is not None for problem in self._found], bool)
+
+    def rejections(self, where: NDArray[np.bool_]) -> list[Rejection]:
+        """Of the marked rows (N,) that are asked for."""
+        found = []
+        for index in np.flatnonzero(where).tolist():
+            row, (reason, detail) = self._rows[index], self._found[index] or ("", "")
+            file = printable(self._images[row.image_id].file_name)
+            found.append(Rejection(reason, file, row.image_id, row.id, detail))
+        return found
 
 
-def people_of(
-    rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keypoints: int
-) -> tuple[dict[int, list[Person]], list[Rejection], dict[str, int]]:
-    """Annotations -> people by image_id, a rejection for each of the others, the count of repairs.
+@dataclass(frozen=True)
+class Judged:
+    """What became of N rows."""
+
+    people: People
+    """(N): everyone, numbers that are none as 0."""
+    usable: NDArray[np.bool_]
+    """(N,)"""
+    rejected: list[Rejection]
+    """Of each other row, why."""
+    unscorable: list[Rejection]
+    """Of those: people whose keypoints cannot be read."""
+    has_areas: bool
+    """Whether any row states an area."""
+    repaired: dict[str, int]
+
+
+def judge(rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keypoints: int) -> Judged:
+    """Annotations in order of (image_id, id) -> the table of people, and which of them can be used.
 
     Where none of them has an area, the field is not part of this data: it is BOX_AREA of the box.
     """
-    problems = _Problems(len(rows))
-    problems.mark([bool(row.iscrowd) for row in rows], "crowd", lambda i: "iscrowd")
-    triples = _numbers(
+    problems = _Problems(rows, images)
+    crowd = np.array([bool(row.iscrowd) for row in rows], bool)
+    problems.mark(crowd, "crowd", lambda i: "iscrowd")
+    keypoints = _numbers(
         rows, "keypoints", 3 * num_keypoints, problems, "keypoints_length", "keypoints_invalid"
     )
-    triples = triples.reshape(-1, num_keypoints, 3)
-    places, visible = triples[..., :2], triples[..., 2]
+    keypoints = keypoints.reshape(-1, num_keypoints, 3)
+    unscorable = problems.marked & ~crowd
+    visible = keypoints[..., 2]
     labels = (visible > 0).sum(axis=1)
     strange = ~np.isin(visible, (0, 1, 2))
     problems.mark(strange.any(1), "visibility_invalid", lambda i: f"v is {visible[i][strange[i]][0]:g}")
     problems.mark(labels == 0, "no_keypoints", lambda i: "no keypoint is labelled")
 
     boxes = _numbers(rows, "bbox", 4, problems, "bbox_invalid", "bbox_invalid")
-    told = boxes.tolist()
-    problems.mark((boxes[:, 2:] <= 0).any(1), "bbox_invalid", lambda i: f"bbox {told[i]} is empty")
+    stated = boxes.tolist()
+    problems.mark((boxes[:, 2:] <= 0).any(1), "bbox_invalid", lambda i: f"bbox {stated[i]} is empty")
     sizes = _sizes(rows, images)
-    clean, inside = sanitize_boxes(boxes, *sizes)
-    problems.mark(~inside, "bbox_degenerate", lambda i: f"bbox {told[i]} has no pixel in the picture")
-    areas = [row.area for row in rows]
-    from_box = all(area is None for area in areas)
+    clean, inside = sanitize_boxes(boxes, *sizes.T)
+    problems.mark(~inside, "bbox_degenerate", lambda i: f"bbox {stated[i]} has no pixel in the picture")
+    areas, from_box = [row.area for row in rows], all(row.area is None for row in rows)
     if from_box:
-        areas = (BOX_AREA * boxes[:, 2] * boxes[:, 3]).tolist()
-    no_area = [not (is_number(area) and area > 0) for area in areas]
-    problems.mark(no_area, "area_not_positive", lambda i: f"area is {areas[i]!r}")
+        areas = (BOX_AREA * (boxes[:, 2] * boxes[:, 3])).tolist()
+    readable = np.array([is_number(area) for area in areas], bool)
+    area = np.array([a if good else np.nan for a, good in zip(areas, readable, strict=True)], np.float64)
+    problems.mark(~(area > 0), "area_not_positive", lambda i: f"area is {areas[i]!r}")
 
-    hidden = visible == 0
-    keep = np.array([problem is None for problem in problems.found], bool)
-    declared = [row.num_keypoints in (None, n) for row, n in zip(rows, labels.tolist(), strict=True)]
-    beyond = (boxes[:, :2] < -1).any(1) | (boxes[:, :2] + boxes[:, 2:] > np.stack(sizes, 1) + 1).any(1)
+    usable, hidden = ~problems.marked, visible == 0
     repaired = {
-        "boxes_clipped": int((keep & beyond).sum()),
-        "hidden_coordinates": int((keep & (hidden & (places != 0).any(axis=2)).any(axis=1)).sum()),
-        "num_keypoints": int((keep & np.logical_not(declared)).sum()),
-        "area_from_box": int(keep.sum()) if from_box else 0,
+        "boxes_clipped": _reach_beyond(boxes, sizes),
+        "hidden_coordinates": (hidden & (keypoints[..., :2] != 0).any(axis=2)).any(axis=1),
+        "num_keypoints": np.array(
+            [r.num_keypoints not in (None, n) for r, n in zip(rows, labels, strict=True)]
+        ),
+        "area_from_box": np.full(len(rows), from_box),
     }
-    places = np.where(hidden[..., None], 0, places).astype(np.float32)
-    visible = visible.astype(np.float32)
-    people: dict[int, list[Person]] = {}
-    rejected = []
-    for i, (row, problem) in enumerate(zip(rows, problems.found, strict=True)):
-        image_id = row.image_id
-        if problem is None:
-            person = Person(image_id, row.id, clean[i], places[i], visible[i], float(areas[i]))
-            people.setdefault(image_id, []).append(person)
-        else:
-            file = printable(images[image_id].file_name)
-            rejected.append(Rejection(problem[0], file, image_id, row.id, problem[1]))
-    return people, rejected, {kind: number for kind, number in repaired.items() if number}
+    keypoints[hidden] = 0
+    people = People(
+        image_id=np.array([row.image_id for row in rows], np.int64),
+        ann_id=np.array([row.id for row in rows], np.int64),
+        keypoints=keypoints,
+        bbox_xywh=clean,
+        stated_xywh=boxes,
+        area=area,
+        score=np.ones(len(rows)),
+        crowd=crowd,
+    )
+    counts = {kind: int((usable & where).sum()) for kind, where in repaired.items() if len(rows)}
+    counts = {kind: number for kind, number in counts.items() if number}
+    return Judged(
+        people, usable, problems.rejections(~usable), problems.rejections(unscorable), not from_box, counts
+    )
+
+
+def _reach_beyond(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(N,) boxes that leave their picture by more than a pixel."""
+    return (boxes[:, :2] < -1).any(1) | (boxes[:, :2] + boxes[:, 2:] > sizes + 1).any(1)
 
 
 def _numbers(
@@ -148,14 +189,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST  # NaN compares False
 
 
-def _sizes(
-    rows: Sequence[Annotation], images: Mapping[int, ImageEntry]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Width and height of each row's picture; endless where the picture itself is out."""
+def _sizes(rows: Sequence[Annotation], images: Mapping[int, ImageEntry]) -> NDArray[np.float64]:
+    """(N, 2) width and height of each row's picture; endless where the picture itself is out."""
     usable = {i: (image.width, image.height) for i, image in images.items() if not image_problem(image)}
     endless = (LARGEST, LARGEST)
-    sizes = np.array([usable.get(row.image_id, endless) for row in rows], np.float64).reshape(-1, 2)
-    return sizes[:, 0], sizes[:, 1]
+    return np.array([usable.get(row.image_id, endless) for row in rows], np.float64).reshape(-1, 2)
 
 
 def image_problem(image: ImageEntry) -> tuple[str, str] | None:

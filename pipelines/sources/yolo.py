@@ -9,7 +9,7 @@ The labels say less than COCO's: no size of the picture (read from its header), 
 area is BOX_AREA of the box, counted as a repair: good enough to train with, not for an AP.
 
 They belong to the displayed picture (ultralytics applies EXIF), while crops are cut from stored pixels: a
-picture that EXIF turns is rejected. The fields themselves are judged by `people_of`, as COCO's are.
+picture that EXIF turns is rejected. The fields themselves are judged by `judge`, as COCO's are.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import ImageHeader, read_header
 from hrnet_core.skeleton import Skeleton
-from pipelines.sources.records import CocoSplit, Photo, Rejection
-from pipelines.sources.rows import Annotation, ImageEntry, name_difference, people_of, printable
+from pipelines.sources.records import GroundTruth, Photo, Rejection, Split, on_photos
+from pipelines.sources.rows import Annotation, ImageEntry, judge, name_difference, printable
 from pipelines.storage import absolute, is_folder, join, list_files, read_file
 
 DESCRIPTION = "data.yaml"
@@ -39,7 +41,7 @@ HEADER = 1 << 16
 """Bytes that hold nearly every picture's header."""
 
 
-def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
+def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> Split:
     """Pictures and labels of a split ("all": of images/ itself); ROOT may be a URI.
 
     Pictures are numbered from 1 in the order of their names, people in the order of pictures and lines.
@@ -53,8 +55,8 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
     pictures, labels = _folders(root, split, description)
     found, rejected = _read_pictures(pictures, labels)
     digest = hashlib.sha256(raw)
-    images: dict[int, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
+    images: dict[int, ImageEntry] = {}
+    rows: list[Annotation] = []
     origin: dict[int, str] = {}
     passed: Counter[str] = Counter()
     for one in found:
@@ -79,19 +81,20 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> CocoSplit:
             else:
                 detail = f"{origin[identity]}: class {fields[0]!r} is no number"
                 rejected.append(Rejection("class_invalid", one.name, one.image_id, identity, detail))
-    people, refused, repaired = people_of(rows, images, skeleton.num_keypoints)
-    rejected += [replace(r, detail=f"{origin[r.ann_id or 0]}: {r.detail}") for r in refused]
-    photos = [
-        Photo(i, p.file_name, join(pictures, p.file_name), p.width, p.height, tuple(people.get(i, ())))
-        for i, p in images.items()
-    ]
-    return CocoSplit(
+    judged = judge(rows, images, skeleton.num_keypoints)
+    rejected += [replace(r, detail=f"{origin[r.ann_id or 0]}: {r.detail}") for r in judged.rejected]
+    photos = tuple(
+        Photo(i, p.file_name, join(pictures, p.file_name), p.width, p.height) for i, p in images.items()
+    )
+    return Split(
         name=split,
         annotation_file=labels,
         annotation_sha256=digest.hexdigest(),
-        photos=tuple(photos),
-        rejected=tuple(sorted(rejected, key=lambda r: (r.image_id, r.ann_id or -1))),
-        repaired={**repaired, **passed},
+        photos=photos,
+        people=on_photos(judged.people[judged.usable], photos),
+        truth=GroundTruth(labels, np.array(list(images), np.int64), judged.people, has_areas=False),
+        rejected=tuple(sorted(rejected, key=attrgetter("order"))),
+        repaired={**judged.repaired, **passed},
     )
 
 
@@ -297,7 +300,7 @@ def _number(text: str) -> float | str:
 
 def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> tuple[list[Any], list[Any]]:
     """A line as bbox and keypoints of a COCO annotation, in px. What is no fraction from 0 to 1 becomes a
-    text that says so, and `people_of` rejects the row by its kind."""
+    text that says so, and `judge` rejects the row by its kind."""
     box, points = fields[1:5], fields[5:]
     if len(points) != 3 * skeleton.num_keypoints:
         return box, points

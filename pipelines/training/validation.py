@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +19,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hrnet_core.geometry import apply_affine, place_in_image
-from hrnet_core.oks import oks, oks_nms, rescore
+from hrnet_core.oks import oks
 from pipelines.config import EvaluateSettings
-from pipelines.poses.oks_ap import evaluate_results
-from pipelines.poses.protocol import poses_to_results
+from pipelines.poses.protocol import score_poses
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import CROP_COLUMNS
+from pipelines.sources.records import GroundTruth, People
 
 if TYPE_CHECKING:
+    from hrnet_core.checkpoint import CheckpointSpec
     from hrnet_core.predictor import PosePredictor
 
 
 SHOWN = 12
 """People of the overlays: spread over the split, the same each time."""
-TRUTH = ("image_id", "ann_id", "keypoints", "area", "bbox_xywh", "scale", "width", "height")
+TRUTH = ("image_id", "ann_id", "keypoints", "area", "bbox_xywh")
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,10 @@ class Validation:
 
     def __init__(self, manifest: Manifest, split: str, rank: int = 0, world: int = 1) -> None:
         self.manifest, self.split = manifest, split
-        self.skeleton = manifest.skeleton()
+        self.skeleton = manifest.recipe.skeleton
         shards = manifest.shards(split)
         self.groups = [(s, g) for s, shard in enumerate(shards) for g in range(len(shard.row_groups))]
         self.own = self.groups[rank::world]
-        self._truth: dict[str, NDArray[Any]] | None = None
 
     def answer(self, predictor: PosePredictor, flip_test: bool, batch_size: int) -> Answers:
         """Predictions for this worker's people."""
@@ -81,7 +82,7 @@ class Validation:
             table = read_row_group(self.manifest, self.split, shard, group, columns)
             rows = decode_rows(table, self.manifest)
             heatmaps = predictor.heatmaps(rows["images"], flip_test, batch_size)
-            keypoints, scores = self.manifest.codec().decode(heatmaps)
+            keypoints, scores = self.manifest.recipe.codec.decode(heatmaps)
             tensors = [torch.from_numpy(np.array(a)) for a in (heatmaps, rows["heatmaps"], rows["weights"])]
             loss = float(joints_mse(*tensors)) * len(heatmaps)
             placed = place_in_image(keypoints, rows["image_to_crop"])
@@ -94,77 +95,36 @@ class Validation:
             np.zeros(0, np.int64), np.zeros((0, k, 2), np.float32), np.zeros((0, k), np.float32), 0.0
         )
 
-    def truth(self) -> dict[str, NDArray[Any]]:
-        """Columns TRUTH of all people of the split, in order of ann_id; read once."""
-        if self._truth is None:
-            tables = [read_row_group(self.manifest, self.split, s, g, TRUTH) for s, g in self.groups]
-            rows = decode_rows(pa.concat_tables(tables), self.manifest)
-            order = np.argsort(rows["ann_id"])
-            self._truth = {name: values[order] for name, values in rows.items()}
-        return self._truth
+    @cached_property
+    def truth(self) -> GroundTruth:
+        """All people of the split as the shards have them."""
+        tables = [read_row_group(self.manifest, self.split, s, g, TRUTH) for s, g in self.groups]
+        rows = decode_rows(pa.concat_tables(tables), self.manifest)
+        order = np.lexsort((rows["ann_id"], rows["image_id"]))
+        people = People(
+            image_id=rows["image_id"],
+            ann_id=rows["ann_id"],
+            keypoints=rows["keypoints"].astype(np.float64),
+            bbox_xywh=rows["bbox_xywh"],
+            stated_xywh=rows["bbox_xywh"].astype(np.float64),
+            area=rows["area"].astype(np.float64),
+            score=np.ones(len(order)),
+            crowd=np.zeros(len(order), bool),
+        )[order]
+        return GroundTruth(self.manifest.folder, np.unique(people.image_id), people)
 
     def score(
-        self, answers: Answers, settings: EvaluateSettings
+        self, answers: Answers, spec: CheckpointSpec, settings: EvaluateSettings
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The ten figures of COCO, and the results they are of. Everyone must have been answered once."""
-        truth = self.truth()
-        if not np.array_equal(answers.ann_ids, truth["ann_id"]):
+        people = self.truth.people
+        if not np.array_equal(answers.ann_ids, np.sort(people.ann_id)):
             raise RuntimeError(
                 f"{len(answers.ann_ids)} answers ({len(np.unique(answers.ann_ids))} different) for "
-                f"{len(truth['ann_id'])} people of {self.split}"
+                f"{len(people)} people of {self.split}"
             )
-        scores = rescore(answers.scores, np.ones(len(answers.scores)), settings.keypoint_threshold)
-        areas = truth["scale"].astype(np.float64).prod(axis=-1)
-        by_image = np.argsort(truth["image_id"], kind="stable")
-        edges = np.flatnonzero(np.diff(truth["image_id"][by_image])) + 1
-        kept = []
-        for rows in np.split(by_image, edges):
-            inside = oks_nms(
-                answers.keypoints[rows], scores[rows], areas[rows], self.skeleton.oks_sigmas, settings.oks_nms
-            )
-            kept.append(rows[np.sort(inside)])
-        keep = np.concatenate(kept)
-        results = poses_to_results(
-            truth["image_id"][keep],
-            answers.ann_ids[keep],
-            answers.keypoints[keep],
-            answers.scores[keep],
-            scores[keep],
-        )
-        return evaluate_results(results, self.coco(), skeleton=self.skeleton), results
-
-    def coco(self) -> dict[str, Any]:
-        """The split's rows as COCO ground truth."""
-        truth = self.truth()
-        sizes = {
-            i: {"id": i, "width": w, "height": h}
-            for i, w, h in zip(*(truth[c].tolist() for c in ("image_id", "width", "height")), strict=True)
-        }
-        annotations = [
-            {
-                "id": ann_id,
-                "image_id": image_id,
-                "category_id": 1,
-                "iscrowd": 0,
-                "keypoints": keypoints.reshape(-1).tolist(),
-                "num_keypoints": int((keypoints[:, 2] > 0).sum()),
-                "area": area,
-                "bbox": bbox,
-            }
-            for ann_id, image_id, keypoints, area, bbox in zip(
-                truth["ann_id"].tolist(),
-                truth["image_id"].tolist(),
-                truth["keypoints"],
-                truth["area"].tolist(),
-                truth["bbox_xywh"].tolist(),
-                strict=True,
-            )
-        ]
-        return {
-            "images": list(sizes.values()),
-            "annotations": annotations,
-            "categories": [{"id": 1, "name": "person"}],
-        }
+        rows = np.searchsorted(answers.ann_ids, people.ann_id)
+        return score_poses(answers.keypoints[rows], answers.scores[rows], people, self.truth, spec, settings)
 
     def overlay(self, answers: Answers) -> NDArray[np.uint8]:
         """A sheet of SHOWN people: the truth beside the prediction, OKS underneath; uint8 (H, W, 3)."""
