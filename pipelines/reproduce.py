@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
-from pipelines.config import EvaluateSettings, RaySettings
+from pipelines.config import EvaluateSettings, RaySettings, load_config
 from pipelines.evaluate import evaluate
 from pipelines.import_weights import import_weights
 from pipelines.poses.oks_ap import STATS
@@ -17,8 +17,6 @@ SOURCE = "leoxiaobin/deep-high-resolution-net.pytorch"
 """Where README links the weights (model zoo, pose_coco) and the detector's file (data preparation)."""
 BOXES = "COCO_val2017_detections_AP_H_56_person.json"
 TOLERANCE = 0.002
-PHOTOS = 5000
-"""Of the split that the figures are published for."""
 
 
 @dataclass(frozen=True)
@@ -26,35 +24,23 @@ class Published:
     """A weights file of the paper's model zoo, and its figures."""
 
     file: str
-    input_size: tuple[int, int]
-    """(width, height) px."""
+    config: str
+    """Name or file of the settings that describe it: codec, input size, skeleton."""
     stats: Mapping[str, float]
     """STATS by name, as published: COCO val2017, detector of AP 56.4, flip test."""
 
 
-def _row(file: str, input_size: tuple[int, int], *stats: float) -> Published:
-    return Published(file, input_size, dict(zip(STATS, stats, strict=True)))
-
-
 # README of SOURCE, "Results on COCO val2017": AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl.
+FIGURES = {
+    "w32_256x192": (0.744, 0.905, 0.819, 0.708, 0.810, 0.798, 0.942, 0.865, 0.757, 0.858),
+    "w32_384x288": (0.758, 0.906, 0.825, 0.720, 0.827, 0.809, 0.943, 0.869, 0.767, 0.871),
+    "w48_256x192": (0.751, 0.906, 0.822, 0.715, 0.818, 0.804, 0.943, 0.867, 0.762, 0.864),
+    "w48_384x288": (0.763, 0.908, 0.829, 0.723, 0.834, 0.812, 0.942, 0.871, 0.767, 0.876),
+}
 PUBLISHED = {
-    "w32_256x192": _row(
-        "pose_hrnet_w32_256x192.pth", (192, 256),
-        0.744, 0.905, 0.819, 0.708, 0.810, 0.798, 0.942, 0.865, 0.757, 0.858,
-    ),
-    "w32_384x288": _row(
-        "pose_hrnet_w32_384x288.pth", (288, 384),
-        0.758, 0.906, 0.825, 0.720, 0.827, 0.809, 0.943, 0.869, 0.767, 0.871,
-    ),
-    "w48_256x192": _row(
-        "pose_hrnet_w48_256x192.pth", (192, 256),
-        0.751, 0.906, 0.822, 0.715, 0.818, 0.804, 0.943, 0.867, 0.762, 0.864,
-    ),
-    "w48_384x288": _row(
-        "pose_hrnet_w48_384x288.pth", (288, 384),
-        0.763, 0.908, 0.829, 0.723, 0.834, 0.812, 0.942, 0.871, 0.767, 0.876,
-    ),
-}  # fmt: skip
+    name: Published(f"pose_hrnet_{name}.pth", name, dict(zip(STATS, figures, strict=True)))
+    for name, figures in FIGURES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +110,10 @@ def reproduce(
     for model in chosen:
         folder = Path(out) / model
         print(f"--- {model}: {weights[model].name}", flush=True)
-        import_weights(weights[model], folder / "checkpoint", "official", published[model].input_size)
+        data = load_config(published[model].config).data
+        import_weights(
+            weights[model], folder / "checkpoint", data.codec, data.input_size, data.skeleton, data.sigma
+        )
         ours[model] = evaluate(
             folder / "checkpoint",
             coco_root,

@@ -12,7 +12,7 @@ from published_protocol import published_stats
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
-from pipelines.config import EvaluateSettings
+from pipelines.config import EvaluateSettings, load_config
 from pipelines.poses.oks_ap import STATS
 from pipelines.reproduce import PUBLISHED, TOLERANCE, Published, Reproduction, reproduce
 
@@ -22,7 +22,7 @@ def test_the_published_table_is_the_papers() -> None:
     assert [p.stats["AP"] for p in PUBLISHED.values()] == [0.744, 0.758, 0.751, 0.763]
     assert [p.stats["AR"] for p in PUBLISHED.values()] == [0.798, 0.809, 0.804, 0.812]
     for name, row in PUBLISHED.items():
-        width, height = row.input_size
+        width, height = load_config(row.config).data.input_size
         assert row.file == f"pose_hrnet_{name}.pth"
         assert name.endswith(f"_{height}x{width}")
 
@@ -35,6 +35,8 @@ def test_figures_of_the_published_protocol_are_reproduced_or_refused(
     boxes = write_detections(root, tmp_path / "boxes.json")
     network = fitted_network(root, HeatmapCodec("official", (96, 128)))
     torch.save(network.state_dict(), tmp_path / "pose_hrnet_small.pth")
+    config = tmp_path / "small.yaml"
+    config.write_text("data: {input_size: [96, 128], codec: official}")
     expected = dict(zip(STATS, published_stats(network, root, boxes, (96, 128)), strict=True))
     assert 0.1 < expected["AP"] < 0.9  # neither nothing nor everything is right
 
@@ -44,7 +46,7 @@ def test_figures_of_the_published_protocol_are_reproduced_or_refused(
         boxes,
         out=tmp_path / "out",
         settings=EvaluateSettings(batch_size=4, flip_test=False),  # the protocol decides on the flip test
-        published={"small": Published("pose_hrnet_small.pth", (96, 128), expected)},
+        published={"small": Published("pose_hrnet_small.pth", str(config), expected)},
     )
     assert found.ours["small"].stats == pytest.approx(expected, abs=1e-9)
     assert found.ours["small"].metric == "eval_det"
@@ -56,7 +58,7 @@ def test_figures_of_the_published_protocol_are_reproduced_or_refused(
 
     for distance, agrees in ((0.0019, True), (-0.0019, True), (0.0021, False), (-0.0021, False)):
         elsewhere = {**expected, "AP": expected["AP"] + distance}
-        rows = {"small": Published("pose_hrnet_small.pth", (96, 128), elsewhere)}
+        rows = {"small": Published("pose_hrnet_small.pth", str(config), elsewhere)}
         other = Reproduction(rows, found.ours, TOLERANCE)
         assert other.passed is agrees
         assert ("AP differs by more than 0.002" in other.table()) is not agrees
