@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import version
 from pathlib import Path
 
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.skeleton import load_skeleton
+from pipelines.code_version import code_version
 
 
 def import_weights(
@@ -47,7 +47,7 @@ def import_weights(
         )
     state, report = fit_weights(published, architecture)
     provenance = {
-        "code_version": version("hrnet-ray"),
+        "code_version": code_version(),
         "imported_from": Path(file).name,
         "file_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None,
         "key_names": report.scheme,
