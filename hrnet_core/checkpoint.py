@@ -32,6 +32,7 @@ from hrnet_core.architecture import HRNetConfig
 from hrnet_core.errors import CheckpointError, DataError
 from hrnet_core.files import whole_file
 from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.locations import fetch, one_line
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.skeleton import COCO17, Skeleton, skeleton_from_dict
 from hrnet_core.weights import first_names, parse_safetensors, read_torch, untrained, what_does_not_fit
@@ -161,6 +162,22 @@ def save_checkpoint(
             read_trainer_state(temporary)
         _describe(temporary, spec)
     return spec
+
+
+def fetch_checkpoint(place: str, into: Path) -> Path:
+    """The folder of this machine that a path or URI names; what lies elsewhere is copied into `into`.
+
+    CheckpointError names what cannot be read. A path is taken as it is: loading it will tell.
+    """
+    try:
+        return fetch(place, into, (DESCRIPTION, WEIGHTS, SELFTEST), optional=(ONNX,))
+    except DataError as error:
+        raise CheckpointError(f"checkpoint {error}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{place}: cannot be read as a checkpoint ({one_line(error)}). Name a checkpoint folder, or the "
+            f"URI of one (s3://, gs://, file://) with its credentials in the environment."
+        ) from None
 
 
 def load_checkpoint(folder: str | Path) -> tuple[HRNet, CheckpointSpec]:

@@ -1,13 +1,16 @@
 """Where a folder or file lies: a path of this machine, or a URI that pyarrow.fs knows, s3:// and gs://.
 
 pyarrow is imported by who opens one: nobody else pays for it. Requests to a bucket are repeated by its
-client, with growing random pauses.
+client, with growing random pauses. Credentials come from the environment, never with a URI: it is printed.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -22,28 +25,47 @@ STALL_SECONDS = 30
 """A request to S3 over which nothing comes for so long is given up and tried again."""
 RETRY_SECONDS = 60
 """How long Google's client repeats a request."""
+PIECE = 8 << 20
+"""Bytes of a file that are in memory while it is copied."""
+CREDENTIALS = re.compile(
+    r"(?:s3|gs|gcs)://(?!anonymous@)[^/?\s]*[@:]"  # a bucket's name has neither; a secret may have a slash
+    r"|://[^/?\s@]*:[^/?\s@]*@"  # user:password@
+    r"|://\S*[?&][^=&\s]*(?:secret|password|token|key|signature|credential)[^=&\s]*=",
+    re.IGNORECASE,
+)
 
 
 def is_uri(path: str) -> bool:
     return "://" in path
 
 
+def refuse_credentials(text: str) -> None:
+    """DataError where a URI in the text has credentials in it; the message has not."""
+    if CREDENTIALS.search(text):
+        scheme = re.sub(r".*?(\w*)://.*", r"\1", text, flags=re.DOTALL)
+        raise DataError(
+            f"{scheme}://...: credentials do not belong in a URI, which is printed and logged. Take them out "
+            f"and set them in the environment (docs/sources.md)."
+        )
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URIs show no user and password: for addresses of servers, where they are usual."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "...@", text)
+
+
 def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
     """The file system of a path or URI and the folder's (or file's) path on it.
 
-    DataError for a URI that pyarrow cannot open, and for one with credentials in it: a URI is printed.
+    DataError for a URI that pyarrow cannot open, and for one with credentials in it.
     """
     import pyarrow as pa
     from pyarrow import fs
 
     if not is_uri(folder):
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(folder))
+    refuse_credentials(folder)
     parts = urlsplit(folder)
-    if parts.scheme in ("s3", "gs", "gcs") and "@" in parts.netloc.replace("anonymous@", ""):
-        raise DataError(
-            f"{parts.scheme}://...@...: credentials do not belong in a URI, which is printed and logged. "
-            f"Take them out and set them in the environment (docs/sources.md)."
-        )
     try:
         if parts.scheme == "s3":
             bucket = parts.netloc
@@ -84,6 +106,33 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
         allow_delayed_open=True,  # a small file is one request
         **options,
     )
+
+
+def fetch(place: str, into: Path, names: Collection[str], optional: Collection[str] = ()) -> Path:
+    """A folder of this machine: the one at a path; for a URI `into`, with its files of these names.
+
+    FileNotFoundError where one of `names` is not there; another OSError where the bucket does not give it or
+    this disk does not take it; DataError as for `open_folder`.
+    """
+    if not is_uri(place):
+        return Path(place)
+    from pyarrow import fs
+
+    files, folder = open_folder(place)
+    listed = files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    there = {info.base_name: info for info in listed if info.type == fs.FileType.File}
+    if missing := sorted(set(names) - set(there)):
+        raise FileNotFoundError(f"no {', '.join(missing)} there")
+    into.mkdir(parents=True, exist_ok=True)
+    for info in (there[name] for name in (*names, *optional) if name in there):
+        target = into / info.base_name
+        # Not by fs.copy_files: Arrow 25's loses errors and returns as if all were well.
+        with files.open_input_stream(info.path) as source, target.open("wb") as copy:
+            while piece := source.read(PIECE):
+                copy.write(piece)
+        if target.stat().st_size != info.size:
+            raise OSError(f"{info.base_name}: {target.stat().st_size} of its {info.size} bytes came")
+    return into
 
 
 def one_line(error: Exception) -> str:

@@ -103,8 +103,8 @@ class Evaluate(Section):
 class Predict(Section):
     sources: Annotated[tuple[str, ...], *positional("SOURCE...")] = ()
     """Pictures, videos, folders, globs, URIs of buckets."""
-    checkpoint: str = "models:/hrnet-pose@champion"
-    """Checkpoint folder, URI or registered model."""
+    checkpoint: str | None = None
+    """Checkpoint folder, URI or registered version; default: the champion of --track.registered-model."""
     boxes: str | None = None
     """JSON with people's boxes: COCO annotations or detections, or {"picture.jpg": [[x, y, w, h], ...]}."""
     detector: str | None = None
@@ -125,8 +125,8 @@ class Promote(Section):
 
 
 class Deploy(Section):
-    checkpoint: Annotated[str, *positional("CHECKPOINT")] = "models:/hrnet-pose@champion"
-    """Checkpoint folder, URI or registered model."""
+    checkpoint: Annotated[str | None, *positional("CHECKPOINT")] = None
+    """Checkpoint folder, URI or registered version; default: the champion of --track.registered-model."""
     serve: ServeSettings = ServeSettings()
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import tyro
 from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError, PoseError
+from hrnet_core.locations import refuse_credentials
 from pipelines import arguments
 from pipelines.config import RunConfig, Section, explain, load_config
 
@@ -58,6 +60,9 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
 
     A RunConfig is `CONFIG [--section.field value ...]`: the YAML's values, then the overrides.
     """
+    for flag, given in pairwise(["", *argv]):
+        if "--track.uri" not in (flag, given.partition("=")[0]):  # a server's may hold its password
+            refuse_credentials(given)
     _, model, about = VERBS[verb]
     prog, default = f"hrnet {verb}", {}
     if model is RunConfig:
@@ -186,8 +191,10 @@ def _score(args: arguments.Evaluate) -> None:
 
 def _evaluation_folder(args: arguments.Evaluate) -> Path:
     """Beside a local checkpoint; in the storage folder for one that comes from elsewhere."""
+    from pipelines.checkpoints import is_folder_here
+
     kind = "evaluation_det" if args.boxes else "evaluation_gt"
-    if ":/" in args.checkpoint:
+    if not is_folder_here(args.checkpoint):
         return Path(args.run.storage) / "evaluations" / re.sub(r"[^\w.-]+", "_", args.checkpoint) / kind
     return Path(args.checkpoint).parent / kind
 

@@ -19,13 +19,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hrnet_core.errors import CheckpointError, ConfigError
-from hrnet_core.locations import is_uri
-from pipelines.checkpoints import resolve
+from hrnet_core.errors import ConfigError
+from hrnet_core.locations import is_uri, one_line
+from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.storage import absolute, join, writing
+from serve.settings import Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -39,7 +41,7 @@ SERVE_GRACE_S = 15
 
 
 def deploy(
-    checkpoint: str,
+    checkpoint: str | None,
     settings: ServeSettings,
     *,
     run: RunSettings | None = None,
@@ -49,6 +51,7 @@ def deploy(
 ) -> str:
     """Serve a checkpoint folder, a URI of one, or "models:/hrnet-pose@champion"; returns the address.
 
+    checkpoint: None is the champion of `track.registered_model`.
     Here: prints the address once requests are answered and, with `block`, waits for Ctrl-C or SIGTERM, then
     ends Serve and the Ray it started. block=False wants a Ray that runs in this process, and leaves Serve
     running on it. On a cluster (RAY_ADDRESS) it never blocks, and Serve goes on after this process.
@@ -58,8 +61,12 @@ def deploy(
     """
     run, track, ray_settings = run or RunSettings(), track or TrackSettings(), ray_settings or RaySettings()
     block = block and not on_cluster()
-    with _interruptible(), tempfile.TemporaryDirectory(prefix="hrnet-deploy-") as scratch:
-        args, spec = serve_args(checkpoint, settings, run, track, Path(scratch))
+    with (
+        _interruptible(),
+        tempfile.TemporaryDirectory(prefix="hrnet-deploy-") as scratch,
+        local_checkpoint(checkpoint, track, run.storage) as found,
+    ):
+        args, spec = serve_args(found, settings, run, track, Path(scratch))
         try:
             with ray_session(ray_settings):
                 url = start(args, settings, ray_settings)
@@ -74,39 +81,32 @@ def deploy(
 
 
 def serve_args(
-    checkpoint: str, settings: ServeSettings, run: RunSettings, track: TrackSettings, scratch: Path
-) -> tuple[Any, CheckpointSpec]:
+    found: LocalCheckpoint, settings: ServeSettings, run: RunSettings, track: TrackSettings, scratch: Path
+) -> tuple[ServeArgs, CheckpointSpec]:
     """(ServeArgs, the checkpoint's spec), with everything checked that can be before Serve starts."""
-    from serve.schemas import Limits, ServeArgs
-
-    folder, version = resolve(checkpoint, run, track, scratch)
-    spec = _checked(folder, settings)
-    reachable = checkpoint if is_uri(checkpoint) else str(folder.resolve())
-    if on_cluster() and checkpoint.startswith("models:/"):
-        reachable = _published(folder, run.storage, spec.weights_sha256 or "")
+    spec = _checked(found.folder, settings)
+    sha256 = spec.weights_sha256 or ""
+    name, _, version = (found.version or f"{track.registered_model}/{sha256[:12]}").rpartition("/")
+    reachable = found.name if is_uri(found.name) else str(found.folder.resolve())
+    if found.version and found.copied:
+        reachable = _published(found.folder, join(run.storage, f"deployed/{sha256[:16]}"))
+    replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
+    replica["samples"] = _samples(settings.samples, spec.skeleton, run.storage, scratch)
     return ServeArgs(
+        **replica,
         checkpoint=reachable,
-        version=version or (spec.weights_sha256 or "")[:12],
-        source=checkpoint,
-        name=track.registered_model,
-        device=settings.device,
-        mode=settings.mode,
-        flip_test=settings.flip_test,
-        threads=settings.threads,
-        max_batch_people=settings.max_batch_people,
+        version=version,
+        source=found.name,
+        name=name,
         batch_wait_s=settings.batch_wait_ms / 1000,
-        max_requests=settings.max_requests,
-        deadline_s=settings.deadline_s,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
-        samples=_samples(settings.samples, spec.skeleton, run.storage, scratch),
         num_replicas=settings.replicas,
-        max_replicas=settings.max_replicas,
         num_cpus=settings.cpus_per_replica,
         num_gpus=1.0 if settings.use_gpu else 0.0,
     ), spec
 
 
-def start(args: Any, settings: ServeSettings, ray_settings: RaySettings) -> str:
+def start(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -> str:
     """Bring the application up on the Ray of this process; returns its address once it answers."""
     from ray import serve
 
@@ -147,10 +147,8 @@ def start(args: Any, settings: ServeSettings, ray_settings: RaySettings) -> str:
 
 def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     from hrnet_core.checkpoint import read_spec, verify_checkpoint
-    from hrnet_core.modes import MODES, unusable
+    from hrnet_core.modes import unusable
 
-    if settings.mode not in ("auto", *MODES):
-        raise ConfigError(f"mode {settings.mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
     # On a cluster the replicas' machines decide, not this one.
     why = "" if on_cluster() else unusable(settings.mode, "cuda" if settings.use_gpu else "cpu")
     if why:
@@ -159,23 +157,19 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     return read_spec(folder)
 
 
-def _published(folder: Path, storage: str, sha256: str) -> str:
-    """A copy where every node can read it: STORAGE/deployed/SHA. Nodes do not see this one's downloads."""
-    from hrnet_core.locations import open_folder
-    from pipelines.storage import put_file
-
-    target = f"{storage.rstrip('/')}/deployed/{sha256[:16]}"
-    filesystem, path = open_folder(target)
+def _published(folder: Path, target: str) -> str:
+    """A copy that replicas can read whenever they start: this process' own goes with it, and other nodes do
+    not see it."""
     try:
-        filesystem.create_dir(path, recursive=True)
         for file in sorted(folder.iterdir()):
-            put_file(filesystem, f"{path}/{file.name}", file.read_bytes())
+            with writing(join(target, file.name)) as part:
+                shutil.copyfile(file, part)
     except OSError as error:
-        raise CheckpointError(
-            f"{target}: the checkpoint cannot be copied there for the replicas ({error}). Set --run.storage "
-            f"to a folder or URI that every node can read and write."
+        raise ConfigError(
+            f"{target}: cannot be written for the replicas ({one_line(error)}). Set --run.storage to a "
+            f"folder or URI that every node can read and write."
         ) from None
-    return target if is_uri(target) else path
+    return absolute(target)
 
 
 # --- samples for the page ----------------------------------------------------------------------
@@ -192,8 +186,8 @@ def _samples(asked: str | None, skeleton: Skeleton, storage: str, scratch: Path)
         path = Path(asked).resolve()
         folder = str(path)
         if not (path / "boxes.json").is_file():
-            into = Path(storage).resolve() / "samples" if on_cluster() else scratch / "samples"
-            folder = str(samples_from_coco(path, skeleton, into))
+            made = samples_from_coco(path, skeleton, scratch / "samples")
+            folder = _published(made, join(storage, "samples")) if on_cluster() else str(made)
     load_samples(folder)  # refused here, not in the replica
     return folder
 
@@ -211,14 +205,16 @@ def samples_from_coco(pictures: Path, skeleton: Skeleton, into: Path) -> Path:
             f"pictures with a boxes.json (docs/serving.md), or the SPLIT folder of a COCO root."
         )
     chosen: dict[Path, list[list[float]]] = {}
-    for photo in read_coco(pictures.parent, pictures.name, skeleton).photos:
-        least = 0.01 * photo.width * photo.height
-        seen = [p for p in photo.people if p.area >= least and (p.visible > 0).mean() >= 0.5]
+    split = read_coco(pictures.parent, pictures.name, skeleton)
+    for photo, rows in split.by_photo():
+        people = split.people[rows]
+        large = people.area >= 0.01 * photo.width * photo.height
+        seen = people[large & ((people.keypoints[..., 2] > 0).mean(axis=1) >= 0.5)]
         if not 1 <= len(seen) <= 4:
             continue
         # The page sees the picture as EXIF turns it; COCO's boxes are of the stored pixels.
         if read_header(Path(photo.path).read_bytes()).orientation == 1:
-            chosen[Path(photo.path)] = [[round(float(v), 1) for v in p.bbox_xywh] for p in seen]
+            chosen[Path(photo.path)] = [[round(float(v), 1) for v in box] for box in seen.bbox_xywh]
         if len(chosen) == SAMPLES:
             break
     into.mkdir(parents=True, exist_ok=True)
@@ -337,7 +333,7 @@ def _wait_for_signal() -> None:
             time.sleep(1)
 
 
-def _told(url: str, args: Any, spec: CheckpointSpec, block: bool) -> str:
+def _told(url: str, args: ServeArgs, spec: CheckpointSpec, block: bool) -> str:
     width, height = spec.input_size
     lines = [
         f"serving {args.name} {args.version} ({height}x{width}, {spec.codec.name}) from {args.source}",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hrnet_core.errors import ConfigError
+from pipelines.checkpoints import is_folder_here
 from pipelines.cluster import ray_session
 from pipelines.config import EvaluateSettings, RaySettings
 from pipelines.evaluate import evaluate
@@ -80,7 +81,7 @@ def measure_modes(
     from hrnet_core.checkpoint import read_spec, record_modes
     from hrnet_core.modes import MODES, fastest_exact, unusable
 
-    if ":/" in str(checkpoint):
+    if not is_folder_here(checkpoint):
         raise ConfigError(
             f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
             f"the checkpoint folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tracking import log, quiet
+from hrnet_core.locations import without_credentials
+from pipelines.tracking import quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger("hrnet.tracking")
 
 
 class MetricLog:
@@ -53,12 +57,10 @@ class MetricLog:
         if time.monotonic() < self._away_until and not force:
             return False
         try:
-            with quiet():
+            with quiet_mlflow():
                 self._send()
         except Exception as error:
-            log.warning("MLflow %s did not take the metrics (%s): kept in %s", self.uri, error, self.file)
-            self._away_until = time.monotonic() + self.RETRY_S
-            return False
+            return self._away(f"the metrics, which are kept in {self.file}", error)
         return True
 
     def log_file(self, file: Path, folder: str) -> None:
@@ -68,8 +70,12 @@ class MetricLog:
         try:
             self._client.log_artifact(self.run_id, str(file), folder)
         except Exception as error:
-            log.warning("MLflow %s did not take %s: %s", self.uri, file.name, error)
-            self._away_until = time.monotonic() + self.RETRY_S
+            self._away(file.name, error)
+
+    def _away(self, what: str, error: Exception) -> bool:
+        log.warning(without_credentials(f"MLflow {self.uri} did not take {what}: {error}"))
+        self._away_until = time.monotonic() + self.RETRY_S
+        return False
 
     def _send(self) -> None:
         from mlflow.entities import Metric

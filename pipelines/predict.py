@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,9 @@ import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError, DataError, ImageError
-from hrnet_core.locations import is_uri
+from hrnet_core.locations import is_uri, refuse_credentials
 from pipelines.checkpoints import local_checkpoint
+from pipelines.code_version import code_version
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.poses.formats import ROW, Row, check_formats, write_all
 from pipelines.poses.units import UNFINISHED, Progress, Unit, digest_of, run_units, stored
@@ -68,7 +68,7 @@ class Prediction:
 
 def predict(
     sources: Sequence[str],
-    checkpoint: str | Path = "models:/hrnet-pose@champion",
+    checkpoint: str | Path | None = None,
     *,
     out: str | Path | None = None,
     boxes: str | Path | None = None,
@@ -80,6 +80,7 @@ def predict(
 ) -> Prediction:
     """Poses of all pictures and videos that the sources name (pipelines/sources/media.py).
 
+    checkpoint: a folder, a URI of one or "models:/name@alias"; None: the champion of `track`.
     boxes: a JSON file (pipelines/sources/boxes.py). detector: an ONNX file with its declaration beside it
     (hrnet_core/detector.py). Neither: each picture is taken as one person. out: default
     STORAGE/predictions/NAME-DIGEST, so that the same call finds its own folder again.
@@ -95,11 +96,12 @@ def predict(
             "boxes and detector are both given: where shall the boxes come from? Leave one out."
         )
     if is_uri(str(out)):
+        refuse_credentials(str(out))
         raise ConfigError(
             f"out {out}: results are written to a folder of this machine. Copy them on from there."
         )
-    with local_checkpoint(checkpoint, track, storage) as folder:
-        spec = read_spec(folder)
+    with local_checkpoint(checkpoint, track, storage) as found:
+        spec = read_spec(found.folder)
         check_formats(settings.formats, spec.skeleton)
         listing = list_media(sources, exclude=out or Path(storage) / "predictions")
         given = read_boxes(boxes, settings.score_threshold or 0.0) if boxes is not None else None
@@ -115,11 +117,11 @@ def predict(
         store = out / UNFINISHED / plan.digest
         work = Worker(settings, people, "overlays" in settings.formats)
         start = time.monotonic()
-        progress = run_units(plan.units, work, folder, settings, ray, store, "predict")
+        progress = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
     counts, rejected = _write_formats(out, plan, listing, store, settings, spec)
     summary = _summary(plan, listing, settings, spec, progress)
     summary |= {
-        "checkpoint": str(checkpoint),
+        "checkpoint": found.name,
         "counts": counts,
         "rejected": rejected,
         "seconds": round(time.monotonic() - start, 3),
@@ -310,7 +312,7 @@ def _summary(
         "formats": list(settings.formats),
         "passed_over": listing.passed_over,
         "predicted": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "code_version": version("hrnet-ray"),
+        "code_version": code_version(),
         "plan": plan.digest,
     }
 

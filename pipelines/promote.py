@@ -12,7 +12,8 @@ from typing import Any
 
 from hrnet_core.errors import DataError
 from pipelines.config import TrackSettings
-from pipelines.tracking import Tracker, evaluations
+from pipelines.registry import Registry, champion_of, evaluations
+from pipelines.tracking import Tracker
 
 Evaluations = dict[str, dict[str, Any]]
 
@@ -67,22 +68,21 @@ def promote(
         the newest version. Equal APs promote. The first evaluated version becomes champion.
     DataError: no such version, one that was never evaluated, or no protocol in common with the champion.
     """
-    tracker = Tracker(track or TrackSettings(), storage)
-    new = tracker.version(candidate)
+    registry = Registry(Tracker(track or TrackSettings(), storage))
+    store = registry.tracker.shown
+    new = registry.version(candidate)
     if new is None:
         raise DataError(
-            f"promote: {candidate or 'no version at all'} is not registered as "
-            f"{tracker.settings.registered_model} in {tracker.uri}. hrnet train registers its best "
-            f"checkpoint; --run.storage, --track.uri or MLFLOW_TRACKING_URI choose the store."
+            f"promote: {candidate or 'no version at all'} is not registered as {registry.model} in {store}. "
+            f"hrnet train registers its best checkpoint; --run.storage, --track.uri or MLFLOW_TRACKING_URI "
+            f"choose the store."
         )
     name, found = f"{new.name}/{new.version}", evaluations(new)
     if not found:
-        raise DataError(
-            f"promote: {name} has no AP in {tracker.uri}. Run hrnet evaluate models:/{name} COCO first."
-        )
-    champion = tracker.champion()
+        raise DataError(f"promote: {name} has no AP in {store}. Run hrnet evaluate models:/{name} COCO.")
+    champion = registry.version(champion_of(new.name))
     if champion is None:
-        tracker.set_champion(new)
+        registry.set_champion(new)
         return Promotion(name, None, True, tuple(_comparison(found, {}, key) for key in sorted(found)))
     old, theirs = f"{champion.name}/{champion.version}", evaluations(champion)
     common = sorted(found.keys() & theirs.keys())
@@ -96,7 +96,7 @@ def promote(
     comparisons = tuple(_comparison(found, theirs, key) for key in common)
     better = all(c.champion is None or c.candidate >= c.champion for c in comparisons)
     if better:
-        tracker.set_champion(new)
+        registry.set_champion(new)
     return Promotion(name, old, better, comparisons)
 
 

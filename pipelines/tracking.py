@@ -1,26 +1,25 @@
-"""MLflow: the only module that imports it (beside mlflow_model.py, which MLflow itself loads).
+"""MLflow's store, and the runs in it.
 
 The driver of `hrnet train` owns one run: it opens it, ends it FINISHED or FAILED, and registers the best
-checkpoint. Rank 0 of the workers writes metrics through a MetricLog with the run's id: first to a JSONL
-file in the run folder, then to MLflow in batches, never a step twice. If the server goes away, training
-goes on and the file is replayed at the end. Not covered: a server that is away when the run is opened
-(an error, nothing is trained), and one that is still away at the end (the file stays; asking for the same
-run again sends it).
+checkpoint. Rank 0 of the workers writes metrics into it (metric_log.py). Not covered: a server that is away
+when the run is opened (an error, nothing is trained), and one that is still away at the end (the metrics'
+file stays; asking for the same run again sends it).
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.errors import ConfigError
+from hrnet_core.locations import is_uri, one_line, without_credentials
 from pipelines.cluster import on_cluster
 from pipelines.code_version import code_version
 from pipelines.config import TrackSettings
@@ -28,30 +27,21 @@ from pipelines.config import TrackSettings
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
-
 
 log = logging.getLogger("hrnet.tracking")
-CHAMPION = "champion"
-PROTOCOL = ("data_digest", "boxes", "flip_test", "preset")
-"""What must be equal before two APs are compared (docs/contracts.md)."""
 DIGITS = 36
 """MLflow's limit for the digest of a dataset: the run's tag dataset_digest has all 64."""
-EVALUATION = "evaluation."
-"""Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats"}."""
 
 
 class Tracker:
-    """The tracking store of these settings: runs, the model registry, champion.
+    """The store that the settings name.
 
     `storage` is the folder that holds mlflow.db and its artifacts where neither `track.uri` nor
-    MLFLOW_TRACKING_URI names a server. ConfigError on a cluster without one (workers of other machines
-    could not reach the file), and where the store does not answer.
+    MLFLOW_TRACKING_URI names a server. ConfigError on a cluster or for a bucket without one (neither has a
+    file that all could write), and where the store does not answer.
     """
 
     def __init__(self, settings: TrackSettings, storage: str | Path) -> None:
-        self.settings = settings
-        self.storage = Path(storage).resolve()
         named = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not named and on_cluster():
             raise ConfigError(
@@ -59,9 +49,17 @@ class Tracker:
                 "a SQLite file. Start a server (infra/ has one) and set MLFLOW_TRACKING_URI in the job's "
                 "environment, or pass --track.uri."
             )
+        if not named and is_uri(str(storage)):
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI is not set, and MLflow's SQLite file cannot lie in {storage}. Start a "
+                f"server (infra/ has one) and name it, or give a folder of this machine as --run.storage."
+            )
+        self.settings = settings
+        self.storage = Path(storage).resolve()
         self.local = not named
         self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
-        with quiet():
+        self.shown = without_credentials(self.uri)
+        with quiet_mlflow():
             self.client = self._connect()
 
     def _connect(self) -> MlflowClient:
@@ -74,17 +72,18 @@ class Tracker:
             lock = _locked(self.storage / "mlflow.db.lock")
         try:
             with lock:
-                self._select()
+                self.select()
                 client = mlflow.MlflowClient(self.uri, self.uri)
                 client.search_experiments(max_results=1)
         except Exception as error:
+            why = without_credentials(one_line(error))
             raise ConfigError(
-                f"the MLflow store {self.uri} does not answer ({error}). Start the server, or correct "
+                f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
                 f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
-            ) from error
+            ) from None
         return client
 
-    def _select(self) -> None:
+    def select(self) -> None:
         """This store for MLflow's functions that take none."""
         import mlflow
 
@@ -95,8 +94,6 @@ class Tracker:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if named is not None:
             os.environ["MLFLOW_TRACKING_URI"] = named
-
-    # --- the run ------------------------------------------------------------------------------
 
     def open_run(
         self,
@@ -113,7 +110,7 @@ class Tracker:
         """
         import mlflow
 
-        with quiet():
+        with quiet_mlflow():
             if run_id is not None:
                 with contextlib.suppress(mlflow.MlflowException):
                     if self.client.get_run(run_id).info.lifecycle_stage == "active":
@@ -147,7 +144,7 @@ class Tracker:
 
     def runs_on(self, digest: str) -> list[Run]:
         """All runs of the experiment that have the dataset of this digest as an input, newest first."""
-        with quiet():
+        with quiet_mlflow():
             found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
             return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
@@ -156,7 +153,16 @@ class Tracker:
         try:
             self.client.set_terminated(run_id, status)
         except Exception as error:
-            log.warning("MLflow %s: run %s could not be ended as %s: %s", self.uri, run_id, status, error)
+            why = without_credentials(str(error))
+            log.warning("MLflow %s: run %s could not be ended as %s: %s", self.shown, run_id, status, why)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """The last values of a run's metrics."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        rows = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        self.client.log_batch(run_id, metrics=rows)
 
     def log_files(self, run_id: str, files: Iterable[Path], folder: str | None = None) -> None:
         for file in files:
@@ -177,108 +183,6 @@ class Tracker:
         except mlflow.MlflowException:  # another driver was faster
             return str(self.client.get_experiment_by_name(name).experiment_id)
 
-    # --- the registry -------------------------------------------------------------------------
-
-    def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
-        """The checkpoint folder as a new version of the registered model; its number.
-
-        Stored as models-from-code (mlflow_model.py) over the folder and the hrnet_core package: no pickle.
-        """
-        import mlflow
-
-        import hrnet_core
-
-        self._select()
-        with quiet():
-            with mlflow.start_run(run_id=run_id):
-                info = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                    artifacts={"checkpoint": str(checkpoint)},
-                    code_paths=[str(Path(hrnet_core.__file__).parent)],
-                    pip_requirements=["torch", "numpy", "opencv-python-headless", "safetensors", "Pillow"],
-                )
-            # start_run's end says FINISHED; the owner of the run decides that.
-            self.client.update_run(run_id, status="RUNNING")
-            version = mlflow.register_model(
-                info.model_uri,
-                self.settings.registered_model,
-                tags={"weights_sha256": _sha256(checkpoint), **tags},
-            )
-        return int(version.version)
-
-    def version(self, model_ref: str | None) -> ModelVersion | None:
-        """The registered version of "models:/name@alias", "models:/name/3", "3", a checkpoint folder that
-        was registered, or (None) the newest. None where there is none."""
-        name = self.settings.registered_model
-        with quiet(), _absent_is_none():
-            if model_ref is None:
-                return max(self._versions(), key=lambda v: int(v.version), default=None)
-            if model_ref.isdecimal():
-                return self.client.get_model_version(name, model_ref)
-            if model_ref.startswith("models:/"):
-                name, separator, which = model_ref.removeprefix("models:/").rpartition("@")
-                if separator:
-                    return self.client.get_model_version_by_alias(name, which)
-                name, _, which = model_ref.removeprefix("models:/").rpartition("/")
-                return self.client.get_model_version(name, which)
-            same = f"tag.weights_sha256='{_sha256(Path(model_ref))}'"
-            return max(self._versions(same), key=lambda v: int(v.version), default=None)
-        return None
-
-    def _versions(self, condition: str | None = None) -> list[ModelVersion]:
-        query = f"name='{self.settings.registered_model}'" + (f" and {condition}" if condition else "")
-        return list(self.client.search_model_versions(query, max_results=10_000))
-
-    def champion(self) -> ModelVersion | None:
-        return self.version(f"models:/{self.settings.registered_model}@{CHAMPION}")
-
-    def set_champion(self, version: ModelVersion) -> None:
-        """Move the alias; the version that had it stands in the tag previous_champion."""
-        old = self.champion()
-        name = self.settings.registered_model
-        if old is not None and old.version != version.version:
-            self.client.set_registered_model_tag(name, "previous_champion", str(old.version))
-        self.client.set_registered_model_alias(name, CHAMPION, str(version.version))
-
-
-def record_evaluation(
-    model_ref: str,
-    stats: Mapping[str, float],
-    protocol: Mapping[str, Any],
-    artifacts: Sequence[str | Path] = (),
-    *,
-    track: TrackSettings | None = None,
-    storage: str | Path = "runs",
-) -> str | None:
-    """Write an evaluation to the registered version that `model_ref` is, and to its run.
-
-    stats: "AP", "AP50", ... as fractions. protocol: data_digest, boxes ("gt", or "det" with whatever
-    identifies the boxes), flip_test, preset, and more if wanted; only those four decide whether two APs
-    are compared. Metrics become eval_gt/* or eval_det/*. Returns the version's name "hrnet-pose/3", or
-    None where the checkpoint was never registered in this store (nothing is written then).
-    """
-    missing = [name for name in PROTOCOL if name not in protocol]
-    if missing:
-        raise ValueError(f"protocol lacks {missing}")
-    tracker = Tracker(track or TrackSettings(), storage)
-    version = tracker.version(model_ref)
-    if version is None:
-        return None
-    prefix = "eval_gt" if protocol["boxes"] == "gt" else "eval_det"
-    with quiet():
-        body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
-        tag = EVALUATION + comparable(protocol)
-        tracker.client.set_model_version_tag(version.name, version.version, tag, body)
-        tracker.client.set_model_version_tag(
-            version.name, version.version, f"{prefix}/AP", f"{stats['AP']:.4f}"
-        )
-        if version.run_id:
-            for name, value in stats.items():
-                tracker.client.log_metric(version.run_id, f"{prefix}/{name}", float(value))
-            tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
-    return f"{version.name}/{version.version}"
-
 
 def record_dataset(
     card: Mapping[str, Any],
@@ -294,7 +198,7 @@ def record_dataset(
     digest, splits = card["digest"], card["splits"]
     known = tracker.runs_on(digest)
     own = [run.info.run_id for run in known if run.data.tags.get("stage") == "inspect"]
-    with quiet():
+    with quiet_mlflow():
         tags = {"stage": "inspect", "dataset_digest": digest, "code_version": code_version()}
         name = f"dataset-{digest[:8]}"
         run_id = own[0] if own else tracker.new_run(name, tags)
@@ -303,28 +207,11 @@ def record_dataset(
         for split, figures in splits.items():
             lost = sum(count["people"] for count in figures["rejected"].values())
             counts = {key: figures[key] for key in ("people", "photos", "variants", "shards", "bytes")}
-            for what, count in {**counts, "people_left_out": lost}.items():
-                tracker.client.log_metric(run_id, f"data/{split}/{what}", float(count))
+            counts["people_left_out"] = lost
+            tracker.log_metrics(run_id, {f"data/{split}/{what}": n for what, n in counts.items()})
         tracker.log_files(run_id, files, "dataset")
     tracker.close_run(run_id, "FINISHED")
     return run_id, [str(run.info.run_name) for run in known if run.info.run_id not in own]
-
-
-def evaluations(version: ModelVersion) -> dict[str, dict[str, Any]]:
-    """{key of what must be equal: {"protocol", "stats"}} that record_evaluation wrote to a version."""
-    return {
-        key.removeprefix(EVALUATION): json.loads(value)
-        for key, value in version.tags.items()
-        if key.startswith(EVALUATION)
-    }
-
-
-def comparable(protocol: Mapping[str, Any]) -> str:
-    """12 hex digits: two APs with the same ones may be compared."""
-    import hashlib
-
-    text = json.dumps([protocol[name] for name in PROTOCOL], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -338,18 +225,6 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sha256(checkpoint: Path) -> str:
-    """The weights' sha256, as the checkpoint folder states it."""
-    file = checkpoint / "checkpoint.json"
-    try:
-        return str(json.loads(file.read_text())["weights_sha256"])
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(
-            f"{file}: not a checkpoint folder with its weights' sha256. Give the folder that hrnet train or "
-            f"hrnet import wrote."
-        ) from None
-
-
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
@@ -358,19 +233,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _absent_is_none() -> Iterator[None]:
-    """Leave the block where MLflow says that there is no such model, version or alias; nothing else."""
-    from mlflow import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_mlflow() -> Iterator[None]:
     """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block."""
     import mlflow  # noqa: F401 - its import sets the levels of its loggers
 

@@ -23,7 +23,9 @@ from pipelines.cluster import ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
+from pipelines.registry import Registry
 from pipelines.shards.manifest import Manifest
+from pipelines.shards.recipe import Recipe
 from pipelines.tracking import Tracker
 
 AUGMENTATION = ("scale_factor", "rotation_factor", "half_body_probability", "flip_probability")
@@ -135,7 +137,7 @@ def _train(config: RunConfig, manifest: Manifest, name: str, folder: Path) -> Tr
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
     """ConfigError where the recipe asks for other data than the shards are; DataError for no people."""
-    wanted, have = config.data.semantic(), manifest.config
+    wanted, have = Recipe.of(config.data).as_dict(), manifest.recipe.as_dict()
     names = ("input_size", "codec", "sigma", "padding", "context", "variants", *AUGMENTATION)
     differ = [
         f"data.{n} is {wanted[n]}, the shards have {have.get(n)}" for n in names if wanted[n] != have.get(n)
@@ -227,10 +229,10 @@ def _hand_over(tracker: Tracker, run_id: str, folder: Path, outcome: dict[str, A
             "run_name": outcome["run_name"],
             **{key: outcome[key] for key in ("dataset_digest", "codec", "input_size")},
         }
-        version = tracker.register(run_id, folder / "best", tags)
+        version = Registry(tracker).register(run_id, folder / "best", tags)
     except Exception as error:
         print(
-            f"MLflow {tracker.uri} did not take the results ({error}). The run is whole in {folder}; the "
+            f"MLflow {tracker.shown} did not take the results ({error}). The run is whole in {folder}; the "
             f"same command again sends them."
         )
         tracker.close_run(run_id, "FAILED")

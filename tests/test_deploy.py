@@ -13,7 +13,6 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,10 @@ from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
+from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.config import RunSettings, ServeSettings, TrackSettings
 from pipelines.deploy import deploy, samples_from_coco, serve_args
+from serve.settings import ServeArgs
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +52,16 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def args_of(checkpoint: str, tmp_path: Path, **settings: Any) -> Any:
-    run = RunSettings(storage=str(tmp_path / "runs"))
-    return serve_args(checkpoint, ServeSettings(**settings), run, TrackSettings(), tmp_path)[0]
+    run, track = RunSettings(storage=str(tmp_path / "runs")), TrackSettings(registered_model="other")
+    with local_checkpoint(checkpoint, track, run.storage) as found:
+        return serve_args(found, ServeSettings(**settings), run, track, tmp_path)[0]
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "named"),
     [
         ({}, CheckpointError, "no-such-folder"),
-        ({"mode": "int4"}, ConfigError, "int4"),
+        ({"mode": "onnx", "use_gpu": True}, ConfigError, "'onnx' cannot run here"),
         ({"samples": "no-such-samples"}, ConfigError, "no-such-samples"),
         ({"flip_test": True}, CheckpointError, "self-test|sha256"),
     ],
@@ -121,40 +123,31 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{12}", args.version)
 
 
-def test_a_registered_model_keeps_its_version_and_its_name(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pipelines.checkpoints as checkpoints
+def test_a_registered_model_keeps_its_version_and_its_name(checkpoint: Path, tmp_path: Path) -> None:
+    def served(**where: Any) -> ServeArgs:
+        found = LocalCheckpoint("models:/mine@candidate", checkpoint, "mine/12", **where)
+        run, track = RunSettings(storage=str(tmp_path / "runs")), TrackSettings(registered_model="other")
+        return serve_args(found, ServeSettings(), run, track, tmp_path)[0]
 
-    class Registry:
-        def __init__(self, *_: Any) -> None: ...
-
-        def version(self, ref: str) -> Any:
-            assert ref == "models:/hrnet-pose@champion"
-            return SimpleNamespace(version=12)
-
-    monkeypatch.setattr(checkpoints, "fetch_model", lambda *_: checkpoint)
-    monkeypatch.setattr(checkpoints, "Tracker", Registry)
-    args = args_of("models:/hrnet-pose@champion", tmp_path)
-    assert (args.version, args.source, args.name) == ("12", "models:/hrnet-pose@champion", "hrnet-pose")
+    args = served()
+    assert (args.name, args.version, args.source) == ("mine", "12", "models:/mine@candidate")
     assert args.checkpoint == str(checkpoint)
 
-    # On a cluster the replicas do not see what the driver downloaded.
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    args = args_of("models:/hrnet-pose@champion", tmp_path)
-    copied = Path(args.checkpoint)
+    # What was downloaded goes with this process, and other nodes do not see it.
+    copied = Path(served(copied=True).checkpoint)
     assert copied.parent == tmp_path / "runs" / "deployed"
     assert (copied / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     assert {f.name for f in copied.iterdir()} == {f.name for f in checkpoint.iterdir()}
     (tmp_path / "taken").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"--run\.storage"):
-        deploying._published(checkpoint, str(tmp_path / "taken"), "ab" * 32)
+    with pytest.raises(ConfigError, match=r"taken/a: .*--run\.storage"):
+        deploying._published(checkpoint, str(tmp_path / "taken" / "a"))
 
 
 def test_a_checkpoint_by_uri_is_checked_here_and_fetched_by_the_replicas(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert args_of(checkpoint.as_uri(), tmp_path).checkpoint == checkpoint.as_uri()
+    args = args_of(checkpoint.as_uri(), tmp_path)
+    assert (args.checkpoint, args.source, args.name) == (checkpoint.as_uri(), checkpoint.as_uri(), "other")
 
 
 def test_haproxy_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ STAGES = CORE | {
     "matplotlib",
     "psutil",
 }
-SERVER = CORE | {"serve", "ray", "pyarrow", "fastapi", "starlette", "pydantic"}
+SERVER = CORE | {"serve", "ray", "fastapi", "starlette", "pydantic"}
 
 # The first entry that fits counts: a module, or a package and all in it.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -80,7 +80,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hrnet_core.checkpoint",
     },
     "hrnet_core": CORE,
+    "serve.settings": {"pydantic", "hrnet_core.choices"},
     "pipelines.config": {
+        "serve.settings",
         "pydantic",
         "tyro",
         "yaml",
@@ -92,14 +94,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines.deploy": STAGES | {"serve", "fastapi", "starlette"},
     "pipelines.tracking": STAGES | {"mlflow"},
     "pipelines.metric_log": STAGES | {"mlflow"},
-    "pipelines.checkpoints": STAGES | {"mlflow"},
+    "pipelines.registry": STAGES | {"mlflow"},
     "pipelines.mlflow_model": {"mlflow", "pandas", "numpy", "hrnet_core"},
     "pipelines": STAGES,
     "serve": SERVER,
 }
 # What a part of pipelines/ may import of pipelines/, beside itself.
 STANDS_ON: dict[str, set[str]] = {
-    "pipelines.config": set(),
+    "pipelines.config": {"serve.settings"},
     "pipelines.storage": set(),
     "pipelines.cluster": {"pipelines.config"},
     "pipelines.drawn": set(),
@@ -120,6 +122,7 @@ STANDS_ON: dict[str, set[str]] = {
         "pipelines.config",
         "pipelines.storage",
         "pipelines.metric_log",
+        "pipelines.sources",
         "pipelines.shards",
         "pipelines.poses",
         "pipelines.pages",
@@ -236,7 +239,7 @@ HEAVY = [
     "fastapi",
     "tyro",
 ]
-HEAVY += ["ray.data", "ray.train", "pipelines", "serve", "matplotlib", "pycocotools", "safetensors"]
+HEAVY += ["ray.data", "ray.train", "pipelines", "serve.schemas", "matplotlib", "pycocotools", "safetensors"]
 
 # Prints what is loaded after each import, and what else changed: files, environment, threads, handlers.
 PROBE = """
@@ -259,8 +262,8 @@ PROCESSES: dict[str, list[tuple[str, set[str]]]] = {
         ("hrnet_core", set()),
         ("hrnet_core.errors", set()),
         ("hrnet_core.architecture", set()),
-        ("hrnet_core.skeleton", {"numpy"}),
         ("hrnet_core.locations", set()),
+        ("hrnet_core.skeleton", {"numpy"}),
         ("hrnet_core.oks", {"numpy"}),
         ("hrnet_core.heatmaps", {"numpy", "cv2"}),
         ("hrnet_core.augment", {"numpy", "cv2"}),
@@ -281,7 +284,7 @@ PROCESSES: dict[str, list[tuple[str, set[str]]]] = {
         ("pipelines.train", STAGE_WITHOUT_TORCH),
         ("pipelines.tracking", STAGE_WITHOUT_TORCH),
     ],
-    "server": [("serve.schemas", {"serve", "numpy", "fastapi", "pydantic"})],
+    "server": [("serve.settings", {"pydantic"}), ("serve.schemas", {"serve.schemas", "pydantic"})],
 }
 
 

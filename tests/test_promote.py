@@ -11,7 +11,8 @@ import pytest
 from hrnet_core.errors import DataError
 from pipelines.config import TrackSettings
 from pipelines.promote import promote
-from pipelines.tracking import Tracker, record_evaluation
+from pipelines.registry import Registry, champion_of, record_evaluation
+from pipelines.tracking import Tracker
 
 PROTOCOL = {"data_digest": "d" * 64, "boxes": "gt", "flip_test": True, "preset": "official"}
 DETECTOR = {**PROTOCOL, "boxes": "det detections.json"}
@@ -44,7 +45,7 @@ def version(store: Path, track: TrackSettings, *evaluated: tuple[dict[str, Any],
 
 
 def champion(store: Path, track: TrackSettings) -> str | None:
-    found = Tracker(track, store).champion()
+    found = Registry(Tracker(track, store)).version(champion_of(track.registered_model))
     return None if found is None else str(found.version)
 
 
@@ -110,7 +111,7 @@ def test_the_latest_evaluation_of_a_protocol_counts(store: Path, track: TrackSet
     assert promote(second, track=track, storage=store).exit_code == 3
     tag = next(
         json.loads(value)
-        for key, value in Tracker(track, store).version(first).tags.items()  # type: ignore[union-attr]
+        for key, value in Registry(Tracker(track, store)).version(first).tags.items()  # type: ignore[union-attr]
         if key.startswith("evaluation.")
     )
     assert tag["stats"]["AP"] == 0.7

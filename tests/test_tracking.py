@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from hrnet_core.errors import CheckpointError, ConfigError
-from pipelines import tracking
-from pipelines.checkpoints import fetch_model
+from pipelines import registry
+from pipelines.checkpoints import local_checkpoint
 from pipelines.config import TrackSettings
 from pipelines.metric_log import MetricLog, read_rows
-from pipelines.tracking import Tracker, record_evaluation
+from pipelines.registry import Registry, champion_of, record_evaluation
+from pipelines.tracking import Tracker
 
 DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
 
@@ -121,34 +122,67 @@ def test_a_version_is_found_by_alias_number_and_folder(
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     run_id = open_run(tracker)
     best = checkpoint_folder(tmp_path / "best", "5" * 64)
-    number = tracker.register(run_id, best, {"val_gt/AP": "0.5"})
+    models = Registry(tracker)
+    number = models.register(run_id, best, {"val_gt/AP": "0.5"})
     assert tracker.client.get_run(run_id).info.status == "RUNNING"
-    version = tracker.version(str(best))
+    version = models.version(str(best))
     assert version is not None
     assert version.version == number
     assert version.run_id == run_id
     assert version.tags["val_gt/AP"] == "0.5"
-    assert tracker.champion() is None
-    tracker.set_champion(version)
-    for reference in ("models:/hrnet-pose@champion", f"models:/hrnet-pose/{number}", str(number), None):
-        found = tracker.version(reference)
+    assert models.version(champion_of("hrnet-pose")) is None
+    models.set_champion(version)
+    name = f"models:/hrnet-pose/{number}"
+    for ref in ("models:/hrnet-pose@champion", name, str(number), "5" * 64, None):
+        found = models.version(ref)
         assert found is not None
         assert found.version == number
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = fetch_model("models:/hrnet-pose@champion", TrackSettings(), storage)
+    with local_checkpoint(None, TrackSettings(), storage) as here:
+        assert (here.name, here.version) == ("models:/hrnet-pose@champion", f"hrnet-pose/{number}")
+        assert not here.copied
+        folder = here.folder
     assert (folder / "model.safetensors").read_bytes() == b"5" * 64
     stored = {f.name for f in folder.parents[1].rglob("*")}
     assert {"model.py", "mlflow_model.py"} <= stored  # hrnet_core travels with it
     assert not {name for name in stored if name.endswith((".pkl", ".pickle"))}
-    with pytest.raises(CheckpointError, match=r"hrnet-pose/99"):
-        fetch_model("models:/hrnet-pose/99", TrackSettings(), storage)
-    assert fetch_model(str(best), TrackSettings(), storage) == best
+    for missing in ("models:/hrnet-pose/99", "models:/other@champion", "models:/hrnet-pose"):
+        with (
+            pytest.raises(CheckpointError, match=rf"{missing}: not in the MLflow store"),
+            local_checkpoint(missing, TrackSettings(), storage),
+        ):
+            pass
+
+
+def test_a_server_gives_a_copy_that_goes_with_the_block(
+    tracker: Tracker, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is named is not ours to read in; what its files cost here is given back."""
+    best = checkpoint_folder(tmp_path / "best", "8" * 64)
+    number = Registry(tracker).register(open_run(tracker), best, {})
+    named = TrackSettings(uri=tracker.uri)
+    with local_checkpoint(f"models:/hrnet-pose/{number}", named, tmp_path) as here:
+        assert here.copied
+        assert (here.folder / "model.safetensors").read_bytes() == b"8" * 64
+    assert not here.folder.exists()
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", away)
+    with (
+        pytest.raises(CheckpointError, match=rf"hrnet-pose/{number}: .*http://\.\.\.@host") as caught,
+        local_checkpoint(f"models:/hrnet-pose/{number}", named, tmp_path),
+    ):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+def away(*_: Any, **__: Any) -> None:
+    raise ConnectionError("API request to http://user:secret@host/api failed")
 
 
 def test_an_evaluation_stands_at_version_and_run(tracker: Tracker, storage: Path, tmp_path: Path) -> None:
     run_id = open_run(tracker)
     best = checkpoint_folder(tmp_path / "best", "6" * 64)
-    number = tracker.register(run_id, best, {})
+    models = Registry(tracker)
+    number = models.register(run_id, best, {})
     protocol = {"data_digest": "d", "boxes": "gt", "flip_test": True, "preset": "official", "images": 4}
     picture = tmp_path / "overlay.txt"
     picture.write_text("x")
@@ -156,19 +190,19 @@ def test_an_evaluation_stands_at_version_and_run(tracker: Tracker, storage: Path
     assert name == f"hrnet-pose/{number}"
     run = tracker.client.get_run(run_id)
     assert run.data.metrics == {"eval_gt/AP": 0.61, "eval_gt/AP50": 0.9}
-    version = tracker.version(str(number))
+    version = models.version(str(number))
     assert version is not None
-    (written,) = tracking.evaluations(version).values()
+    (written,) = registry.evaluations(version).values()
     assert written == {"protocol": protocol, "stats": {"AP": 0.61, "AP50": 0.9}}
     unknown = checkpoint_folder(tmp_path / "other", "7" * 64)
     assert record_evaluation(str(unknown), {"AP": 0.1}, protocol, storage=storage) is None
 
 
-@pytest.mark.parametrize("field", tracking.PROTOCOL)
+@pytest.mark.parametrize("field", registry.DECISIVE)
 def test_only_equal_protocols_are_comparable(field: str) -> None:
     protocol = {"data_digest": "d", "boxes": "gt", "flip_test": True, "preset": "official"}
-    assert tracking.comparable({**protocol, "seconds": 3}) == tracking.comparable(protocol)
-    assert tracking.comparable({**protocol, field: "other"}) != tracking.comparable(protocol)
+    assert registry.comparable({**protocol, "seconds": 3}) == registry.comparable(protocol)
+    assert registry.comparable({**protocol, field: "other"}) != registry.comparable(protocol)
 
 
 def test_a_cluster_without_a_server_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +215,17 @@ def test_a_cluster_without_a_server_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_a_store_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9 does not answer"):
-        Tracker(TrackSettings(uri="http://127.0.0.1:9"), tmp_path)
+    with pytest.raises(ConfigError, match=r"http://\.\.\.@127\.0\.0\.1:9 does not answer") as caught:
+        Tracker(TrackSettings(uri="http://user:secret@127.0.0.1:9"), tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_database_file_cannot_lie_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"s3://bucket/runs.*--run\.storage"):
+        Tracker(TrackSettings(), "s3://bucket/runs")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,0 +1,188 @@
+"""The registry: versions of models in MLflow's store, their evaluations, and the champion."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hrnet_core.errors import CheckpointError
+from hrnet_core.locations import one_line, without_credentials
+from pipelines.config import TrackSettings
+from pipelines.tracking import Tracker, quiet_mlflow
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+REGISTERED = "models:/"
+"""How the name of a registered version begins."""
+CHAMPION = "champion"
+DECISIVE = ("data_digest", "boxes", "flip_test", "preset")
+"""What of two protocols must be equal before their APs are compared (docs/contracts.md)."""
+EVALUATION = "evaluation."
+"""Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats"}."""
+
+
+def champion_of(registered_model: str) -> str:
+    """The checkpoint that is meant where none is named."""
+    return f"{REGISTERED}{registered_model}@{CHAMPION}"
+
+
+class Registry:
+    """Versions of the model that `track.registered_model` names, and of others by their full name."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.client = tracker, tracker.client
+        self.model = tracker.settings.registered_model
+
+    def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
+        """The checkpoint folder as a new version of the model; its number.
+
+        Stored as models-from-code (mlflow_model.py) over the folder and the hrnet_core package: no pickle.
+        """
+        import mlflow
+
+        import hrnet_core
+
+        self.tracker.select()
+        with quiet_mlflow():
+            with mlflow.start_run(run_id=run_id):
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                    artifacts={"checkpoint": str(checkpoint)},
+                    code_paths=[str(Path(hrnet_core.__file__).parent)],
+                    pip_requirements=["torch", "numpy", "opencv-python-headless", "safetensors", "Pillow"],
+                )
+            # start_run's end says FINISHED; the owner of the run decides that.
+            self.client.update_run(run_id, status="RUNNING")
+            tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
+            return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
+
+    def version(self, ref: str | None) -> ModelVersion | None:
+        """The version that "models:/name@alias", "models:/name/3" or "3" names, or the newest of the weights
+        that a sha256 or a checkpoint folder names; None: the newest of all. None where there is none."""
+        with quiet_mlflow(), _absent_is_none():
+            if ref is None:
+                return self._newest()
+            if re.fullmatch("[0-9a-f]{64}", ref):
+                return self._newest(f" and tag.weights_sha256='{ref}'")
+            if ref.isdecimal():
+                return self.client.get_model_version(self.model, ref)
+            if not ref.startswith(REGISTERED):
+                return self.version(_weights_sha256(Path(ref)))
+            name, alias, which = ref.removeprefix(REGISTERED).rpartition("@")
+            if alias:
+                return self.client.get_model_version_by_alias(name, which)
+            name, _, which = ref.removeprefix(REGISTERED).rpartition("/")
+            return self.client.get_model_version(name, which)
+        return None
+
+    def _newest(self, condition: str = "") -> ModelVersion | None:
+        found = self.client.search_model_versions(f"name='{self.model}'{condition}", max_results=10_000)
+        return max(found, key=lambda version: int(version.version), default=None)
+
+    def checkpoint_folder(self, version: ModelVersion, into: Path) -> Path:
+        """A version's checkpoint: the folder in a store on this machine, else a copy in `into`.
+
+        CheckpointError where the store does not give it.
+        """
+        import mlflow
+
+        name, target = f"{version.name}/{version.version}", None if self.tracker.local else str(into)
+        self.tracker.select()
+        try:
+            with quiet_mlflow():
+                folder = mlflow.artifacts.download_artifacts(f"{REGISTERED}{name}", dst_path=target)
+            found = list(Path(folder).glob("artifacts/*/checkpoint.json"))
+            if len(found) != 1:
+                raise FileNotFoundError(f"{len(found)} checkpoint.json in it")
+        except Exception as error:
+            why = without_credentials(one_line(error))
+            raise CheckpointError(
+                f"{name}: the MLflow store {self.tracker.shown} gives no checkpoint folder ({why}). Where "
+                f"its files are gone, name the folder that was registered, runs/NAME/best."
+            ) from None
+        return found[0].parent
+
+    def set_champion(self, version: ModelVersion) -> None:
+        """Move the alias; the version that had it stands in the tag previous_champion."""
+        old = self.version(champion_of(version.name))
+        if old is not None and old.version != version.version:
+            self.client.set_registered_model_tag(version.name, "previous_champion", str(old.version))
+        self.client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+
+
+def record_evaluation(
+    ref: str,
+    stats: Mapping[str, float],
+    protocol: Mapping[str, Any],
+    artifacts: Sequence[str | Path] = (),
+    *,
+    track: TrackSettings | None = None,
+    storage: str | Path = "runs",
+) -> str | None:
+    """Write an evaluation to the version that `ref` names (Registry.version), and to its run.
+
+    stats: "AP", "AP50", ... as fractions. protocol: data_digest, boxes ("gt", or "det" with whatever
+    identifies the boxes), flip_test, preset, and more if wanted; only those four decide whether two APs
+    are compared. Metrics become eval_gt/* or eval_det/*. Returns the version's name "hrnet-pose/3", or
+    None where the checkpoint was never registered in this store (nothing is written then).
+    """
+    key = comparable(protocol)
+    tracker = Tracker(track or TrackSettings(), storage)
+    version = Registry(tracker).version(ref)
+    if version is None:
+        return None
+    prefix = "eval_gt" if protocol["boxes"] == "gt" else "eval_det"
+    with quiet_mlflow():
+        body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
+        for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
+            tracker.client.set_model_version_tag(version.name, version.version, tag, text)
+        if version.run_id:
+            tracker.log_metrics(version.run_id, {f"{prefix}/{name}": of for name, of in stats.items()})
+            tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
+    return f"{version.name}/{version.version}"
+
+
+def evaluations(version: ModelVersion) -> dict[str, dict[str, Any]]:
+    """{key of what must be equal: {"protocol", "stats"}} that record_evaluation wrote to a version."""
+    return {
+        key.removeprefix(EVALUATION): json.loads(value)
+        for key, value in version.tags.items()
+        if key.startswith(EVALUATION)
+    }
+
+
+def comparable(protocol: Mapping[str, Any]) -> str:
+    """12 hex digits: two APs with the same ones may be compared. KeyError: a decisive field is missing."""
+    text = json.dumps([protocol[name] for name in DECISIVE], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _weights_sha256(checkpoint: Path) -> str:
+    """As the checkpoint folder states it."""
+    file = checkpoint / "checkpoint.json"
+    try:
+        return str(json.loads(file.read_text())["weights_sha256"])
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(
+            f"{file}: not a checkpoint folder with its weights' sha256. Give the folder that hrnet train or "
+            f"hrnet import wrote."
+        ) from None
+
+
+@contextlib.contextmanager
+def _absent_is_none() -> Iterator[None]:
+    """Leave the block where MLflow says that there is no such model, version or alias; nothing else."""
+    from mlflow import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
