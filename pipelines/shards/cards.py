@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.sources.records import BOX_AREA
+
 MEANING = {
     "image": "the picture stored for the person: the view's crop or a cut of the photo; RGB once decoded",
     "image_to_picture": "2 x 3, row by row: photo px to px of the stored picture",
@@ -21,7 +23,7 @@ MEANING = {
     "scale": "width and height of the view in photo px",
     "rotation_deg": "rotation of the view",
     "flipped": "the view is a mirror image",
-    "area": "the annotated area in px^2; 0.53 x width x height of the box where there is none",
+    "area": f"the annotated area in px^2; {BOX_AREA} x width x height of the box where there is none",
     "width": "of the photo",
     "height": "of the photo",
     "image_sha256": "of the photo's file",
@@ -36,26 +38,19 @@ def readme(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     config, splits = fields["config"], fields["splits"]
     width, height = config["input_size"]
     files = [f"  - split: {name}\n    path: data/{name}-*.parquet" for name in splits]
-    megabytes = {name: sum(s["bytes"] for s in split["shards"]) / 1e6 for name, split in splits.items()}
-    sizes = [
-        (
-            name,
-            split["people"],
-            split["photos"],
-            split["variants"],
-            len(split["shards"]),
-            f"{megabytes[name]:.1f}",
-        )
-        for name, split in splits.items()
-    ]
+    sizes = []
+    for name, split in splits.items():
+        shards = split["shards"]
+        megabytes = f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f}"
+        sizes.append((name, split["people"], split["photos"], split["variants"], len(shards), megabytes))
     rejected = [
         (name, reason, count["rows"], count["people"])
         for name, split in splits.items()
         for reason, count in split["rejected"].items()
     ]
     notes = [
-        f"\n{name}: {split['repaired']['area_from_box']} people have no annotated area; it is 0.53 x width x "
-        f"height of\ntheir box. An AP on them is not comparable to COCO's.\n"
+        f"\n{name}: {split['repaired']['area_from_box']} people have no annotated area; it is "
+        f"{BOX_AREA} x width x height of\ntheir box. An AP on them is not comparable to COCO's.\n"
         for name, split in splits.items()
         if "area_from_box" in split.get("repaired", {})
     ]
@@ -104,6 +99,30 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def _context() -> dict[str, Any]:
+    """The standard's @context: its own words are `cr:`, three are more than a name."""
+    words = """arrayShape citeAs column containedIn equivalentProperty extract field fileObject fileProperty
+    fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex
+    repeated replace samplingRate separator source subField transform"""
+    return {
+        "@language": "en",
+        "@vocab": "https://schema.org/",
+        "sc": "https://schema.org/",
+        "cr": "http://mlcommons.org/croissant/",
+        "rai": "http://mlcommons.org/croissant/RAI/",
+        "dct": "http://purl.org/dc/terms/",
+        "conformsTo": "dct:conformsTo",
+        "data": {"@id": "cr:data", "@type": "@json"},
+        "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+        "examples": {"@id": "cr:examples", "@type": "@json"},
+        **{word: f"cr:{word}" for word in words.split()},
+    }
+
+
+CONTEXT = _context()
+PARQUET = "application/x-parquet"
+
+
 def croissant(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Croissant 1.1 JSON-LD of a manifest: each shard with its sha256, a record set for each split."""
     # A file set's pattern is read from the folder of croissant.json; each shard stands there with its hash.
@@ -141,9 +160,6 @@ def croissant(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     return json.dumps(dataset, indent=1) + "\n"
 
 
-PARQUET = "application/x-parquet"
-
-
 def _file_object(shard: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "@type": "cr:FileObject",
@@ -179,26 +195,3 @@ def _schema_org_type(kind: str) -> str:
     if "bool" in kind:
         return "sc:Boolean"
     return "sc:Integer" if "int" in kind else "sc:Text"
-
-
-def _context() -> dict[str, Any]:
-    """The standard's @context: its own words are `cr:`, three are more than a name."""
-    words = """arrayShape citeAs column containedIn equivalentProperty extract field fileObject fileProperty
-    fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex
-    repeated replace samplingRate separator source subField transform"""
-    return {
-        "@language": "en",
-        "@vocab": "https://schema.org/",
-        "sc": "https://schema.org/",
-        "cr": "http://mlcommons.org/croissant/",
-        "rai": "http://mlcommons.org/croissant/RAI/",
-        "dct": "http://purl.org/dc/terms/",
-        "conformsTo": "dct:conformsTo",
-        "data": {"@id": "cr:data", "@type": "@json"},
-        "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-        "examples": {"@id": "cr:examples", "@type": "@json"},
-        **{word: f"cr:{word}" for word in words.split()},
-    }
-
-
-CONTEXT = _context()
