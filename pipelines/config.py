@@ -1,8 +1,8 @@
 """Every setting of a run, with its meaning under it. No torch, ray or mlflow here: `--help` is fast.
 
 A YAML file fills a RunConfig; `--section.field` on the command line overrides it (pipelines/cli.py).
-Unknown keys and contradictions are refused by name. What takes part in the dataset digest is
-`DataSettings.semantic()`; what names a run by default is `RunConfig.identity()`.
+Unknown keys and contradictions are refused by name. What takes part in the dataset's digest is
+a Recipe (pipelines/shards/recipe.py); what names a run by default is `RunConfig.identity()`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import OFFICIAL, CodecName, ModeName, default_sigma
 from hrnet_core.errors import ConfigError
+from serve.settings import BATCH_WAIT_S, CPUS_PER_REPLICA, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
 
 class Section(BaseModel):
@@ -93,14 +94,6 @@ class DataSettings(Section):
     def sigma_cells(self) -> float:
         """Sigma in heatmap cells with the default filled in."""
         return self.sigma if self.sigma is not None else default_sigma(self.input_size)
-
-    def semantic(self) -> dict[str, Any]:
-        """What changes the bytes of a shard: JSON types, no paths but the skeleton's own content."""
-        # Imported here: the skeleton needs numpy, a config file does not.
-        from hrnet_core.skeleton import load_skeleton
-
-        fields = self.model_dump(mode="json", exclude={*SOURCES, "skeleton", "sigma"})
-        return {**fields, "sigma": self.sigma_cells, "skeleton": load_skeleton(self.skeleton).as_dict()}
 
 
 class ModelSettings(Section):
@@ -193,6 +186,8 @@ class WorkerSettings(Section):
     mode: Literal["auto", ModeName] = "auto"
     """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
     enough; the table and the protocol say which."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """A picture or video whose header promises more is rejected before it is decoded."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Data actors, each with the model."""
     cpus_per_worker: int = Field(default=1, ge=1)
@@ -228,55 +223,26 @@ class PredictSettings(WorkerSettings):
     """Keypoints above this are drawn. Files always hold all of them."""
     video_stride: int = Field(default=1, ge=1)
     """Every how many-th frame of a video, from the first."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
-    """A picture or video whose header promises more is rejected before it is decoded."""
 
 
 class TrackSettings(Section):
     uri: str | None = None
     """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else SQLite in the storage folder."""
     experiment: str = "hrnet"
-    registered_model: str = "hrnet-pose"
+    registered_model: str = MODEL_NAME
 
 
-class ServeSettings(Section):
+class ServeSettings(Section, Limits, ReplicaSettings):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface. The endpoint itself asks for no password."""
     port: int = Field(default=8000, ge=1, le=65535)
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
-    max_replicas: int | None = Field(default=None, ge=1)
-    """With this, Ray Serve scales between `replicas` and this many with the load."""
-    cpus_per_replica: float = Field(default=1.0, gt=0)
+    cpus_per_replica: float = Field(default=CPUS_PER_REPLICA, gt=0)
     use_gpu: bool = False
     """One GPU for each replica."""
-    device: str = "auto"
-    """Torch device of the model; auto: the replica's GPU if it has one, else the CPU."""
-    mode: str = "auto"
-    """How the network runs (float32, channels_last, bfloat16, compiled, compiled_bfloat16, onnx); auto: the
-    fastest that the checkpoint has measured as exact enough."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads of a forward pass; default: cpus_per_replica."""
-    flip_test: bool | None = None
-    """Average with the mirror image: twice the work. Default: what the checkpoint says."""
-    max_batch_people: int = Field(default=32, ge=1)
-    """People of one forward pass, gathered over requests."""
-    batch_wait_ms: float = Field(default=0.0, ge=0)
+    batch_wait_ms: float = Field(default=1000 * BATCH_WAIT_S, ge=0)
     """How long an idle model waits for more people. While it is busy, the next batch gathers anyway."""
-    max_requests: int = Field(default=64, ge=1)
-    """Requests in progress in one replica; the next one gets 429."""
-    deadline_s: float = Field(default=30.0, gt=0)
-    """A request that takes longer gets 504."""
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    """A picture whose header promises more is refused before it is decoded."""
-    max_people: int = Field(default=128, ge=1)
-    """Boxes in one request, over all its pictures."""
-    max_images: int = Field(default=16, ge=1)
-    first_frame: bool = False
-    """Take the first picture of an animation or of a file with several pages; else it is refused (415)."""
-    samples: str | None = None
-    """Pictures for the page: a folder with a boxes.json, or the picture folder of a COCO split."""
     haproxy: bool | None = None
     """HAProxy instead of Serve's Python proxy takes the requests: cheaper, but it opens ports 8404 and 9101
     on every interface. Default: on a cluster yes (unless `host` is a loopback address), on a laptop no."""

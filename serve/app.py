@@ -1,6 +1,6 @@
 """The endpoint: one Ray Serve deployment that decodes, crops, batches people and answers.
 
-    request -> pictures and boxes (schemas) -> crops -> batch over all requests -> PosePredictor -> answer
+    request -> uploads (body.py) -> crops (work.py) -> batch over all requests (service.py) -> answer
 
 A batch is formed of people, not of requests: each request hands in its crops, in portions that fit a
 batch, and gets its own rows back. Decoding runs in a few threads, the network in one of its own, so the
@@ -17,8 +17,8 @@ from typing import Any
 from ray import serve
 
 from serve.routes import make_app
-from serve.schemas import ModelChoice, ServeArgs
 from serve.service import PoseService
+from serve.settings import ModelChoice, ServeArgs
 
 # After the work ends, requests that were already sent get this long for their answer.
 GRACE_S = 10

@@ -1,12 +1,15 @@
-"""The body of a request: pictures and boxes, under the limits."""
+"""The body of a request: pictures and boxes, as a form or as JSON, under the limits.
+
+Nothing large is decoded, or even read to its end, before it is allowed. Whatever is wrong is a Problem that
+names the field.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import json
-import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +19,14 @@ from numpy.typing import NDArray
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from serve.schemas import Limits, Problem
-
-# Far outside of any picture, still exact in float32 geometry.
-COORDINATE_LIMIT = 1e6
+from hrnet_core.geometry import FARTHEST
+from serve.schemas import Problem
+from serve.settings import Limits
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a request, not decoded yet."""
+class Upload:
+    """One picture of a request, not decoded yet, and its boxes."""
 
     field: str
     """Its name in messages: image, or image[1] where there are several."""
@@ -33,7 +35,7 @@ class Picture:
     """(P, 4) px of the displayed picture; None: the whole picture is one person."""
 
 
-async def read_pictures(request: Request, limits: Limits) -> list[Picture]:
+async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
     """The pictures and boxes of a request body. Problem for anything else that it holds."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
@@ -55,7 +57,7 @@ async def read_pictures(request: Request, limits: Limits) -> list[Picture]:
             headers={"Accept": "multipart/form-data, application/json"},
         )
     if not images:
-        raise Problem("invalid-field", "image: missing. Send at least one picture.", field="image")
+        raise Problem.of_field("image", "invalid-field", "missing. Send at least one picture.")
     if len(images) > limits.max_images:
         raise _too_many_images(limits)
     return _with_boxes(images, boxes, limits)
@@ -94,23 +96,17 @@ async def _read_multipart(
 
 
 async def _form_fields(form: FormData) -> tuple[list[bytes], Any]:
-    unknown = sorted(set(form) - {"image", "boxes"})
-    if unknown:
-        raise Problem(
-            "invalid-field", f"{unknown[0]}: unknown field. There are image and boxes.", field=unknown[0]
-        )
+    _refuse_unknown(form)
     images = []
     for part in form.getlist("image"):
         if not isinstance(part, UploadFile):
-            raise Problem(
-                "invalid-field", "image: not a file part. With curl: -F image=@photo.jpg", field="image"
+            raise Problem.of_field(
+                "image", "invalid-field", "not a file part. With curl: -F image=@photo.jpg"
             )
         images.append(await part.read())
     parts = form.getlist("boxes")
     if len(parts) > 1:
-        raise Problem(
-            "invalid-field", "boxes: sent twice. Several pictures share one JSON list.", field="boxes"
-        )
+        raise Problem.of_field("boxes", "invalid-field", "sent twice. Several pictures share one JSON list.")
     if not parts:
         return images, None
     text = await parts[0].read() if isinstance(parts[0], UploadFile) else parts[0]
@@ -121,36 +117,36 @@ def _read_json(body: bytes) -> tuple[list[bytes], Any]:
     fields = _json(body, "the body", "malformed-body")
     if not isinstance(fields, dict):
         raise Problem("malformed-body", f"the body: expected a JSON object, got {_kind(fields)}.")
-    unknown = sorted(set(fields) - {"image", "boxes"})
-    if unknown:
-        raise Problem(
-            "invalid-field", f"{unknown[0]}: unknown field. There are image and boxes.", field=unknown[0]
-        )
+    _refuse_unknown(fields)
     image = fields.get("image", [])
     texts = image if isinstance(image, list) else [image]
-    return [_from_base64(text, _name("image", i, len(texts))) for i, text in enumerate(texts)], fields.get(
-        "boxes"
-    )
+    images = [_from_base64(text, _name("image", i, len(texts))) for i, text in enumerate(texts)]
+    return images, fields.get("boxes")
+
+
+def _refuse_unknown(fields: Iterable[str]) -> None:
+    for unknown in sorted(set(fields) - {"image", "boxes"}):
+        raise Problem.of_field(unknown, "invalid-field", "unknown field. There are image and boxes.")
 
 
 def _from_base64(text: Any, field: str) -> bytes:
     if not isinstance(text, str):
-        raise Problem("invalid-field", f"{field}: expected base64 text, got {_kind(text)}.", field=field)
+        raise Problem.of_field(field, "invalid-field", f"expected base64 text, got {_kind(text)}.")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         hint = " Leave the data: prefix out." if text.startswith("data:") else ""
-        raise Problem("invalid-field", f"{field}: not base64 ({error}).{hint}", field=field) from None
+        raise Problem.of_field(field, "invalid-field", f"not base64 ({error}).{hint}") from None
 
 
 def _json(text: str | bytes, field: str, slug: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise Problem(slug, f"{field}: not JSON ({error}).", field=field) from None
+        raise Problem.of_field(field, slug, f"not JSON ({error}).") from None
 
 
-def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Picture]:
+def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]:
     """Pair pictures with boxes: one list for one picture, a list (or null) for each of several."""
     count = len(images)
     if boxes is None or count == 1:
@@ -159,38 +155,31 @@ def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Picture
         lists = boxes
     else:
         given = f"{len(boxes)} entries" if isinstance(boxes, list) else _kind(boxes)
-        raise Problem(
+        raise Problem.of_field(
+            "boxes",
             "invalid-boxes",
-            f"boxes: {count} pictures need a list of {count} lists of boxes (null: the whole picture), "
-            f"got {given}.",
-            field="boxes",
+            f"{count} pictures need a list of {count} lists of boxes (null: the whole picture), got {given}.",
         )
     people = sum(1 if one is None else len(one) for one in lists if one is None or isinstance(one, list))
     if people > limits.max_people:
-        raise Problem(
-            "too-many-people",
-            f"boxes: {people} people in one request, at most {limits.max_people}: send several requests.",
-            field="boxes",
-            limit=limits.max_people,
-        )
+        what = f"{people} people in one request, at most {limits.max_people}: send several requests."
+        raise Problem.of_field("boxes", "too-many-people", what, limit=limits.max_people)
     return [
-        Picture(_name("image", i, count), data, read_boxes(one, _name("boxes", i, count)))
+        Upload(_name("image", i, count), data, boxes_of_json(one, _name("boxes", i, count)))
         for i, (data, one) in enumerate(zip(images, lists, strict=True))
     ]
 
 
-def read_boxes(boxes: Any, field: str = "boxes") -> NDArray[np.float32] | None:
+def boxes_of_json(boxes: Any, field: str) -> NDArray[np.float32] | None:
     """[[x, y, w, h], ...] as float32 (P, 4); None stays None. Problem names the box that is wrong."""
     if boxes is None:
         return None
     if not isinstance(boxes, list):
-        raise Problem(
-            "invalid-boxes", f"{field}: expected [[x, y, w, h], ...], got {_kind(boxes)}.", field=field
-        )
+        raise Problem.of_field(field, "invalid-boxes", f"expected [[x, y, w, h], ...], got {_kind(boxes)}.")
     for i, box in enumerate(boxes):
         wrong = _what_is_wrong(box)
         if wrong:
-            raise Problem("invalid-boxes", f"{field}[{i}]: {wrong}.", field=f"{field}[{i}]")
+            raise Problem.of_field(f"{field}[{i}]", "invalid-boxes", f"{wrong}.")
     return np.array(boxes, np.float32).reshape(-1, 4)
 
 
@@ -198,11 +187,11 @@ def _what_is_wrong(box: Any) -> str | None:
     if not isinstance(box, list) or len(box) != 4:
         return f"expected four numbers x, y, w, h, got {_kind(box)}"
     for name, value in zip("xywh", box, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if type(value) not in (int, float):
             return f"{name} is {_kind(value)}, not a number"
-        if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > COORDINATE_LIMIT:
-            return f"{name} must be finite and within ±{COORDINATE_LIMIT:,.0f} px"
-    if box[2] <= 0 or box[3] <= 0:
+        if not abs(value) <= FARTHEST:  # nor is NaN
+            return f"{name} must be finite and within ±{FARTHEST:,.0f} px"
+    if not (np.array(box[2:], np.float32) > 0).all():  # 1e-50 is 0 to the predictor
         return f"w and h must be positive, got {box[2]} and {box[3]}"
     return None
 
@@ -230,9 +219,53 @@ def _too_large(limits: Limits) -> Problem:
 
 
 def _too_many_images(limits: Limits) -> Problem:
-    return Problem(
-        "too-many-images",
-        f"image: at most {limits.max_images} pictures in one request.",
-        field="image",
-        limit=limits.max_images,
+    limit = limits.max_images
+    return Problem.of_field(
+        "image", "too-many-images", f"at most {limit} pictures in one request.", limit=limit
     )
+
+
+REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "properties": {
+                    "image": {
+                        "type": "array",
+                        "items": {"type": "string", "format": "binary"},
+                        "description": "One or more pictures (JPEG, PNG and what else is read).",
+                    },
+                    "boxes": {
+                        "type": "string",
+                        "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a "
+                        "box. Several pictures: a list of such lists, null for a whole picture.",
+                    },
+                },
+            }
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "additionalProperties": False,
+                "properties": {
+                    "image": {
+                        "anyOf": [
+                            {"type": "string", "format": "byte"},
+                            {"type": "array", "items": {"type": "string", "format": "byte"}},
+                        ]
+                    },
+                    "boxes": {
+                        "description": "As in the form, not quoted.",
+                        "type": ["array", "null"],
+                        "items": {"type": ["array", "null"]},
+                    },
+                },
+            }
+        },
+    },
+}
+"""For openapi.json: FastAPI does not read the body, so it cannot know."""

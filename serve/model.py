@@ -1,4 +1,4 @@
-"""The model of a replica."""
+"""The model of a replica: a checkpoint, loaded, and what is said of it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hrnet_core.errors import CheckpointError
-from serve.schemas import LoadedModel, ModelChoice, ModelInfo, ServeArgs
+from serve.schemas import LoadedModel, ModelInfo
+from serve.settings import ModelChoice, ServeArgs
 
 if TYPE_CHECKING:
     from hrnet_core.predictor import PosePredictor
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """A loaded checkpoint. Requests hold on to the one they started with."""
 
     predictor: PosePredictor
@@ -44,39 +44,16 @@ class Model:
         )
 
 
-def load_model(choice: ModelChoice, args: ServeArgs) -> Model:
+def load_model(choice: ModelChoice, args: ServeArgs) -> ServedModel:
     """Fetch, check, load and warm up a checkpoint. CheckpointError says what is wrong with it."""
-    from hrnet_core.checkpoint import verify_checkpoint
+    from hrnet_core.checkpoint import fetch_checkpoint, verify_checkpoint
     from hrnet_core.predictor import PosePredictor
 
     with tempfile.TemporaryDirectory(prefix="hrnet-checkpoint-") as temporary:
-        folder = fetch(choice.checkpoint, Path(temporary))
+        folder = fetch_checkpoint(choice.checkpoint, Path(temporary))
         verify_checkpoint(folder)
         threads = args.threads or max(1, int(args.num_cpus))
         predictor = PosePredictor.load(folder, device=args.device, mode=args.mode, threads=threads)
     predictor.warm_up()
     flip_test = predictor.spec.flip_test if args.flip_test is None else args.flip_test
-    return Model(predictor, choice, flip_test)
-
-
-def fetch(uri: str, into: Path) -> Path:
-    """A local folder for a folder or a URI; what lies elsewhere is copied into `into`.
-
-    CheckpointError where nothing can be read there.
-    """
-    if "://" not in uri:
-        return Path(uri)
-    from pyarrow import fs
-
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        if not filesystem.get_file_info(fs.FileSelector(path)):
-            raise FileNotFoundError(f"nothing under {path}")
-        into.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(path, str(into), source_filesystem=filesystem)
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise CheckpointError(
-            f"{uri}: cannot be read ({error}). Name a folder that every node sees, or a URI that pyarrow "
-            f"reads (file://, s3://, gs://, hdfs://), with its credentials in the environment."
-        ) from None
-    return into
+    return ServedModel(predictor, choice, flip_test)

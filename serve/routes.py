@@ -1,4 +1,4 @@
-"""HTTP: routes, the page, problems as answers."""
+"""The HTTP side of a service: its routes, its page, and a problem for whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import numpy as np
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.schemas import (
-    ModelsAnswer,
-    PosesAnswer,
-    Problem,
-    ProblemAnswer,
-    Result,
-)
+from hrnet_core.images import encode_png
+from hrnet_core.overlays import draw_poses
+from hrnet_core.results import Poses
+from serve.body import REQUEST_BODY
+from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
 from serve.service import Metrics, PoseService, logger
-from serve.work import Prepared
 
 PAGE = Path(__file__).parent
 Threshold = Annotated[float, Query(ge=0, le=1)]
@@ -86,13 +84,10 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    slugs = {404: "not-found", 405: "method-not-allowed"}
-    details = {
-        404: f"{request.url.path}: see /docs for what there is.",
-        405: f"{request.method} {request.url.path}: see /docs for what there is.",
-    }
-    slug = slugs.get(error.status_code, "malformed-body")
-    detail = details.get(error.status_code, str(error.detail))
+    slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code)
+    detail = f"{request.method} {request.url.path}: see /docs for what there is."
+    if slug is None:
+        slug, detail = "malformed-body", str(error.detail)
     return _as_response(request, Problem(slug, detail, headers=dict(error.headers or {})))
 
 
@@ -100,52 +95,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:])
-    return _as_response(request, Problem("invalid-field", f"{field}: {first['msg']}.", field=field))
-
-
-REQUEST_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["image"],
-                "properties": {
-                    "image": {
-                        "type": "array",
-                        "items": {"type": "string", "format": "binary"},
-                        "description": "One or more pictures (JPEG, PNG and what else is read).",
-                    },
-                    "boxes": {
-                        "type": "string",
-                        "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a "
-                        "box. Several pictures: a list of such lists, null for a whole picture.",
-                    },
-                },
-            }
-        },
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["image"],
-                "additionalProperties": False,
-                "properties": {
-                    "image": {
-                        "anyOf": [
-                            {"type": "string", "format": "byte"},
-                            {"type": "array", "items": {"type": "string", "format": "byte"}},
-                        ]
-                    },
-                    "boxes": {
-                        "description": "As in the form, not quoted.",
-                        "type": ["array", "null"],
-                        "items": {"type": ["array", "null"]},
-                    },
-                },
-            }
-        },
-    },
-}
+    return _as_response(request, Problem.of_field(field, "invalid-field", f"{first['msg']}."))
 
 
 def make_app(service: PoseService) -> FastAPI:
@@ -188,22 +138,16 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
     )
     async def overlay(request: Request, threshold: Threshold = 0.3) -> Response:
         """The displayed picture with boxes and with the keypoints that score above `threshold`, as PNG."""
-        answer, (picture,) = await service.answer(request, draw=True)
-        png = await asyncio.to_thread(_draw, picture, answer.results[0], threshold)
+        answer, ((decoded, poses),) = await service.answer(request, draw=True)
+        png = await asyncio.to_thread(_drawn, decoded.image, poses, threshold)
         return Response(png, media_type="image/png", headers={"X-Model-Version": answer.model.version})
 
 
-def _draw(picture: Prepared, result: Result, threshold: float) -> bytes:
-    from hrnet_core.images import encode_png
-    from hrnet_core.overlays import draw_poses
-
-    skeleton = picture.model.predictor.spec.skeleton
-    points = np.array([p.keypoints for p in result.persons], np.float32)
-    points = points.reshape(-1, skeleton.num_keypoints, 3)
-    drawn = draw_poses(
-        picture.image, points[..., :2], points[..., 2], skeleton, threshold, boxes_xywh=picture.boxes_xywh
+def _drawn(image: NDArray[np.uint8], poses: Poses, threshold: float) -> bytes:
+    keypoints, boxes_xywh = poses.keypoints, poses.boxes.xywh
+    return encode_png(
+        draw_poses(image, keypoints.xy, keypoints.conf, poses.skeleton, threshold, boxes_xywh=boxes_xywh)
     )
-    return encode_png(drawn)
 
 
 def _add_state(app: FastAPI, service: PoseService) -> None:

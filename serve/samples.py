@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError
-from serve.body import read_boxes
-from serve.model import fetch
+from hrnet_core.locations import fetch
+from serve.body import boxes_of_json
 from serve.schemas import Problem
 
 MAX_SAMPLES = 24
@@ -29,8 +29,8 @@ def load_samples(uri: str) -> dict[str, Sample]:
     ConfigError where the folder does not hold what it names.
     """
     with tempfile.TemporaryDirectory(prefix="hrnet-samples-") as temporary:
-        folder = fetch(uri, Path(temporary))
         try:
+            folder = fetch(uri, Path(temporary), ["boxes.json"])
             boxes = json.loads((folder / "boxes.json").read_text())
             if not isinstance(boxes, dict):
                 raise ValueError("not a JSON object")
@@ -38,7 +38,8 @@ def load_samples(uri: str) -> dict[str, Sample]:
             if any(Path(name).name != name for name in names):
                 raise ValueError("a name in it is a path, not a file of the folder")
             for name in names:
-                read_boxes(boxes[name], name)
+                boxes_of_json(boxes[name], name)
+            fetch(uri, folder, names)
             return {
                 name: Sample(
                     (folder / name).read_bytes(),

@@ -1,79 +1,10 @@
-"""What goes over the wire: settings of the server, requests, answers, problems. No torch, no Ray here.
-
-A request is one or more pictures with boxes; `read_pictures` takes it from multipart or JSON under the
-limits, so that nothing large is decoded, or even read to its end, before it is allowed. Whatever is
-wrong is a `Problem`, which leaves the server as RFC 9457 problem+json.
-"""
+"""What the server answers: poses, models, and problems (RFC 9457 problem+json). No torch, no Ray here."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-
-class Limits(BaseModel):
-    """What one request may ask for. More is refused by name, never cut."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    """Of one picture, by its header, before anything is decoded."""
-    max_people: int = Field(default=128, ge=1)
-    """Boxes over all pictures of the request."""
-    max_images: int = Field(default=16, ge=1)
-    first_frame: bool = False
-    """Take the first picture of an animation or of a file with several pages; else it is refused."""
-
-
-class ServeArgs(BaseModel):
-    """Arguments of `serve.app:build`; `args:` of a Serve config file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    checkpoint: str
-    """Checkpoint folder, or its URI (s3://, gs://, file://) that pyarrow can read."""
-    version: str = ""
-    """Version of the registered model, or anything that tells this checkpoint from the next."""
-    source: str = ""
-    """What was asked for, such as models:/hrnet-pose@champion; shown by /v1/models."""
-    name: str = "hrnet-pose"
-    device: str = "auto"
-    mode: str = "auto"
-    """How the network runs; auto: the checkpoint's measured default."""
-    flip_test: bool | None = None
-    """Default: what the checkpoint says."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads of a forward pass; default: num_cpus."""
-    max_batch_people: int = Field(default=32, ge=1)
-    batch_wait_s: float = Field(default=0.0, ge=0)
-    """How long an idle model waits for more people; while it is busy, the next batch gathers anyway."""
-    max_requests: int = Field(default=64, ge=1)
-    """Requests in progress in one replica; the next one gets 429."""
-    deadline_s: float = Field(default=30.0, gt=0)
-    limits: Limits = Limits()
-    samples: str | None = None
-    """Folder or URI of pictures with a boxes.json, for the page."""
-    num_replicas: int = Field(default=1, ge=1)
-    max_replicas: int | None = Field(default=None, ge=1)
-    """With this, Serve scales from num_replicas to this many with the load."""
-    num_cpus: float = Field(default=1.0, gt=0)
-    num_gpus: float = Field(default=0.0, ge=0)
-
-
-class ModelChoice(BaseModel):
-    """Serve's user_config: a change of it swaps the model inside the running replicas."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    checkpoint: str
-    version: str = ""
-    source: str = ""
-    name: str = "hrnet-pose"
-
-
-# --- answers -----------------------------------------------------------------------------------
+from pydantic import BaseModel, ConfigDict
 
 
 class Answer(BaseModel):
@@ -197,6 +128,11 @@ class Problem(Exception):
         self.detail = detail
         self.headers = headers or {}
         self.members = members
+
+    @classmethod
+    def of_field(cls, field: str, slug: str, what: str, **members: Any) -> Problem:
+        """One that names the field to blame, in its detail and as a member."""
+        return cls(slug, f"{field}: {what}", field=field, **members)
 
     def body(self, instance: str, request_id: str) -> dict[str, Any]:
         """The members of the problem+json object."""

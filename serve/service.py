@@ -1,4 +1,7 @@
-"""The deployment: one instance is one replica."""
+"""A replica: the model it holds, requests through the stages read, decode, queue and infer, its health.
+
+The HTTP side (routes.py) is handed in, so that it may know the service and not the other way round.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,18 @@ from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
 from hrnet_core.errors import PoseError
-from serve.body import read_pictures
-from serve.model import Model, load_model
+from hrnet_core.results import Poses
+from serve.body import read_uploads
+from serve.model import ServedModel, load_model
 from serve.samples import load_samples
-from serve.schemas import ModelChoice, PosesAnswer, Problem, ServeArgs
-from serve.work import Crops, Found, Prepared, count_people, infer, place, prepare
+from serve.schemas import PosesAnswer, Problem
+from serve.settings import ModelChoice, ServeArgs
+from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, result_of
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
 DECODING_THREADS = 4
+Answered = tuple[PosesAnswer, list[tuple[Decoded, Poses]]]
+"""The answer to a request, and of each of its pictures what it was made of."""
 
 
 class PoseService:
@@ -33,7 +40,7 @@ class PoseService:
     def __init__(self, args: ServeArgs, make_app: Callable[[PoseService], FastAPI]) -> None:
         self.args = args
         self._make_app = make_app
-        self.model: Model | None = None
+        self.model: ServedModel | None = None
         self.load_error: str | None = None
         self.samples = load_samples(args.samples) if args.samples else {}
         self.metrics = Metrics()
@@ -46,8 +53,8 @@ class PoseService:
         self._idle.set()
         self._decoding = ThreadPoolExecutor(DECODING_THREADS, "decode")
         self._inference = ThreadPoolExecutor(1, "infer")
-        self._batched.set_max_batch_size(args.max_batch_people)
-        self._batched.set_batch_wait_timeout_s(args.batch_wait_s)
+        self._infer_batched.set_max_batch_size(args.max_batch_people)
+        self._infer_batched.set_batch_wait_timeout_s(args.batch_wait_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._make_app(self)
@@ -78,20 +85,20 @@ class PoseService:
         if time.monotonic() - self._last_success < 10:
             return
         width, height = model.predictor.spec.input_size
-        (found,) = await self._infer([Crops(model, np.zeros((1, height, width, 3), np.uint8))])
-        if isinstance(found, Exception):
-            raise found
+        (inferred,) = await self._infer([Portion(model, np.zeros((1, height, width, 3), np.uint8))])
+        if isinstance(inferred, Exception):
+            raise inferred
 
-    def ready(self) -> Model:
+    def ready(self) -> ServedModel:
         """The model that answers. Problem (503) where there is none."""
         if self.model is None:
             raise Problem("not-ready", self.load_error or "the model is still being loaded.")
         return self.model
 
-    async def answer(self, request: Request, draw: bool = False) -> tuple[PosesAnswer, list[Prepared]]:
+    async def answer(self, request: Request, draw: bool = False) -> Answered:
         """Everything between a request and its answer. Problem says why there is none.
 
-        The second value holds the decoded pictures where `draw` asks for them.
+        draw: for an overlay: the request is of one picture, whose pixels are kept.
         """
         model = self.ready()
         if self.in_progress >= self.args.max_requests:
@@ -115,23 +122,23 @@ class PoseService:
             self.in_progress -= 1
             self._seconds += 0.1 * (time.perf_counter() - started - self._seconds)
 
-    async def _answer(self, model: Model, request: Request, draw: bool) -> tuple[PosesAnswer, list[Prepared]]:
+    async def _answer(self, model: ServedModel, request: Request, draw: bool) -> Answered:
         clock = [time.perf_counter()]
-        pictures = await read_pictures(request, self.args.limits)
-        if draw and len(pictures) > 1:
-            raise Problem("too-many-images", "image: an overlay is of one picture.", field="image", limit=1)
+        uploads = await read_uploads(request, self.args.limits)
+        if draw and len(uploads) > 1:
+            raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
         clock.append(time.perf_counter())
-        loop = asyncio.get_running_loop()
-        prepared = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._decoding, prepare, model, p, self.args.limits, draw)
-                for p in pictures
-            )
+        loop, pool, limits = asyncio.get_running_loop(), self._decoding, self.args.limits
+        decoded = await asyncio.gather(
+            *(loop.run_in_executor(pool, decode, model, upload, limits, draw) for upload in uploads)
         )
+        people = [one.people for one in decoded]
         clock.append(time.perf_counter())
-        found = await self._find(model, np.concatenate([p.crops for p in prepared]))
-        clock += [found.started, found.ended]
-        results = place(prepared, found)
+        inferred = await self._infer_people(model, np.concatenate([one.crops for one in people]))
+        clock += [inferred.started, inferred.ended]
+        poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
+        pictures = list(zip(decoded, poses, strict=True))
+        results = [result_of(*picture) for picture in pictures]
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
         self.metrics.answered(sum(len(r.persons) for r in results), stages)
@@ -142,47 +149,44 @@ class PoseService:
             results=results,
             timings_ms={**timings, "total": round(1000 * (ended - clock[0]), 2)},
         )
-        return answer, list(prepared)
+        return answer, pictures
 
-    async def _find(self, model: Model, crops: NDArray[np.uint8]) -> Found:
-        """Keypoints of a request's people: in portions that fit a batch, each beside other requests'."""
-        if len(crops) == 0:
-            now, keypoints = time.perf_counter(), model.predictor.spec.skeleton.num_keypoints
-            return Found(
-                np.zeros((0, keypoints, 2), np.float32), np.zeros((0, keypoints), np.float32), now, now
-            )
+    async def _infer_people(self, model: ServedModel, crops: NDArray[np.uint8]) -> Inferred:
+        """A request's people: in portions that fit a batch, each beside other requests'."""
         size = self.args.max_batch_people
-        portions = [Crops(model, crops[i : i + size]) for i in range(0, len(crops), size)]
-        parts = await asyncio.gather(*(self._portion(portion) for portion in portions))
-        return Found(
+        portions = [Portion(model, crops[i : i + size]) for i in range(0, len(crops), size)]
+        parts = await asyncio.gather(*(self._infer_portion(portion) for portion in portions))
+        if not parts:  # nobody is asked for: no batch, no wait
+            parts = infer([Portion(model, crops)], size)
+        return Inferred(
             np.concatenate([part.keypoints for part in parts]),
             np.concatenate([part.scores for part in parts]),
             min(part.started for part in parts),
             max(part.ended for part in parts),
         )
 
-    async def _portion(self, portion: Crops) -> Found:
+    async def _infer_portion(self, portion: Portion) -> Inferred:
         await self._idle.wait()
-        found = await self._batched(portion)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        inferred = await self._infer_batched(portion)
+        if isinstance(inferred, Exception):
+            raise inferred
+        return inferred
 
     @serve.batch(batch_size_fn=count_people)
-    async def _batched(self, items: list[Crops]) -> list[Found | Exception]:
-        self.metrics.batch_people.observe(count_people(items))
+    async def _infer_batched(self, portions: list[Portion]) -> list[Inferred | Exception]:
+        self.metrics.batch_people.observe(count_people(portions))
         self._idle.clear()
         try:
-            return await self._infer(items)
+            return await self._infer(portions)
         finally:
             self._idle.set()
 
-    async def _infer(self, items: list[Crops]) -> list[Found | Exception]:
+    async def _infer(self, portions: list[Portion]) -> list[Inferred | Exception]:
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._inference, infer, items, self.args.max_batch_people)
-        if any(isinstance(one, Found) for one in found):
+        inferred = await loop.run_in_executor(self._inference, infer, portions, self.args.max_batch_people)
+        if any(isinstance(one, Inferred) for one in inferred):
             self._last_success = time.monotonic()
-        return found
+        return inferred
 
 
 class Metrics:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hrnet_core.choices import ModeName
 
 # What the two call by different names.
+MODEL_NAME = "hrnet-pose"
 REPLICAS = 1
 CPUS_PER_REPLICA = 1.0
 BATCH_WAIT_S = 0.0
@@ -70,7 +71,7 @@ class ModelChoice(Settings):
     """Version of the registered model, or anything that tells this checkpoint from the next."""
     source: str = ""
     """What was asked for, such as models:/hrnet-pose@champion; shown by /v1/models."""
-    name: str = "hrnet-pose"
+    name: str = MODEL_NAME
 
 
 class ServeArgs(ModelChoice, ReplicaSettings):

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+from hrnet_core.checkpoint import CheckpointSpec, fetch_checkpoint, save_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.images import decode_image, encode_jpeg, encode_png
@@ -36,12 +36,13 @@ from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from serve import app as serving
 from serve import client
-from serve.model import Model, fetch, load_model
+from serve.model import ServedModel, load_model
 from serve.routes import make_app
 from serve.samples import load_samples
-from serve.schemas import PROBLEMS, Limits, ModelChoice, ServeArgs
+from serve.schemas import PROBLEMS
 from serve.service import PoseService
-from serve.work import Crops, Found, infer
+from serve.settings import Limits, ModelChoice, ServeArgs
+from serve.work import Inferred, Portion, infer
 
 BOXES = [[40.0, 20.0, 90.0, 200.0], [150.5, 60.0, 80.0, 120.0], [-20.0, -10.0, 100.0, 90.0]]
 
@@ -79,7 +80,7 @@ def predictor(checkpoint: Path) -> PosePredictor:
 class Direct(PoseService):
     """The service without Serve: a portion is a batch of its own."""
 
-    async def _portion(self, portion: Crops) -> Found:
+    async def _infer_portion(self, portion: Portion) -> Inferred:
         (found,) = await self._infer([portion])
         if isinstance(found, Exception):
             raise found
@@ -144,6 +145,31 @@ def test_portions_of_a_request_come_back_in_the_order_of_its_boxes(
     }
     assert set(answer["timings_ms"]) == {"read", "decode", "queue", "infer", "total"}
     assert all(ms >= 0 for ms in answer["timings_ms"].values())
+
+
+def test_answers_are_made_by_the_predictors_halves(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is cut by the predictor's `prepare` and answered by its `finish`, whatever those do."""
+    service = service_of(checkpoint)
+    assert service.model
+    predictor, asked = service.model.predictor, []
+    moved = [[x + 5, y, w, h] for x, y, w, h in BOXES]
+    prepare, finish = predictor.prepare, predictor.finish
+
+    def elsewhere(image: np.ndarray, boxes_xywh: Any) -> Any:
+        asked.append(np.asarray(boxes_xywh).tolist())
+        return prepare(image, moved)
+
+    monkeypatch.setattr(predictor, "prepare", elsewhere)
+    monkeypatch.setattr(predictor, "finish", lambda people, xy, scores: finish(people, xy + 1, scores / 2))
+    files, data = {"image": encode_png(photo())}, {"boxes": json.dumps(BOXES)}
+    (result,) = call(service, "POST", "/v1/poses", files=files, data=data).json()["results"]
+    monkeypatch.undo()
+    people = predictor.prepare(photo(), moved)
+    keypoints, scores = predictor.predict_crops(people[0].crops)
+    (expected,) = predictor.finish(people, keypoints + 1, scores / 2)
+    assert asked == [BOXES]
+    assert [p["bbox"] for p in result["persons"]] == moved
+    assert_same(result["persons"], expected.keypoints.xy, expected.keypoints.conf)
 
 
 def test_without_boxes_the_whole_picture_is_one_person(
@@ -312,6 +338,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "astronomic": (form(boxes="[[0, 1" + "0" * 400 + ", 9, 9]]"), "invalid-boxes", "boxes[0]: y"),
     "negative width": (form(boxes=[[0, 0, -9, 9]]), "invalid-boxes", "boxes[0]: w and h"),
     "no height": (form(boxes=[[0, 0, 9, 0]]), "invalid-boxes", "boxes[0]: w and h"),
+    "nothing in float32": (form(boxes=[[5, 5, 1e-50, 1e-50]]), "invalid-boxes", "boxes[0]: w and h"),
     "outside": (form(boxes=[[0, 0, 9, 9], [64, 0, 9, 9]]), "invalid-boxes", "boxes[1]: lies outside"),
     "lists for two pictures": (
         {"files": [("image", PNG), ("image", PNG), ("boxes", (None, "[[[0, 0, 9, 9]]]"))]},
@@ -417,7 +444,7 @@ def test_a_defect_is_a_500_that_tells_nothing_but_its_request_id(
     def broken(*_: Any) -> Any:
         raise RuntimeError("secret of the house")
 
-    monkeypatch.setattr("serve.service.place", broken)
+    monkeypatch.setattr("serve.service.result_of", broken)
     response = call(service, "POST", "/v1/poses", **form())
     assert response.status_code == 500
     assert response.json()["type"] == "urn:hrnet:problem:internal-error"
@@ -471,11 +498,11 @@ def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint
 def test_a_request_that_takes_too_long_gets_504(checkpoint: Path) -> None:
     service = service_of(checkpoint, deadline_s=0.05)
 
-    async def never(_: Crops) -> Found:
+    async def never(_: Portion) -> Inferred:
         await asyncio.Event().wait()
         raise AssertionError
 
-    service._portion = never  # type: ignore[method-assign]
+    service._infer_portion = never  # type: ignore[method-assign]
     response = call(service, "POST", "/v1/poses", **form())
     assert response.status_code == 504
     assert response.json()["type"] == "urn:hrnet:problem:deadline"
@@ -539,12 +566,12 @@ def test_health_is_a_crop_through_the_network(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_is_fetched_by_uri(checkpoint: Path, tmp_path: Path) -> None:
-    folder = fetch(checkpoint.as_uri(), tmp_path)
+    folder = fetch_checkpoint(checkpoint.as_uri(), tmp_path)
     assert {f.name for f in folder.iterdir()} == {f.name for f in checkpoint.iterdir()}
     assert (folder / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     for uri in ((tmp_path / "absent").as_uri(), "nonsense://x"):
         with pytest.raises(CheckpointError, match=re.escape(uri)):
-            fetch(uri, tmp_path)
+            fetch_checkpoint(uri, tmp_path)
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -560,7 +587,7 @@ class Fake:
         self.mode = "float32"
         self.hold: Callable[[], Any] = lambda: None
 
-    def predict_crops(self, crops: np.ndarray, **_: Any) -> tuple[np.ndarray, np.ndarray]:
+    def predict_crops(self, crops: np.ndarray, *_: Any) -> tuple[np.ndarray, np.ndarray]:
         self.hold()
         first = crops[:, 0, 0, 0].astype(np.float32)
         self.batches.append(len(crops))
@@ -570,45 +597,45 @@ class Fake:
         return np.tile(first[:, None, None], (1, 17, 2)), np.tile(first[:, None], (1, 17))
 
 
-def crops_of(model: Model, *values: int) -> Crops:
-    return Crops(model, np.stack([np.full((96, 64, 3), v, np.uint8) for v in values]))
+def crops_of(model: ServedModel, *values: int) -> Portion:
+    return Portion(model, np.stack([np.full((96, 64, 3), v, np.uint8) for v in values]))
 
 
 @pytest.mark.parametrize("fault", ["fails_on", "nan_on"])
 def test_one_bad_item_never_fails_the_others_of_its_batch(fault: str) -> None:
-    model = Model(Fake(**{fault: 9}), ModelChoice(checkpoint="x"), True)  # type: ignore[arg-type]
+    model = ServedModel(Fake(**{fault: 9}), ModelChoice(checkpoint="x"), True)  # type: ignore[arg-type]
     found = infer([crops_of(model, 1, 2), crops_of(model, 9), crops_of(model, 3)], 32)
     assert isinstance(found[1], RuntimeError)
     for one, expected in ((found[0], [1, 2]), (found[2], [3])):
-        assert isinstance(one, Found)
+        assert isinstance(one, Inferred)
         assert one.scores[:, 0].tolist() == expected
         assert one.keypoints[:, 0, 0].tolist() == expected
 
 
 def test_items_of_two_models_are_answered_by_their_own() -> None:
-    old, new = (Model(Fake(add=a), ModelChoice(checkpoint="x"), True) for a in (0.0, 100.0))  # type: ignore[arg-type]
+    old, new = (ServedModel(Fake(add=a), ModelChoice(checkpoint="x"), True) for a in (0.0, 100.0))  # type: ignore[arg-type]
     found = infer([crops_of(old, 1), crops_of(new, 2, 3), crops_of(old, 4)], 32)
-    assert [f.scores[:, 0].tolist() for f in found if isinstance(f, Found)] == [[1], [102, 103], [4]]
+    assert [f.scores[:, 0].tolist() for f in found if isinstance(f, Inferred)] == [[1], [102, 103], [4]]
     assert (old.predictor.batches, new.predictor.batches) == ([2], [2])  # type: ignore[attr-defined]
 
 
 def test_people_gather_while_the_model_is_busy_and_go_when_it_is_idle(checkpoint: Path) -> None:
     service = PoseService(ServeArgs(checkpoint=str(checkpoint)), make_app)
-    model = Model(Fake(), ModelChoice(checkpoint="x"), True)  # type: ignore[arg-type]
-    handed_in: list[Crops] = []
+    model = ServedModel(Fake(), ModelChoice(checkpoint="x"), True)  # type: ignore[arg-type]
+    handed_in: list[Portion] = []
 
-    async def batched(portion: Crops) -> Found:
+    async def batched(portion: Portion) -> Inferred:
         handed_in.append(portion)
-        return Found(np.zeros(0), np.zeros(0), 0, 0)
+        return Inferred(np.zeros(0), np.zeros(0), 0, 0)
 
     async def busy_then_idle() -> None:
-        run_batch = PoseService._batched.__wrapped__  # what @serve.batch calls with a batch
+        run_batch = PoseService._infer_batched.__wrapped__  # what @serve.batch calls with a batch
         inside, free = threading.Event(), threading.Event()
         model.predictor.hold = lambda: (inside.set(), free.wait(30))  # type: ignore[attr-defined]
         running = asyncio.create_task(run_batch(service, [crops_of(model, 1)]))
         assert await asyncio.to_thread(inside.wait, 30)
-        service._batched = batched  # type: ignore[method-assign]
-        waiting = [asyncio.create_task(service._portion(crops_of(model, v))) for v in (2, 3)]
+        service._infer_batched = batched  # type: ignore[method-assign]
+        waiting = [asyncio.create_task(service._infer_portion(crops_of(model, v))) for v in (2, 3)]
         for _ in range(5):
             await asyncio.sleep(0)
         assert handed_in == [], "a batch closed now would hold one person"
@@ -652,6 +679,23 @@ def test_a_serve_config_file_gives_its_args_as_a_dict() -> None:
         serving.build({"checkpoint_folder": "x"})
     application = serving.build({"checkpoint": "x", "limits": {"max_people": 3}, "max_replicas": 2})
     assert type(application).__name__ == "Application"
+
+
+def test_a_setting_has_one_default_for_hrnet_deploy_and_for_a_serve_config_file() -> None:
+    """What both know stands in one class; what they name differently has one default too."""
+    from pipelines.config import ServeSettings, TrackSettings
+
+    deploying, file = set(ServeSettings.model_fields), {**ServeArgs.model_fields, **Limits.model_fields}
+    shared = deploying & set(file)
+    assert len(shared) > 10
+    for name in shared:
+        classes = {*ServeSettings.__mro__, *ServeArgs.__mro__, *Limits.__mro__}
+        stated = [c.__name__ for c in classes if name in vars(c).get("__annotations__", {})]
+        assert len(stated) == 1, f"{name} stands in {stated}"
+    args, settings = ServeArgs(checkpoint="x"), ServeSettings()
+    assert (args.num_replicas, args.num_cpus) == (settings.replicas, settings.cpus_per_replica)
+    assert args.name == TrackSettings().registered_model
+    assert (args.num_gpus > 0, args.batch_wait_s) == (settings.use_gpu, settings.batch_wait_ms / 1000)
 
 
 def test_samples_are_what_boxes_json_names(checkpoint: Path, tmp_path: Path) -> None:
