@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
+from hrnet_core.choices import CodecName
 from pipelines.config import (
     DataSettings,
     EvaluateSettings,
@@ -138,8 +139,8 @@ class Import(Section):
     """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""
     out: Annotated[Path, *positional("OUT")]
     """Checkpoint folder to write."""
-    codec: str = "official"
-    """official, dark or udp: what the weights were trained for."""
+    codec: CodecName = "official"
+    """What the weights were trained for."""
     input_size: tuple[int, int] = (192, 256)
     """(width, height) of the crops the weights were trained for."""
     sigma: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from hrnet_core.choices import CodecName
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.skeleton import load_skeleton
 from pipelines.code_version import code_version
@@ -13,12 +14,12 @@ from pipelines.code_version import code_version
 def import_weights(
     file: str | Path,
     out: str | Path,
-    codec: str,
+    codec: CodecName,
     input_size: tuple[int, int],
     skeleton: str = "coco17",
     sigma: float | None = None,
 ) -> None:
-    """Read FILE (every published layout: checkpoint.read_weights), write the folder OUT, print the report.
+    """Read FILE (every published layout: published.read_weights), write the folder OUT, print the report.
 
     Width, modules and keypoints are read from the shapes. codec, input_size (width, height) and sigma are
     the caller's word: no weights file tells what it was trained for, and a wrong codec costs accuracy
@@ -32,7 +33,7 @@ def import_weights(
     from hrnet_core.published import fit_weights, read_weights
 
     try:
-        heatmaps = HeatmapCodec(codec, input_size, sigma)  # type: ignore[arg-type]  # what this checks
+        heatmaps = HeatmapCodec(codec, input_size, sigma)
         if any(side % 32 for side in heatmaps.input_size):
             raise ValueError(f"input_size must be two multiples of 32, got {input_size}")
     except ValueError as error:
