@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bucket_server
 import pytest
+from bucket_server import Bucket, Fault
 from pyarrow import fs
 
 from hrnet_core import locations
@@ -19,7 +22,7 @@ from hrnet_core.model import HRNet
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.cli import main
 from pipelines.config import ServeSettings, TrackSettings
-from pipelines.deploy import deploy
+from pipelines.deploy import _published, deploy
 from pipelines.export import export
 from pipelines.measure_modes import measure_modes
 from pipelines.predict import predict
@@ -298,3 +301,54 @@ def test_a_tracking_servers_password_may_be_named(
 def test_an_error_says_which_kind_of_place_it_was() -> None:
     with pytest.raises(DataError, match=r"^s3://\.\.\.: credentials"):
         refuse_credentials(f"--data.root={URIS[0]}")
+
+
+# --- a bucket -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Bucket]]:
+    with bucket_server.running() as server:
+        for name, value in bucket_server.environment(server).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+        locations._s3.cache_clear()
+        fs.S3FileSystem(endpoint_override=server.address, allow_bucket_creation=True).create_dir("models")
+        yield "s3://models", server
+    locations._s3.cache_clear()
+
+
+def test_a_checkpoint_and_the_pages_pictures_lie_in_a_bucket(
+    bucket: tuple[str, Bucket], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Put there by deploy, taken from there by stages and replicas; what fails for good is named."""
+    uri, server = bucket
+    assert _published(checkpoint, f"{uri}/runs/w32") == f"{uri}/runs/w32"
+    originals = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    server.asked.clear()
+    with local_checkpoint(f"{uri}/runs/w32", OTHER, tmp_path) as found:
+        copies = {file.name: file.read_bytes() for file in found.folder.iterdir()}
+    assert copies == {name: content for name, content in originals.items() if name != "trainer.pt"}
+    assert not [path for _, path in server.asked if "trainer.pt" in path]
+
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "a #1.jpg").write_bytes(b"picture")
+    (tmp_path / "samples" / "boxes.json").write_text(json.dumps({"a #1.jpg": [[1, 2, 30, 40]]}))
+    samples = load_samples(_published(tmp_path / "samples", f"{uri}/samples"))
+    assert {name: sample.data for name, sample in samples.items()} == {"a #1.jpg": b"picture"}
+    with pytest.raises(ConfigError, match=rf"{uri}/nothing/boxes\.json: no boxes\.json there"):
+        load_samples(f"{uri}/nothing")
+
+    for fault in (
+        Fault("GET", "model.safetensors", 500, "InternalError"),
+        Fault("GET", "list-type", 403, "AccessDenied"),
+    ):
+        server.faults[:] = [fault]
+        with (
+            pytest.raises(CheckpointError, match=rf"{uri}/runs/w32: cannot be read as a checkpoint"),
+            local_checkpoint(f"{uri}/runs/w32", OTHER, tmp_path),
+        ):
+            pass
+    server.faults[:] = [Fault("PUT", "w48", 403, "AccessDenied")]
+    with pytest.raises(ConfigError, match=r"s3://models/runs/w48: .*--run\.storage"):
+        _published(checkpoint, f"{uri}/runs/w48")
