@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from hrnet_core.errors import ConfigError
 from pipelines.config import RaySettings
+from pipelines.progress import Every
 
 
 def on_cluster() -> bool:
@@ -91,9 +92,8 @@ def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: 
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    asked = False
+    asked, due = False, Every(30, at_once=True)
     deadline = time.monotonic() + settings.wait_minutes * 60
-    told = 0.0
     while True:
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         slots = sum(_slots(n, cpus, gpus) for n in nodes)
@@ -116,13 +116,12 @@ def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: 
                 f"{need}; after {settings.wait_minutes:g} minutes the cluster still has {have}: "
                 f"room for {slots}. Check the worker limits of the cluster, or raise --ray.wait-minutes."
             )
+        if due():
+            print(f"waiting for the cluster: {need}, it has {have}", flush=True)
         if not asked:
             # Nothing waits for these workers yet, so an autoscaler would have no reason to bring them.
             request_resources(bundles=[bundle] * workers)
             asked = True
-        if time.monotonic() - told > 30:
-            print(f"waiting for the cluster: {need}, it has {have}", flush=True)
-            told = time.monotonic()
         time.sleep(2)
 
 

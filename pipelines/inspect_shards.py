@@ -9,9 +9,7 @@ show a fixed number of rows, and both are the same whenever the digest is.
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,10 @@ from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri, open_folder
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
-from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, all_shards, measure
-from pipelines.shards.manifest import REPAIR, Manifest, Shard
-from pipelines.storage import sha256_of
+from pipelines.progress import ProgressLine
+from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, all_shards, figures_of
+from pipelines.shards.manifest import REPAIR, Manifest
+from pipelines.storage import sha256_of, write_json
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,10 @@ def inspect_shards(
     if coco is not None:
         _check_coco(manifest, Path(coco).expanduser())
     verify(manifest)
-    card = make_card(manifest, {split: measure(manifest, split) for split in manifest.splits})
+    card = make_card(manifest, {split: figures_of(manifest, split) for split in manifest.splits})
     print(card_text(card), flush=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        told = folder / "card.json"
-        told.write_text(json.dumps(card, indent=1) + "\n")
+        write_json(folder / "card.json", card)
         page, pictures = write_gallery(manifest, card, folder, coco)
     except OSError as error:
         raise DataError(
@@ -79,7 +76,7 @@ def inspect_shards(
     if log:
         from pipelines.tracking import record_dataset
 
-        files = [told, page, *pictures]
+        files = [folder / "card.json", page, *pictures]
         run_id, others = record_dataset(card, files, manifest.folder, track, storage)
         print(f"MLflow run {run_id}; other runs on this dataset: {', '.join(others) or 'none yet'}")
     return Inspection(card, folder, page, run_id)
@@ -116,23 +113,8 @@ def _check_coco(manifest: Manifest, coco: Path) -> None:
 def verify(manifest: Manifest) -> None:
     """Every shard and rejected.parquet against the sha256 in the manifest, with progress."""
     shards = [shard for split in manifest.splits for shard in all_shards(manifest, split)]
-    total = sum(shard.bytes for shard in shards)
-    start = told = time.monotonic()
-    done = seen = 0
-
-    def progress(shard: Shard) -> None:
-        nonlocal done, seen, told
-        done, seen = done + 1, seen + shard.bytes
-        now = time.monotonic()
-        if now - told >= 2:
-            told, rate = now, seen / (now - start)
-            print(
-                f"inspect: {done} of {len(shards)} shards read, {seen / 1e9:.1f} of {total / 1e9:.1f} GB, "
-                f"about {(total - seen) / rate:,.0f} s left",
-                flush=True,
-            )
-
-    manifest.verify(progress=progress)
+    line = ProgressLine("inspect", len(shards), "shards", "MB")
+    manifest.verify(progress=lambda shard: line.add(shard.bytes / 1e6))
     expected = manifest.fields["rejected"]["sha256"]
     files, root = open_folder(manifest.folder)
     try:
@@ -142,9 +124,7 @@ def verify(manifest: Manifest) -> None:
     if found != expected:
         what = "is missing" if found == "missing" else "is not as written: sha256 differs"
         raise DataError(f"{manifest.folder}: rejected.parquet {what}. {REPAIR}")
-    print(
-        f"checked: {len(shards)} shards, {total / 1e6:,.1f} MB, each sha256 as in manifest.json", flush=True
-    )
+    print(f"checked: {len(shards)} shards, {line.work:,.1f} MB, each sha256 as in manifest.json", flush=True)
 
 
 # ---------------------------------------------------------------------------------- the card

@@ -32,6 +32,7 @@ from hrnet_core.skeleton import load_skeleton
 from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
+from pipelines.progress import Clock, ProgressLine
 from pipelines.shards.build import Figures, build_shard
 from pipelines.shards.manifest import Manifest, write_manifest
 from pipelines.shards.plan import (
@@ -199,16 +200,16 @@ def _peak_bytes() -> int:
 
 
 class Progress:
-    """Lines that say how far it is, on a terminal or in a log: at most one in two seconds, and the last.
+    """What the tasks did so far, and the line that says how far it is.
 
     The time left follows from people per second of a task's work and the tasks at once, not from what is
     finished so far: when the first of sixteen shards is, the others are nearly so.
     """
 
-    def __init__(self, pending: Sequence[ShardWork]) -> None:
+    def __init__(self, pending: Sequence[ShardWork], clock: Clock = time.monotonic) -> None:
         self._people = {work.key: len(work.people) for work in pending}
         self._answers: list[Figures] = []
-        self._told = 0.0
+        self._line = ProgressLine("preprocess", len(pending), "shards", "people", clock=clock)
         self._slots = 1
         self.people = 0
 
@@ -229,14 +230,7 @@ class Progress:
     def done(self, key: tuple[str, int], answer: Figures) -> None:
         self._answers.append(answer)
         self.people += self._people[key]
-        left = len(self._answers) < len(self._people)
-        if left and answer["end"] - self._told < 2:
-            return
-        self._told = answer["end"]
-        rate = self.people / max(self.seconds, 1e-9)
-        eta = f", about {self.seconds_left():,.0f} s left" if left else ""
-        shards = f"{len(self._answers)} of {len(self._people)} shards"
-        print(f"preprocess: {shards}, {self.people:,} people, {rate:,.0f} people/s{eta}", flush=True)
+        self._line.add(self._people[key], self.seconds, self.seconds_left())
 
     def seconds_left(self) -> float:
         """Until the last shard, from what the finished ones took; what is in work counts as not begun."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
+from pipelines.progress import ProgressLine
 from pipelines.sources.coco import read_coco
 from pipelines.sources.photos import check_photo, left_out, open_photo
 from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
@@ -232,18 +232,10 @@ def _in_threads(look: Callable[[Photo], Verdict], photos: Sequence[Photo], worke
 
 
 def _told(name: str, total: int, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
-    """The same verdicts, with a line at most every two seconds; short sets stay silent."""
-    start = told = time.monotonic()
-    for done, verdict in enumerate(verdicts, start=1):
-        now = time.monotonic()
-        if now - told >= 2 and done < total:
-            told, rate = now, done / (now - start)
-            left = (total - done) / rate
-            print(
-                f"validate: {name}, {done:,} of {total:,} pictures, {rate:,.0f} a second, "
-                f"about {left:,.0f} s left",
-                flush=True,
-            )
+    """The same verdicts, with a line now and then that says how far it is."""
+    line = ProgressLine(f"validate {name}", total, "pictures")
+    for verdict in verdicts:
+        line.add()
         yield verdict
 
 

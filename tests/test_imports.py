@@ -103,11 +103,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 STANDS_ON: dict[str, set[str]] = {
     "pipelines.config": {"serve.settings"},
     "pipelines.storage": set(),
-    "pipelines.cluster": {"pipelines.config"},
+    "pipelines.progress": set(),
+    "pipelines.cluster": {"pipelines.config", "pipelines.progress"},
     "pipelines.drawn": set(),
     "pipelines.sources": {"pipelines.config", "pipelines.storage"},
     "pipelines.shards": {"pipelines.config", "pipelines.storage", "pipelines.sources"},
-    "pipelines.poses": {"pipelines.config", "pipelines.storage", "pipelines.cluster", "pipelines.sources"},
+    "pipelines.poses": {
+        "pipelines.config",
+        "pipelines.storage",
+        "pipelines.progress",
+        "pipelines.cluster",
+        "pipelines.sources",
+    },
     "pipelines.pages": {
         "pipelines.config",
         "pipelines.storage",
@@ -121,6 +128,7 @@ STANDS_ON: dict[str, set[str]] = {
         "pipelines.code_version",
         "pipelines.config",
         "pipelines.storage",
+        "pipelines.progress",
         "pipelines.metric_log",
         "pipelines.sources",
         "pipelines.shards",

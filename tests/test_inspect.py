@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -24,8 +25,9 @@ from pipelines.pages import gallery
 from pipelines.pages.dataset import write_figures
 from pipelines.pages.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
 from pipelines.preprocess import finish
+from pipelines.progress import ProgressLine
 from pipelines.shards.build import build_shard
-from pipelines.shards.figures import Histogram, measure
+from pipelines.shards.figures import Histogram, figures_of
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.rows import decode_rows
@@ -67,7 +69,7 @@ def copy(pristine: Manifest, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def card(pristine: Manifest) -> dict[str, Any]:
-    return make_card(pristine, {split: measure(pristine, split) for split in pristine.splits})
+    return make_card(pristine, {split: figures_of(pristine, split) for split in pristine.splits})
 
 
 # ---------------------------------------------------------------------------------- figures
@@ -129,7 +131,7 @@ def test_figures_do_not_touch_pictures_or_heatmaps(
         return decode_rows(table, manifest)
 
     monkeypatch.setattr("pipelines.shards.figures.decode_rows", watched)
-    measure(pristine, TRAIN)
+    figures_of(pristine, TRAIN)
     assert max(rows for rows, _ in seen) == 3
     assert sum(rows for rows, _ in seen) == 27
     assert not {"image", "heatmaps"} & set.union(*(names for _, names in seen))
@@ -222,11 +224,12 @@ def test_a_long_check_says_how_far_it_is(
     pristine: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter(range(0, 1000, 2))
-    monkeypatch.setattr(inspect_shards.time, "monotonic", lambda: next(times))
+    line = functools.partial(ProgressLine, clock=lambda: next(times))
+    monkeypatch.setattr(inspect_shards, "ProgressLine", line)
     inspect_shards.verify(pristine)
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in out] == ["1", "2", "3", "4", "5", "6", "7", "7"]
-    assert "7 of 7 shards read" in out[-2]
+    assert out[-2].startswith("inspect: 7 of 7 shards, 0 MB")
 
 
 # ---------------------------------------------------------------------------------- pictures

@@ -413,12 +413,13 @@ def simulated(sizes: list[int], slots: int) -> list[tuple[float, float]]:
         start = min(free)
         free[free.index(start)] = start + work.people / 100
         spans.append((start + work.people / 100, start, work))
-    progress = Progress(works)
+    now = 1000.0
+    progress = Progress(works, clock=lambda: now)
     progress.begin(slots)
     told = []
-    for end, start, work in sorted(spans, key=lambda span: span[0]):
-        progress.done(work.key, {"start": start, "end": end, "worker": "w"})
-        told.append((progress.seconds_left(), max(free) - end))
+    for now, start, work in sorted(spans, key=lambda span: span[0]):
+        progress.done(work.key, {"start": start, "end": now, "worker": "w"})
+        told.append((progress.seconds_left(), max(free) - now))
     return told
 
 
@@ -432,6 +433,7 @@ def test_the_time_left_is_right_within_one_shard(
         assert told == pytest.approx(comes, rel=0.05, abs=max(sizes) / 100)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("preprocess: ")
+    assert len(lines) > len(sizes) // slots
     assert all(", about " in line for line in lines[1:-1])
     assert f"{len(sizes)} of {len(sizes)} shards, {sum(sizes):,} people, " in lines[-1]
     assert "left" not in lines[-1]

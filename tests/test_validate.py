@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines import validate as validate_module
 from pipelines.cli import main
 from pipelines.config import DataSettings, RunConfig
 from pipelines.preprocess import preprocess
+from pipelines.progress import ProgressLine
 from pipelines.sources import records
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, Rejection
 from pipelines.validate import WAY_OUT, Validation, read_checksums, validate
@@ -335,11 +337,19 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_progress_is_told_every_two_seconds_with_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A hundred pictures, a second each: lines after 2, 4, ... s, and the end is when it was said."""
-    clock = iter(range(1000))
-    monkeypatch.setattr(validate_module.time, "monotonic", lambda: float(next(clock)))
-    assert list(validate_module._told("x", 100, [b"a"] * 100)) == [b"a"] * 100
+    """A hundred pictures, a second each."""
+    now = 0.0
+
+    def verdicts() -> Iterator[bytes]:
+        nonlocal now
+        for _ in range(100):
+            now += 1
+            yield b"a"
+
+    line = functools.partial(ProgressLine, clock=lambda: now)
+    monkeypatch.setattr(validate_module, "ProgressLine", line)
+    assert list(validate_module._told("x", 100, verdicts())) == [b"a"] * 100
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 49
-    assert lines[0] == "validate: x, 2 of 100 pictures, 1 a second, about 98 s left"
-    assert lines[-1] == "validate: x, 98 of 100 pictures, 1 a second, about 2 s left"
+    assert len(lines) == 50
+    assert lines[0] == "validate x: 2 of 100 pictures, 1 pictures/s, about 98 s left"
+    assert lines[-1] == "validate x: 100 of 100 pictures, 1 pictures/s"

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster, quiet_ray_data, ray_session, require
 from pipelines.config import RaySettings, WorkerSettings
+from pipelines.progress import ProgressLine
 from pipelines.storage import put_file
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ def _collect(
     seen: set[int] = set()
     problems: list[tuple[str, str]] = []
     busy: Counter[str] = Counter()
-    people, start = 0, time.monotonic()
-    told = start
+    line = ProgressLine(verb, len(pending), "units", "people", seconds=10)
     for row in rows:
         if row["unit"] in seen:
             raise RuntimeError(f"unit {row['unit']} was answered twice")
@@ -202,15 +202,7 @@ def _collect(
         if not here:
             put_file(fs.LocalFileSystem(), f"{store}/{row['unit']:06d}.{row['mode']}", row["content"])
         busy[row["actor"]] += row["seconds"]
-        people += row["people"]
-        now = time.monotonic()
-        if now - told > 10:
-            told = now
-            left = (now - start) / len(seen) * (len(pending) - len(seen))
-            print(
-                f"{verb}: {len(seen)} of {len(pending)} units, {people} people, about {left:.0f} s left",
-                flush=True,
-            )
+        line.add(row["people"], seconds=max(busy.values()))
     if seen != set(pending):
         raise RuntimeError(f"{len(pending)} units were asked and {len(seen)} answered")
-    return people / max(busy.values()), problems
+    return line.work / max(busy.values()), problems
