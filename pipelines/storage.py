@@ -52,11 +52,8 @@ def answering(place: str) -> Iterator[None]:
 
 def sha256_of(files: fs.FileSystem, path: str) -> str:
     """Hex sha256 of a stored file, read in pieces."""
-    digest = hashlib.sha256()
     with files.open_input_stream(path) as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------- write
