@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton, load_skeleton
-from pipelines.sources.records import BOX_AREA
-from pipelines.storage import read_json
+from pipelines.sources.coco import read_annotations
+from pipelines.sources.records import BOX_AREA, People
 
 Float64 = NDArray[np.float64]
 SAME_BOX = 0.5
@@ -104,7 +104,7 @@ def estimate_sigmas(
             "sigmas come from differences: name two or more annotation files of the same people, one an "
             "annotator (hrnet estimate-sigmas A.json B.json --out skeleton.json)."
         )
-    read = [_Annotator(file, use_area) for file in files]
+    read = [_read(file, use_area) for file in files]
     for other in read[1:]:
         if other.names != read[0].names:
             raise DataError(
@@ -168,106 +168,86 @@ def _by_median(repeated: Repeated) -> Float64:
 # --- the same people ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
 class _Annotator:
-    """One file: its people with keypoints, by (image id, annotation id)."""
+    """One file: the people whom it labelled, without crowds."""
 
-    def __init__(self, file: str | Path, use_area: bool) -> None:
-        self.file, content = read_json(file, "the annotations")
-        categories = content.get("categories") if isinstance(content, dict) else None
-        with_keypoints = [c for c in categories or () if isinstance(c, dict) and c.get("keypoints")]
-        if len(with_keypoints) != 1 or not isinstance(content.get("annotations"), list):
-            raise DataError(
-                f"{self.file}: COCO keypoint annotations are an object with the lists annotations and "
-                f"categories, one category with keypoints; here {len(with_keypoints)} have them."
-            )
-        self.category: dict[str, Any] = with_keypoints[0]
-        self.names: list[str] = [str(name) for name in self.category["keypoints"]]
-        self.people: dict[tuple[int, int], dict[str, Any]] = {}
-        for row, annotation in enumerate(content["annotations"]):
-            person = self._person(annotation, row, use_area)
-            if person is not None:
-                self.people[person["key"]] = person
+    file: str
+    category: Mapping[str, Any]
+    people: People
 
-    def by_image(self) -> dict[int, list[dict[str, Any]]]:
-        images: dict[int, list[dict[str, Any]]] = {}
-        for (image_id, _), person in self.people.items():
-            images.setdefault(image_id, []).append(person)
-        return images
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in self.category["keypoints"]]
 
-    def _person(self, annotation: Any, row: int, use_area: bool) -> dict[str, Any] | None:
-        """Key, triples (K, 3), box and area of an annotation, or None for a crowd or nobody's keypoints."""
-        try:
-            if annotation.get("iscrowd"):
-                return None
-            triples = np.array(annotation["keypoints"], np.float64).reshape(len(self.names), 3)
-            box = np.array(annotation["bbox"], np.float64).reshape(4)
-            area = float(annotation["area"]) if use_area else BOX_AREA * box[2] * box[3]
-            key = (int(annotation["image_id"]), int(annotation["id"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            without = isinstance(error, KeyError) and error.args == ("area",)
-            way = " Without areas: --no-use-area." if without else ""
-            raise DataError(
-                f"{self.file}: annotations[{row}] wants image_id, id, bbox of 4, area and {len(self.names)} "
-                f"keypoints x 3 numbers ({type(error).__name__}: {error}).{way}"
-            ) from None
-        if not (triples[:, 2] > 0).any():
-            return None
-        if not (area > 0 and np.isfinite(triples).all()):
-            raise DataError(
-                f"{self.file}: annotations[{row}] (id {key[1]}) has area {area:g} or a keypoint that is not "
-                f"finite: distances are measured by the area. Correct it, or take the person out."
-            )
-        return {"key": key, "triples": triples, "box": box, "area": area}
+
+def _read(file: str | Path, use_area: bool) -> _Annotator:
+    """DataError for people whose keypoints or area cannot be read: distances are measured by the area."""
+    read = read_annotations(file, None)
+    truth = read.truth
+    truth.refuse_unscorable()
+    people = truth.people
+    people = people[~people.crowd & (people.keypoints[..., 2] > 0).any(axis=1)]
+    if not use_area:
+        people = replace(people, area=BOX_AREA * people.stated_xywh[:, 2] * people.stated_xywh[:, 3])
+    elif not truth.has_areas:
+        raise DataError(f"{file}: no annotation has an area. Without areas: --no-use-area.")
+    without = people.ann_id[~(people.area > 0)]
+    if len(without):
+        raise DataError(
+            f"{file}: {len(without)} people have no area above 0, the first is annotation {without[0]}: "
+            f"distances are measured by it. Correct it, or take the person out."
+        )
+    return _Annotator(str(file), read.category, people)
 
 
 def match_people(read: Sequence[_Annotator]) -> Repeated:
     """The people of the first file with their partners in the others; those without any are left out."""
-    first = read[0]
-    if all(_same_ids(first, other) for other in read[1:]):
-        how = "annotation id"
-        partners = [{key: other.people[key] for key in first.people} for other in read]
-    else:
-        how = "box"
-        partners = [first.people, *(_by_box(first, other) for other in read[1:])]
-    keys = [key for key in first.people if any(key in other for other in partners[1:])]
-    if not keys:
+    first = read[0].people
+    others = [annotator.people for annotator in read[1:]]
+    by_id = all(_same_ids(first, other) for other in others)
+    own = np.arange(len(first))
+    partners = np.array([own, *(own if by_id else _by_box(first, other) for other in others)])
+    matched = (partners[1:] >= 0).any(axis=0)
+    if not matched.any():
         raise DataError(
             f"{_named(read)} have no person in common (same image id, boxes with IoU of at least "
             f"{SAME_BOX:g}). Name annotations of the same pictures under the same image ids."
         )
-    count = len(first.names)
-    triples = np.zeros((len(read), len(keys), count, 3))
-    areas = np.full((len(read), len(keys)), np.nan)
-    for a, other in enumerate(partners):
-        for p, key in enumerate(keys):
-            if key in other:
-                triples[a, p], areas[a, p] = other[key]["triples"], other[key]["area"]
-    return Repeated(triples[..., :2], triples[..., 2] > 0, np.nanmean(areas, axis=0), how)
+    partners = partners[:, matched]
+    there = partners >= 0
+    rows = list(zip(partners, [first, *others], strict=True))
+    keypoints = np.array([people.keypoints[mine] for mine, people in rows])
+    areas = np.where(there, np.array([people.area[mine] for mine, people in rows]), np.nan)
+    labelled = (keypoints[..., 2] > 0) & there[..., None]
+    how = "annotation id" if by_id else "box"
+    return Repeated(
+        np.where(labelled[..., None], keypoints[..., :2], 0), labelled, np.nanmean(areas, axis=0), how
+    )
 
 
-def _same_ids(first: _Annotator, other: _Annotator) -> bool:
+def _same_ids(first: People, other: People) -> bool:
     """Whether both hold the same (image, id) pairs and mean the same people: tools that number from 1 give
     equal ids to different ones, whose boxes lie elsewhere."""
-    if set(first.people) != set(other.people):
+    if not (np.array_equal(first.image_id, other.image_id) and np.array_equal(first.ann_id, other.ann_id)):
         return False
-    boxes = [np.array([a.people[key]["box"] for key in first.people]) for a in (first, other)]
-    return all(_iou(a[None], b[None])[0, 0] >= SAME_BOX for a, b in zip(*boxes, strict=True))
+    pairs = zip(first.stated_xywh, other.stated_xywh, strict=True)
+    return all(_iou(a[None], b[None])[0, 0] >= SAME_BOX for a, b in pairs)
 
 
-def _by_box(first: _Annotator, other: _Annotator) -> dict[tuple[int, int], dict[str, Any]]:
-    """Key in `first` -> the person in `other`: one to one in each image, the best IoU first."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+def _by_box(first: People, other: People) -> NDArray[np.int64]:
+    """(P,) row in `other` of each person in `first`, -1 for none: one to one in each image, the best IoU
+    first."""
+    found = np.full(len(first), -1)
     in_other = other.by_image()
     for image_id, ours in first.by_image().items():
-        theirs = in_other.get(image_id, [])
-        if not theirs:
-            continue
-        overlap = _iou(np.array([p["box"] for p in ours]), np.array([p["box"] for p in theirs]))
+        theirs = in_other.get(image_id, slice(0, 0))
+        overlap = _iou(first.stated_xywh[ours], other.stated_xywh[theirs])
         for place in np.argsort(-overlap, axis=None, kind="stable"):
-            i, j = divmod(int(place), len(theirs))
+            i, j = divmod(int(place), overlap.shape[1])
             if overlap[i, j] < SAME_BOX:  # also -1: one of the two is taken
                 continue
-            found[ours[i]["key"]] = theirs[j]
+            found[ours.start + i] = theirs.start + j
             overlap[i, :] = overlap[:, j] = -1
     return found
 

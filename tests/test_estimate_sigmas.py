@@ -204,13 +204,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused("have no person in common", one, other({**moved, "box": [100, 100, 9, 9], "id": 5}))
     refused("b: nobody's was labelled by two", one, other({**moved, "visible": [2, 0]}))
     refused("have no person in common", one, other({**moved, "iscrowd": 1}))
-    refused(r"annotations\[0\] \(id 1\) has area 0", one, other({**moved, "area": 0}))
+    refused(r"1 people have no area above 0, the first is annotation 1", one, other({**moved, "area": 0}))
     refused("cannot be read", one, tmp_path / "gone.json")
-    refused("keypoints x 3 numbers", one, other({**moved, "points": [[1, 2]]}))
+    refused("keypoints is 3 entries, not 6 numbers", one, other({**moved, "points": [[1, 2]]}))
     bare = json.loads(one.read_text())
     del bare["annotations"][0]["area"]
     (tmp_path / "bare.json").write_text(json.dumps(bare))
-    refused(r"bare\.json: annotations\[0\] wants .*--no-use-area", tmp_path / "bare.json", other(moved))
+    refused(r"bare\.json: no annotation has an area.*--no-use-area", tmp_path / "bare.json", other(moved))
     # 1 px apart on 0.53 x 9 x 9 px².
     found = estimate_sigmas([tmp_path / "bare.json", other(moved)], out, use_area=False)
     assert found.sigmas == pytest.approx([(0.5 / (0.53 * 81)) ** 0.5] * 2)

@@ -267,20 +267,11 @@ def test_a_sheet_shows_the_crop_and_the_heat_where_the_keypoints_are(pristine: M
     assert max(green, blue) < 80
 
 
-def test_a_larger_stored_picture_is_cut_to_the_view() -> None:
-    """What the view shows is read through both matrices, not assumed to be the picture."""
-    picture = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
-    to_picture = np.array([[1.0, 0, -100], [0, 1, -200]])  # the picture starts at photo px (100, 200)
-    to_crop = np.array([[1.0, 0, -110], [0, 1, -220]])  # the crop ten px further right, twenty down
-    crop = gallery._crop(picture, to_picture, to_crop, (16, 24))
-    np.testing.assert_array_equal(crop, picture[20:44, 10:26])
-
-
 def test_the_heaviest_of_each_reason_with_pictures_or_words(pristine: Manifest, coco: Path) -> None:
     rows = heaviest_rejections(pristine)
     told = [(row["reason"], row["ann_id"], row["people"]) for row in rows if row["split"] == TRAIN]
     assert told == [("missing_image", None, 2), ("crowd", 6, 1), ("no_keypoints", 4, 1)]
-    boxes = gallery._annotated_boxes(rows, coco)
+    boxes = gallery._annotated_boxes(rows, coco, COCO17)
     assert set(boxes) == {(TRAIN, 4), (TRAIN, 6)}
     missing, crowd, _ = (gallery._rejected_picture(row, coco, 10**6, None) for row in rows[:3])
     photo = decode_image((coco / TRAIN / rows[1]["file"]).read_bytes(), apply_exif=False)
@@ -294,12 +285,16 @@ def test_the_heaviest_of_each_reason_with_pictures_or_words(pristine: Manifest, 
     np.testing.assert_array_equal(part, photo[20:70, 40:90])
     assert (left, top) == (40, 20)
     assert gallery._surroundings(photo, (500, 500, 10, 10))[0] is photo
-    assert rejected_sheet(rows, coco, 10**6).shape[2] == 3
+    assert rejected_sheet(rows, coco, 10**6, COCO17).shape[2] == 3
 
 
 @pytest.mark.parametrize("box", [None, [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, float("nan")], [0, 0, 1e9, 1]])
-def test_what_is_no_box_is_not_drawn(box: Any) -> None:
-    assert not gallery._is_box(box)
+def test_what_is_no_box_is_not_drawn(coco: Path, tmp_path: Path, box: Any) -> None:
+    root = Path(shutil.copytree(coco, tmp_path / "coco"))
+    with edited(root) as data:
+        data["annotations"][3]["bbox"] = box
+    rows = [{"split": TRAIN, "ann_id": ann_id} for ann_id in (4, 6)]
+    assert set(gallery._annotated_boxes(rows, root, COCO17)) == {(TRAIN, 6)}
 
 
 def test_the_page_holds_everything_and_is_the_same_again(

@@ -4,8 +4,6 @@ and one self-contained HTML page that holds them all. The same pictures whenever
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +17,19 @@ from numpy.typing import NDArray
 
 from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import ImageError
-from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
-from hrnet_core.images import decode_image, encode_jpeg
+from hrnet_core.geometry import box_to_center_scale
+from hrnet_core.images import encode_jpeg
 from hrnet_core.locations import open_folder
 from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_figures, write_page
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.sources.coco import read_annotations
 from pipelines.sources.layout import annotations_of
-from pipelines.sources.records import PROTOCOL
+from pipelines.sources.photos import open_picture
+from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
+from pipelines.storage import is_file
 
 Picture = NDArray[np.uint8]
 PEOPLE = 16
@@ -42,8 +43,8 @@ REJECTED = 4
 HEIGHT = 256
 """Crops smaller than this are enlarged by a whole factor to about this many px."""
 RED = (255, 80, 60)
-ANNOTATIONS = 400_000_000
-"""Bytes of an annotation file beyond which boxes of rejected people are not looked up."""
+FARTHEST = 1e6
+"""px: OpenCV draws with fixed point, which ends not far above."""
 
 
 def write_gallery(
@@ -69,7 +70,8 @@ def write_gallery(
     rejected = heaviest_rejections(manifest)
     pictures["rejected"] = []
     if rejected and coco is not None:
-        sheet = rejected_sheet(rejected, Path(coco).expanduser(), manifest.config["max_pixels"])
+        root, recipe = Path(coco).expanduser(), manifest.recipe
+        sheet = rejected_sheet(rejected, root, recipe.settings.max_pixels, recipe.skeleton)
         pictures["rejected"] = [_write(folder, "rejected", "left out", sheet)]
     page = folder / "index.html"
     write_page(page, card, pictures, rejected)
@@ -114,24 +116,7 @@ def read_rows(
         read_row_group(manifest, split, shard, group, variant=variant).take(pa.array(rows))
         for (shard, group), rows in wanted.items()
     ]
-    table = pa.concat_tables(tables)
-    rows = decode_rows(table.drop_columns(["image"]), manifest)
-    stored = [decode_image(row["bytes"], apply_exif=False) for row in table["image"].to_pylist()]
-    matrices = zip(stored, rows["image_to_picture"], rows["image_to_crop"], strict=True)
-    rows["images"] = np.stack([_crop(*row, manifest.input_size) for row in matrices])
-    return rows
-
-
-def _crop(
-    picture: Picture,
-    image_to_picture: NDArray[np.float64],
-    image_to_crop: NDArray[np.float64],
-    size: tuple[int, int],
-) -> Picture:
-    """The view's crop: what is stored, or cut out of it where more was stored."""
-    if np.array_equal(image_to_picture, image_to_crop):
-        return picture
-    return crop_people(picture, compose_affine(image_to_crop, invert_affine(image_to_picture))[None], size)[0]
+    return decode_rows(pa.concat_tables(tables), manifest)
 
 
 def view_sheet(
@@ -139,10 +124,10 @@ def view_sheet(
 ) -> Picture:
     """Of each person the crop with its keypoints beside the crop under its heatmaps."""
     rows = read_rows(manifest, split, variant, places)
-    skeleton = manifest.skeleton()
+    skeleton = manifest.recipe.skeleton
     pairs = []
-    for index, pose in enumerate(_poses(rows, skeleton)):
-        heat = draw_heatmaps(_enlarged(rows["images"][index])[0], rows["heatmaps"][index])
+    for index, pose in enumerate(annotated(rows, skeleton)):
+        heat = draw_heatmaps(enlarged(rows["images"][index])[0], rows["heatmaps"][index])
         gap = np.full((len(pose), 4, 3), 255, np.uint8)
         pairs.append(np.concatenate([pose, gap, heat], axis=1))
     turns = _turns(rows, manifest)
@@ -157,24 +142,25 @@ def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int,
     columns, labels = [], []
     for variant in views:
         rows = read_rows(manifest, split, variant, chosen)
-        columns.append(_poses(rows, manifest.skeleton()))
+        columns.append(annotated(rows, manifest.recipe.skeleton))
         labels.append([turn or "plain" for turn in _turns(rows, manifest)])
     by_person = [(columns[v][p], labels[v][p]) for p in range(len(chosen)) for v in views]
     across = len(views) * max(1, VIEWS // len(views))  # whole people in a row
     return tile([picture for picture, _ in by_person], across, [label for _, label in by_person])
 
 
-def _poses(rows: Mapping[str, NDArray[Any]], skeleton: Skeleton) -> list[Picture]:
+def annotated(rows: Mapping[str, NDArray[Any]], skeleton: Skeleton) -> list[Picture]:
+    """The enlarged crop of each row with the labelled keypoints as its view has them."""
     places, visible = rows["keypoints"][..., :2], rows["keypoints"][..., 2]
     points, shown = keypoints_in_view(rows["image_to_crop"], rows["flipped"], places, visible, skeleton)
     drawn = []
     for crop, person, labels in zip(rows["images"], points, shown, strict=True):
-        large, factor = _enlarged(crop)
+        large, factor = enlarged(crop)
         drawn.append(draw_poses(large, factor * person[None], (labels > 0)[None], skeleton))
     return drawn
 
 
-def _enlarged(crop: Picture) -> tuple[Picture, int]:
+def enlarged(crop: Picture) -> tuple[Picture, int]:
     """The crop at about HEIGHT px, and the factor; pixel (0, 0) stays on (0, 0)."""
     factor = max(1, round(HEIGHT / crop.shape[0]))
     size = (factor * crop.shape[1], factor * crop.shape[0])
@@ -191,7 +177,8 @@ def _label(rows: Mapping[str, NDArray[Any]], index: int, turn: str) -> str:
 
 def _turns(rows: Mapping[str, NDArray[Any]], manifest: Manifest) -> list[str]:
     """How each view differs from the plain one: "+12°, x0.80, mirrored"; "" for the plain one."""
-    plain = box_to_center_scale(rows["bbox_xywh"], manifest.input_size, manifest.config["padding"])[1]
+    settings = manifest.recipe.settings
+    plain = box_to_center_scale(rows["bbox_xywh"], settings.input_size, settings.padding)[1]
     zooms = rows["scale"][:, 1] / plain[:, 1]
     turns = []
     for variant, angle, zoom, flipped in zip(
@@ -215,7 +202,7 @@ def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
     for split in manifest.splits:
         counts = manifest.split(split)["rejected"]
         own = table.filter(pa.compute.equal(table["split"], split))
-        for reason in sorted(counts, key=lambda r: (r in PROTOCOL, -counts[r]["people"], r)):
+        for reason in sorted(counts, key=lambda r: (r in LEFT_OUT_AS_PUBLISHED, -counts[r]["people"], r)):
             rows = own.filter(pa.compute.equal(own["reason"], reason)).sort_by(order).slice(0, 16 * REJECTED)
             by_file: dict[str, dict[str, Any]] = {}  # one of each photo, as long as there are others
             for row in rows.to_pylist():
@@ -224,10 +211,12 @@ def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
     return chosen
 
 
-def rejected_sheet(rejected: Sequence[Mapping[str, Any]], coco: Path, max_pixels: int) -> Picture:
+def rejected_sheet(
+    rejected: Sequence[Mapping[str, Any]], coco: Path, max_pixels: int, skeleton: Skeleton
+) -> Picture:
     """The photos of what was left out, with the annotated box of a person; the reason where there is no
     picture to see."""
-    boxes = _annotated_boxes(rejected, coco)
+    boxes = _annotated_boxes(rejected, coco, skeleton)
     pictures, labels = [], []
     for row in rejected:
         box = boxes.get((row["split"], row["ann_id"]))
@@ -240,12 +229,12 @@ def _rejected_picture(
     row: Mapping[str, Any], coco: Path, max_pixels: int, box: Sequence[float] | None
 ) -> Picture:
     folder = (coco / row["split"]).resolve()
-    file = (folder / row["file"]).resolve()
     try:
+        file = (folder / row["file"]).resolve()
         if not file.is_relative_to(folder):
             return _words(row["detail"])
-        photo = decode_image(file.read_bytes(), apply_exif=False, max_pixels=max_pixels)
-    except (OSError, ImageError, ValueError):
+        photo = open_picture(str(file), max_pixels, apply_exif=False).decode()
+    except (ImageError, ValueError):  # ValueError: a name with a zero byte
         return _words(row["detail"])
     left, top = 0, 0
     if box is not None:
@@ -292,22 +281,19 @@ def _words(text: str) -> Picture:
 
 
 def _annotated_boxes(
-    rejected: Sequence[Mapping[str, Any]], coco: Path
-) -> dict[tuple[str, int], tuple[float, float, float, float]]:
-    """(split, ann_id) -> bbox of the rejected people whose box is one; empty where annotations are gone."""
+    rejected: Sequence[Mapping[str, Any]], coco: Path, skeleton: Skeleton
+) -> dict[tuple[str, int], list[float]]:
+    """(split, ann_id) -> bbox of the rejected people who have one; none where annotations are gone."""
     boxes = {}
     for split in {row["split"] for row in rejected if row["ann_id"] is not None}:
-        wanted = {row["ann_id"] for row in rejected if row["split"] == split}
-        file = Path(annotations_of(coco, split))
-        if not file.is_file() or file.stat().st_size > ANNOTATIONS:
-            continue
-        for annotation in json.loads(file.read_bytes())["annotations"]:
-            box = annotation.get("bbox")
-            if annotation["id"] in wanted and _is_box(box):
-                boxes[split, annotation["id"]] = tuple(box)
+        wanted = [row["ann_id"] for row in rejected if row["split"] == split and row["ann_id"] is not None]
+        file = annotations_of(coco, split)
+        if is_file(file):
+            people = read_annotations(file, skeleton).judged.people
+            drawable = (people.stated_xywh != 0).any(axis=1) & (np.abs(people.stated_xywh) < FARTHEST).all(
+                axis=1
+            )
+            people = people[np.isin(people.ann_id, wanted) & drawable]
+            pairs = zip(people.ann_id.tolist(), people.stated_xywh.tolist(), strict=True)
+            boxes |= {(split, ann_id): box for ann_id, box in pairs}
     return boxes
-
-
-def _is_box(box: Any) -> bool:
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-    return numbers and all(math.isfinite(v) and abs(v) < 1e6 for v in box)
