@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton, load_skeleton
@@ -254,11 +255,7 @@ def _by_box(first: People, other: People) -> NDArray[np.int64]:
 
 def _iou(a: Float64, b: Float64) -> Float64:
     """Boxes (M, 4) and (N, 4), left, top, width, height -> intersection over union (M, N)."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None])
-    common = np.clip(high - low, 0, None).prod(axis=-1)
-    union = a[:, None, 2:].prod(axis=-1) + b[None, :, 2:].prod(axis=-1) - common
-    return np.asarray(common / np.maximum(union, 1e-12))
+    return np.reshape(mask.iou(a, b, np.zeros(len(b))), (len(a), len(b)))
 
 
 def _named(read: Sequence[_Annotator]) -> str:
