@@ -1,6 +1,6 @@
 """Preprocess: a COCO folder becomes shards of crops with their heatmaps, on Ray Data.
 
-    read_coco (both splits) -> plan_shards -> finished_shards are kept
+    read_split (both) -> plan_shards -> finished_shards are kept
     -> a Ray task for each pending one: build_shard -> rejected.parquet, README, manifest.json
 
 A shard is the unit of work and of recovery. Its bytes follow from the plan alone, so the dataset's digest
@@ -28,7 +28,6 @@ import pyarrow as pa
 
 from hrnet_core.errors import DataError, PoseError
 from hrnet_core.locations import is_uri, open_folder
-from hrnet_core.skeleton import load_skeleton
 from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
@@ -44,10 +43,9 @@ from pipelines.shards.plan import (
 )
 from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
-from pipelines.sources.coco import read_coco
 from pipelines.sources.layout import annotations_of
 from pipelines.sources.records import Rejection, Split, refuse_rejected
-from pipelines.sources.yolo import read_yolo
+from pipelines.sources.splits import read_split, split_names
 from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
 LONG_ANNOTATIONS = 16_000_000
@@ -55,7 +53,7 @@ LONG_ANNOTATIONS = 16_000_000
 
 
 @dataclass(frozen=True)
-class Report:
+class PreprocessRun:
     """What a run of preprocess did."""
 
     manifest: Manifest
@@ -86,7 +84,7 @@ def preprocess(config: RunConfig) -> Manifest:
     return report.manifest
 
 
-def run_preprocess(config: RunConfig) -> Report:
+def run_preprocess(config: RunConfig) -> PreprocessRun:
     """`preprocess` with the figures of the run, without the table."""
     data = config.data
     with ThreadPoolExecutor(1) as reader, contextlib.ExitStack() as session:
@@ -95,27 +93,27 @@ def run_preprocess(config: RunConfig) -> Report:
             session.enter_context(ray_session(config.ray))
         splits, works, figures = planned.result()
         pending = [work for work in works if work.key not in figures]
-        progress = Progress(pending)
+        log = TaskLog(pending)
         if pending:
             session.enter_context(ray_session(config.ray))
             require(config.ray, 1, 1, 0, "preprocess")
-            progress.begin(_slots())
+            log.begin(_slots())
             for key, built in _on_ray(pending):
                 figures[key] = built
-                progress.done(key, built)
+                log.done(key, built)
                 if data.strict:
                     refuse_rejected([Rejection(**row) for row in built["rejected"]])
     manifest = finish(splits, works, figures, data)
-    at_once, workers = progress.overlap()
-    return Report(
+    at_once, workers = log.overlap()
+    return PreprocessRun(
         manifest,
         built=len(pending),
         reused=len(works) - len(pending),
-        people=progress.people,
-        seconds=progress.seconds,
+        people=log.people,
+        seconds=log.seconds,
         at_once=at_once,
         workers=workers,
-        peak_bytes=progress.peak_bytes,
+        peak_bytes=log.peak_bytes,
     )
 
 
@@ -133,9 +131,7 @@ def _takes_long(data: DataSettings) -> bool:
 
 def _plan(data: DataSettings) -> tuple[list[Split], list[ShardWork], dict[tuple[str, int], Figures]]:
     """Both splits, their shards, and the figures of those that are there."""
-    skeleton = load_skeleton(data.skeleton)
-    read = read_yolo if data.format == "yolo_pose" else read_coco
-    splits = [read(data.root, name, skeleton) for name in dict.fromkeys((data.train_split, data.val_split))]
+    splits = [read_split(data.root, name, data) for name in split_names(data)]
     if data.strict:
         refuse_rejected([r for split in splits for r in split.rejected])
     works = [work for split in splits for work in plan_shards(split, data)]
@@ -199,7 +195,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Progress:
+class TaskLog:
     """What the tasks did so far, and the line that says how far it is.
 
     The time left follows from people per second of a task's work and the tasks at once, not from what is
@@ -307,7 +303,7 @@ def _by_reason(rejected: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int
     return counts
 
 
-def summary(report: Report) -> str:
+def summary(report: PreprocessRun) -> str:
     """The table at the end of a run."""
     manifest = report.manifest
     lines = [f"{'split':<14}{'people':>9}{'photos':>9}{'views':>7}{'shards':>8}{'MB':>9}  left out"]

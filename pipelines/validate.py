@@ -1,6 +1,6 @@
 """Validate: what is wrong with a COCO folder, before any work is put into it.
 
-    read_coco (both splits) -> each picture with people is opened -> a table by kind, with the way out
+    read_split (both) -> each picture with people is opened -> a table by kind, with the way out
 
 Annotations are judged by coco.py and pictures by photos.py, for preprocess and here: what the table calls
 left out is what rejected.parquet will list. Added is only what no stage would notice: people whose keypoints
@@ -22,13 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
 from pipelines.progress import ProgressLine
-from pipelines.sources.coco import read_coco
 from pipelines.sources.photos import check_photo, left_out, open_photo
 from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
-from pipelines.sources.yolo import read_yolo
+from pipelines.sources.splits import read_split, split_names
 
 WAY_OUT = {
     "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",
@@ -147,14 +145,12 @@ def validate(
     seen. checksums: a file as sha256sum writes it, with paths relative to the root. With data.strict
     whatever is left out is fatal, as it is for preprocess. Prints progress. DataError for the list itself.
     """
-    skeleton = load_skeleton(data.skeleton)
-    read = read_yolo if data.format == "yolo_pose" else read_coco
     known = read_checksums(checksums) if checksums else None
     splits: list[CheckedSplit] = []
     fatal: dict[str, None] = {}
-    for name in dict.fromkeys((data.train_split, data.val_split)):
+    for name in split_names(data):
         try:
-            split = read(root, name, skeleton)
+            split = read_split(root, name, data)
         except DataError as error:
             fatal[str(error)] = None  # once, where both splits have it
             continue

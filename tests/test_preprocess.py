@@ -30,7 +30,7 @@ from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines import storage as files_module
 from pipelines.config import DataSettings, RunConfig
-from pipelines.preprocess import Report, preprocess, run_preprocess
+from pipelines.preprocess import PreprocessRun, preprocess, run_preprocess
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import plan_shards
@@ -177,7 +177,7 @@ def test_long_annotations_are_read_while_ray_starts(
     monkeypatch.setattr(preprocess_module, "LONG_ANNOTATIONS", 100)
     monkeypatch.setattr(preprocess_module, "ray_session", session)
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess_module, "read_coco", read)
+        patch.setattr("pipelines.sources.splits.read_coco", read)
         first = preprocess(config(coco, tmp_path / "s"))
     assert seen[0] == "started"
     assert seen.count("started") == seen.count("ended")
@@ -248,12 +248,12 @@ def test_memory_is_bounded_by_the_row_group(tmp_path: Path) -> None:
 
 
 def test_most_at_once_is_counted_from_starts_and_ends() -> None:
-    progress = preprocess_module.Progress([])
+    progress = preprocess_module.TaskLog([])
     spans = [(0, 4, "a"), (1, 2, "b"), (2, 5, "b"), (6, 7, "c")]
     progress._answers = [{"start": s, "end": e, "worker": w} for s, e, w in spans]
     assert progress.overlap() == (2, 3)
     assert progress.seconds == 7
-    assert preprocess_module.Progress([]).overlap() == (0, 0)
+    assert preprocess_module.TaskLog([]).overlap() == (0, 0)
 
 
 # ---------------------------------------------------------------------------------- recovery
@@ -643,7 +643,7 @@ def test_real_photographs_as_cuts(real_data: Path, tmp_path: Path, plain: list[s
 
 
 def test_real_coco(real_data: Path, tmp_path: Path, plain: list[str]) -> None:
-    report: Report = run_preprocess(
+    report: PreprocessRun = run_preprocess(
         config(real_data / "coco", tmp_path / "s", people_per_shard=128, image_format="jpeg")
     )
     manifest = report.manifest

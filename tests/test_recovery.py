@@ -24,7 +24,7 @@ from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines.cli import parse
 from pipelines.config import RunConfig
-from pipelines.preprocess import Progress, preprocess
+from pipelines.preprocess import TaskLog, preprocess
 from pipelines.shards import plan as plan_module
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
@@ -407,14 +407,14 @@ def simulated(sizes: list[int], slots: int) -> list[tuple[float, float]]:
     """(seconds left as told, as it comes) after each shard, for tasks of 100 people a second each."""
     from types import SimpleNamespace
 
-    works = [SimpleNamespace(key=("x", i), people=people) for i, people in enumerate(sizes)]
+    works = [SimpleNamespace(key=("x", i), people=range(people)) for i, people in enumerate(sizes)]
     free, spans = [1000.0] * slots, []
     for work in works:
         start = min(free)
-        free[free.index(start)] = start + work.people / 100
-        spans.append((start + work.people / 100, start, work))
+        free[free.index(start)] = start + len(work.people) / 100
+        spans.append((start + len(work.people) / 100, start, work))
     now = 1000.0
-    progress = Progress(works, clock=lambda: now)
+    progress = TaskLog(works, clock=lambda: now)
     progress.begin(slots)
     told = []
     for now, start, work in sorted(spans, key=lambda span: span[0]):
