@@ -230,6 +230,7 @@ class TrackSettings(Section):
     """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else SQLite in the storage folder."""
     experiment: str = "hrnet"
     registered_model: str = MODEL_NAME
+    """In the registry: train adds versions, promote moves its champion, predict and deploy take that."""
 
 
 class ServeSettings(Section, Limits, ReplicaSettings):

@@ -51,7 +51,9 @@ def deploy(
 ) -> str:
     """Serve a checkpoint folder, a URI of one, or "models:/hrnet-pose@champion"; returns the address.
 
-    checkpoint: None is the champion of `track.registered_model`.
+    checkpoint: None is the champion of `track.registered_model`. What it is served as: a registered version
+    under the name of its model, others under `track.registered_model` with digits of their weights' sha256.
+
     Here: prints the address once requests are answered and, with `block`, waits for Ctrl-C or SIGTERM, then
     ends Serve and the Ray it started. block=False wants a Ray that runs in this process, and leaves Serve
     running on it. On a cluster (RAY_ADDRESS) it never blocks, and Serve goes on after this process.
@@ -72,9 +74,11 @@ def deploy(
                 url = start(args, settings, ray_settings)
                 print(_told(url, args, spec, block), flush=True)
                 if block:
+                    from ray import serve
+
                     _wait_for_signal()
                     print("stopping ...", flush=True)
-                    _stop()
+                    serve.delete(APP)  # requests in progress get their answers; Serve ends with its Ray
         except KeyboardInterrupt:
             print("stopped", flush=True)
     return url
@@ -112,13 +116,7 @@ def start(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -
 
     from serve.app import build
 
-    require(
-        ray_settings,
-        settings.replicas,
-        settings.cpus_per_replica,
-        1.0 if settings.use_gpu else 0.0,
-        "hrnet deploy",
-    )
+    require(ray_settings, args.num_replicas, args.num_cpus, args.num_gpus, "hrnet deploy")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not serve.status().proxies:  # Serve does not run yet
         if not on_cluster():
@@ -300,13 +298,6 @@ def _wait_ready(url: str, seconds: float = 60) -> None:
     if not on_cluster():
         raise ConfigError(f"{message}. Logs: the folder logs/serve of Ray's session.")
     print(f"note: {message}: from here the address may not be reachable.", flush=True)
-
-
-def _stop() -> None:
-    """End the application: requests in progress get their answers. Serve itself ends with its Ray."""
-    from ray import serve
-
-    serve.delete(APP)
 
 
 # --- waiting -----------------------------------------------------------------------------------
