@@ -23,6 +23,7 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, place_in_imag
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines import evaluate as module
+from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import PhotoGroup, answer_dtype, check_answers, evaluate, group_photos, predict_group
 from pipelines.poses.oks_ap import STATS, evaluate_results
@@ -110,7 +111,7 @@ def test_what_is_written(
         recorded.update(ref=ref, stats=stats, protocol=protocol, artifacts=artifacts, **places)
         return "hrnet-pose/3"
 
-    monkeypatch.setattr("pipelines.tracking.record_evaluation", record)
+    monkeypatch.setattr("pipelines.registry.record_evaluation", record)
     page = tmp_path / "deep" / "report.html"
     track = TrackSettings(uri="sqlite:///elsewhere.db")
     found = evaluate(
@@ -125,6 +126,7 @@ def test_what_is_written(
     assert summary["protocol"]["evaluator"].startswith("pycocotools 2")
     description = json.loads((dots["checkpoint"] / "checkpoint.json").read_text())
     assert summary["protocol"]["weights_sha256"] == description["weights_sha256"]
+    assert summary["code_version"] == code_version()
     for name in ("data_digest", "boxes", "flip_test", "preset", "score_threshold", "mode", "codec"):
         assert name in summary["protocol"]
     assert summary["protocol"]["boxes"] == "gt"
@@ -145,7 +147,7 @@ def test_what_is_written(
     assert table[1].split() == list(STATS)
     assert [float(v) for v in table[2].split()] == pytest.approx(list(found.stats.values()), abs=5e-4)
 
-    assert recorded["ref"] == str(dots["checkpoint"])
+    assert recorded["ref"] == description["weights_sha256"]
     assert recorded["stats"] == found.stats
     assert recorded["protocol"] == found.protocol
     assert (recorded["track"], recorded["storage"]) == (track, "store")
