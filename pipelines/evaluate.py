@@ -30,7 +30,7 @@ from hrnet_core.errors import CheckpointError
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.pages.evaluation import contact_sheets, write_html
+from pipelines.pages.evaluation import contact_sheets, write_report
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
 from pipelines.poses.units import UNFINISHED, Answer, digest_of, run_units, stored
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
@@ -274,6 +274,6 @@ def _write(
     sheets = contact_sheets(matched, paths, spec.skeleton, out / "overlays", settings.max_pixels)
     files = [evaluation.results_file, out / "evaluation.json", *sheets.values()]
     if report is not None:
-        write_html(Path(report), evaluation, matched, sheets, spec.skeleton, made)
+        write_report(report, evaluation, matched, sheets, spec.skeleton, made)
         files.append(Path(report))
     return files

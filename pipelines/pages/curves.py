@@ -7,25 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.pages.frame import figure, save_figure
+
+PANELS = {
+    "loss": ("train/loss", "val_gt/loss"),
+    "AP (ground-truth boxes)": ("val_gt/AP", "val_gt/AP50", "val_gt/AP75"),
+    "learning rate": ("train/lr",),
+    "images/s": ("train/samples_per_s",),
+    "data wait, share of time": ("train/data_wait",),
+}
+
 
 def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Loss, AP, learning rate, images/s and data wait over steps, as one PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    panels = {
-        "loss": ("train/loss", "val_gt/loss"),
-        "AP (ground-truth boxes)": ("val_gt/AP", "val_gt/AP50", "val_gt/AP75"),
-        "learning rate": ("train/lr",),
-        "images/s": ("train/samples_per_s",),
-        "data wait, share of time": ("train/data_wait",),
-    }
-    for axes, (name, metrics) in itertools.zip_longest(
-        figure.subplots(2, 3).flat, panels.items(), fillvalue=("", ())
-    ):
+    """Loss, AP, learning rate, images/s and data wait over steps, as one PNG. rows: of a MetricLog."""
+    drawn, panels = figure(2, 3, (11, 6))
+    drawn.suptitle(title)
+    for axes, (name, metrics) in itertools.zip_longest(panels, PANELS.items(), fillvalue=("", ())):
         axes.set_title(name, fontsize=10)
         axes.set_axis_on() if metrics else axes.set_axis_off()
         for metric in metrics:
@@ -37,7 +34,5 @@ def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
     if any(row.get("train/loss", 0) > 0 for row in rows):
-        figure.axes[0].set_yscale("log")
-    part = file.with_name(f".{file.name}")
-    figure.savefig(part, format="png")
-    part.replace(file)
+        panels[0].set_yscale("log")
+    save_figure(drawn, file)

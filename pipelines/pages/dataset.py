@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.pages.frame import PAGE, definitions, embedded
+from pipelines.pages.frame import (
+    definitions,
+    embedded,
+    figure,
+    header,
+    save_figure,
+    section,
+    table,
+    tiles,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
+    from matplotlib.figure import Figure
 
 SEEN, HIDDEN, UNLABELLED = "#2f6fde", "#a9c4f3", "#e6e9ee"
+COLORS = (SEEN, "#ff8000", "#3a9e5c", "#8a5bd1")
+"""Of the splits."""
 BARS = 12
 """Bins of 2 % that make one bar."""
 MOST = 15
@@ -35,24 +47,19 @@ def write_figures(card: Mapping[str, Any], folder: Path) -> list[tuple[str, Path
     return [(title, draw(shown, folder / f"figure-{name}.png")) for name, title, draw, shown in figures]
 
 
-def _axes(columns: int, height: float) -> tuple[Any, list[Axes]]:
-    """A figure with one row of plain axes; no pyplot, whose state is the whole process's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.6, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
+def _axes(columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with one row of plain axes; height in 100 px."""
+    drawn, axes = figure(1, columns, (10.6, height))
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
-    return figure, axes
+    return drawn, axes
 
 
 def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
     """Of each keypoint the share of people where it is seen, hidden, not labelled."""
     names = list(next(iter(splits.values()))["keypoints"])
-    figure, axes = _axes(len(splits), 0.9 + 0.22 * len(names))
+    drawn, axes = _axes(len(splits), 0.9 + 0.22 * len(names))
     for ax, (split, card) in zip(axes, splits.items(), strict=True):
         left = np.zeros(len(names))
         for kind, color in (("seen", SEEN), ("hidden", HIDDEN), ("not_labelled", UNLABELLED)):
@@ -63,15 +70,14 @@ def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
         ax.set(title=f"{split}: {card['people']:,} people", xlim=(0, 100), xlabel="% of people")
         ax.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
         ax.invert_yaxis()
-    _legend(figure, axes[0])
-    figure.savefig(file, dpi=110)
-    return file
+    _legend(drawn, axes[0])
+    return save_figure(drawn, file)
 
 
 def _people(splits: Mapping[str, Any], file: Path) -> Path:
     """Box heights, people of one photo, labelled keypoints of a person: shares, one line a split."""
-    figure, axes = _axes(3, 3.2)
-    for color, (split, card) in zip(_colors(), splits.items(), strict=False):
+    drawn, axes = _axes(3, 3.2)
+    for color, (split, card) in zip(COLORS, splits.items(), strict=False):
         _stairs(axes[0], card["box_height"], color, split)
         photos = np.array(card["people_per_photo"]["photos_with"])
         photos = np.append(photos[1:MOST], photos[MOST:].sum())
@@ -83,15 +89,14 @@ def _people(splits: Mapping[str, Any], file: Path) -> Path:
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[2].xaxis.get_major_locator().set_params(integer=True)
     _plain_numbers(axes[0])
-    _legend(figure, axes[0])
-    figure.savefig(file, dpi=110)
-    return file
+    _legend(drawn, axes[0])
+    return save_figure(drawn, file)
 
 
 def _views(splits: Mapping[str, Any], file: Path) -> Path:
     """Rotation and zoom of the augmented views together, and what they lose of the keypoints."""
-    figure, axes = _axes(3, 3.2)
-    for color, (split, card) in zip(_colors(), splits.items(), strict=False):
+    drawn, axes = _axes(3, 3.2)
+    for color, (split, card) in zip(COLORS, splits.items(), strict=False):
         views = card["views"]
         _stairs(axes[0], _together([view["rotation_deg"] for view in views[1:]]), color, split, 5, log=False)
         _stairs(axes[1], _together([view["zoom"] for view in views[1:]]), color, split, 4)
@@ -101,18 +106,13 @@ def _views(splits: Mapping[str, Any], file: Path) -> Path:
     axes[1].set(title="scale against the plain view", xscale="log", xlabel="factor", ylabel="% of views")
     axes[2].set(title="labelled keypoints without heatmap", xlabel="view", ylabel="%")
     _plain_numbers(axes[1])
-    _legend(figure, axes[1])
-    figure.savefig(file, dpi=110)
-    return file
+    _legend(drawn, axes[1])
+    return save_figure(drawn, file)
 
 
-def _legend(figure: Any, ax: Axes) -> None:
+def _legend(drawn: Figure, ax: Axes) -> None:
     """Under the figure, where it covers nothing."""
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-
-
-def _colors() -> list[str]:
-    return [SEEN, "#ff8000", "#3a9e5c", "#8a5bd1"]
+    drawn.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
 def _stairs(
@@ -166,32 +166,40 @@ def _together(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- the page
 
 
-def write_page(
+def write_dataset_page(
     file: Path,
     card: Mapping[str, Any],
     pictures: Mapping[str, Sequence[tuple[str, Path]]],
     rejected: Sequence[Mapping[str, Any]],
 ) -> None:
-    """One page without any other file or address. pictures: (title, file) under figures, views, rejected."""
-    splits = card["splits"]
+    """The page of a dataset. pictures: (title, file) under figures, views, rejected."""
+    splits, config = card["splits"], card["config"]
     people = sum(split["people"] for split in splits.values())
-    config = card["config"]
     width, height = config["input_size"]
     title = f"{people:,} people at {height}x{width}"
-    views = "".join(f"<h3>{html.escape(name)}</h3>{embedded(path, name)}" for name, path in pictures["views"])
-    body = f"""<header><h1>{title}</h1><p>{html.escape(_splits_line(splits))}</p>
-<p class="quiet">digest {card["digest"]}</p></header>
-<section class="stats">{_tiles(splits)}</section>
-<section><h2>Keypoints and people</h2><p class="quiet">Of each keypoint how often it is seen, hidden or not
-labelled; how large people are, how many stand together, and how many of their keypoints are labelled.</p>
-{"".join(embedded(path, name) for name, path in pictures["figures"])}</section>
-<section><h2>Views</h2><p class="quiet">The stored crops: on the left the labelled keypoints in place, on the
-right the heatmaps over the same crop. Left limbs green, right limbs orange. The same
-people in every view, spread evenly over the split.</p>{views}</section>
-<section><h2>Left out</h2>{_left_out(splits, rejected, pictures["rejected"])}</section>
-<section><h2>Settings</h2>{definitions({**config, "skeleton": config["skeleton"]["name"]})}</section>
-<section><h2>Made by</h2>{definitions(card["code"])}</section>"""
-    file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+    views = [f"<h3>{html.escape(name)}</h3>{embedded(path, name)}" for name, path in pictures["views"]]
+    write_page(
+        file,
+        title,
+        header(title, _splits_line(splits), f"digest {card['digest']}"),
+        tiles(tile for name, split in splits.items() for tile in _tiles(name, split)),
+        section(
+            "Keypoints and people",
+            "Of each keypoint how often it is seen, hidden or not labelled; how large people are, how many "
+            "stand together, and how many of their keypoints are labelled.",
+            *(embedded(path, name) for name, path in pictures["figures"]),
+        ),
+        section(
+            "Views",
+            "The stored crops: on the left the labelled keypoints in place, on the right the heatmaps over "
+            "the same crop. Left limbs green, right limbs orange. The same people in every view, spread "
+            "evenly over the split.",
+            *views,
+        ),
+        _left_out(splits, rejected, pictures["rejected"]),
+        section("Settings", "", definitions({**config, "skeleton": config["skeleton"]["name"]})),
+        section("Made by", "", definitions(card["code"])),
+    )
 
 
 def _splits_line(splits: Mapping[str, Any]) -> str:
@@ -202,27 +210,18 @@ def _splits_line(splits: Mapping[str, Any]) -> str:
     )
 
 
-def _tiles(splits: Mapping[str, Any]) -> str:
-    """Four figures of each split."""
-    tiles = []
-    for name, split in splits.items():
-        heights, lost = split["box_height"], sum(n["people"] for n in split["rejected"].values())
-        crowd = split["people_per_photo"]
-        tiles += [
-            (f"{split['people']:,}", name, f"people in {split['photos']:,} photos; {lost:,} left out"),
-            (split["labelled_keypoints"]["mean"], name, f"labelled keypoints of {len(split['keypoints'])}"),
-            (
-                f"{heights['median']:.0f}",
-                name,
-                f"px of median height; 90 % between {heights['5 %']:.0f} and {heights['95 %']:.0f}",
-            ),
-            (crowd["mean"], name, f"people in a photo, at most {crowd['most']}"),
-        ]
-    return "".join(
-        f'<div class="stat"><b>{html.escape(str(value))}</b><span>{html.escape(str(split))}</span>'
-        f"<small>{html.escape(what)}</small></div>"
-        for value, split, what in tiles
-    )
+def _tiles(name: str, split: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Four figures of a split."""
+    heights, crowd = split["box_height"], split["people_per_photo"]
+    lost = sum(count["people"] for count in split["rejected"].values())
+    spread = f"90 % between {heights['5 %']:.0f} and {heights['95 %']:.0f}"
+    labelled = split["labelled_keypoints"]["mean"]
+    return [
+        (f"{split['people']:,}", name, f"people in {split['photos']:,} photos; {lost:,} left out"),
+        (str(labelled), name, f"labelled keypoints of {len(split['keypoints'])}"),
+        (f"{heights['median']:.0f}", name, f"px of median height; {spread}"),
+        (str(crowd["mean"]), name, f"people in a photo, at most {crowd['most']}"),
+    ]
 
 
 def _left_out(
@@ -236,22 +235,17 @@ def _left_out(
         for reason, count in split["rejected"].items()
     ]
     if not counts:
-        return '<p class="quiet">Nothing was left out.</p>'
-    examples = [
-        ["" if row[key] is None else row[key] for key in ("reason", "file", "ann_id", "people", "detail")]
-        for row in rejected
-    ]
-    return (
-        '<p class="quiet">crowd and no_keypoints are the published protocol, the other reasons are defects. '
-        "rejected.parquet has all of them.</p>"
-        + _table(("split", "reason", "rows", "people"), counts)
-        + "<h3>The heaviest of each reason</h3>"
-        + "".join(embedded(path, name) for name, path in pictures)
-        + _table(("reason", "file", "annotation", "people", "detail"), examples)
+        return section("Left out", "Nothing was left out.")
+    columns = ("reason", "file", "ann_id", "people", "detail")
+    return section(
+        "Left out",
+        "crowd and no_keypoints are the published protocol, the other reasons are defects. rejected.parquet "
+        "has all of them.",
+        table(counts, ("split", "reason", "rows", "people")),
+        "<h3>The heaviest of each reason</h3>",
+        *(embedded(path, name) for name, path in pictures),
+        table(
+            ([row[key] for key in columns] for row in rejected),
+            ("reason", "file", "annotation", "people", "detail"),
+        ),
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return f'<table class="fields"><tr>{top}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'

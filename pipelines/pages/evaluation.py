@@ -1,4 +1,4 @@
-"""An evaluation to look at: contact sheets of truth beside prediction, and one self-contained HTML page."""
+"""An evaluation to look at: contact sheets of truth beside prediction, and the page that holds them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.skeleton import Skeleton
-from pipelines.pages.frame import PAGE, definitions, embedded
+from pipelines.pages.frame import definitions, embedded, header, section, tiles, write_page
 from pipelines.poses.protocol import Evaluation, Matched, protocol_line
 from pipelines.sources.photos import open_picture
+from pipelines.storage import write_whole
 
 PAIRS = 12
 """People of a contact sheet."""
@@ -42,7 +43,6 @@ def contact_sheets(
     """
     from hrnet_core.images import encode_jpeg
 
-    folder.mkdir(parents=True, exist_ok=True)
     ranked = np.lexsort((matched.people.ann_id, matched.people.image_id, -matched.oks))
     middle = max(0, (len(ranked) - PAIRS) // 2)
     chosen = {
@@ -54,7 +54,7 @@ def contact_sheets(
     for name, rows in chosen.items():
         if len(rows):
             files[name] = folder / f"{name}.jpg"
-            files[name].write_bytes(encode_jpeg(_sheet(matched, rows, paths, skeleton, max_pixels), 90))
+            write_whole(files[name], encode_jpeg(_sheet(matched, rows, paths, skeleton, max_pixels), 90))
     return files
 
 
@@ -100,48 +100,53 @@ def _box_in_tile(bbox_xywh: NDArray[np.float32], image_to_tile: NDArray[np.float
     return np.concatenate([start, end - start])
 
 
-def write_html(
-    file: Path,
+def write_report(
+    file: str | Path,
     evaluation: Evaluation,
     matched: Matched,
-    sheets: dict[str, Path],
+    sheets: Mapping[str, Path],
     skeleton: Skeleton,
-    details: dict[str, Any],
+    made_by: Mapping[str, Any],
 ) -> None:
-    """One page without any other file or address: figures, protocol, pictures, distributions."""
-    stats, figures = evaluation.stats, evaluation.figures
-    title = f"AP {stats['AP']:.3f}, {evaluation.protocol['split']}"
-    tiles = "".join(
-        f'<div class="stat"><b>{value:.3f}</b><span>{name}</span><small>{MEANINGS[name]}</small></div>'
-        for name, value in stats.items()
-        if name in MEANINGS
-    )
-    pictures = "".join(
-        f"<h3>{name}</h3>{embedded(path, f'{name} people: truth left, prediction right')}"
-        for name, path in sheets.items()
-    )
+    """The page of an evaluation: figures, protocol, distributions, the contact sheets."""
+    stats, figures, protocol = evaluation.stats, evaluation.figures, evaluation.protocol
+    title = f"AP {stats['AP']:.3f}, {protocol['split']}"
     work = (
         f"{figures['people']} people in {figures['photos']} photographs, {figures['results']} results after "
         f"OKS-NMS, {figures['people_per_second']:.1f} people/s"
     )
-    body = f"""<header><h1>{html.escape(title)}</h1><p>{html.escape(protocol_line(evaluation.protocol))}</p>
-<p class="quiet">{html.escape(work)}</p></header>
-<section class="stats">{tiles}</section>
-<section><h2>People by OKS</h2><p class="quiet">How well each labelled person was found: 1 is exact, below .5
-counts as missed at the loosest threshold. A person without any prediction counts as 0.</p>
-{_histogram(matched.oks)}</section>
-<section><h2>Keypoints</h2><p class="quiet">Mean similarity (the term of OKS) where labelled.</p>
-{_keypoints(matched, skeleton)}</section>
-<section><h2>Pictures</h2><p class="quiet">Of each person the truth on the left, the prediction on the right,
-and the annotated box; left limbs green, right limbs orange. Keypoints scoring .2 or less are not drawn.</p>
-{pictures}</section>
-<section><h2>Protocol</h2>{definitions(evaluation.protocol)}</section>
-<section><h2>Made by</h2>{definitions(details)}</section>"""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+    pictures = [
+        f"<h3>{name}</h3>{embedded(path, f'{name} people: truth left, prediction right')}"
+        for name, path in sheets.items()
+    ]
+    write_page(
+        file,
+        title,
+        header(title, protocol_line(protocol), work),
+        tiles((f"{stats[name]:.3f}", name, meaning) for name, meaning in MEANINGS.items() if name in stats),
+        section(
+            "People by OKS",
+            "How well each labelled person was found: 1 is exact, below .5 counts as missed at the loosest "
+            "threshold. A person without any prediction counts as 0.",
+            _oks_bars(matched.oks),
+        ),
+        section(
+            "Keypoints",
+            "Mean similarity (the term of OKS) where labelled.",
+            _similarities(matched, skeleton),
+        ),
+        section(
+            "Pictures",
+            "Of each person the truth on the left, the prediction on the right, and the annotated box; left "
+            "limbs green, right limbs orange. Keypoints scoring .2 or less are not drawn.",
+            *pictures,
+        ),
+        section("Protocol", "", definitions(protocol)),
+        section("Made by", "", definitions(made_by)),
+    )
 
 
-def _histogram(values: NDArray[np.float64]) -> str:
+def _oks_bars(values: NDArray[np.float64]) -> str:
     """Ten bars as inline SVG."""
     counts, _ = np.histogram(values, bins=10, range=(0, 1))
     tallest = max(int(counts.max(initial=0)), 1)
@@ -156,7 +161,7 @@ def _histogram(values: NDArray[np.float64]) -> str:
     return f'<svg viewBox="0 0 600 162" role="img" aria-label="people by OKS">{"".join(bars)}</svg>'
 
 
-def _keypoints(matched: Matched, skeleton: Skeleton) -> str:
+def _similarities(matched: Matched, skeleton: Skeleton) -> str:
     """A row for each keypoint: name, labelled people, mean similarity as a bar."""
     similarity = matched.similarity
     labelled = np.isfinite(similarity)

@@ -1,12 +1,45 @@
-"""What every page is made of: the HTML around it, pictures inside it, tables of fields."""
+"""What every page is made of: the HTML around it, sections, tables, figures, pictures inside it."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pipelines.storage import write_whole, writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def write_page(file: str | Path, title: str, *parts: str) -> None:
+    """One page without any other file or address. title: text; parts: HTML."""
+    write_whole(file, PAGE.format(title=html.escape(title), body="\n".join(parts)))
+
+
+def header(title: str, line: str, quiet: str) -> str:
+    """The title, what it is about, and a line in small."""
+    title, line, quiet = map(html.escape, (title, line, quiet))
+    return f'<header><h1>{title}</h1><p>{line}</p><p class="quiet">{quiet}</p></header>'
+
+
+def section(heading: str, about: str, *parts: str) -> str:
+    """Text that says what is seen, then HTML."""
+    quiet = f'<p class="quiet">{html.escape(about)}</p>' if about else ""
+    return f"<section><h2>{html.escape(heading)}</h2>{quiet}{''.join(parts)}</section>"
+
+
+def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
+    """A section of large figures: (figure, its name, what it means), each as text."""
+    stats = [
+        f'<div class="stat"><b>{html.escape(figure)}</b><span>{html.escape(name)}</span>'
+        f"<small>{html.escape(meaning)}</small></div>"
+        for figure, name, meaning in figures
+    ]
+    return f'<section class="stats">{"".join(stats)}</section>'
 
 
 def embedded(path: Path, alt: str) -> str:
@@ -16,14 +49,36 @@ def embedded(path: Path, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
+def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
+    """Cells as text, None as nothing. Without a head, the first of each row is its name."""
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)] if head else []
+    for row in rows:
+        cells = [html.escape("" if cell is None else str(cell)) for cell in row]
+        first = "" if head else f"<th>{cells.pop(0)}</th>"
+        lines.append(first + "".join(f"<td>{cell}</td>" for cell in cells))
+    return f'<table class="fields">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+
+
 def definitions(fields: Mapping[str, Any]) -> str:
     """A table of names and values; None is left out."""
-    rows = "".join(
-        f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>"
-        for key, value in fields.items()
-        if value is not None
-    )
-    return f'<table class="fields">{rows}</table>'
+    return table([(name, value) for name, value in fields.items() if value is not None])
+
+
+def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Axes in rows, of a figure of (width, height) x 100 px; no pyplot, whose state is the process's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=size, dpi=100, layout="constrained")
+    FigureCanvasAgg(drawn)
+    return drawn, drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
+
+
+def save_figure(drawn: Figure, file: Path) -> Path:
+    """A PNG file."""
+    with writing(file) as part:
+        drawn.savefig(part, format="png")
+    return file
 
 
 PAGE = """<!doctype html>

@@ -22,7 +22,7 @@ from hrnet_core.images import encode_jpeg
 from hrnet_core.locations import open_folder
 from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
 from hrnet_core.skeleton import Skeleton
-from pipelines.pages.dataset import write_figures, write_page
+from pipelines.pages.dataset import write_dataset_page, write_figures
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.sources.coco import read_annotations
@@ -74,7 +74,7 @@ def write_gallery(
         sheet = rejected_sheet(rejected, root, recipe.settings.max_pixels, recipe.skeleton)
         pictures["rejected"] = [_write(folder, "rejected", "left out", sheet)]
     page = folder / "index.html"
-    write_page(page, card, pictures, rejected)
+    write_dataset_page(page, card, pictures, rejected)
     return page, [file for group in pictures.values() for _, file in group]
 
 
