@@ -132,11 +132,11 @@ def verify(manifest: Manifest) -> None:
 
 def make_card(manifest: Manifest, figures: dict[str, SplitFigures]) -> dict[str, Any]:
     """The figures with what the manifest says, as JSON."""
-    codec = manifest.codec()
-    names = manifest.skeleton().keypoints
+    codec = manifest.recipe.codec
+    names = manifest.recipe.skeleton.keypoints
     return {
         "digest": manifest.digest,
-        "config": manifest.config,
+        "config": manifest.recipe.as_dict(),
         "heatmap_size": list(codec.heatmap_size),
         "code": manifest.fields["code"],
         "splits": {
