@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipelines.config import PredictSettings
 from pipelines.sources.media import Media, Video
 
 Row = dict[str, Any]
+"""Some columns of ROW; one that is not there is null."""
 ROW = pa.schema(
     [
         ("name", pa.string()),  # Media.name
@@ -47,6 +48,8 @@ ROW = pa.schema(
 """A picture or frame, answered or rejected."""
 TABLE_ROWS = 4096
 """People of a row group of poses.parquet."""
+Write = Callable[[int, Row, Poses], None]
+"""Takes the image_id, the row and its people."""
 
 
 def poses_of(row: Row, skeleton: Skeleton) -> Poses:
@@ -86,7 +89,7 @@ def write_all(
         for row in rows:
             if row["reason"] is not None:
                 counts[f"rejected {row['reason']}"] += 1
-                rejected.send({key: row[key] for key in ("name", "frame", "reason", "detail")})
+                rejected({key: row[key] for key in ("name", "frame", "reason", "detail")})
                 continue
             counts["pictures" if row["frame"] is None else "frames"] += 1
             poses = poses_of(row, skeleton)
@@ -94,9 +97,9 @@ def write_all(
             image_id = row["image_id"]
             if image_id is None:
                 image_id = counts["pictures"] + counts["frames"]
-            images.send(_image(row, image_id))
-            for writer in writers:
-                writer.send((image_id, row, poses))
+            images(_image(row, image_id))
+            for write in writers:
+                write(image_id, row, poses)
     return counts
 
 
@@ -110,8 +113,8 @@ def _image(row: Row, image_id: int) -> dict[str, Any]:
 
 def _writers(
     media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
-) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """One sink for each format; (image_id, row, poses) is sent to it."""
+) -> Iterator[contextlib.AbstractContextManager[Write]]:
+    """One for each format, open while the rows go by."""
     if "coco" in settings.formats:
         yield _coco(out / "poses.json")
     if "parquet" in settings.formats:
@@ -136,15 +139,8 @@ def _whole(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-class Sink:
-    """What is sent to it goes through a function."""
-
-    def __init__(self, take: Any) -> None:
-        self.send = take
-
-
 @contextlib.contextmanager
-def json_list(file: Path) -> Iterator[Sink]:
+def json_list(file: Path) -> Iterator[Callable[[Any], None]]:
     """A JSON list, one entry a line."""
     with _whole(file) as part, part.open("w", encoding="utf-8") as stream:
         between = "[\n"
@@ -154,25 +150,24 @@ def json_list(file: Path) -> Iterator[Sink]:
             stream.write(between + json.dumps(entry, allow_nan=False, ensure_ascii=False))
             between = ",\n"
 
-        yield Sink(take)
+        yield take
         stream.write("\n]\n" if between == ",\n" else "[]\n")
 
 
 @contextlib.contextmanager
-def _coco(file: Path) -> Iterator[Sink]:
+def _coco(file: Path) -> Iterator[Write]:
     """COCO keypoint results, as pycocotools loads them."""
     with json_list(file) as results:
 
-        def take(sent: tuple[int, Row, Poses]) -> None:
-            image_id, _, poses = sent
+        def take(image_id: int, row: Row, poses: Poses) -> None:
             for result in poses.to_coco(image_id):
-                results.send(result)
+                results(result)
 
-        yield Sink(take)
+        yield take
 
 
 @contextlib.contextmanager
-def _table(file: Path, skeleton: Skeleton) -> Iterator[Sink]:
+def _table(file: Path, skeleton: Skeleton) -> Iterator[Write]:
     """poses.parquet: a row a person. The names of the keypoints stand in the schema's metadata."""
     schema = pa.schema(
         [
@@ -191,8 +186,7 @@ def _table(file: Path, skeleton: Skeleton) -> Iterator[Sink]:
     options = {"compression": "zstd", "write_page_checksum": True}
     with _whole(file) as part, pq.ParquetWriter(part, schema, **options) as writer:
 
-        def take(sent: tuple[int, Row, Poses]) -> None:
-            image_id, row, poses = sent
+        def take(image_id: int, row: Row, poses: Poses) -> None:
             for person, (box, conf, score, points) in enumerate(
                 zip(poses.boxes.xywh, poses.boxes.conf, poses.scores, poses.keypoints.data, strict=True)
             ):
@@ -216,46 +210,47 @@ def _table(file: Path, skeleton: Skeleton) -> Iterator[Sink]:
                 writer.write_table(pa.Table.from_pylist(people, schema))
                 people.clear()
 
-        yield Sink(take)
+        yield take
         flush()
 
 
 @contextlib.contextmanager
-def _openpose(folder: Path, media: Sequence[Media]) -> Iterator[Sink]:
+def _openpose(folder: Path, media: Sequence[Media]) -> Iterator[Write]:
     """STEM_keypoints.json, of frames STEM_000000000012_keypoints.json, as OpenPose names them.
 
     Where two pictures differ in their suffix only, it stays part of the stem.
     """
     twins = Counter(posixpath.splitext(m.name)[0] for m in media)
 
-    def take(sent: tuple[int, Row, Poses]) -> None:
-        _, row, poses = sent
+    def take(image_id: int, row: Row, poses: Poses) -> None:
         stem = posixpath.splitext(row["name"])[0]
         stem = stem if twins[stem] == 1 else row["name"]
         frame = "" if row["frame"] is None else f"_{row['frame']:012d}"
         with _whole(folder / f"{stem}{frame}_keypoints.json") as part:
             part.write_text(json.dumps(poses.to_openpose(), allow_nan=False))
 
-    yield Sink(take)
+    yield take
+
+
+def _with_suffix(name: str, *suffixes: str) -> str:
+    """A name that ends in one of these, be it by the first at its end: a.png.jpg is made of a.png."""
+    return name if name.lower().endswith(suffixes) else name + suffixes[0]
 
 
 @contextlib.contextmanager
-def _overlays(folder: Path) -> Iterator[Sink]:
+def _overlays(folder: Path) -> Iterator[Write]:
     """Pictures with their poses: a.jpg stays a.jpg, a.png becomes a.png.jpg."""
 
-    def take(sent: tuple[int, Row, Poses]) -> None:
-        _, row, _ = sent
+    def take(image_id: int, row: Row, poses: Poses) -> None:
         if row["overlay"] is not None:
-            name = row["name"]
-            jpeg = name.lower().endswith((".jpg", ".jpeg"))
-            with _whole(folder / (name if jpeg else f"{name}.jpg")) as part:
+            with _whole(folder / _with_suffix(row["name"], ".jpg", ".jpeg")) as part:
                 part.write_bytes(row["overlay"])
 
-    yield Sink(take)
+    yield take
 
 
 @contextlib.contextmanager
-def _videos(folder: Path, settings: PredictSettings) -> Iterator[Sink]:
+def _videos(folder: Path, settings: PredictSettings) -> Iterator[Write]:
     """Videos with their poses drawn in: clip.avi becomes clip.avi.mp4, clip.mp4 stays clip.mp4.
 
     Frames come in order, video after video; each video is decoded once more.
@@ -263,22 +258,21 @@ def _videos(folder: Path, settings: PredictSettings) -> Iterator[Sink]:
     current: dict[str, Any] = {"name": None}
     with contextlib.ExitStack() as last:
 
-        def take(sent: tuple[int, Row, Poses]) -> None:
-            _, row, poses = sent
+        def take(image_id: int, row: Row, poses: Poses) -> None:
             if row["frame"] is None:
                 return
             if row["name"] != current["name"]:
                 last.close()
-                name = row["name"] if row["name"].lower().endswith(".mp4") else f"{row['name']}.mp4"
+                file = folder / _with_suffix(row["name"], ".mp4")
                 current["name"] = row["name"]
-                current["draw"] = last.enter_context(_video(folder / name, row, settings))
-            current["draw"].send((row["frame"], poses))
+                current["draw"] = last.enter_context(_video(file, row, settings))
+            current["draw"](image_id, row, poses)
 
-        yield Sink(take)
+        yield take
 
 
 @contextlib.contextmanager
-def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Sink]:
+def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Write]:
     """MPEG-4 in MP4, of the video's own size and pace; the sound is not kept."""
     try:
         video = Video(first["uri"], settings.max_pixels)
@@ -294,13 +288,12 @@ def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Sink]:
                 f"Leave videos out of --predict.formats."
             )
 
-        def take(sent: tuple[int, Poses]) -> None:
-            number, poses = sent
-            for _, frame in video.frames(number, number + 1):
+        def take(image_id: int, row: Row, poses: Poses) -> None:
+            for _, frame in video.frames(row["frame"], row["frame"] + 1):
                 drawn = poses.plot(frame, settings.draw_threshold)
                 writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
 
         try:
-            yield Sink(take)
+            yield take
         finally:
             writer.release()
