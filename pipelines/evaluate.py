@@ -32,7 +32,7 @@ from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.pages.evaluation import contact_sheets, write_report
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
-from pipelines.poses.units import UNFINISHED, Answer, digest_of, run_units, stored
+from pipelines.poses.units import UNFINISHED, Outcome, digest_of, run_units, stored
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import People, Photo, Rejection
@@ -178,14 +178,14 @@ def predict_group(
     return answers
 
 
-def answer_unit(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings) -> Answer:
+def answer_unit(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings) -> Outcome:
     """predict_group for an actor: npy bytes, or the problems."""
     answers = predict_group(group, predictor, settings)
     if isinstance(answers, list):
-        return Answer(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in answers))
+        return Outcome(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in answers))
     content = io.BytesIO()
     np.save(content, answers, allow_pickle=False)
-    return Answer(content.getvalue(), len(answers))
+    return Outcome(content.getvalue(), len(answers))
 
 
 def predict_groups(

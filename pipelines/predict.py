@@ -9,11 +9,10 @@ actor and the list of file names; everything else goes to disk unit by unit, and
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
-from hrnet_core.errors import ConfigError, DataError, ImageError
+from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.locations import is_uri, refuse_credentials
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
-from pipelines.poses.formats import ROW, Row, check_formats, write_all
-from pipelines.poses.units import UNFINISHED, Progress, Unit, digest_of, run_units, stored
+from pipelines.poses.formats import Row, check_formats, write_all
+from pipelines.poses.plan import Plan, make_plan
+from pipelines.poses.units import UNFINISHED, Outcomes, run_units, stored
 from pipelines.poses.worker import Worker
-from pipelines.sources.boxes import BoxesFile, Entry, number_in, read_boxes
-from pipelines.sources.media import Listing, Media, Video, list_media
+from pipelines.sources.boxes import read_boxes
+from pipelines.sources.media import Listing, list_media
+from pipelines.storage import write_json
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -105,11 +106,9 @@ def predict(
         check_formats(settings.formats, spec.skeleton)
         listing = list_media(sources, exclude=out or Path(storage) / "predictions")
         given = read_boxes(boxes, settings.score_threshold or 0.0) if boxes is not None else None
-        people = (
-            PersonDetector.load(detector, settings.cpus_per_worker, settings.use_gpu)
-            if detector is not None
-            else None
-        )
+        people = None
+        if detector is not None:
+            people = PersonDetector.load(detector, settings.cpus_per_worker, settings.use_gpu)
         plan = make_plan(listing, given, people, settings, spec)
         out = Path(out) if out is not None else _default_folder(storage, listing, plan)
         if (done := _finished(out, plan)) is not None:
@@ -117,131 +116,17 @@ def predict(
         store = out / UNFINISHED / plan.digest
         work = Worker(settings, people, "overlays" in settings.formats)
         start = time.monotonic()
-        progress = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
+        outcomes = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
     counts, rejected = _write_formats(out, plan, listing, store, settings, spec)
-    summary = _summary(plan, listing, settings, spec, progress)
-    summary |= {
+    summary = _summary(plan, listing, settings, spec, outcomes) | {
         "checkpoint": found.name,
         "counts": counts,
         "rejected": rejected,
         "seconds": round(time.monotonic() - start, 3),
     }
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(out / SUMMARY, summary)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    return Prediction(out, summary, progress.people_per_second)
-
-
-# --- the plan ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    units: list[Unit]
-    rejected: list[Row]
-    """Known before any picture was opened."""
-    digest: str
-    boxes: dict[str, Any]
-    """Where boxes come from: source, and the file with its sha256."""
-    unmatched: int = 0
-    """Entries of the boxes file that fit no picture."""
-    image_ids: str = "numbered"
-
-
-def make_plan(
-    listing: Listing,
-    given: BoxesFile | None,
-    detector: PersonDetector | None,
-    settings: PredictSettings,
-    spec: CheckpointSpec,
-) -> Plan:
-    """Pictures and stretches of videos with their boxes, in work units."""
-    entries, unmatched = given.match(listing.media) if given else ({}, [])
-    ids, id_source = _image_ids(listing.media, entries)
-    rejected: list[Row] = []
-    items = []
-    for media in listing.media:
-        entry = entries.get(media.name)
-        if given is not None and entry is None:
-            if given.complete:
-                detail = f"{given.path} does not list it"
-                rejected.append(_rejected(media.name, None, "not_in_boxes_file", detail))
-                continue
-            entry = Entry()  # a detector that found nobody leaves no trace
-        if entry is not None:
-            rejected += [_rejected(media.name, None, "bbox_invalid", why) for why in entry.invalid]
-        item = {"name": media.name, "uri": media.uri, "kind": media.kind, "image_id": ids.get(media.name)}
-        item |= {"boxes": None if entry is None else entry.rows, "size": entry.size if entry else None}
-        if media.kind == "picture":
-            items.append(item)
-            continue
-        try:
-            items += _stretches(item, entry, settings)
-        except ImageError as error:
-            rejected.append(_rejected(media.name, None, error.reason, str(error)))
-    source = "whole picture"
-    boxes: dict[str, Any] = {"source": source}
-    if given is not None:
-        boxes = {"source": given.path, "sha256": given.sha256}
-    if detector is not None:
-        digest = hashlib.sha256(detector.model).hexdigest()
-        boxes = {"source": detector.name, "sha256": digest, "declaration": vars(detector.declaration)}
-    decides = [
-        spec.as_dict(),
-        items,
-        [(m.size, m.modified_ns) for m in listing.media],
-        boxes,
-        settings.model_dump(exclude={"num_workers"}),
-    ]
-    units = _units(items, 2 * settings.batch_size)
-    return Plan(units, rejected, digest_of(*decides), boxes, len(unmatched), id_source)
-
-
-def _image_ids(media: Sequence[Media], entries: Mapping[str, Entry]) -> tuple[dict[str, int], str]:
-    """Ids by name, and where they are from: the boxes file, the numbers that the names are (COCO's), or none.
-
-    They are all of one origin, so that no two can be equal.
-    """
-    pictures = [m for m in media if m.kind == "picture"]
-    if len(pictures) < len(media):
-        return {}, "numbered"
-    given = {m.name: entries[m.name].image_id for m in pictures if m.name in entries}
-    named = {m.name: int(number_in(m.name) or -1) for m in pictures}
-    for ids, origin in ((given, "boxes file"), (named, "file names")):
-        distinct = {i for i in ids.values() if i is not None and i >= 0}
-        if len(distinct) == len(pictures):
-            return ids, origin  # type: ignore[return-value]
-    return {}, "numbered"
-
-
-def _stretches(
-    item: dict[str, Any], entry: Entry | None, settings: PredictSettings
-) -> Iterator[dict[str, Any]]:
-    """A video cut into stretches of frames; the last one goes to the end, wherever that is."""
-    video = Video(item["uri"], settings.max_pixels)
-    video.close()
-    length = 2 * settings.batch_size * settings.video_stride
-    starts = list(range(0, max(1, video.expected), length))
-    for start in starts:
-        stop = start + length if start != starts[-1] else None
-        stretch = {**item, "start": start, "stop": stop, "expected": video.expected}
-        if entry is not None and entry.frames is not None:
-            last = stop if stop is not None else max([*entry.frames, start]) + 1
-            stretch["frames"] = {str(n): rows for n, rows in entry.frames.items() if start <= n < last}
-        yield stretch
-
-
-def _units(items: list[dict[str, Any]], people: int) -> list[Unit]:
-    """Items in order, cut into units of at most `people` boxes; a stretch of video is a unit of its own."""
-    units: list[Unit] = []
-    room = 0
-    for item in items:
-        count = people if item["kind"] == "video" else max(1, len(item["boxes"] or [0]))
-        if not units or count > room:
-            units.append([])
-            room = people
-        room -= count
-        units[-1].append(item)
-    return units
+    return Prediction(out, summary, outcomes.people_per_second)
 
 
 def _default_folder(storage: str | Path, listing: Listing, plan: Plan) -> Path:
@@ -262,10 +147,6 @@ def _finished(out: Path, plan: Plan) -> Prediction | None:
         )
     print(f"predict: {out} is there already, of the same sources and settings", flush=True)
     return Prediction(out, summary)
-
-
-def _rejected(name: str, frame: int | None, reason: str, detail: str) -> Row:
-    return {**dict.fromkeys(ROW.names), "name": name, "frame": frame, "reason": reason, "detail": detail}
 
 
 # --- what is written --------------------------------------------------------------------------------
@@ -289,18 +170,18 @@ def _write_formats(
         first = json.loads((out / "rejected.json").read_text())[0]
         raise DataError(
             f"none of {len(listing.media)} pictures and videos could be used. The first, {first['name']}: "
-            f"{first['detail']} All of them: {out / 'rejected.json'}."
+            f"{first['detail'].rstrip('.')}. All of them: {out / 'rejected.json'}."
         )
     return {key: n for key, n in counts.items() if n and not key.startswith("rejected ")}, rejected
 
 
 def _summary(
-    plan: Plan, listing: Listing, settings: PredictSettings, spec: CheckpointSpec, progress: Progress
+    plan: Plan, listing: Listing, settings: PredictSettings, spec: CheckpointSpec, outcomes: Outcomes
 ) -> dict[str, Any]:
     """What decides the poses, and what made them."""
     return {
         "weights_sha256": spec.weights_sha256,
-        "mode": progress.mode,
+        "mode": outcomes.mode,
         "flip_test": spec.flip_test if settings.flip_test is None else settings.flip_test,
         "input_size": list(spec.input_size),
         "codec": spec.codec.as_dict(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +28,14 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.cli import main
 from pipelines.config import PredictSettings
 from pipelines.poses.oks_ap import evaluate_results
+from pipelines.poses.plan import Still, Stretch
+from pipelines.poses.units import digest_of
 from pipelines.predict import Prediction, predict
 from pipelines.sources.boxes import read_boxes
-from pipelines.sources.media import list_media
+from pipelines.sources.media import Media, list_media
+from pipelines.sources.photos import open_photo
+from pipelines.sources.records import Photo, Rejection
+from pipelines.sources.rows import is_box
 
 CODEC = HeatmapCodec("official", (96, 128))
 
@@ -226,6 +233,40 @@ def test_bad_pictures_are_listed_and_the_others_answered(
     assert "its end is missing" in detail["cut.png"]
 
 
+def test_pictures_that_cannot_be_got_cost_a_row_each(
+    dots: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gone since the folder was listed, one that its bucket does not give, one of another size: by the
+    words of the one function that opens pictures."""
+    folder = Path(shutil.copytree(dots["pictures"], tmp_path / "photos"))
+    content = load(dots["annotations"])
+    content["images"][2]["width"] += 1
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+
+    def read(path: str, size: int | None = None) -> bytes:
+        if path.endswith("picture-1.png"):
+            raise DataError("s3://b/picture-1.png: the bucket did not give it (no answer). Check its name.")
+        return Path(path).read_bytes()
+
+    def later(*arguments: Any) -> Any:
+        (folder / "picture-0.png").unlink()
+        return rows_here(*arguments)
+
+    monkeypatch.setattr("pipelines.sources.photos.read_file", read)
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", later)
+    done = run(dots, folder, tmp_path / "out", tmp_path / "boxes.json")
+    listed = load(tmp_path / "out" / "rejected.json")
+    photo = Photo(102, "picture-2.png", str(folder / "picture-2.png"), 217, 160)
+    differs = open_photo(photo, 10**6)
+    assert isinstance(differs, Rejection)
+    assert [(row["name"], row["reason"], row["detail"]) for row in listed] == [
+        ("picture-0.png", "missing_image", "no such file"),
+        ("picture-1.png", "unreadable", "s3://b/picture-1.png: the bucket did not give it (no answer)."),
+        ("picture-2.png", "size_differs", differs.detail),
+    ]
+    assert done.summary["counts"] == {"pictures": 3, "people": 6}
+
+
 def test_nothing_usable_at_all_is_an_error_and_still_listed(
     dots: dict[str, Any], tmp_path: Path, here: None
 ) -> None:
@@ -320,7 +361,7 @@ def test_exif_orientation_is_applied_unless_it_is_said_otherwise(
     content = {"images": [{"id": 5, "file_name": "a.png", "width": 160, "height": 200}]}
     content["annotations"] = [{"id": 1, "image_id": 5, "bbox": [1, 1, 50, 60]}]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"200x160 px once turned as its EXIF says \(--predict\.no-exif"):
+    with pytest.raises(DataError, match=r"200 x 160 px once turned as its EXIF says \(--predict\.no-exif"):
         run(dots, tmp_path / "a.png", tmp_path / "c", tmp_path / "boxes.json")
     run(dots, tmp_path / "a.png", tmp_path / "d", tmp_path / "boxes.json", exif=False)
     assert load(tmp_path / "d" / "poses.json")[0]["image_id"] == 5
@@ -367,12 +408,13 @@ def test_boxes_that_are_none_and_pictures_that_have_none(
     dots: dict[str, Any], tmp_path: Path, here: None
 ) -> None:
     bad = [[1, 2, 0, 5], [1, 2, float("nan"), 5], [1, 2, 3], ["a", 2, 3, 4], [1, 2, 3, 4, "x"]]
+    bad += [[1, 2, 1e-50, 5], [2e6, 2, 3, 5]]
     boxes = {"picture-0.png": [[10, 12, 70, 130], *bad], "picture-1.png": [], "other.png": [[1, 2, 3, 4]]}
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     sources = [dots["pictures"] / f"picture-{i}.png" for i in range(3)]
     done = run(dots, sources, tmp_path / "out", tmp_path / "boxes.json")
     listed = load(tmp_path / "out" / "rejected.json")
-    assert [(row["name"], row["reason"]) for row in listed] == [("picture-0.png", "bbox_invalid")] * 5
+    assert [(row["name"], row["reason"]) for row in listed] == [("picture-0.png", "bbox_invalid")] * 7
     assert "[1, 2, 0, 5] is not [x, y, w, h]" in listed[0]["detail"]
     assert done.summary["counts"] == {"pictures": 3, "people": 1}
     assert done.summary["boxes_unmatched"] == 1
@@ -382,6 +424,56 @@ def test_boxes_that_are_none_and_pictures_that_have_none(
     shutil.copy(sources[0], extra)
     run(dots, [*sources, extra], tmp_path / "b", dots["annotations"])
     assert rejected(tmp_path / "b") == {"extra.png": "not_in_boxes_file"}
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        *([1, 2, 3, 4], [-7.5, 2, 3, 4], [1e6, 2, 3, 4], [1, 2, 1e-40, 4]),
+        *([2e6, 2, 3, 4], [1, 2, 1e-50, 4], [1, 2, 0, 4], [1, 2, 3], [float("inf"), 2, 3, 4], "box"),
+    ],
+)
+def test_a_box_is_what_the_predictor_takes(dots: dict[str, Any], box: Any) -> None:
+    """Asked of a file before any work, by predict and evaluate alike; what else is found ends an actor."""
+    taken = True
+    try:
+        dots["predictor"].prepare(np.zeros((9, 9, 3), np.uint8), [box])
+    except DataError:
+        taken = False
+    assert is_box(box) == taken
+
+
+def test_annotations_are_read_as_elsewhere_and_need_no_keypoints(
+    dots: dict[str, Any], tmp_path: Path
+) -> None:
+    """Boxes in the file's order, of the category person: keypoints, categories and ids may be missing."""
+    content = load(dots["annotations"])
+    content["annotations"] = content["annotations"][::-1]
+    boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == 103]
+    for row in content["annotations"]:
+        del row["keypoints"], row["num_keypoints"], row["area"], row["iscrowd"]
+    content["categories"] = [{"id": 2, "name": "dog"}, {"id": 1, "name": "person"}]
+    content["annotations"].append({"id": 0, "image_id": 103, "category_id": 2, "bbox": [1, 1, 5, 5]})
+    for bare in (False, True):
+        if bare:
+            del content["categories"], content["annotations"][-1]
+            for row in content["annotations"]:
+                del row["id"], row["category_id"]
+        (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
+        entry = read_boxes(tmp_path / "b.json.gz").entries["picture-3.png"]
+        np.testing.assert_array_equal(entry.boxes, np.float32([[*box, 1] for box in boxes]))
+
+
+def test_a_plan_has_one_digest_in_every_process(tmp_path: Path) -> None:
+    """Of numbers and names alone, never of pickled bytes: a second call finds the units of the first."""
+    boxes = np.float32([[10.1, 20, 30, 40, 0.5]])
+    clip = Media("clip.avi", "/clip.avi", "video", 7, 8)
+    asked = [Still(Media("a.jpg", "/a.jpg", "picture", 5, 6), boxes, 1, (9, 8)), Still(clip, None)]
+    asked.append(Stretch(clip, boxes[:0], 0, 4, 14, {2: boxes, 11: boxes[:0]}))
+    assert digest_of("spec", asked) == "a16de723fd41e665"
+    again = pickle.loads(pickle.dumps(asked))
+    assert digest_of("spec", again) == "a16de723fd41e665"
+    assert digest_of("spec", [replace(asked[0], boxes=boxes + 1), *asked[1:]]) != "a16de723fd41e665"
 
 
 def test_crowds_are_no_boxes(tmp_path: Path) -> None:
@@ -394,7 +486,7 @@ def test_crowds_are_no_boxes(tmp_path: Path) -> None:
     ]
     (tmp_path / "b.json").write_text(json.dumps(content))
     entry = read_boxes(tmp_path / "b.json").entries["a.jpg"]
-    assert (entry.rows, entry.size, entry.image_id) == ([[0, 1, 5, 5, 1]], (9, 9), 1)
+    assert (entry.boxes.tolist(), entry.size, entry.image_id) == ([[0, 1, 5, 5, 1]], (9, 9), 1)
 
 
 @pytest.mark.parametrize(
@@ -406,9 +498,15 @@ def test_crowds_are_no_boxes(tmp_path: Path) -> None:
         ('[{"image_id": 1, "keypoints": [1]}]', "entry 0 has no image_id and bbox"),
         ('{"a.jpg": 7}', "the value of 'a.jpg' is 7"),
         ('{"a.mp4": {"first": []}}', "'a.mp4' has the key 'first', which is no frame number"),
-        ('{"images": [{"id": "x"}]}', "no integer id and file_name"),
+        ('{"images": [{"id": "x"}]}', "images[0].id is 'x', no integer of 64 bits"),
+        ('{"images": [{"id": 1}]}', "image 1 has no file_name"),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}',
+            "1 ids stand more than once in 'images': 1",
+        ),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}', "have an image_id"),
         ('{"images": [], "annotations": []}', "it is empty"),
-        ("{", "cannot be read as JSON"),
+        ('{"a.jpg": [', "not valid JSON at byte 11 of 11"),
     ],
 )
 def test_another_kind_of_file_is_one_paragraph(tmp_path: Path, content: str, named: str) -> None:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import socket
 import time
 from collections import Counter
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
+from pyarrow.fs import LocalFileSystem
 
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster, quiet_ray_data, ray_session, require
@@ -36,25 +39,26 @@ if TYPE_CHECKING:
 
 UNFINISHED = "unfinished"
 """Folder of the answers of a run that has not ended; a second call goes on from it."""
-Unit = list[dict[str, Any]]
-"""A few pictures, JSON types."""
+Unit = Any
+"""A few pictures with what is asked of them: plain data of the verb's own, pickled on its way."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class Outcome:
     """What became of a unit."""
 
     content: bytes
+    """Its answers, in the verb's own format."""
     people: int
     problems: tuple[tuple[str, str], ...] = ()
     """(file, reason) of pictures without which the unit counts as not answered."""
 
 
-Work = Callable[[Unit, "PosePredictor"], Answer]
+Work = Callable[[Unit, "PosePredictor"], Outcome]
 
 
 class Actor:
-    """Holds the model in a Ray Data actor. A row in is a unit, a row out its answer."""
+    """Holds the model in a Ray Data actor. A row in is a unit, a row out its outcome."""
 
     def __init__(
         self, load: Callable[[], tuple[HRNet, CheckpointSpec]], work: Work, settings: WorkerSettings
@@ -74,12 +78,12 @@ class Actor:
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """A batch of one row: Ray Data wants lists."""
         start = time.perf_counter()
-        answer = self.work(json.loads(rows["pictures"][0]), self.predictor)
+        outcome = self.work(pickle.loads(rows["work"][0]), self.predictor)
         return {
             "unit": [int(rows["unit"][0])],
-            "content": [answer.content],
-            "people": [answer.people],
-            "problems": [json.dumps(answer.problems)],
+            "content": [outcome.content],
+            "people": [outcome.people],
+            "problems": [json.dumps(outcome.problems)],
             "mode": [self.predictor.mode],
             "actor": [f"{socket.gethostname()} {os.getpid()}"],
             "seconds": [time.perf_counter() - start],
@@ -87,8 +91,8 @@ class Actor:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a call of `run_units` did."""
+class Outcomes:
+    """What became of all units of a call of `run_units`."""
 
     mode: str
     """The execution mode of every answer, also of those that were there."""
@@ -106,7 +110,7 @@ def run_units(
     ray: RaySettings,
     store: Path,
     verb: str,
-) -> Progress:
+) -> Outcomes:
     """Answer every unit that is not in `store` yet; each answer goes there at once.
 
     ConfigError where the actors computed in different modes, or are more than Ray has room for.
@@ -126,7 +130,7 @@ def run_units(
             f"the actors computed in different modes ({', '.join(sorted(modes))}), whose results differ: the "
             f"machines are not of one kind. Remove {store} and start again on machines that are."
         )
-    return Progress(next(iter(modes), ""), speed, tuple(sorted(problems)))
+    return Outcomes(next(iter(modes), ""), speed, tuple(sorted(problems)))
 
 
 def stored(store: Path) -> dict[int, Path]:
@@ -136,8 +140,12 @@ def stored(store: Path) -> dict[int, Path]:
 
 
 def digest_of(*decides: Any) -> str:
-    """16 hex digits of all that decides the answers of a call, JSON types."""
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits of all that decides the answers of a call: JSON types, arrays, dataclasses of them."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
 def rows_on_ray(
@@ -160,7 +168,7 @@ def rows_on_ray(
     if why:
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     model_and_spec = load_checkpoint(checkpoint)
-    rows = [{"unit": index, "pictures": json.dumps(unit)} for index, unit in pending.items()]
+    rows = [{"unit": index, "work": pickle.dumps(unit)} for index, unit in pending.items()]
     with ray_session(ray_settings), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
         require(ray_settings, settings.num_workers, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
@@ -187,8 +195,6 @@ def _collect(
     rows: Iterable[dict[str, Any]], pending: dict[int, Unit], store: Path, verb: str
 ) -> tuple[float, list[tuple[str, str]]]:
     """Answers into the store, each as it comes; people/s while actors were at work, and all problems."""
-    from pyarrow import fs
-
     seen: set[int] = set()
     problems: list[tuple[str, str]] = []
     busy: Counter[str] = Counter()
@@ -200,9 +206,9 @@ def _collect(
         here = json.loads(row["problems"])
         problems += [(file, why) for file, why in here]
         if not here:
-            put_file(fs.LocalFileSystem(), f"{store}/{row['unit']:06d}.{row['mode']}", row["content"])
+            put_file(LocalFileSystem(), f"{store}/{row['unit']:06d}.{row['mode']}", row["content"])
         busy[row["actor"]] += row["seconds"]
-        line.add(row["people"], seconds=max(busy.values()))
+        line.add(row["people"])
     if seen != set(pending):
         raise RuntimeError(f"{len(pending)} units were asked and {len(seen)} answered")
     return line.work / max(busy.values()), problems

@@ -12,33 +12,32 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
+import numpy as np
+from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from hrnet_core.geometry import FARTHEST
+from pipelines.sources.coco import AnnotationFile, load, people_of_images
 from pipelines.sources.media import Media
-from pipelines.storage import read_json, sha256_of
-
-Rows = list[list[float]]
-"""Boxes [x, y, w, h, score], px of the picture as it is predicted."""
+from pipelines.sources.rows import is_box, is_number
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """What the file says of one picture."""
+    """What the file says of one picture or video."""
 
-    rows: Rows = field(default_factory=list)
-    """Of a video: of every frame, unless `frames` is there."""
-    frames: dict[int, Rows] | None = None
+    boxes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 5), np.float32))
+    """(P, 5) x, y, w, h, score, px of the picture as it is predicted. Of a video: of every frame, unless
+    `frames` is there."""
+    frames: Mapping[int, NDArray[np.float32]] | None = None
     image_id: int | None = None
     size: tuple[int, int] | None = None
     """(width, height) that the file gives the picture."""
-    invalid: list[str] = field(default_factory=list)
+    invalid: tuple[str, ...] = ()
     """Its boxes that are none, each with what is wrong."""
 
 
@@ -81,103 +80,83 @@ class BoxesFile:
 
 def read_boxes(file: str | Path, score_threshold: float = 0.0) -> BoxesFile:
     """A boxes file of any of the three kinds. DataError says which field does not fit."""
-    _, content = read_json(file, "the boxes")
-    if isinstance(content, list):
-        entries = _detections(str(file), content, score_threshold)
-    elif isinstance(content, dict) and isinstance(content.get("images"), list):
-        entries = _annotations(str(file), content)
+    name = str(file)
+    content, sha256 = load(name, AnnotationFile)
+    fields = content if isinstance(content, dict) else {}
+    complete = isinstance(content, AnnotationFile) or isinstance(fields.get("images"), list)
+    if complete:
+        entries = _annotations(name, content)
+    elif isinstance(content, list):
+        entries = _detections(name, content, score_threshold)
     elif isinstance(content, dict):
-        entries = {
-            str(name): _named(str(file), name, value, score_threshold) for name, value in content.items()
-        }
+        entries = {key: _named(name, key, value, score_threshold) for key, value in content.items()}
     else:
-        raise _other_kind(file, f"it is a {type(content).__name__}")
+        raise _other_kind(name, f"it is a {type(content).__name__}")
     if not entries:
-        raise _other_kind(file, "it is empty")
-    sha256 = sha256_of(fs.LocalFileSystem(), str(Path(file).absolute()))
-    complete = isinstance(content, dict) and "images" in content
-    return BoxesFile(str(file), sha256, entries, complete)
+        raise _other_kind(name, "it is empty")
+    return BoxesFile(name, sha256, entries, complete)
 
 
-def _annotations(file: str, content: dict[str, Any]) -> dict[str, Entry]:
+def _annotations(file: str, content: Any) -> dict[str, Entry]:
     """People of a COCO annotation file; crowds are none."""
-    by_id: dict[Any, Entry] = {}
-    entries: dict[str, Entry] = {}
-    for image in content["images"]:
-        if not isinstance(image, dict) or type(image.get("id")) is not int or "file_name" not in image:
-            raise _other_kind(file, f"an entry of images has no integer id and file_name: {image!r:.80}")
-        size = (image.get("width"), image.get("height"))
-        entry = Entry(image_id=image["id"], size=size if all(type(s) is int for s in size) else None)
-        by_id[image["id"]] = entries[str(image["file_name"])] = entry
-    people = _people_category(content.get("categories"))
-    for annotation in content.get("annotations") or []:
-        if not isinstance(annotation, dict) or annotation.get("image_id") not in by_id:
-            raise _other_kind(file, f"an annotation is of no image of the file: {annotation!r:.80}")
-        if annotation.get("iscrowd") or (people and annotation.get("category_id") not in people):
-            continue
-        _take(by_id[annotation["image_id"]], annotation.get("bbox"), 1.0, 0.0)
+    entries = {}
+    for image, people in people_of_images(file, content):
+        if not isinstance(image.file_name, str):
+            raise _other_kind(file, f"image {image.id} has no file_name")
+        size = (image.width, image.height)
+        known = size if all(type(side) is int for side in size) else None
+        pairs = ((person.bbox, 1.0) for person in people)
+        entries[image.file_name] = _entry(pairs, 0.0, image_id=image.id, size=known)
     return entries
 
 
-def _people_category(categories: Any) -> set[Any]:
-    """Ids of the category person, or of those with keypoints; empty where the file says nothing."""
-    named = [c for c in categories or [] if isinstance(c, dict)]
-    people = {c.get("id") for c in named if c.get("name") == "person"}
-    return people or {c.get("id") for c in named if c.get("keypoints")}
-
-
-def _detections(file: str, content: list[Any], score_threshold: float) -> dict[str, Entry]:
+def _detections(file: str, rows: Sequence[Any], score_threshold: float) -> dict[str, Entry]:
     """People of a COCO results file: category 1, or none given."""
-    entries: dict[str, Entry] = {}
-    for index, row in enumerate(content):
+    pairs: dict[str, list[tuple[Any, Any]]] = {}
+    ids: dict[str, int] = {}
+    for index, row in enumerate(rows):
         key = row.get("image_id", row.get("file_name")) if isinstance(row, dict) else None
         if type(key) not in (int, str) or "bbox" not in row:
             raise _other_kind(file, f"entry {index} has no image_id and bbox: {row!r:.80}")
-        entry = entries.setdefault(str(key), Entry(image_id=key if type(key) is int else None))
+        here = pairs.setdefault(str(key), [])
+        if type(key) is int:
+            ids[str(key)] = key
         if row.get("category_id", 1) == 1:
-            _take(entry, row["bbox"], row.get("score", 1.0), score_threshold)
-    return entries
+            here.append((row["bbox"], row.get("score", 1.0)))
+    return {key: _entry(here, score_threshold, image_id=ids.get(key)) for key, here in pairs.items()}
 
 
 def _named(file: str, name: str, value: Any, score_threshold: float) -> Entry:
-    entry = Entry()
-    if isinstance(value, dict):
-        entry.frames = {}
-        for frame, boxes in value.items():
-            if not str(frame).isdigit() or not isinstance(boxes, list):
-                raise _other_kind(
-                    file, f"{name!r} has the key {frame!r}, which is no frame number with a list"
-                )
-            rows = Entry()
-            for box in boxes:
-                _take_row(rows, box, score_threshold)
-            entry.frames[int(frame)] = rows.rows
-            entry.invalid += [f"frame {frame}: {why}" for why in rows.invalid]
-        return entry
-    if not isinstance(value, list):
+    """[box, ...] of a picture, or {"frame": [box, ...]} of a video."""
+    if isinstance(value, list):
+        return _entry(map(_with_score, value), score_threshold)
+    if not isinstance(value, dict):
         raise _other_kind(file, f"the value of {name!r} is {value!r:.60}")
-    for box in value:
-        _take_row(entry, box, score_threshold)
-    return entry
+    frames = {}
+    for frame, boxes in value.items():
+        if not frame.isdecimal() or not isinstance(boxes, list):
+            raise _other_kind(file, f"{name!r} has the key {frame!r}, which is no frame number with a list")
+        frames[int(frame)] = _entry(map(_with_score, boxes), score_threshold)
+    invalid = tuple(f"frame {number}: {why}" for number, entry in frames.items() for why in entry.invalid)
+    return Entry(frames={number: entry.boxes for number, entry in frames.items()}, invalid=invalid)
 
 
-def _take_row(entry: Entry, box: Any, score_threshold: float) -> None:
-    """[x, y, w, h] or [x, y, w, h, score]"""
-    scored = isinstance(box, list) and len(box) == 5
-    _take(entry, box[:4] if scored else box, box[4] if scored else 1.0, score_threshold)
+def _with_score(box: Any) -> tuple[Any, Any]:
+    """[x, y, w, h] or [x, y, w, h, score] -> box, score"""
+    return (box[:4], box[4]) if isinstance(box, list) and len(box) == 5 else (box, 1.0)
 
 
-def _take(entry: Entry, box: Any, score: Any, score_threshold: float) -> None:
-    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) > 0):
-        entry.invalid.append(f"box {box!r:.80} is not [x, y, w, h] with w and h above 0")
-    elif not _is_number(score):
-        entry.invalid.append(f"the score {score!r:.40} of box {box} is no finite number")
-    elif score >= score_threshold:
-        entry.rows.append([float(v) for v in (*box, score)])
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= FARTHEST  # NaN compares False
+def _entry(pairs: Iterable[tuple[Any, Any]], score_threshold: float, **known: Any) -> Entry:
+    """Of a picture's (box, score): boxes that score enough, and those that are none. known: of itself."""
+    boxes, invalid = [], []
+    for box, score in pairs:
+        if not is_box(box):
+            invalid.append(f"box {box!r:.80} is not [x, y, w, h] with w and h above 0")
+        elif not is_number(score):
+            invalid.append(f"the score {score!r:.40} of box {box} is no finite number")
+        elif score >= score_threshold:
+            boxes.append([*box, score])
+    return Entry(np.array(boxes, np.float32).reshape(-1, 5), invalid=tuple(invalid), **known)
 
 
 def number_in(name: str) -> str:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -94,7 +94,8 @@ class AnnotatedFile:
     images: dict[int, ImageEntry]
     """By id, in order."""
     judged: Judged
-    category_id: int
+    category: Mapping[str, Any]
+    """As the file has it."""
 
     @property
     def truth(self) -> GroundTruth:
@@ -104,7 +105,7 @@ class AnnotatedFile:
             name=self.name,
             image_ids=np.array(list(self.images), np.int64),
             people=self.judged.people,
-            category_id=self.category_id,
+            category_id=self.category["id"],
             crowd_index=np.array(crowding, np.float64) if known else None,
             has_areas=self.judged.has_areas,
             unscorable=tuple(self.judged.unscorable),
@@ -112,8 +113,10 @@ class AnnotatedFile:
 
 
 @collector_paused()
-def read_annotations(file: Annotations, skeleton: Skeleton, wanted: Wanted = TO_CROP) -> AnnotatedFile:
+def read_annotations(file: Annotations, skeleton: Skeleton | None, wanted: Wanted = TO_CROP) -> AnnotatedFile:
     """The one reader of a COCO keypoint file: a path, a URI, a .json.gz, or what such a file holds.
+
+    skeleton: whose keypoints they must be; None takes those that the file's category names.
 
     DataError where the file or its index is wrong as a whole: people are judged one by one.
     """
@@ -122,14 +125,33 @@ def read_annotations(file: Annotations, skeleton: Skeleton, wanted: Wanted = TO_
         name = str(file)
         content, sha256 = load(name, AnnotationFile)
     data = content if isinstance(content, AnnotationFile) else _sections(name, content)
-    category_id = _person_category(name, data.categories, skeleton, wanted)
-    images = dict(zip(_ids(name, "images", data.images), data.images, strict=True))
+    category = _person_category(name, data.categories, skeleton, wanted)
+    images = _images(name, data)
     annotations = _annotations(name, data, images)
-    ours = [a for a in annotations if a.category_id == category_id]
-    judged = judge(ours, images, skeleton.num_keypoints)
+    ours = [a for a in annotations if a.category_id == category["id"]]
+    judged = judge(ours, images, len(skeleton.keypoints if skeleton else category["keypoints"]))
     if len(ours) < len(annotations):
         judged.repaired["other_category"] = len(annotations) - len(ours)
-    return AnnotatedFile(name, sha256, dict(sorted(images.items())), judged, category_id)
+    return AnnotatedFile(name, sha256, dict(sorted(images.items())), judged, category)
+
+
+def people_of_images(file: str, content: Any) -> list[tuple[ImageEntry, list[Annotation]]]:
+    """Every picture of an annotation file with its people, without crowds, in the file's order: for who asks
+    for boxes alone. Keypoints, categories and ids of annotations may be missing.
+
+    content: as `load` gave it (AnnotationFile). DataError as in `read_annotations`.
+    """
+    data = content
+    if not isinstance(content, AnnotationFile):
+        data = _sections(file, {"annotations": [], "categories": [], **content})
+    images = _images(file, data)
+    _refuse_lost(file, data.annotations, "image_id", images)
+    categories = [c.get("id") for c in _people(data.categories, names=False)]
+    people: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
+    for row in data.annotations:
+        if not row.iscrowd and (not categories or row.category_id in categories):
+            people[row.image_id].append(row)
+    return [(image, people[image_id]) for image_id, image in images.items()]
 
 
 def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted = TO_CROP) -> Split:
@@ -242,11 +264,11 @@ def _sections(file: str, content: Any) -> AnnotationFile:
     )
 
 
-def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skeleton, wanted: Wanted) -> int:
-    """Id of the category that is read, after its keypoint names were compared with the skeleton's."""
-    with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list)]
-    candidates = with_keypoints if with_keypoints or wanted.names else categories
-    people = [c for c in candidates if c.get("name") == "person"] or candidates
+def _person_category(
+    file: str, categories: list[dict[str, Any]], skeleton: Skeleton | None, wanted: Wanted
+) -> dict[str, Any]:
+    """The category that is read, after its keypoint names were compared with the skeleton's."""
+    people = _people(categories, wanted.names)
     if len(people) != 1 or not isinstance(people[0].get("id"), int):
         raise DataError(
             f"{file}: field 'categories' has {len(people)} categories that list their keypoints; one is "
@@ -254,6 +276,8 @@ def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skel
             f"(instances_*.json has none), or add the list of names."
         )
     category = people[0]
+    if skeleton is None:
+        return category
     ours = list(skeleton.keypoints)
     theirs = [str(name) for name in category.get("keypoints", ours)]
     if list(map(_plain, theirs)) != list(map(_plain, ours)):
@@ -261,12 +285,24 @@ def _person_category(file: str, categories: list[dict[str, Any]], skeleton: Skel
             f"{file}: categories[{category.get('name')!r}].keypoints is not skeleton {skeleton.name!r}: "
             f"{name_difference(theirs, ours)}. Every number would go to the wrong joint: {wanted.way_out}."
         )
-    return int(category["id"])
+    return category
+
+
+def _people(categories: list[dict[str, Any]], names: bool) -> list[dict[str, Any]]:
+    """The categories that people are of: those named person, else those with keypoints, else all. names:
+    only such as name their keypoints."""
+    with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list)]
+    candidates = with_keypoints if names else categories
+    return [c for c in candidates if c.get("name") == "person"] or with_keypoints or candidates
 
 
 def _plain(name: str) -> str:
     """ "Left Eye", "left-eye" and "left_eye" are one name."""
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def _images(file: str, data: AnnotationFile) -> dict[int, ImageEntry]:
+    return dict(zip(_ids(file, "images", data.images), data.images, strict=True))
 
 
 def _ids(file: str, section: str, rows: Sequence[ImageEntry | Annotation]) -> list[int]:
@@ -291,16 +327,20 @@ def _annotations(file: str, data: AnnotationFile, images: Mapping[int, ImageEntr
     """All annotations in order of (image_id, id), none without its image or category."""
     annotations = data.annotations
     _ids(file, "annotations", annotations)
-    known = {"image_id": images.keys(), "category_id": {c.get("id") for c in data.categories}}
-    for key, ids in known.items():
-        of = attrgetter(key)
-        lost = [a.id for a in annotations if type(of(a)) is not int or of(a) not in ids]
-        if lost:
-            raise DataError(
-                f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
-                f"ids {listed(lost)}. Remove them, or add what they refer to."
-            )
+    _refuse_lost(file, annotations, "image_id", images)
+    _refuse_lost(file, annotations, "category_id", {c.get("id") for c in data.categories})
     return sorted(annotations, key=attrgetter("image_id", "id"))
+
+
+def _refuse_lost(file: str, annotations: Sequence[Annotation], key: str, known: Collection[Any]) -> None:
+    """DataError where annotations refer to an image or category that is not there."""
+    of = attrgetter(key)
+    lost = [a.id for a in annotations if type(of(a)) is not int or of(a) not in known]
+    if lost:
+        raise DataError(
+            f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
+            f"ids {listed(lost)}. Remove them, or add what they refer to."
+        )
 
 
 class _Listing:

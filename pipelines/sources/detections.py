@@ -11,7 +11,7 @@ import numpy as np
 from hrnet_core.errors import DataError
 from pipelines.sources.coco import load
 from pipelines.sources.records import People, Rejection, Split
-from pipelines.sources.rows import is_number, listed
+from pipelines.sources.rows import is_box, is_number, listed
 
 
 def read_detections(
@@ -41,7 +41,7 @@ def read_detections(
         image_id, box = row["image_id"], row["bbox"]
         if row["category_id"] != category or row["score"] < score_threshold or image_id in gone:
             continue
-        if len(box) == 4 and all(map(is_number, box)) and box[2] > 0 and box[3] > 0:
+        if is_box(box):
             kept.append(index)
         else:
             detail = f"bbox {box} of entry {index} is not x, y and a positive w, h"

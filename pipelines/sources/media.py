@@ -7,7 +7,6 @@ and so are hidden files. A file that is named itself is always taken.
 from __future__ import annotations
 
 import fnmatch
-import functools
 import glob
 import os
 import posixpath
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +30,6 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD = {".heic", ".heif", ".avif", ".jp2"}
 """Pictures that we do not decode: taken, so that they are rejected by name instead of passed over."""
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts"}
-MAX_BYTES = 2**30
-"""Of one picture file: more is not read into memory."""
 
 
 @dataclass(frozen=True)
@@ -162,33 +159,6 @@ def _with_unique_names(media: Any) -> tuple[Media, ...]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_picture(uri: str) -> bytes:
-    """The file's bytes. ImageError `unreadable` or `too_large`."""
-    try:
-        files, path = _open(uri)
-        with files.open_input_file(path) as stream:
-            if stream.size() > MAX_BYTES:
-                raise ImageError(
-                    "too_large", f"the file has {stream.size():,} bytes, {MAX_BYTES:,} are read."
-                )
-            return stream.read()
-    except (OSError, DataError) as error:
-        raise ImageError("unreadable", f"the file cannot be read ({error}).") from None
-
-
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    if not is_uri(uri):
-        return fs.LocalFileSystem(), uri
-    address, query = re.fullmatch(r"(.*?)(\?[^/?]*=.*)?", uri).groups("")  # type: ignore[union-attr]
-    folder, name = posixpath.split(address)
-    files, path = _bucket(folder + query)
-    return files, f"{path.rstrip('/')}/{unquote(name)}"
-
-
-# A file system holds connections: one for the files of a folder, not one a file.
-_bucket = functools.lru_cache(maxsize=32)(open_folder)
-
-
 class Video:
     """Frames of a video file in order, uint8 (H, W, 3) RGB, turned as its metadata says.
 
@@ -231,7 +201,7 @@ class Video:
             return self.uri
         handle, self._copy = tempfile.mkstemp(suffix=os.path.splitext(self.uri.partition("?")[0])[1])
         try:
-            files, path = _open(self.uri)
+            files, path = open_folder(self.uri)
             with files.open_input_stream(path) as stream, os.fdopen(handle, "wb") as copy:
                 shutil.copyfileobj(stream, copy, 1 << 20)
         except (OSError, DataError) as error:

@@ -70,7 +70,8 @@ def open_picture(
     picture = Picture(content, check_image(content, max_pixels), apply_exif)
     if size is None or picture.size == tuple(size):
         return picture
-    (width, height), turned = picture.size, " once turned as its EXIF says" if picture.turned else ""
+    width, height = picture.size
+    turned = " once turned as its EXIF says (--predict.no-exif: as stored)" if picture.turned else ""
     raise ImageError(
         "size_differs", f"{width} x {height} px{turned}, the annotations are for {size[0]} x {size[1]}"
     )

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.geometry import sanitize_boxes
+from hrnet_core.geometry import FARTHEST, sanitize_boxes
 from pipelines.sources.records import BOX_AREA, LARGEST, People, Rejection
 
 
@@ -187,6 +187,14 @@ def _kind(value: Any) -> str:
 
 def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST  # NaN compares False
+
+
+def is_box(value: Any) -> bool:
+    """Whether PosePredictor takes it, in float32: [x, y, w, h] px with w and h above 0."""
+    if not isinstance(value, list) or len(value) != 4 or not all(map(is_number, value)):
+        return False
+    box = np.array(value, np.float32)
+    return bool((np.abs(box) <= FARTHEST).all() and (box[2:] > 0).all())
 
 
 def _sizes(rows: Sequence[Annotation], images: Mapping[int, ImageEntry]) -> NDArray[np.float64]:
