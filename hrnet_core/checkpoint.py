@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hrnet_core.architecture import HRNetConfig
+from hrnet_core.choices import PADDING
 from hrnet_core.errors import CheckpointError, DataError
 from hrnet_core.files import whole_file
 from hrnet_core.heatmaps import HeatmapCodec
@@ -58,7 +59,7 @@ class CheckpointSpec:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """RGB, on the 0 to 1 scale; ImageNet's, as in every published configuration."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    padding: float = 1.25
+    padding: float = PADDING
     """Scale of the crop relative to the aspect-fixed box."""
     flip_test: bool = True
     """Whether the mirror image takes part unless a caller says otherwise."""

@@ -12,6 +12,10 @@ CodecName = Literal["official", "dark", "udp"]
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 ModeName = Literal["float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
+PADDING = 1.25
+"""Of a crop relative to the box of the person."""
+MAX_PIXELS = 100_000_000
+"""Of a picture, by its header: more is refused before it is decoded."""
 
 
 def default_sigma(input_size: tuple[int, int]) -> float:

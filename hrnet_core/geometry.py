@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hrnet_core.choices import PADDING
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 FARTHEST = 1e6
@@ -40,7 +42,7 @@ def sanitize_boxes(bbox_xywh: ArrayLike, width: ArrayLike, height: ArrayLike) ->
 
 
 def box_to_center_scale(
-    bbox_xywh: ArrayLike, input_size: tuple[int, int], padding: float = 1.25
+    bbox_xywh: ArrayLike, input_size: tuple[int, int], padding: float = PADDING
 ) -> tuple[Float32, Float32]:
     """Boxes (..., 4) in image px -> center float32 (..., 2), scale float32 (..., 2), both in image px.
 

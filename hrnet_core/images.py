@@ -28,6 +28,7 @@ from PIL import (
 )
 from PIL.Image import DecompressionBombError, Exif
 
+from hrnet_core.choices import MAX_PIXELS
 from hrnet_core.errors import ImageError
 
 Image = NDArray[np.uint8]
@@ -97,7 +98,7 @@ def read_header(data: bytes) -> ImageHeader:
     return ImageHeader(name, width, height, orientation, frames)
 
 
-def check_image(data: bytes, max_pixels: int = 100_000_000) -> ImageHeader:
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """The header of a picture after everything that can be judged without decoding a pixel.
 
     Raises ImageError: those of read_header, `too_large` when the header promises more than max_pixels,
@@ -121,7 +122,7 @@ def check_image(data: bytes, max_pixels: int = 100_000_000) -> ImageHeader:
     return header
 
 
-def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = 100_000_000) -> Image:
+def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = MAX_PIXELS) -> Image:
     """Picture bytes -> uint8 (H, W, 3) RGB.
 
     apply_exif=True turns the picture as its EXIF orientation says (serving, predict). False leaves the

@@ -24,6 +24,9 @@ from pipelines.config import (
     TrackSettings,
 )
 
+DATA = DataSettings()
+"""What is not said otherwise of people, pictures and crops is as in preprocessing."""
+
 
 def positional(name: str) -> tuple[Any, Any]:
     """Marks of an argument that has no flag, under the name that the usage line shows."""
@@ -79,12 +82,12 @@ class Evaluate(Section):
     """COCO root."""
     boxes: str | None = None
     """Person detections as COCO results JSON; default: the ground truth's boxes."""
-    split: str = "val2017"
+    split: str = DATA.val_split
     results: str | None = None
     """Score this COCO results file instead of running a model; needs ground_truth."""
     ground_truth: str | None = None
     """Annotations that `results` is scored against."""
-    skeleton: str = "coco17"
+    skeleton: str = DATA.skeleton
     """For `results`: whose OKS constants to use."""
     use_area: bool = True
     """For `results`: OKS by the annotations' area; without it by the box, for sets that have none."""
@@ -139,12 +142,12 @@ class Import(Section):
     """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""
     out: Annotated[Path, *positional("OUT")]
     """Checkpoint folder to write."""
-    codec: CodecName = "official"
+    codec: CodecName = DATA.codec
     """What the weights were trained for."""
-    input_size: tuple[int, int] = (192, 256)
+    input_size: tuple[int, int] = DATA.input_size
     """(width, height) of the crops the weights were trained for."""
     sigma: float | None = None
-    skeleton: str = "coco17"
+    skeleton: str = DATA.skeleton
 
 
 class Export(Section):
@@ -154,7 +157,7 @@ class Export(Section):
     """ONNX file to write; default: model.onnx in the checkpoint folder, where mode onnx finds it."""
     coco: str | None = None
     """COCO root: compare keypoints and AP on some of its people too."""
-    split: str = "val2017"
+    split: str = DATA.val_split
     boxes: str | None = None
     """Person detections as COCO results JSON; default: the ground truth's boxes."""
     people: int = Field(default=200, ge=1)

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.choices import OFFICIAL, CodecName, ModeName, default_sigma
+from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
 from hrnet_core.errors import ConfigError
 from serve.settings import BATCH_WAIT_S, CPUS_PER_REPLICA, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
@@ -60,7 +60,7 @@ class DataSettings(Section):
     """How keypoints become heatmaps and back, with the crop geometry that belongs to it."""
     sigma: float | None = Field(default=None, gt=0)
     """Gaussian sigma in heatmap cells. Default: 2 x height / 256."""
-    padding: float = Field(default=1.25, gt=0)
+    padding: float = Field(default=PADDING, gt=0)
     """Scale of the crop relative to the aspect-fixed box."""
     variants: int = Field(default=1, ge=1)
     """Views stored of each training person: 0 is the plain one, the others are augmented."""
@@ -77,7 +77,7 @@ class DataSettings(Section):
     row_group_people: int = Field(default=128, ge=1)
     image_format: Literal["jpeg", "png"] = "jpeg"
     jpeg_quality: int = Field(default=95, ge=1, le=100)
-    max_pixels: int = Field(default=100_000_000, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """A picture whose header promises more is rejected before it is decoded."""
     seed: int = Field(default=0, ge=0)
     """Seed of the stored views."""
@@ -114,6 +114,10 @@ class ModelSettings(Section):
     def architecture(self, num_keypoints: int) -> HRNetConfig:
         """The network that these settings describe."""
         return HRNetConfig(num_keypoints=num_keypoints, **self.model_dump(exclude={"init", "initialization"}))
+
+
+WORKERS = ("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures")
+"""Settings of TrainSettings that say who works and how it is told, not what is learnt."""
 
 
 class TrainSettings(Section):
@@ -186,7 +190,7 @@ class WorkerSettings(Section):
     mode: Literal["auto", ModeName] = "auto"
     """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
     enough; the table and the protocol say which."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """A picture or video whose header promises more is rejected before it is decoded."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Data actors, each with the model."""
@@ -279,18 +283,11 @@ class RunConfig(Section):
 
     def decides(self) -> dict[str, Any]:
         """{"train.lr": 0.001, ...}: what decides a run's result. A run goes on only with the same ones."""
-        decides = self.model_dump(mode="json", include={"data", "model", "train"})
-        for free in SOURCES:
-            decides["data"].pop(free)
-        for free in (
-            "num_workers",
-            "use_gpu",
-            "cpus_per_worker",
-            "log_every",
-            "checkpoint_minutes",
-            "max_failures",
-        ):
-            decides["train"].pop(free)
+        decides = {
+            "data": self.data.model_dump(mode="json", exclude=set(SOURCES)),
+            "model": self.model.model_dump(mode="json"),
+            "train": self.train.model_dump(mode="json", exclude=set(WORKERS)),
+        }
         return {f"{section}.{key}": value for section, keys in decides.items() for key, value in keys.items()}
 
     def identity(self, dataset_digest: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,13 +133,24 @@ def default_of(name: str) -> Callable[[ast.AST], bool]:
         lists(MODES),
         lambda node: isinstance(node, ast.BinOp) and ast.unparse(node).endswith("/ 256"),
         *map(default_of, Augmentation.__dataclass_fields__),
+        lambda node: isinstance(node, ast.Constant) and node.value == 100_000_000,
+        lambda node: (
+            isinstance(node, ast.Assign | ast.AnnAssign | ast.arguments)
+            and re.search(r"padding.* = 1\.25|padding: float=1\.25", ast.unparse(node), re.IGNORECASE)
+            is not None
+        ),
     ],
-    ids=["codecs", "modes", "default sigma", *Augmentation.__dataclass_fields__],
+    ids=["codecs", "modes", "default sigma", *Augmentation.__dataclass_fields__, "max pixels", "padding"],
 )
 def test_what_can_be_chosen_of_the_method_is_stated_in_one_module(states: Callable[[ast.AST], bool]) -> None:
     files = [file for room in ("hrnet_core", "pipelines", "serve") for file in (ROOT / room).rglob("*.py")]
     stating = {file.name for file in files if any(map(states, ast.walk(ast.parse(file.read_text()))))}
     assert stating == {"choices.py"}
+
+
+def test_an_argument_has_the_default_of_the_setting_that_it_stands_for() -> None:
+    text = (ROOT / "pipelines" / "arguments.py").read_text()
+    assert re.findall(r"(?:split|skeleton|codec|input_size): [^=\n]*= [\"(].*", text) == []
 
 
 def test_the_documentation_lists_every_setting() -> None:

@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hrnet_core.architecture": set(),
     "hrnet_core.choices": set(),
     "hrnet_core.skeleton": {"numpy", "hrnet_core.errors"},
-    "hrnet_core.images": {"numpy", "cv2", "PIL", "hrnet_core.errors"},
-    "hrnet_core.geometry": {"numpy", "cv2"},
+    "hrnet_core.images": {"numpy", "cv2", "PIL", "hrnet_core.choices", "hrnet_core.errors"},
+    "hrnet_core.geometry": {"numpy", "cv2", "hrnet_core.choices"},
     "hrnet_core.heatmaps": {"numpy", "cv2", "hrnet_core.choices", "hrnet_core.geometry"},
     # pyarrow for who opens a folder: imported when it is.
     "hrnet_core.locations": {"pyarrow", "hrnet_core.errors"},
