@@ -59,6 +59,14 @@ def test_the_first_evaluated_version_becomes_champion(store: Path, track: TrackS
     assert promote(first, track=track, storage=store).exit_code == 0
 
 
+def test_a_version_of_another_model_becomes_that_models_champion(store: Path, track: TrackSettings) -> None:
+    first = version(store, track, (PROTOCOL, 0.5))
+    name = track.registered_model
+    asked = TrackSettings(registered_model="another")
+    assert promote(f"models:/{name}/{first}", track=asked, storage=store).candidate == f"{name}/{first}"
+    assert (champion(store, track), champion(store, asked)) == (first, None)
+
+
 @pytest.mark.parametrize(("ap", "code"), [(0.6, 0), (0.5, 0), (0.4999, 3)])
 def test_the_champion_changes_only_for_an_ap_that_is_not_worse(
     store: Path, track: TrackSettings, ap: float, code: int

@@ -159,16 +159,16 @@ def test_a_server_gives_a_copy_that_goes_with_the_block(
 ) -> None:
     """A store that is named is not ours to read in; what its files cost here is given back."""
     best = checkpoint_folder(tmp_path / "best", "8" * 64)
-    number = Registry(tracker).register(open_run(tracker), best, {})
-    named = TrackSettings(uri=tracker.uri)
-    with local_checkpoint(f"models:/hrnet-pose/{number}", named, tmp_path) as here:
-        assert here.copied
+    named = TrackSettings(uri=tracker.uri, registered_model="other")
+    number = Registry(Tracker(named, tmp_path)).register(open_run(tracker), best, {})
+    with local_checkpoint(f"models:/other/{number}", named, tmp_path) as here:
+        assert (here.version, here.copied) == (f"other/{number}", True)
         assert (here.folder / "model.safetensors").read_bytes() == b"8" * 64
     assert not here.folder.exists()
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", away)
     with (
-        pytest.raises(CheckpointError, match=rf"hrnet-pose/{number}: .*http://\.\.\.@host") as caught,
-        local_checkpoint(f"models:/hrnet-pose/{number}", named, tmp_path),
+        pytest.raises(CheckpointError, match=rf"other/{number}: .*http://\.\.\.@host") as caught,
+        local_checkpoint(f"models:/other/{number}", named, tmp_path),
     ):
         pass
     assert "secret" not in str(caught.value)
