@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import PADDING
 from hrnet_core.errors import CheckpointError, DataError
-from hrnet_core.files import whole_file
+from hrnet_core.files import write_whole
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.locations import fetch, one_line
 from hrnet_core.model import HRNet, normalize
@@ -154,10 +154,9 @@ def save_checkpoint(
     content = safetensors.torch.save(state)
     spec = replace(spec, weights_sha256=hashlib.sha256(content).hexdigest())
     with _replacing(folder) as temporary:
-        with whole_file(temporary / WEIGHTS) as part:
-            part.write_bytes(content)
-        with whole_file(temporary / SELFTEST) as part:
-            part.write_bytes(safetensors.torch.save({"crops": crops, "heatmaps": heatmaps}))
+        write_whole(temporary / WEIGHTS, content)
+        selftest = {"crops": crops, "heatmaps": heatmaps}
+        write_whole(temporary / SELFTEST, safetensors.torch.save(selftest))
         if trainer_state is not None:
             torch.save(trainer_state, temporary / TRAINER)
             read_trainer_state(temporary)
@@ -382,16 +381,14 @@ def _replacing(folder: Path) -> Iterator[Path]:
 def _describe(folder: Path, spec: CheckpointSpec) -> None:
     """Write checkpoint.json."""
     content = json.dumps(spec.as_dict(), indent=2, allow_nan=False)
-    with whole_file(folder / DESCRIPTION) as part:
-        part.write_text(content)
+    write_whole(folder / DESCRIPTION, content.encode())
 
 
 def _refuse_other_files(folder: Path) -> None:
     """Overwriting replaces the whole folder: it must be a checkpoint and nothing else."""
     if folder.is_dir():
-        others = sorted(
-            {entry.name for entry in folder.iterdir()} - {WEIGHTS, DESCRIPTION, SELFTEST, ONNX, TRAINER}
-        )
+        ours = {WEIGHTS, DESCRIPTION, SELFTEST, ONNX, TRAINER}
+        others = sorted({entry.name for entry in folder.iterdir()} - ours)
         if others:
             raise CheckpointError(
                 f"{folder}: holds other files ({first_names(others)}), which saving a checkpoint there would "

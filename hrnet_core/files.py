@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 
-@contextlib.contextmanager
-def whole_file(file: str | Path) -> Iterator[Path]:
-    """A name to write under, of the same ending; what is there becomes `file` when the block ends well."""
-    file = Path(file)
-    part = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
+def write_whole(file: Path, content: bytes) -> None:
+    """OSError where that failed; `file` then is what it was."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        yield part
+        part.write_bytes(content)
         put_in_place(part, file)
     finally:
         part.unlink(missing_ok=True)

@@ -132,20 +132,10 @@ def fold_batch_norms(network: nn.Module) -> None:
 def _to_bfloat16(network: nn.Module) -> None:
     """In place. The last layer stays float32: rounded to 8 bits, neighbouring cells of a heatmap become
     equal, and the maximum and the quarter step are read from their order."""
-    network.to(torch.bfloat16)
+    network.to(torch.bfloat16).register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),))
     head = getattr(network, "final_layer", None)
     if isinstance(head, nn.Module):
-        network.final_layer = nn.Sequential(_Cast(torch.float32), head.float())
-    network.register_forward_pre_hook(lambda _, images: (images[0].to(torch.bfloat16),))
-
-
-class _Cast(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype)
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def _compiled(network: nn.Module, mode: str) -> Network:
