@@ -12,13 +12,10 @@ files that others published enter through hrnet_core/published.py.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,7 +28,7 @@ from torch import Tensor, nn
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import PADDING
 from hrnet_core.errors import CheckpointError, DataError
-from hrnet_core.files import write_whole
+from hrnet_core.files import replacing, write_whole
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.locations import fetch, one_line
 from hrnet_core.model import HRNet, normalize
@@ -153,7 +150,8 @@ def save_checkpoint(
         raise CheckpointError("the weights to save give heatmaps that are not finite: training has diverged.")
     content = safetensors.torch.save(state)
     spec = replace(spec, weights_sha256=hashlib.sha256(content).hexdigest())
-    with _replacing(folder) as temporary:
+    _refuse_other_files(folder)
+    with replacing(folder) as temporary:
         write_whole(temporary / WEIGHTS, content)
         selftest = {"crops": crops, "heatmaps": heatmaps}
         write_whole(temporary / SELFTEST, safetensors.torch.save(selftest))
@@ -352,30 +350,6 @@ def _run(model: HRNet, crops: Tensor, spec: CheckpointSpec) -> Tensor:
     with torch.inference_mode():
         heatmaps: Tensor = model(normalize(crops, spec.mean, spec.std))
     return heatmaps
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends without an error."""
-    _refuse_other_files(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's 0700 would keep other users of a shared disk out
-        yield temporary
-        old = temporary.with_name(temporary.name.replace(".new-", ".old-"))
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _describe(folder: Path, spec: CheckpointSpec) -> None:
