@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hrnet_core.choices import CODECS
 from hrnet_core.geometry import box_to_center_scale, place_in_image
-from hrnet_core.heatmaps import MAPS_PER_BLOCK, HeatmapCodec, _blur_matrix
+from hrnet_core.heatmaps import MAPS_PER_BLOCK, HeatmapCodec, _blur_matrix, float16_heatmaps, to_float16
 from hrnet_core.skeleton import COCO17
 
-CODECS = ["official", "dark", "udp"]
 SIZES = [(192, 256), (288, 384), (96, 128)]
 
 
@@ -151,6 +151,33 @@ def test_leading_shapes_and_inputs_left_alone(name: str) -> None:
         np.testing.assert_allclose(codec.decode(one)[0], decoded.reshape(6, 17, 2)[person], atol=1e-4)
     nobody = codec.encode(np.empty((0, 17, 2)), np.empty((0, 17)))
     assert [a.shape for a in codec.decode(nobody[0])] == [(0, 17, 2), (0, 17)]
+
+
+def test_float16_is_numpys_own_cast() -> None:
+    """Every float16 from 0 to 2, the midpoints between them (half to even), and just beside those."""
+    every = np.arange(0x4001, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (every[1:] + every[:-1]) / 2
+    beside = [np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(0))]
+    values = np.concatenate([every, middle, *beside, np.float32([1e-40])])
+    expected = values.astype(np.float16)
+    np.testing.assert_array_equal(to_float16(values).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_float16_heatmaps_are_the_codecs(name: Any) -> None:
+    """Windows of the factors against the whole maps: keypoints inside, on the border, far out, unlabelled."""
+    codec = HeatmapCodec(name, (64, 96), sigma=1.5)
+    rng = np.random.default_rng(0)
+    keypoints = rng.uniform(-40, 120, (50, 17, 2)).astype(np.float32)
+    visible = rng.integers(0, 3, (50, 17))
+    heatmaps, _ = codec.encode(keypoints, visible)
+    rows, columns, _ = codec.factors(keypoints, visible)
+    found = float16_heatmaps(rows, columns)
+    np.testing.assert_array_equal(found.view(np.uint16), heatmaps.astype(np.float16).view(np.uint16))
+    assert (found > 0).any()
+    nothing = float16_heatmaps(rows[:1] * 0, columns[:1])
+    assert nothing.shape == (1, 17, 24, 16)
+    assert not nothing.any()
 
 
 # --- decode ------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from small_coco import write_coco
 
 from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import DataError
-from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps, to_float16
 from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import storage as files_module
@@ -199,33 +198,6 @@ def test_float16_heatmaps_are_not_copied(pristine: Manifest) -> None:
     whole = decode_rows(table, pristine)["heatmaps"]
     assert not np.shares_memory(whole, buffer)
     np.testing.assert_array_equal(whole, found["heatmaps"].astype(np.float32))
-
-
-def test_float16_is_numpys_own_cast() -> None:
-    """Every float16 from 0 to 2, the midpoints between them (half to even), and just beside those."""
-    every = np.arange(0x4001, dtype=np.uint16).view(np.float16).astype(np.float32)
-    middle = (every[1:] + every[:-1]) / 2
-    beside = [np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(0))]
-    values = np.concatenate([every, middle, *beside, np.float32([1e-40])])
-    expected = values.astype(np.float16)
-    np.testing.assert_array_equal(to_float16(values).view(np.uint16), expected.view(np.uint16))
-
-
-@pytest.mark.parametrize("name", ["official", "dark", "udp"])
-def test_float16_heatmaps_are_the_codecs(name: Any) -> None:
-    """Windows of the factors against the whole maps: keypoints inside, on the border, far out, unlabelled."""
-    codec = HeatmapCodec(name, (64, 96), sigma=1.5)
-    rng = np.random.default_rng(0)
-    keypoints = rng.uniform(-40, 120, (50, 17, 2)).astype(np.float32)
-    visible = rng.integers(0, 3, (50, 17))
-    heatmaps, _ = codec.encode(keypoints, visible)
-    rows, columns, _ = codec.factors(keypoints, visible)
-    found = float16_heatmaps(rows, columns)
-    np.testing.assert_array_equal(found.view(np.uint16), heatmaps.astype(np.float16).view(np.uint16))
-    assert (found > 0).any()
-    nothing = float16_heatmaps(rows[:1] * 0, columns[:1])
-    assert nothing.shape == (1, 17, 24, 16)
-    assert not nothing.any()
 
 
 def test_digest_is_the_contracts(pristine: Manifest, coco: Path, tmp_path: Path) -> None:
