@@ -1,6 +1,6 @@
 """Train: DDP on Ray Train over preprocessed shards, followed in MLflow, exact in going on.
 
-This is the driver: it checks, opens the MLflow run, starts the workers (train_worker.py), and hands
+This is the driver: it checks, opens the MLflow run, starts the workers (training/loop.py), and hands
 pictures and the best checkpoint to MLflow. One process of it, wherever the workers are.
 
 STORAGE/NAME/ holds everything of a run: run.json and config.yaml (what it is), metrics.jsonl, best/,
@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hrnet_core.choices import Augmentation
 from hrnet_core.errors import ConfigError, DataError, PoseError
+from hrnet_core.locations import without_credentials
 from pipelines.cluster import ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
@@ -26,9 +31,10 @@ from pipelines.metric_log import MetricLog
 from pipelines.registry import Registry
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
+from pipelines.storage import write_json, write_whole
 from pipelines.tracking import Tracker
-
-AUGMENTATION = ("scale_factor", "rotation_factor", "half_body_probability", "flip_probability")
+from pipelines.training.loop import Diverged, train_worker
+from pipelines.training.state import Job, Standing
 
 RAY_TRAIN_DEFAULTS = {
     # report() waits for the controller's next look: 2 s by default, a tenth of a short run.
@@ -43,24 +49,60 @@ RAY_TRAIN_DEFAULTS = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run."""
+    """A finished run; the same stands in `folder`/result.json."""
 
     run_name: str
     run_id: str
     """MLflow's."""
     folder: Path
     """STORAGE/NAME."""
-    best_checkpoint: Path
     best_ap: float
     """val_gt/AP: ground-truth boxes, from the shards."""
     best_epoch: int
     epochs: int
+    step: int
+    """Batches in all."""
     samples: int
     seconds: float
     """Time in the training loop, start-up not included."""
+    dataset_digest: str
+    codec: str
+    input_size: str
+    """WIDTHxHEIGHT."""
+    best_checkpoint: Path
     version: int | None
     """Of the registered model; None where MLflow could not take it."""
-    already_finished: bool = False
+
+    @classmethod
+    def of(cls, standing: Standing, folder: Path, run_id: str, manifest: Manifest) -> TrainResult:
+        """What came out, not yet in MLflow's hands."""
+        recipe = manifest.recipe
+        return cls(
+            run_name=folder.name,
+            run_id=run_id,
+            folder=folder,
+            best_ap=standing.best_ap,
+            best_epoch=standing.best_epoch,
+            epochs=standing.epoch,
+            step=standing.total_steps,
+            samples=standing.samples,
+            seconds=round(standing.seconds, 1),
+            dataset_digest=manifest.digest,
+            codec=recipe.codec.name,
+            input_size="x".join(map(str, recipe.settings.input_size)),
+            best_checkpoint=folder / "best",
+            version=None,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainResult | None:
+        """Of a run whose training is through; None where it is not."""
+        fields = _read_json(folder / "result.json")
+        return fields and cls(**{**fields, "folder": folder, "best_checkpoint": folder / "best"})
+
+    def write(self) -> None:
+        paths = {"folder": str(self.folder), "best_checkpoint": str(self.best_checkpoint)}
+        write_json(self.folder / "result.json", {**asdict(self), **paths})
 
 
 # --- the driver -----------------------------------------------------------------------------------
@@ -83,62 +125,44 @@ def train(config: RunConfig) -> TrainResult:
         if config.run.fresh:
             _move_aside(folder)
         _check_same_run(folder, config, manifest)
-        finished = _read_json(folder / "result.json")
-        if finished and finished["version"] is not None:
-            print(f"run {name} is finished: AP {finished['best_ap']:.3f}, {finished['best_checkpoint']}")
-            return _result(finished, already_finished=True)
+        result = TrainResult.read(folder)
+        if result and result.version is not None:
+            print(f"run {name} is finished: AP {result.best_ap:.3f}, {result.best_checkpoint}")
+            return result
         manifest.verify({config.data.train_split, config.data.val_split})
-        return _train(config, manifest, name, folder)
+        return _train(config, manifest, folder, result)
 
 
-def _train(config: RunConfig, manifest: Manifest, name: str, folder: Path) -> TrainResult:
-    """The run in its folder: MLflow, Ray, and the outcome in result.json."""
+def _train(config: RunConfig, manifest: Manifest, folder: Path, result: TrainResult | None) -> TrainResult:
+    """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
+    got it yet."""
     settings = config.train
     with ray_session(config.ray):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         tracker = Tracker(config.track, folder.parent)
-        known = _read_json(folder / "run.json") or {}
-        run_id = tracker.open_run(
-            name,
-            config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
-            {
-                "config": config.config_name,
-                "dataset_digest": manifest.digest,
-                "code_version": code_version(),
-                "run_folder": str(folder),
-            },
-            {
-                "source": manifest.folder,
-                "digest": manifest.digest,
-                "training": config.data.train_split,
-                "validation": config.data.val_split,
-            },
-            known.get("run_id"),
-        )
-        _write_run(folder, config, manifest, run_id)
+        run_id = _open_run(tracker, config, manifest, folder)
         try:
-            outcome = _read_json(folder / "result.json") or _fit(
-                config, manifest, folder, tracker.uri, run_id
-            )
+            if result is None:
+                standing = _fit(Job(config, manifest.folder, folder, tracker.uri, run_id))
+                result = TrainResult.of(standing, folder, run_id, manifest)
         except BaseException as error:
             tracker.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-    outcome = {"run_name": name, "run_id": run_id, "folder": str(folder), **outcome}
-    outcome["best_checkpoint"] = str(folder / "best")
-    outcome["version"] = _hand_over(tracker, run_id, folder, outcome)
-    _write_json(folder / "result.json", outcome)
+    result = replace(result, run_id=run_id, version=_hand_over(tracker, run_id, result))
+    result.write()
     print(
-        f"run {name}: best AP {outcome['best_ap']:.3f} at epoch {outcome['best_epoch']} "
-        f"({outcome['samples']} samples in {outcome['seconds']:.0f} s), {outcome['best_checkpoint']}"
+        f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
+        f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}"
     )
-    return _result(outcome)
+    return result
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
     """ConfigError where the recipe asks for other data than the shards are; DataError for no people."""
     wanted, have = Recipe.of(config.data).as_dict(), manifest.recipe.as_dict()
-    names = ("input_size", "codec", "sigma", "padding", "context", "variants", *AUGMENTATION)
+    views = Augmentation.__dataclass_fields__
+    names = ("input_size", "codec", "sigma", "padding", "context", "variants", *views)
     differ = [
         f"data.{n} is {wanted[n]}, the shards have {have.get(n)}" for n in names if wanted[n] != have.get(n)
     ]
@@ -163,76 +187,88 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
             raise DataError(f"{manifest.folder}: split {split!r} has no people; hrnet inspect shows why.")
 
 
-def _fit(
-    config: RunConfig, manifest: Manifest, folder: Path, tracking_uri: str, run_id: str
-) -> dict[str, Any]:
-    """Ray Train until the loop is through; what rank 0 returned."""
+def _open_run(tracker: Tracker, config: RunConfig, manifest: Manifest, folder: Path) -> str:
+    """The id of the MLflow run, the earlier one where there is one, once run.json has it."""
+    run_id = tracker.open_run(
+        folder.name,
+        config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
+        {
+            "config": config.config_name,
+            "dataset_digest": manifest.digest,
+            "code_version": code_version(),
+            "run_folder": str(folder),
+        },
+        {
+            "source": manifest.folder,
+            "digest": manifest.digest,
+            "training": config.data.train_split,
+            "validation": config.data.val_split,
+        },
+        (_read_json(folder / "run.json") or {}).get("run_id"),
+    )
+    _write_run(folder, config, manifest, run_id)
+    return run_id
+
+
+def _fit(job: Job) -> Standing:
+    """Ray Train until the loop is through."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.training.loop import train_worker
-
-    settings = config.train
+    settings = job.config.train
+    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "shards": manifest.folder,
-            "folder": str(folder),
-            "tracking_uri": tracking_uri,
-            "run_id": run_id,
-        },
+        functools.partial(train_worker, job),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
-            use_gpu=settings.use_gpu,
-            resources_per_worker={
-                "CPU": settings.cpus_per_worker,
-                **({"GPU": 1} if settings.use_gpu else {}),
-            },
+            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
         ),
         run_config=RayRunConfig(
             name="ray",
-            storage_path=str(folder),
+            storage_path=str(job.folder),
             failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
-        outcome: dict[str, Any] = trainer.fit().return_value
+        outcome: Standing | Diverged = trainer.fit().return_value
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
                 if isinstance(cause, PoseError):
                     raise cause from None
         raise
-    if "diverged" in outcome:
-        raise ConfigError(outcome["diverged"])
+    if isinstance(outcome, Diverged):
+        raise outcome
     return outcome
 
 
-def _hand_over(tracker: Tracker, run_id: str, folder: Path, outcome: dict[str, Any]) -> int | None:
-    """Give MLflow what it has not got yet: rows, pictures, the version. None if it is away."""
+def _hand_over(tracker: Tracker, run_id: str, result: TrainResult) -> int | None:
+    """Give MLflow what it has not got yet: rows, pictures, the version, whose number it is. None if it is
+    away."""
+    folder = result.folder
     try:
-        last = outcome["step"]
-        if not MetricLog(folder / "metrics.jsonl", last, tracker.uri, run_id).flush(force=True):
+        if not MetricLog(folder / "metrics.jsonl", result.step, tracker.uri, run_id).flush(force=True):
             raise ConnectionError("metrics were not taken")
         tracker.log_files(run_id, [folder / "config.yaml", folder / "metrics.jsonl"])
         tracker.log_files(run_id, sorted((folder / "pictures").glob("*.png")), "pictures")
         tracker.log_files(run_id, [folder / "predictions.json"], "validation")
         tags = {
-            "val_gt/AP": f"{outcome['best_ap']:.4f}",
-            "run_name": outcome["run_name"],
-            **{key: outcome[key] for key in ("dataset_digest", "codec", "input_size")},
+            "val_gt/AP": f"{result.best_ap:.4f}",
+            "run_name": result.run_name,
+            "dataset_digest": result.dataset_digest,
+            "codec": result.codec,
+            "input_size": result.input_size,
         }
-        version = Registry(tracker).register(run_id, folder / "best", tags)
+        version = Registry(tracker).register(run_id, result.best_checkpoint, tags)
     except Exception as error:
+        why = without_credentials(str(error))
         print(
-            f"MLflow {tracker.shown} did not take the results ({error}). The run is whole in {folder}; the "
+            f"MLflow {tracker.shown} did not take the results ({why}). The run is whole in {folder}; the "
             f"same command again sends them."
         )
         tracker.close_run(run_id, "FAILED")
@@ -241,12 +277,19 @@ def _hand_over(tracker: Tracker, run_id: str, folder: Path, outcome: dict[str, A
     return version
 
 
+# --- the run's folder -----------------------------------------------------------------------------
+
+
+def _decides(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    return {"dataset_digest": manifest.digest, **config.decides()}
+
+
 def _check_same_run(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     """A name goes on only as what it was: ConfigError names what differs."""
     known = _read_json(folder / "run.json")
     if known is None:
         return
-    now = {"dataset_digest": manifest.digest, **config.decides()}
+    now = _decides(config, manifest)
     differ = [f"{k} was {v}, now {now.get(k)}" for k, v in known["decides"].items() if now.get(k) != v]
     if differ:
         raise ConfigError(
@@ -257,14 +300,11 @@ def _check_same_run(folder: Path, config: RunConfig, manifest: Manifest) -> None
 
 
 def _write_run(folder: Path, config: RunConfig, manifest: Manifest, run_id: str) -> None:
-    import yaml
-
-    decides = {"dataset_digest": manifest.digest, **config.decides()}
-    _write_json(folder / "run.json", {"run_id": run_id, "decides": decides})
-    text = f"# hrnet train {folder.name}: all settings, as they were\n" + yaml.safe_dump(
-        config.model_dump(mode="json", exclude={"config_name"}), sort_keys=False
+    write_json(folder / "run.json", {"run_id": run_id, "decides": _decides(config, manifest)})
+    settings = yaml.safe_dump(config.model_dump(mode="json", exclude={"config_name"}), sort_keys=False)
+    write_whole(
+        folder / "config.yaml", f"# hrnet train {folder.name}: all settings, as they were\n{settings}"
     )
-    (folder / "config.yaml").write_text(text)
 
 
 def _move_aside(folder: Path) -> None:
@@ -294,18 +334,5 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _result(outcome: dict[str, Any], already_finished: bool = False) -> TrainResult:
-    fields = {name: outcome[name] for name in TrainResult.__dataclass_fields__ if name in outcome}
-    fields |= {name: Path(fields[name]) for name in ("folder", "best_checkpoint")}
-    return TrainResult(**fields, already_finished=already_finished)
-
-
 def _read_json(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)

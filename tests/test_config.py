@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from hrnet_core.choices import CODECS, MODES, Augmentation
 from hrnet_core.errors import ConfigError
 from pipelines.config import RunConfig, load_config, reference
+from pipelines.shards.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))
@@ -104,8 +105,9 @@ def test_identity_follows_what_decides_the_result() -> None:
 def test_digest_settings_leave_out_places_and_fill_in_defaults() -> None:
     data = RunConfig().data
     moved = data.model_copy(update={"root": "/a", "shards": "/b", "strict": True, "sigma": 2.0})
-    assert moved.semantic() == data.semantic()
-    assert data.model_copy(update={"codec": "udp"}).semantic() != data.semantic()
+    semantic = Recipe.of(data).as_dict()
+    assert Recipe.of(moved).as_dict() == semantic
+    assert Recipe.of(data.model_copy(update={"codec": "udp"})).as_dict() != semantic
 
 
 def lists(names: tuple[str, ...]) -> Callable[[ast.AST], bool]:
@@ -151,6 +153,21 @@ def test_what_can_be_chosen_of_the_method_is_stated_in_one_module(states: Callab
 def test_an_argument_has_the_default_of_the_setting_that_it_stands_for() -> None:
     text = (ROOT / "pipelines" / "arguments.py").read_text()
     assert re.findall(r"(?:split|skeleton|codec|input_size): [^=\n]*= [\"(].*", text) == []
+
+
+def test_settings_are_never_taken_out_of_a_dict() -> None:
+    """They stay typed from the command line to the last worker: a misspelt name is an error where it stands,
+    not a KeyError in a process elsewhere. The three texts about a dataset print what its manifest.json and
+    its card, both JSON, say of it."""
+    texts = {"pipelines/inspect_shards.py", "pipelines/shards/cards.py", "pipelines/pages/dataset.py"}
+    found = set()
+    for file in (file for room in ("pipelines", "serve") for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                name = ast.unparse(node.value).rpartition(".")[2]
+                if name in ("config", "job", "settings") and isinstance(node.slice.value, str):
+                    found.add(str(file.relative_to(ROOT)))
+    assert found - texts == set()
 
 
 def test_the_documentation_lists_every_setting() -> None:

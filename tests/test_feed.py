@@ -5,28 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from small_coco import write_coco
 
-from hrnet_core.augment import keypoints_in_view, plain_view, random_view, view_to_crop
+from hrnet_core.augment import draw, keypoints_in_view, plain_view, random_view, view_to_crop
 from hrnet_core.errors import DataError
-from hrnet_core.geometry import box_to_center_scale, crop_people
+from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
+from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps
 from hrnet_core.images import decode_image
 from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
-from hrnet_core.views import multiply_factors, warp_pictures
 from pipelines.config import DataSettings, TrainSettings
 from pipelines.preprocess import finish
+from pipelines.shards import build as build_module
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest, write_manifest
 from pipelines.shards.plan import finished_shards, plan_shards
+from pipelines.shards.recipe import Recipe
 from pipelines.shards.rows import decode_rows, read_row_group
-from pipelines.shards.schema import codec_of, shard_name, shard_schema
+from pipelines.shards.schema import shard_name, shard_schema
 from pipelines.shards.writer import ShardWriter
 from pipelines.sources.coco import read_coco
 from pipelines.training import feed as feed_module
@@ -43,12 +45,14 @@ def dotted_shards(
     group: int = 8,
     size: tuple[int, int] = (64, 64),
     context: float = 1.0,
+    per_image: int = 1,
 ) -> Manifest:
     """A dataset of pictures with 17 coloured dots, one person a photo that is its own crop (and its own
-    cut); two shards a split. Row i of a split has ann_id 1000 + i; the first pixel of variant v holds v."""
-    data = DataSettings(input_size=size, variants=variants, row_group_people=group, context=context)
-    config = data.semantic()
-    codec = codec_of(config)
+    cut); two shards a split. Row i of a split has ann_id 1000 + i; the first pixel of variant v holds v.
+    per_image: so many neighbours say that they are of one photo."""
+    recipe = Recipe.of(
+        DataSettings(input_size=size, variants=variants, row_group_people=group, context=context)
+    )
     files, root = open_folder(str(folder))
     (folder / "data").mkdir(parents=True)
     splits = {}
@@ -58,9 +62,11 @@ def dotted_shards(
         for variant in range(views):
             for index, half in enumerate(halves):
                 name = shard_name(split, variant, index, len(halves))
-                writer = ShardWriter(files, f"{root}/{name}", shard_schema(config, "plan", split))
+                writer = ShardWriter(files, f"{root}/{name}", shard_schema(recipe, "plan", split))
                 for start in range(0, len(half), group):
-                    writer.write(_rows(half[start : start + group], split, variant, size, codec))
+                    writer.write(
+                        _rows(half[start : start + group], split, variant, size, recipe.codec, per_image)
+                    )
                 size_bytes, sha256 = writer.finish({})
                 listed.append(
                     {
@@ -81,11 +87,11 @@ def dotted_shards(
             "rejected": {},
             "shards": listed,
         }
-    return write_manifest(str(folder), {"config": config, "splits": splits})
+    return write_manifest(str(folder), {"config": recipe.as_dict(), "splits": splits})
 
 
 def _rows(
-    indices: range, split: str, variant: int, size: tuple[int, int], codec: object
+    indices: range, split: str, variant: int, size: tuple[int, int], codec: HeatmapCodec, per_image: int
 ) -> dict[str, object]:
     colors = np.random.default_rng(0).integers(60, 255, (17, 3))
     images, all_points = [], []
@@ -112,7 +118,7 @@ def _rows(
         "keypoints": np.concatenate([points, visible[..., None]], axis=-1),
         "heatmaps": heatmaps.astype(np.float16),
         "weights": weights,
-        "image_id": ids,
+        "image_id": 1000 + np.array(indices) // per_image,
         "ann_id": ids,
         "variant": np.full(n, variant, np.int16),
         "bbox_xywh": np.tile(np.array([0, 0, *size], np.float32), (n, 1)),
@@ -148,6 +154,12 @@ def global_batches(manifest: Manifest, world: int, epoch: int = 0, start: int = 
     return batches
 
 
+def rows_of(order: EpochOrder, lane: int) -> np.ndarray:
+    """(M, 2) of (row group, row within it): the whole lane, in reading order."""
+    windows = range(-(-order.lane_length(lane) // order.window_rows))
+    return np.concatenate([order.window(lane, number) for number in windows])
+
+
 def test_every_person_once_an_epoch_in_the_same_batches_for_every_world(manifest: Manifest) -> None:
     alone = global_batches(manifest, 1)
     assert [len(b) for b in alone] == [16, 16, 16, 16, 13]
@@ -160,7 +172,7 @@ def test_every_person_once_an_epoch_in_the_same_batches_for_every_world(manifest
 def test_worker_r_reads_lanes_r_and_every_world_th_after(manifest: Manifest) -> None:
     feed = Feed(manifest, "train2017", SETTINGS, 1, 2)
     starts = np.cumsum([0, *feed.group_rows])
-    rows = np.concatenate([feed.order(3).take(lane, 2, 4) for lane in (1, 3, 5, 7)])
+    rows = np.concatenate([rows_of(feed.order(3), lane)[2:4] for lane in (1, 3, 5, 7)])
     second = list(feed.batches(3))[1]
     assert second.ann_ids.tolist() == (1000 + starts[rows[:, 0]] + rows[:, 1]).tolist()
 
@@ -182,7 +194,7 @@ def test_going_on_inside_an_epoch_gives_the_rest_and_reads_nothing_before(
     feed = Feed(manifest, "train2017", SETTINGS.model_copy(update={"shuffle_row_groups": 1}))
     (batch,) = feed.batches(0, start=4)
     order = feed.order(0)
-    rest = np.concatenate([order.take(lane, 8, 99) for lane in range(8)])
+    rest = np.concatenate([rows_of(order, lane)[8:] for lane in range(8)])
     assert batch.rows == len(rest) == 13
     assert read == {feed.groups[group] for group in rest[:, 0]}
     assert len(read) < len(feed.groups)
@@ -200,7 +212,7 @@ def test_order_is_a_function_of_seed_epoch_digest_lanes_and_batch_only() -> None
             "window_groups": 2,
         }
         epoch = EpochOrder(**{**fields, **change})  # type: ignore[arg-type]
-        return [epoch.take(lane, 0, 10**6).tolist() for lane in range(8)]
+        return [rows_of(epoch, lane).tolist() for lane in range(8)]
 
     first = order()
     assert first == order()
@@ -211,15 +223,6 @@ def test_order_is_a_function_of_seed_epoch_digest_lanes_and_batch_only() -> None
         assert order(**change) != first
     # The lane's rows are shuffled, and its windows keep to their row groups.
     assert first[0] != sorted(first[0])
-
-
-def test_take_is_a_slice_of_the_lane() -> None:
-    order = EpochOrder((10,) * 9, 0, 0, "1", 2, 8, 2)
-    lane = order.take(1, 0, 45).tolist()
-    assert len(lane) == 45
-    for start in range(0, 45, 7):
-        assert order.take(1, start, start + 7).tolist() == lane[start : start + 7]
-    assert order.take(1, 45, 50).tolist() == []
 
 
 def test_epoch_e_reads_variant_e_plus_ann_id(manifest: Manifest) -> None:
@@ -297,23 +300,28 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("coco") / "root", {"train2017": [2, 3, 1, 2], "val2017": [1]})
 
 
-@pytest.fixture(scope="module")
-def cuts(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def cut_shards(coco: Path, folder: Path, **data: Any) -> Manifest:
     """Eight people stored as cuts of their photos, without loss, in two views."""
     data = DataSettings(
         root=str(coco),
-        shards=str(tmp_path_factory.mktemp("cuts") / "set"),
+        shards=str(folder),
         input_size=(64, 96),
         image_format="png",
         context=2.0,
         variants=2,
         people_per_shard=5,
         row_group_people=3,
+        **data,
     )
     splits = [read_coco(data.root, name, COCO17) for name in ("train2017", "val2017")]
     works = [work for split in splits for work in plan_shards(split, data)]
     finished_shards(works, data.shards)
     return finish(splits, works, {work.key: build_shard(work) for work in works}, data)
+
+
+@pytest.fixture(scope="module")
+def cuts(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return cut_shards(coco, tmp_path_factory.mktemp("cuts") / "set")
 
 
 FRESH = TrainSettings(batch_size=4, lanes=4, shuffle_row_groups=2, seed=5, views="device")
@@ -342,33 +350,24 @@ def test_stored_views_are_cropped_from_cuts(cuts: Manifest) -> None:
 def test_fresh_views_are_the_numpy_sides_of_the_photo(cuts: Manifest, coco: Path) -> None:
     """From the photo and the annotations by random_view, crop_people and encode, with the numbers of
     SeedSequence([seed, epoch, ann_id]); the device's crop comes from the cut."""
-    codec = cuts.codec()
-    people = {
-        p.ann_id: (photo, p) for photo in read_coco(coco, "train2017", COCO17).photos for p in photo.people
-    }
+    codec = cuts.recipe.codec
+    split = read_coco(coco, "train2017", COCO17)
+    rows = {ann_id: row for row, ann_id in enumerate(split.people.ann_id.tolist())}
+    photos = {photo.image_id: photo for photo in split.photos}
     seen, black = [], 0
     for batch in Feed(cuts, "train2017", FRESH).batches(epoch=3):
         assert isinstance(batch, FreshBatch)
-        images = warp_pictures(
-            torch.from_numpy(batch.pixels),
-            torch.from_numpy(batch.sizes),
-            torch.from_numpy(batch.picture_to_crop),
-            codec.input_size,
-        ).numpy()
-        heatmaps = multiply_factors(
-            torch.from_numpy(batch.heatmap_rows), torch.from_numpy(batch.heatmap_columns)
-        ).numpy()
+        images, heatmaps = (made.numpy() for made in batch.on_device("cpu"))
         for i, ann_id in enumerate(batch.ann_ids.tolist()):
-            photo, person = people[ann_id]
+            photo = photos[int(split.people.image_id[rows[ann_id]])]
+            box, keypoints = split.people.bbox_xywh[rows[ann_id]], split.people.keypoints[rows[ann_id]]
+            places, visible = keypoints[:, :2].astype(np.float32), keypoints[:, 2]
             rng = np.random.default_rng(np.random.SeedSequence([FRESH.seed, 3, ann_id]))
-            plain = plain_view(*box_to_center_scale(person.bbox_xywh, codec.input_size))
-            view = random_view(
-                rng, plain.center, plain.scale, person.keypoints, person.visible, COCO17, codec.input_size
-            )
+            plain = plain_view(*box_to_center_scale(box, codec.input_size))
+            view = random_view(rng, plain.center, plain.scale, places, visible, COCO17, codec.input_size)
             matrix = view_to_crop(view, codec, photo.width)
-            target, weights = codec.encode(
-                *keypoints_in_view(matrix, view.flipped, person.keypoints, person.visible, COCO17)
-            )
+            in_view = keypoints_in_view(matrix, view.flipped, places, visible, COCO17)
+            target, weights = codec.encode(*in_view)
             np.testing.assert_array_equal(batch.weights[i], weights)
             np.testing.assert_allclose(heatmaps[i], target, atol=1e-6)
             image = decode_image(Path(photo.path).read_bytes(), apply_exif=False)
@@ -377,7 +376,7 @@ def test_fresh_views_are_the_numpy_sides_of_the_photo(cuts: Manifest, coco: Path
             assert np.quantile(difference, 0.99) <= 1
             black += int((difference > 1).any(axis=-1).sum())
             seen.append(ann_id)
-    assert sorted(seen) == sorted(people)
+    assert sorted(seen) == sorted(rows)
     assert black < 0.001 * len(seen) * 64 * 96
 
 
@@ -393,3 +392,35 @@ def test_fresh_views_change_with_the_epoch_and_not_with_the_worker(cuts: Manifes
     assert matrices(3, 1) == matrices(3, 4)
     again = matrices(4, 1)
     assert all(again[ann_id] != matrix for ann_id, matrix in matrices(3, 1).items())
+
+
+@pytest.mark.parametrize("codec", ["official", "udp"])
+def test_the_same_draws_are_the_same_view_stored_and_fresh(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """preprocess and the feed are given the same six numbers for each person, of a wider augmentation than
+    the default: matrix, heatmaps and weights are equal to the last bit."""
+    draws = np.array([draw(np.random.default_rng(ann_id)) for ann_id in range(20)])
+    draws[:, 0] = np.arange(20) % 2  # every second one a half body
+    monkeypatch.setattr(build_module, "draw_stored", lambda seed, ann_ids, variant: draws[ann_ids])
+    monkeypatch.setattr(feed_module, "draw_fresh", lambda seed, epoch, ann_ids: draws[ann_ids])
+    how = {"scale_factor": 0.5, "rotation_factor": 30.0, "half_body_probability": 0.6}
+    manifest = cut_shards(coco, tmp_path / "s", codec=codec, padding=1.4, **how)
+    tables = [
+        read_row_group(manifest, "train2017", *group, variant=1)
+        for group in feed_module.row_groups(manifest, "train2017")
+    ]
+    stored = decode_rows(pa.concat_tables(tables), manifest, heatmap_dtype=np.float16)
+    assert 0 < stored["flipped"].sum() < 8
+    assert len(np.unique(stored["rotation_deg"])) > 4
+    plain = box_to_center_scale(stored["bbox_xywh"], (64, 96), 1.4)[0]
+    assert (stored["center"] != plain).any(axis=1).sum() == 4
+    matrices = compose_affine(stored["image_to_crop"], invert_affine(stored["image_to_picture"]))
+    row_of = {ann_id: row for row, ann_id in enumerate(stored["ann_id"].tolist())}
+    for batch in Feed(manifest, "train2017", FRESH).batches(0):
+        rows = [row_of.pop(ann_id) for ann_id in batch.ann_ids.tolist()]
+        np.testing.assert_array_equal(batch.picture_to_crop, matrices[rows])
+        np.testing.assert_array_equal(batch.weights, stored["weights"][rows])
+        heatmaps = float16_heatmaps(batch.heatmap_rows, batch.heatmap_columns)
+        np.testing.assert_array_equal(heatmaps, stored["heatmaps"][rows])
+    assert row_of == {}

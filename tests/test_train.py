@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import EvaluateSettings, RunConfig, TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.training import loop as train_worker
-from pipelines.training import state
-from pipelines.training.loop import Part, learning_rate, train_step
-from pipelines.training.state import Training, make_optimizer, wrap
-from pipelines.training.validation import Answers, Validation
+from pipelines.training import loop
+from pipelines.training.ddp import wrap
+from pipelines.training.epoch_ap import Predictions, ValSplit
+from pipelines.training.loop import Diverged, Part, learning_rate, train_epochs, train_step
+from pipelines.training.pictures import people_sheet
+from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 STEPS = 20
@@ -157,15 +158,8 @@ def one_worker(
     def report(figures: dict[str, Any], saved: str | None) -> None:
         reports.append({**figures, "folder": saved})
 
-    job = {
-        "config": config.model_dump(mode="json"),
-        "shards": config.data.shards,
-        "folder": str(folder),
-        "tracking_uri": None,
-        "run_id": None,
-    }
-    place = state.Place(0, 1, torch.device("cpu"))
-    return state.set_up(job, place, report, checkpoint), reports
+    job = Job(config, config.data.shards, folder, tracking_uri=None, run_id=None)
+    return set_up(job, 0, 1, torch.device("cpu"), report, checkpoint), reports
 
 
 def losses(run: Training) -> dict[int, float]:
@@ -175,21 +169,22 @@ def losses(run: Training) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def whole(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
-    """A run of 2 epochs of 3 batches that saves after every batch: run, reports, outcome, config."""
+    """A run of 2 epochs of 3 batches that saves after every batch: run, reports, config."""
     folder = tmp_path_factory.mktemp("whole")
     config = small_config(manifest, folder, checkpoint_minutes=1e-9, schedule="cosine")
     run, reports = one_worker(config, folder / "r")
-    return run, reports, train_worker.train_epochs(run), config
+    train_epochs(run)
+    return run, reports, config
 
 
 def test_going_on_in_the_middle_of_an_epoch_is_exact(whole: tuple[Any, ...], tmp_path: Path) -> None:
     """Weights and losses bit for bit: 37 people, 3 batches an epoch, going on after batch 4 of 6."""
-    run, reports, outcome, config = whole
+    run, reports, config = whole
     assert [r["step"] for r in reports] == [1, 2, 3, 4, 5, 6]
-    assert (outcome["epochs"], outcome["step"], outcome["samples"]) == (2, 6, 74)
+    assert (run.standing.epoch, run.standing.total_steps, run.standing.samples) == (2, 6, 74)
     again, _ = one_worker(config, tmp_path / "again", Path(reports[3]["folder"]))
-    assert (again.progress.epoch, again.progress.step) == (1, 1)
-    train_worker.train_epochs(again)
+    assert (again.standing.epoch, again.standing.step) == (1, 1)
+    train_epochs(again)
     assert losses(again) == {step: loss for step, loss in losses(run).items() if step > 4}
     for key, value in run.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
@@ -202,12 +197,11 @@ def test_fresh_views_train_and_go_on_exactly(tmp_path: Path) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"context": 2.0})})
     driver.check_settings(config, manifest)
     run, reports = one_worker(config, tmp_path / "r")
-    outcome = train_worker.train_epochs(run)
-    assert (outcome["epochs"], outcome["step"]) == (2, 4)
-    assert "diverged" not in outcome
+    train_epochs(run)
+    assert (run.standing.epoch, run.standing.total_steps) == (2, 4)
     again, _ = one_worker(config, tmp_path / "again", Path(reports[2]["folder"]))
-    assert (again.progress.epoch, again.progress.step) == (1, 1)
-    train_worker.train_epochs(again)
+    assert (again.standing.epoch, again.standing.step) == (1, 1)
+    train_epochs(again)
     assert losses(again) == {4: losses(run)[4]}
 
 
@@ -220,20 +214,21 @@ def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...]
     """best/ through PosePredictor and pycocotools, without the loop: the same AP as the run said."""
     from hrnet_core.predictor import PosePredictor
 
-    run, _, outcome, config = whole
+    run, _, config = whole
+    best = run.standing.best_ap
     predictor = PosePredictor.load(run.folder / "best", mode="channels_last")
     provenance = predictor.spec.provenance
-    assert 0 < outcome["best_ap"] < 1
-    assert provenance["val_gt/AP"] == outcome["best_ap"]
-    assert provenance["epoch"] == outcome["best_epoch"]
+    assert 0 < best < 1
+    assert provenance["val_gt/AP"] == best
+    assert provenance["epoch"] == run.standing.best_epoch
     assert provenance["dataset_digest"] == manifest.digest
     assert provenance["config"]["train"]["schedule"] == "cosine"
-    stats, results = run.validation.score(run.validation.answer(predictor, True, 32), config.evaluate)
-    assert stats["AP"] == pytest.approx(outcome["best_ap"], abs=1e-9)
+    stats, results = run.val.score(run.val.predict(predictor, True, 32), run.spec, config.evaluate)
+    assert stats["AP"] == pytest.approx(best, abs=1e-9)
     assert json.loads((run.folder / "predictions.json").read_text()) == results
     validated = {row["step"]: row["val_gt/AP"] for row in run.log.rows if "val_gt/AP" in row}
     assert list(validated) == [3, 6]
-    assert max(validated.values()) == outcome["best_ap"]
+    assert max(validated.values()) == best
     pictures = {p.name for p in (run.folder / "pictures").glob("*.png")}
     assert pictures == {"curves.png", "people-epoch-0001.png", "people-epoch-0002.png"}
 
@@ -253,50 +248,74 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
             yield replace(batch, heatmaps=broken)
 
     monkeypatch.setattr(run.feed, "batches", poisoned)
-    problem = train_worker.train_epochs(run)["diverged"]
-    assert "epoch 2, batch 3" in problem  # the second of its window of two
-    assert f"ann_id {', '.join(map(str, batches[2].ann_ids.tolist()))}." in problem
+    rows = ", ".join(map(str, batches[2].ann_ids.tolist()))
+    # Batch 3 is the second of its interval of two.
+    with pytest.raises(Diverged, match=rf"epoch 2, batch 3\. .*: ann_id {rows}\."):
+        train_epochs(run)
     assert [r["epoch"] for r in reports] == [1]  # nothing was saved after it
     assert (tmp_path / "run" / "best" / "checkpoint.json").exists()
     assert all(math.isfinite(loss) for loss in losses(run).values())
 
 
-# --- validation ---------------------------------------------------------------------------------------
+# --- the AP of an epoch ---------------------------------------------------------------------------------
 
 
-def perfect(validation: Validation, shift: float = 0.0) -> Answers:
-    truth = validation.truth()
-    keypoints = truth["keypoints"][..., :2] + np.float32(shift)
-    return Answers(truth["ann_id"], keypoints, np.ones(keypoints.shape[:2], np.float32), 0.0)
+def perfect(val: ValSplit, shift: float = 0.0) -> Predictions:
+    people = val.truth.people
+    keypoints = people.keypoints[..., :2].astype(np.float32) + np.float32(shift)
+    return Predictions(people.ann_id, keypoints, np.ones(keypoints.shape[:2], np.float32), 0.0)
 
 
-def test_validation_scores_with_pycocotools(manifest: Manifest) -> None:
-    validation = Validation(manifest, "val2017")
+def test_an_epoch_is_scored_with_pycocotools(manifest: Manifest, tmp_path: Path) -> None:
+    val, spec = ValSplit(manifest, "val2017"), make_spec(small_config(manifest, tmp_path), manifest, None)
     settings = RunConfig().evaluate
-    stats, results = validation.score(perfect(validation), settings)
+    stats, results = val.score(perfect(val), spec, settings)
     assert stats["AP"] == pytest.approx(1.0)
     assert len(results) == 12
     # A shift of (d, d) px gives each keypoint exp(-2 d² / (2 area (2 sigma)²)); COCO's OKS is their mean.
     d = 8.0
     similarity = np.exp(-(2 * d**2) / (2 * AREA * (2 * np.array(COCO17.oks_sigmas)) ** 2)).mean()
     thresholds = np.linspace(0.5, 0.95, 10)
-    stats, _ = validation.score(perfect(validation, d), settings)
+    stats, _ = val.score(perfect(val, d), spec, settings)
     assert stats["AP"] == pytest.approx(float((similarity >= thresholds).mean()))
 
 
-def test_validation_of_several_workers_answers_everyone_once(manifest: Manifest) -> None:
+def test_the_ap_of_an_epoch_follows_the_settings_of_the_protocol(tmp_path: Path) -> None:
+    """Both people of each picture predicted on one place: OKS-NMS leaves the better one, soft NMS both."""
+    manifest = dotted_shards(tmp_path / "shards", {"train2017": 4, "val2017": 6}, per_image=2)
+    val, spec = ValSplit(manifest, "val2017"), make_spec(small_config(manifest, tmp_path), manifest, None)
+    found = perfect(val)
+    found.keypoints[1::2] = found.keypoints[::2]
+    kept = {soft: len(val.score(found, spec, EvaluateSettings(soft_nms=soft))[1]) for soft in (False, True)}
+    assert kept == {False: 3, True: 6}
+
+
+def test_truth_and_prediction_are_drawn_in_one_place(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the truth as the prediction, both halves of each picture are the same."""
+    monkeypatch.setattr("hrnet_core.overlays.tile", lambda pairs, columns, labels: (pairs, labels))
+    pairs, labels = people_sheet(manifest, "val2017", perfect(ValSplit(manifest, "val2017")))
+    assert labels == [f"{ann_id}: OKS 1.00" for ann_id in range(1000, 1012)]
+    for left, right in (np.split(pair, 2, axis=1) for pair in pairs):
+        assert left.shape == (256, 256, 3)
+        np.testing.assert_array_equal(left, right)
+
+
+def test_several_workers_predict_everyone_once(manifest: Manifest, tmp_path: Path) -> None:
     class Constant:
         def heatmaps(self, crops: np.ndarray, flip_test: bool, batch_size: int) -> np.ndarray:
             return np.tile(crops[:, None, :16, :16, 0] / 255.0, (1, 17, 1, 1)).astype(np.float32)
 
-    alone = Validation(manifest, "val2017").answer(Constant(), True, 4)  # type: ignore[arg-type]
-    parts = [Validation(manifest, "val2017", r, 4).answer(Constant(), True, 4) for r in range(4)]  # type: ignore[arg-type]
-    joined = Answers.join(parts)
+    alone = ValSplit(manifest, "val2017").predict(Constant(), True, 4)  # type: ignore[arg-type]
+    parts = [ValSplit(manifest, "val2017", r, 4).predict(Constant(), True, 4) for r in range(4)]  # type: ignore[arg-type]
+    joined = Predictions.join(parts)
     assert alone.ann_ids.tolist() == joined.ann_ids.tolist() == sorted(range(1000, 1012))
     np.testing.assert_array_equal(alone.keypoints, joined.keypoints)
     assert joined.loss == pytest.approx(alone.loss)
+    spec = make_spec(small_config(manifest, tmp_path), manifest, None)
     with pytest.raises(RuntimeError, match="12 people"):
-        Validation(manifest, "val2017").score(parts[0], RunConfig().evaluate)
+        ValSplit(manifest, "val2017").score(parts[0], spec, RunConfig().evaluate)
 
 
 # --- the driver ---------------------------------------------------------------------------------------
@@ -394,32 +413,46 @@ def test_a_run_end_to_end(
     assert version.run_id == result.run_id
 
     monkeypatch.setattr(driver, "_fit", None)  # would fail if it were called
-    again = driver.train(config)
-    assert again == replace(result, already_finished=True)
+    assert driver.train(config) == result
+    assert list(json.loads((result.folder / "result.json").read_text())) == [f.name for f in fields(result)]
+    replace(result, version=None).write()  # as if MLflow had been away at the end
+    assert driver.train(config) == replace(result, version=result.version + 1)
 
 
-def dying_worker(job: dict[str, Any]) -> dict[str, Any]:
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_that_diverges_ends_the_command_at_once(
+    ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after three more tries: the message comes back as what the workers return."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(Diverged, match=r"epoch 1, batch [23]\. The rows of that batch: ann_id 1"):
+        driver.train(
+            small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5, lr=1e30, max_failures=3)
+        )
+    assert not (tmp_path / "r" / "result.json").exists()
+    assert not (tmp_path / "r" / "best").exists()
+
+
+def dying_worker(job: Job) -> Standing | Diverged:
     """The real worker, but its process ends in the second epoch of the first attempt."""
     import os
-    from pathlib import Path
 
     import ray.train
 
-    from pipelines.training import loop as train_worker
+    marker = job.folder / "died"
+    original = loop.train_epoch
 
-    marker = Path(job["folder"]) / "died"
-    original = train_worker.train_epoch
-
-    def train_epoch(run: Any) -> str | None:
-        if run.progress.epoch == 1 and not marker.exists():
+    def train_epoch(run: Training) -> None:
+        if run.standing.epoch == 1 and not marker.exists():
             committed = ray.train.CheckpointConsistencyMode.COMMITTED
             ray.train.get_all_reported_checkpoints(committed)
             marker.touch()
             os._exit(1)
-        return original(run)
+        original(run)
 
-    train_worker.train_epoch = train_epoch
-    return train_worker.train_worker(job)
+    loop.train_epoch = train_epoch
+    return loop.train_worker(job)
 
 
 @pytest.mark.slow
@@ -435,8 +468,8 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_counted_twice(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(train_worker, "train_worker", dying_worker)
-    run, _, _, config = whole
+    monkeypatch.setattr(driver, "train_worker", dying_worker)
+    run, _, config = whole
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"storage": str(tmp_path)}),

@@ -18,24 +18,23 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hrnet_core.augment import (
-    draw_fresh,
-    keypoints_in_view,
-    plain_view,
-    random_view,
-    view_to_crop,
-)
+from hrnet_core.augment import draw_fresh, place_views, view_targets
 from hrnet_core.geometry import compose_affine, invert_affine
 from pipelines.config import TrainSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
-from pipelines.shards.schema import CROP_COLUMNS, augmentation_of
+from pipelines.shards.schema import CROP_COLUMNS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Ints = NDArray[np.int64]
 Item = TypeVar("Item")
@@ -62,10 +61,6 @@ class EpochOrder:
     def __post_init__(self) -> None:
         if self.batch_size % self.lanes:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
-        groups = self._rng("row groups").permutation(len(self.group_rows))
-        starts = np.concatenate([[0], np.cumsum(np.asarray(self.group_rows, np.int64)[groups])])
-        object.__setattr__(self, "_groups", groups)
-        object.__setattr__(self, "_starts", starts)
 
     @property
     def rows(self) -> int:
@@ -88,22 +83,24 @@ class EpochOrder:
         """Rows of global batch `step`, over all lanes."""
         return min(self.batch_size, self.rows - step * self.batch_size)
 
-    def take(self, lane: int, start: int, stop: int) -> Ints:
-        """(M, 2) of (row group, row within it): rows [start, stop) of a lane, cut at the lane's end."""
-        stop = min(stop, self.lane_length(lane))
-        windows = range(start // self.window_rows, -(-stop // self.window_rows))
-        parts = [self.window(lane, w)[max(0, start - w * self.window_rows) :] for w in windows]
-        rows = np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
-        return rows[: max(0, stop - start)]
-
     def window(self, lane: int, number: int) -> Ints:
         """(M, 2) of (row group, row within it): one shuffled window of a lane, in reading order."""
         first, last = self._bounds(lane)
         first += number * self.window_rows
         size = min(self.window_rows, last - first)
-        places = first + self._rng("window", lane, number).permutation(size)
-        index = np.searchsorted(self._starts, places, side="right") - 1  # type: ignore[attr-defined]
-        return np.stack([self._groups[index], places - self._starts[index]], axis=1)  # type: ignore[attr-defined]
+        rows = first + self._rng("window", lane, number).permutation(size)
+        index = np.searchsorted(self._starts, rows, side="right") - 1
+        return np.stack([self._groups[index], rows - self._starts[index]], axis=1)
+
+    @cached_property
+    def _groups(self) -> Ints:
+        """(G,) the row groups in the order of this epoch."""
+        return self._rng("row groups").permutation(len(self.group_rows))
+
+    @cached_property
+    def _starts(self) -> Ints:
+        """(G + 1,) where each of them begins in the sequence of rows, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(np.asarray(self.group_rows, np.int64)[self._groups])])
 
     def _bounds(self, lane: int) -> tuple[int, int]:
         return lane * self.rows // self.lanes, (lane + 1) * self.rows // self.lanes
@@ -115,7 +112,7 @@ class EpochOrder:
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's part of a global batch; arrays as decoded, n rows."""
+    """One worker's part of a global batch of stored views, n rows."""
 
     images: NDArray[np.uint8]
     """(n, h, w, 3) RGB crops."""
@@ -130,10 +127,16 @@ class Batch:
     total: int
     """Rows of the global batch."""
 
+    def on_device(self, device: str | torch.device) -> tuple[Tensor, Tensor]:
+        """Crops uint8 (n, h, w, 3) and heatmaps float32 (n, K, H, W), both there."""
+        import torch
+
+        return torch.from_numpy(self.images).to(device), torch.tensor(self.heatmaps).to(device).float()
+
 
 @dataclass(frozen=True)
 class FreshBatch:
-    """One worker's part of a global batch of fresh views, n rows, as hrnet_core/views.py wants it."""
+    """One worker's part of a global batch of fresh views, n rows: what hrnet_core/views.py makes them of."""
 
     pixels: NDArray[np.uint8]
     """(M, 3) RGB: the pixels of the n stored pictures, one picture after the other, row by row."""
@@ -151,6 +154,24 @@ class FreshBatch:
     rows: int
     """As in Batch, and `total` too."""
     total: int
+    input_size: tuple[int, int]
+    """(width, height) of the crops."""
+
+    def on_device(self, device: str | torch.device) -> tuple[Tensor, Tensor]:
+        """As Batch gives them, made there."""
+        import torch
+
+        from hrnet_core.views import multiply_factors, warp_pictures
+
+        pixels = torch.from_numpy(self.pixels).to(device)
+        factors = (torch.from_numpy(a).to(device) for a in (self.heatmap_rows, self.heatmap_columns))
+        sizes, matrices = torch.from_numpy(self.sizes), torch.from_numpy(self.picture_to_crop)
+        return warp_pictures(pixels, sizes, matrices, self.input_size), multiply_factors(*factors)
+
+
+def row_groups(manifest: Manifest, split: str) -> list[tuple[int, int]]:
+    """(shard, row group) of all of a split; every variant has the same."""
+    return [(s, g) for s, shard in enumerate(manifest.shards(split)) for g in range(len(shard.row_groups))]
 
 
 class Feed:
@@ -169,10 +190,10 @@ class Feed:
         self.manifest, self.split, self.settings = manifest, split, settings
         self.rank, self.world = rank, world
         self.fresh = settings.views == "device"
+        self.columns = FRESH if self.fresh else STORED
         self.variants = 1 if self.fresh else manifest.variants(split)
-        shards = manifest.shards(split)
-        self.groups = [(s, g) for s, shard in enumerate(shards) for g in range(len(shard.row_groups))]
-        self.group_rows = tuple(rows for shard in shards for rows in shard.row_groups)
+        self.groups = row_groups(manifest, split)
+        self.group_rows = tuple(rows for shard in manifest.shards(split) for rows in shard.row_groups)
 
     @property
     def steps(self) -> int:
@@ -197,14 +218,13 @@ class Feed:
         for step in range(start, order.steps):
             parts = []
             for lane in lanes:
-                place, stop = step * per_lane, min((step + 1) * per_lane, order.lane_length(lane))
-                while place < stop:
-                    number, offset = divmod(place, order.window_rows)
+                next_row, stop = step * per_lane, min((step + 1) * per_lane, order.lane_length(lane))
+                while next_row < stop:
+                    number, offset = divmod(next_row, order.window_rows)
                     if lane not in windows or windows[lane][0] != number:
                         windows[lane] = number, self._read(order.window(lane, number), epoch)
-                    part = windows[lane][1].slice(offset, stop - place)
-                    parts.append(part)
-                    place += part.num_rows
+                    parts.append(windows[lane][1].slice(offset, stop - next_row))
+                    next_row += parts[-1].num_rows
             rows = sum(part.num_rows for part in parts)
             table = pa.concat_tables(parts) if parts else self._read(np.zeros((1, 2), np.int64), epoch)
             total = order.batch_rows(step)
@@ -215,18 +235,15 @@ class Feed:
         by_group = np.argsort(rows[:, 0], kind="stable")
         tables = []
         for group in np.unique(rows[:, 0]):
-            views = [self._read_group(group, variant) for variant in range(self.variants)]
+            views = [
+                read_row_group(self.manifest, self.split, *self.groups[group], self.columns, variant)
+                for variant in range(self.variants)
+            ]
             ann_ids = views[0]["ann_id"].to_numpy()
             wanted = rows[rows[:, 0] == group, 1]
             variant = (epoch + ann_ids[wanted]) % self.variants
             tables.append(pa.concat_tables(views).take(pa.array(variant * len(ann_ids) + wanted)))
         return pa.concat_tables(tables).take(pa.array(np.argsort(by_group)))
-
-    def _read_group(self, group: int, variant: int) -> pa.Table:
-        shard, row_group = self.groups[group]
-        return read_row_group(
-            self.manifest, self.split, shard, row_group, FRESH if self.fresh else STORED, variant
-        )
 
     def _stored(self, table: pa.Table, rows: int, total: int) -> Batch:
         columns = decode_rows(table, self.manifest, heatmap_dtype=np.float16)
@@ -235,16 +252,15 @@ class Feed:
         )
 
     def _fresh(self, table: pa.Table, epoch: int, rows: int, total: int) -> FreshBatch:
-        config, codec, skeleton = self.manifest.config, self.manifest.codec(), self.manifest.skeleton()
+        recipe = self.manifest.recipe
         columns = decode_rows(table.drop_columns("image"), self.manifest)
-        places, visible = columns["keypoints"][..., :2], columns["keypoints"][..., 2]
-        how = augmentation_of(config)
-        plain = plain_view(columns["center"], columns["scale"])
+        how = recipe.codec, recipe.skeleton
         draws = draw_fresh(self.settings.seed, epoch, columns["ann_id"].tolist())
-        view = random_view(draws, plain.center, plain.scale, places, visible, skeleton, codec.input_size, how)
-        image_to_crop = view_to_crop(view, codec, columns["width"])
-        crop = keypoints_in_view(image_to_crop, view.flipped, places, visible, skeleton)
-        heatmap_rows, heatmap_columns, weights = codec.factors(*crop)
+        people = columns["center"], columns["scale"], columns["keypoints"], columns["width"]
+        view, image_to_crop = place_views(draws, *people, *how, recipe.augmentation)
+        heatmap_rows, heatmap_columns, weights = view_targets(
+            image_to_crop, view.flipped, columns["keypoints"], *how
+        )
         pictures = decode_pictures(table["image"].combine_chunks())
         return FreshBatch(
             pixels=np.concatenate([picture.reshape(-1, 3) for picture in pictures]),
@@ -256,6 +272,7 @@ class Feed:
             ann_ids=columns["ann_id"],
             rows=rows,
             total=total,
+            input_size=recipe.settings.input_size,
         )
 
 

@@ -1,22 +1,24 @@
-"""What a worker of a training run holds, and how it is saved and restored."""
+"""What a worker of a training run holds, and how it is made, saved and restored."""
 
 from __future__ import annotations
 
-import math
+import json
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig, TrainSettings
 from pipelines.metric_log import MetricLog
+from pipelines.progress import Every
 from pipelines.shards.manifest import Manifest
+from pipelines.storage import write_whole
+from pipelines.training.ddp import wrap
+from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
-from pipelines.training.validation import Validation
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +27,23 @@ if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run as the driver (pipelines/train.py) sends it to its workers."""
+
+    config: RunConfig
+    shards: str
+    """Folder or URI of the dataset, absolute."""
+    folder: Path
+    """STORAGE/NAME, the same for all workers."""
+    tracking_uri: str | None
+    """MLflow's, and `run_id` of the run that takes the metrics; None: they stay in `folder`."""
+    run_id: str | None
+
+
 @dataclass
-class Progress:
-    """Where a run stands; all of it goes into the checkpoint."""
+class Standing:
+    """Where a run stands: all of it goes into the checkpoint, and at the end it is what came out."""
 
     epoch: int = 0
     """Epochs that are through."""
@@ -36,21 +52,10 @@ class Progress:
     total_steps: int = 0
     samples: int = 0
     seconds: float = 0.0
+    """In the training loop, over all restarts."""
     best_ap: float = -1.0
+    """val_gt/AP; rank 0 keeps it, and best_epoch."""
     best_epoch: int = 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which worker this is."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
-Report = Callable[[dict[str, Any], "str | None"], None]
-"""Tell the rest of the system: figures, and rank 0's folder with trainer.pt, which it may take."""
 
 
 @dataclass
@@ -61,8 +66,12 @@ class Training:
     manifest: Manifest
     folder: Path
     """STORAGE/NAME, the same for all workers."""
-    place: Place
-    report: Report
+    rank: int
+    world: int
+    """Number of workers."""
+    device: torch.device
+    report: Callable[[dict[str, Any], str | None], None]
+    """As report_to_ray: takes figures, and rank 0's folder with trainer.pt, which is its to remove."""
     model: nn.Module
     """The network itself, not the wrapper."""
     parallel: nn.Module
@@ -70,67 +79,74 @@ class Training:
     optimizer: torch.optim.Optimizer
     feed: Feed
     spec: CheckpointSpec
-    validation: Validation
-    progress: Progress
+    val: ValSplit
+    standing: Standing
     log: MetricLog | None
     """Rank 0 only."""
-    saved: float = field(default_factory=time.monotonic)
-    """The clock at the last checkpoint; `told`: at the last line inside an epoch, `drawn`: picture."""
-    told: float = field(default_factory=time.monotonic)
-    drawn: float = -math.inf
+    saved_at: float = field(default_factory=time.monotonic)
+    """The clock at the last checkpoint."""
+    line_due: Every = field(default_factory=lambda: Every(30))
+    pictures_due: Every = field(default_factory=lambda: Every(60, at_once=True))
 
 
 def set_up(
-    job: dict[str, Any], place: Place, report: Report, checkpoint: str | Path | None = None
+    job: Job,
+    rank: int,
+    world: int,
+    device: torch.device,
+    report: Callable[[dict[str, Any], str | None], None],
+    checkpoint: str | Path | None = None,
 ) -> Training:
-    """Everything a worker holds; weights, optimizer and progress from `checkpoint` where there is one."""
+    """Everything that worker `rank` of `world` holds; weights, optimizer and standing from `checkpoint` where
+    there is one. DataError, CheckpointError for shards or weights that it cannot read."""
     import cv2
     import torch
 
-    config = RunConfig(**job["config"])
-    settings, folder = config.train, Path(job["folder"])
-    manifest = Manifest.load(job["shards"])
+    config, settings = job.config, job.config.train
+    manifest = Manifest.load(job.shards)
     # A reused process keeps another worker's number of threads.
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     cv2.setNumThreads(1)
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.benchmark = True
 
-    spec = make_spec(config, manifest, job["run_id"])
-    model = make_model(config, spec).to(place.device)
+    spec = make_spec(config, manifest, job.run_id)
+    model = make_model(config, spec).to(device)
     optimizer = make_optimizer(model, settings)
-    progress = restore(checkpoint, model, optimizer) if checkpoint else Progress()
+    standing = restore(checkpoint, model, optimizer) if checkpoint else Standing()
     log = None
-    if place.rank == 0:
-        log = MetricLog(folder / "metrics.jsonl", progress.total_steps, job["tracking_uri"], job["run_id"])
+    if rank == 0:
+        log = MetricLog(job.folder / "metrics.jsonl", standing.total_steps, job.tracking_uri, job.run_id)
     return Training(
         config=config,
         manifest=manifest,
-        folder=folder,
-        place=place,
+        folder=job.folder,
+        rank=rank,
+        world=world,
+        device=device,
         report=report,
         model=model,
-        parallel=wrap(model, place.device, place.world),
+        parallel=wrap(model, device, world),
         optimizer=optimizer,
-        feed=Feed(manifest, config.data.train_split, settings, place.rank, place.world),
+        feed=Feed(manifest, config.data.train_split, settings, rank, world),
         spec=spec,
-        validation=Validation(manifest, config.data.val_split, place.rank, place.world),
-        progress=progress,
+        val=ValSplit(manifest, config.data.val_split, rank, world),
+        standing=standing,
         log=log,
     )
 
 
-def make_spec(config: RunConfig, manifest: Manifest, run_id: str) -> CheckpointSpec:
+def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> CheckpointSpec:
     """What the checkpoints of this run say about themselves."""
     from hrnet_core.checkpoint import CheckpointSpec
 
-    skeleton = manifest.skeleton()
-    recipe = config.model_dump(mode="json", include={"data", "model", "train"})
-    for place in ("root", "shards"):
-        recipe["data"].pop(place)
+    skeleton = manifest.recipe.skeleton
+    recipe = config.model_dump(
+        mode="json", include={"data", "model", "train"}, exclude={"data": {"root", "shards"}}
+    )
     return CheckpointSpec(
         architecture=config.model.architecture(skeleton.num_keypoints),
-        codec=manifest.codec(),
+        codec=manifest.recipe.codec,
         skeleton=skeleton,
         padding=config.data.padding,
         flip_test=config.train.flip_test,
@@ -162,30 +178,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     return kind(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def wrap(model: nn.Module, device: torch.device, world: int) -> nn.Module:
-    """DDP, gradients averaged. BatchNorm counts over each worker's own part, as the published runs did;
-    its running statistics are rank 0's, sent to the others before validation instead of every step."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    if world == 1:
-        return model
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is 2.13's
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-
-
-def restore(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Weights, optimizer and place from the trainer.pt that `save` wrote."""
+def restore(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Standing:
+    """Weights, optimizer and standing from the trainer.pt that `save` wrote."""
     from hrnet_core.checkpoint import read_trainer_state
 
     state = read_trainer_state(folder)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return Progress(**state["progress"])
+    return Standing(**state["progress"])
 
 
 def save(run: Training) -> None:
@@ -194,18 +194,28 @@ def save(run: Training) -> None:
 
     from hrnet_core.checkpoint import TRAINER
 
-    folder = None
-    if run.place.rank == 0:
+    folder, at = None, run.standing
+    if run.rank == 0:
         folder = tempfile.mkdtemp(prefix="hrnet-")
         state = {
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
-            "progress": asdict(run.progress),
+            "progress": asdict(at),
         }
         torch.save(state, Path(folder) / TRAINER)
-    progress = run.progress
-    run.report({"epoch": progress.epoch, "step": progress.total_steps, "best_ap": progress.best_ap}, folder)
-    run.saved = time.monotonic()
+    run.report({"epoch": at.epoch, "step": at.total_steps, "best_ap": at.best_ap}, folder)
+    run.saved_at = time.monotonic()
+
+
+def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
+    """best/ and predictions.json (COCO results) of the epoch just scored, whose AP is the best so far."""
+    from hrnet_core.checkpoint import save_checkpoint
+
+    run.standing.best_ap, run.standing.best_epoch = ap, run.standing.epoch
+    found = {"epoch": run.standing.epoch, "val_gt/AP": ap}
+    spec = replace(run.spec, provenance={**run.spec.provenance, **found})
+    save_checkpoint(run.folder / "best", run.model.state_dict(), spec)
+    write_whole(run.folder / "predictions.json", json.dumps(results) + "\n")
 
 
 def report_to_ray(figures: dict[str, Any], folder: str | None) -> None:
