@@ -1,0 +1,52 @@
+"""What a training run draws while it goes on: its curves, and people as annotated and as predicted."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.pages.curves import draw_curves
+from pipelines.shards.manifest import Manifest
+from pipelines.storage import write_whole
+from pipelines.training.epoch_ap import Predictions
+from pipelines.training.state import Training
+
+SHOWN = 12
+"""People of a sheet: spread over the split, the same each time."""
+
+
+def draw_pictures(run: Training, found: Predictions) -> None:
+    """pictures/curves.png, and a sheet of people: first and last epoch, and once a minute or so."""
+    from hrnet_core.images import encode_png
+
+    at = run.standing
+    if run.log is None or not (run.pictures_due() or at.epoch == run.config.train.epochs):
+        return
+    folder = run.folder / "pictures"
+    curves, people = folder / "curves.png", folder / f"people-epoch-{at.epoch:04d}.png"
+    draw_curves(curves, run.log.rows, f"{run.folder.name}: best AP {at.best_ap:.3f}")
+    write_whole(people, encode_png(people_sheet(run.manifest, run.config.data.val_split, found)))
+    for file in (curves, people):
+        run.log.log_file(file, "pictures")
+
+
+def people_sheet(manifest: Manifest, split: str, found: Predictions) -> NDArray[np.uint8]:
+    """Of SHOWN people the truth beside the prediction, OKS underneath; uint8 (H, W, 3)."""
+    from hrnet_core.geometry import apply_affine
+    from hrnet_core.oks import oks
+    from hrnet_core.overlays import draw_poses, tile
+    from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
+
+    rows = read_rows(manifest, split, 0, spread_rows(manifest, split, SHOWN))
+    skeleton, truth = manifest.recipe.skeleton, rows["keypoints"]
+    index = np.searchsorted(found.ann_ids, rows["ann_id"])
+    predicted, scores = found.keypoints[index], found.scores[index]
+    fits = oks(truth[..., :2], predicted, rows["area"], skeleton.oks_sigmas, truth[..., 2])
+    in_crop = apply_affine(rows["image_to_crop"], predicted)
+    pairs = []
+    for person, left in enumerate(annotated(rows, skeleton)):
+        crop, factor = enlarged(rows["images"][person])
+        right = draw_poses(crop, factor * in_crop[person, None], scores[person, None], skeleton, 0.2)
+        pairs.append(np.concatenate([left, right], axis=1))
+    labels = zip(rows["ann_id"].tolist(), fits.tolist(), strict=True)
+    return tile(pairs, columns=4, labels=[f"{ann_id}: OKS {fit:.2f}" for ann_id, fit in labels])
