@@ -11,7 +11,7 @@ docs/predict.md has a declaration for each. ONNX Runtime is imported when a dete
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -110,24 +110,20 @@ def read_declaration(file: str | Path) -> Declaration:
         raise ConfigError(f"{file}: {error}. {way_out}") from None
 
 
+@dataclass
 class PersonDetector:
-    """An ONNX detector that finds people. Can be sent to another process: it is opened where it works.
+    """An ONNX detector that finds people. Can be sent to another process: it is opened where it works."""
 
-    model: the bytes of the ONNX file. name: for messages. threads: CPU threads of a run, fixed because
-    they decide the last digits. use_gpu: CUDA where ONNX Runtime has it (onnxruntime-gpu), else the CPU.
-    """
-
-    def __init__(
-        self,
-        model: bytes,
-        declaration: Declaration,
-        name: str = "the detector",
-        threads: int = 1,
-        use_gpu: bool = False,
-    ) -> None:
-        self.model, self.declaration, self.name = model, declaration, name
-        self.threads, self.use_gpu = threads, use_gpu
-        self._session: Any = None
+    model: bytes = field(repr=False)
+    """The ONNX file."""
+    declaration: Declaration
+    name: str = "the detector"
+    """For messages."""
+    threads: int = 1
+    """CPU threads of a run, fixed because they decide the last digits."""
+    use_gpu: bool = False
+    """CUDA where ONNX Runtime has it (onnxruntime-gpu), else the CPU."""
+    _session: Any = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(cls, file: str | Path, threads: int = 1, use_gpu: bool = False) -> PersonDetector:
@@ -264,11 +260,11 @@ def _read_boxes(
     outputs: dict[str, NDArray[Any]], declared: Declaration, name: str
 ) -> tuple[Float32, Float32]:
     """Corners float32 (N, 4) in input px and the scores (N,) of people, 0 for other classes."""
-    for field in ("boxes", "scores", "labels"):
-        wanted = getattr(declared, field)
+    for role in ("boxes", "scores", "labels"):
+        wanted = getattr(declared, role)
         if wanted and wanted not in outputs:
             raise ConfigError(
-                f"{name}: {field} is declared as output {wanted!r}, but its outputs are "
+                f"{name}: {role} is declared as output {wanted!r}, but its outputs are "
                 f"{', '.join(sorted(outputs))}."
             )
     boxes = outputs[declared.boxes].astype(np.float32)

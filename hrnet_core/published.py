@@ -19,22 +19,15 @@ from hrnet_core.weights import first_names, parse_safetensors, read_torch, untra
 CONTAINERS = ("state_dict", "model", "model_state_dict", "best_state_dict")
 NOT_OURS = {
     r"data_preprocessor\.": "mmpose's preprocessor",
-    r"fc\.": "ImageNet classifier",
-    r"incre_modules\.": "classification head",
-    r"downsamp_modules\.": "classification head",
-    r"classifier\.": "ImageNet classifier",
+    r"(fc|classifier)\.": "ImageNet classifier",
+    r"(incre_modules|downsamp_modules)\.": "classification head",
     r"final_layer\.\d+\.": "classification head (not the keypoint head of the same name)",
 }
 # Metadata in mmpose's files names these; they are read as empty stand-ins, and none of their code runs.
 HARMLESS_METADATA = (
     "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "_codecs.encode",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
 )
 
 
@@ -131,9 +124,7 @@ def read_weights(file: str | Path) -> PublishedWeights:
             raise CheckpointError(f"{path}: two tensors claim the name {name!r}; take one network out of it.")
         state[name] = content[key]
     notes: tuple[str, ...] = (f"taken from its {container!r} entry",) if container else ()
-    halves = sorted(
-        {str(v.dtype) for v in state.values() if v.is_floating_point() and v.dtype != torch.float32}
-    )
+    halves = sorted({str(v.dtype) for v in state.values() if v.is_floating_point()} - {"torch.float32"})
     if halves:
         notes += (f"{', '.join(halves)} widened to float32",)
         state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
