@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import shutil
 import signal
@@ -26,7 +25,7 @@ from hrnet_core.locations import is_uri, one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
-from pipelines.storage import absolute, join, writing
+from pipelines.storage import absolute, join, write_json, writing
 from serve.settings import Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ def samples_from_coco(pictures: Path, skeleton: Skeleton, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     for path in chosen:
         shutil.copyfile(path, into / path.name)
-    (into / "boxes.json").write_text(json.dumps({path.name: boxes for path, boxes in chosen.items()}))
+    write_json(into / "boxes.json", {path.name: boxes for path, boxes in chosen.items()})
     return into
 
 

@@ -10,7 +10,6 @@ an unbiased estimate from one person, and people are averaged with the weight n 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton, load_skeleton
 from pipelines.sources.coco import read_annotations
 from pipelines.sources.records import BOX_AREA, People
+from pipelines.storage import write_json
 
 Float64 = NDArray[np.float64]
 SAME_BOX = 0.5
@@ -128,9 +128,7 @@ def estimate_sigmas(
             f"that were labelled independently."
         )
     body = replace(body, oks_sigmas=tuple(float(f"{sigma:.4g}") for sigma in sigmas))
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(body.as_dict(), indent=1) + "\n")
+    write_json(out, body.as_dict())
     return Estimate(body, sigmas, errors, medians, counts, repeated)
 
 

@@ -36,7 +36,7 @@ from pipelines.poses.units import UNFINISHED, Outcome, digest_of, run_units, sto
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import People, Photo, Rejection
-from pipelines.storage import sha256_of
+from pipelines.storage import sha256_of, write_json, write_whole
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -254,7 +254,7 @@ def _write(
 ) -> list[Path]:
     """results.json, evaluation.json, overlays and the page; returns the files. paths: of the photos by id."""
     out = evaluation.folder
-    evaluation.results_file.write_text(json.dumps(results, allow_nan=False))
+    write_whole(evaluation.results_file, json.dumps(results, allow_nan=False))
     made = {
         "checkpoint": checkpoint,
         "weights_sha256": spec.weights_sha256,
@@ -270,7 +270,7 @@ def _write(
         **made,
         "results_sha256": sha256_of(LocalFileSystem(), str(evaluation.results_file.absolute())),
     }
-    (out / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(out / "evaluation.json", summary)
     sheets = contact_sheets(matched, paths, spec.skeleton, out / "overlays", settings.max_pixels)
     files = [evaluation.results_file, out / "evaluation.json", *sheets.values()]
     if report is not None:

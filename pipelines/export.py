@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from pipelines.evaluate import group_photos, predict_group
 from pipelines.poses.protocol import score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.records import on_photos
+from pipelines.storage import writing
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -98,26 +98,22 @@ def export(
         folder = found.folder
         read_spec(folder)  # before a folder is made where there is none
         target = folder / ONNX if out is None else Path(out)
-        part = target.with_name(f".{target.name}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            sides = _written(folder, part)
-            figures = _difference(*sides, recorded_crops(folder))
-            if figures["heatmap"] > TOLERANCE * figures["spread"]:
-                raise ConfigError(
-                    f"{target}: ONNX Runtime's heatmaps differ by {figures['heatmap']:.3g}, their range is "
-                    f"{figures['spread']:.3g}: these versions of onnx, onnxscript and onnxruntime do not "
-                    f"compute the same network. Install those of constraints.txt. Nothing was written."
-                )
-            if coco_root is not None:
-                figures |= _on_coco(*sides, coco_root, split, boxes, people, settings)
-            part.replace(target)
+            with writing(target) as part:
+                sides = _written(folder, part)
+                figures = _difference(*sides, recorded_crops(folder))
+                if figures["heatmap"] > TOLERANCE * figures["spread"]:
+                    raise ConfigError(
+                        f"{target}: ONNX Runtime's heatmaps differ by {figures['heatmap']:.3g}, their range "
+                        f"is {figures['spread']:.3g}: these versions of onnx, onnxscript and onnxruntime do "
+                        f"not compute the same network. Install those of constraints.txt. Nothing was "
+                        f"written."
+                    )
+                if coco_root is not None:
+                    figures |= _on_coco(*sides, coco_root, split, boxes, people, settings)
         except OSError as error:
             reason = f"{target}: cannot be written ({error.strerror}). Name another file."
             raise CheckpointError(reason) from None
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
     return Parity(file=target, **figures)
 
 

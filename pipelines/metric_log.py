@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.locations import without_credentials
+from pipelines.storage import write_whole
 from pipelines.tracking import quiet_mlflow
 
 if TYPE_CHECKING:
@@ -32,11 +33,7 @@ class MetricLog:
     def __init__(self, file: Path, step: int = -1, uri: str | None = None, run_id: str | None = None) -> None:
         self.file, self.uri, self.run_id = file, uri, run_id
         self.rows = [row for row in read_rows(file) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(text)
-        part.replace(file)
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._pending = list(self.rows)
         self._client: MlflowClient | None = None
         self._last: dict[str, int] = {}

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from hrnet_core.errors import DataError, PoseError
-from hrnet_core.locations import is_uri, open_folder
+from hrnet_core.locations import is_uri
 from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
@@ -284,10 +284,9 @@ def finish(
     packages = {"numpy": np.__version__, "opencv": cv2.__version__, "pyarrow": pa.__version__}
     code = {"hrnet": code_version(), **packages}
     fields = {"config": works[0].recipe.as_dict(), "splits": sections, "code": code}
-    files, root = open_folder(data.shards)
     try:
         check_target(data.shards, works)
-        sha256 = write_rejected(files, f"{root}/rejected.parquet", rows)
+        sha256 = write_rejected(join(data.shards, "rejected.parquet"), rows)
         fields["rejected"] = {"rows": len(rows), "sha256": sha256}
         return write_manifest(data.shards, fields)
     except OSError as error:

@@ -97,17 +97,6 @@ def write_json(file: str | Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
-def put_file(files: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a small file so that it appears whole or not at all."""
-    temporary = temporary_name(files, path)
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-        publish(files, temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def temporary_name(files: fs.FileSystem, path: str) -> str:
     """Where to write before `publish`: beside the final name, or on this machine for a bucket. Says who
     writes, so that `remove_leftovers` knows what a killed process left behind."""

@@ -27,6 +27,7 @@ from pipelines.progress import ProgressLine
 from pipelines.sources.photos import check_photo, left_out, open_photo
 from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
+from pipelines.storage import writing
 
 WAY_OUT = {
     "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",
@@ -176,7 +177,7 @@ def write_csv(found: Validation, file: str | Path) -> None:
     rows = found.rows()
     names = ["split", "kind", "file", "image_id", "ann_id", "people", "detail"]
     try:
-        with open(file, "w", newline="", encoding="utf-8") as stream:
+        with writing(file) as part, part.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, names)
             writer.writeheader()
             writer.writerows(rows)

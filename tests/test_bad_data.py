@@ -413,10 +413,8 @@ def test_names_that_are_no_files(coco: Path, tmp_path: Path) -> None:
     assert (opened.reason, opened.detail) == ("unreadable", "Too many levels of symbolic links")
     from dataclasses import asdict
 
-    from pyarrow import fs
-
     rows = [{"split": TRAIN, **asdict(rejection)} for rejection in split.rejected]
-    write_rejected(fs.LocalFileSystem(), str(tmp_path / "rejected.parquet"), rows)
+    write_rejected(str(tmp_path / "rejected.parquet"), rows)
     stored = pq.read_table(tmp_path / "rejected.parquet")["file"].to_pylist()
     assert "\\ud800.jpg" in stored
 

@@ -34,7 +34,16 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import read_row_group
 from pipelines.sources.coco import read_coco
 from pipelines.sources.yolo import read_yolo
-from pipelines.storage import absolute, file_sizes, is_file, is_folder, join, list_files, put_file, read_file
+from pipelines.storage import (
+    absolute,
+    file_sizes,
+    is_file,
+    is_folder,
+    join,
+    list_files,
+    read_file,
+    write_whole,
+)
 from pipelines.training.feed import Feed
 
 
@@ -75,9 +84,8 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def upload(folder: Path, uri: str) -> str:
-    target, root = open_folder(uri)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        put_file(target, f"{root}/{path.relative_to(folder)}", path.read_bytes())
+        write_whole(join(uri, str(path.relative_to(folder))), path.read_bytes())
     return uri
 
 
@@ -124,9 +132,9 @@ def test_the_endpoint_may_stand_in_the_uri(bucket: str, server: Bucket, monkeypa
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     address = server.address.removeprefix("http://")
     uri = f"{bucket}/a b?endpoint_override={address}&scheme=http"
-    target, root = open_folder(uri)
+    _, root = open_folder(uri)
     assert root == f"{bucket.removeprefix('s3://')}/a b"
-    put_file(target, f"{root}/50% #1?", b"content")
+    write_whole(join(uri, "50% #1?"), b"content")
     assert join(uri, "50% #1?").startswith(f"{bucket}/a b/50%25%20%231%3F?endpoint_override=")
     assert read_file(join(uri, "50% #1?")) == b"content"
     assert read_file(join(uri, "50% #1?"), 4) == b"cont"
@@ -160,7 +168,7 @@ def test_resume_keeps_finished_shards(bucket: str, coco: Path, tmp_path: Path, p
     files_, root = open_folder(target)
     files_.delete_file(f"{root}/manifest.json")
     files_.delete_file(f"{root}/{shards[0]}")
-    put_file(files_, f"{root}/{shards[1]}", before[shards[1]][:-100])  # as a cut upload would look
+    write_whole(join(target, shards[1]), before[shards[1]][:-100])  # as a cut upload would look
     refused(lambda: Manifest.load(target), "no manifest.json", "hrnet preprocess")
     plain.clear()
     assert preprocess(config(coco, target)).digest == whole.digest  # type: ignore[arg-type]
@@ -168,16 +176,14 @@ def test_resume_keeps_finished_shards(bucket: str, coco: Path, tmp_path: Path, p
     assert objects(target) == before
     refused(lambda: preprocess(config(coco, target, seed=1)), "another dataset", "seed")  # type: ignore[arg-type]
     assert objects(target) == before
-    put_file(files_, f"{root}/{shards[0]}", before[shards[0]][:-1] + b"x")
+    write_whole(join(target, shards[0]), before[shards[0]][:-1] + b"x")
     refused(lambda: Manifest.load(target).verify(), shards[0], "sha256")
 
 
 UPLOAD = """
 import sys
-from hrnet_core.locations import open_folder
-from pipelines.storage import put_file
-files, root = open_folder(sys.argv[1])
-put_file(files, f"{root}/big.bin", bytes(12_000_000))
+from pipelines.storage import join, write_whole
+write_whole(join(sys.argv[1], "big.bin"), bytes(12_000_000))
 """
 
 
@@ -201,14 +207,13 @@ def test_a_killed_upload_is_not_visible(bucket: str, server: Bucket) -> None:
 @pytest.mark.parametrize("code", ["InternalError", "AccessDenied"])
 def test_a_failed_upload_is_an_error_and_not_visible(bucket: str, server: Bucket, code: str) -> None:
     """Arrow's own copy_files returned as if all were well."""
-    target, root = open_folder(f"{bucket}/s")
     status = {"InternalError": 500, "AccessDenied": 403}[code]
     for path in ("small.bin", "partNumber=2"):
         server.faults.append(Fault("PUT", path, status, code))
     with pytest.raises(OSError, match=r"s/small\.bin"):
-        put_file(target, f"{root}/small.bin", b"x")
+        write_whole(f"{bucket}/s/small.bin", b"x")
     with pytest.raises(OSError, match=r"s/big\.bin"):
-        put_file(target, f"{root}/big.bin", bytes(12_000_000))
+        write_whole(f"{bucket}/s/big.bin", bytes(12_000_000))
     assert objects(bucket) == {}
 
 

@@ -31,7 +31,7 @@ from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import COLUMNS
 from pipelines.sources.coco import read_coco
-from pipelines.storage import put_file, remove_leftovers, temporary_name
+from pipelines.storage import remove_leftovers, temporary_name, write_whole
 
 TRAIN, VAL = "train2017", "val2017"
 
@@ -306,8 +306,7 @@ def test_manifests_that_cannot_be_read(copy: Path) -> None:
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, root = open_folder(str(tmp_path))
-    put_file(files, f"{root}/a.txt", b"old")
+    write_whole(tmp_path / "a.txt", b"old")
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
@@ -315,11 +314,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(files_module.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            put_file(files, f"{root}/a.txt", b"new")
+            write_whole(tmp_path / "a.txt", b"new")
     assert (tmp_path / "a.txt").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.txt"]
     with open(tmp_path / "a.txt", "rb") as reader:  # whoever reads at that moment reads the old file whole
-        put_file(files, f"{root}/a.txt", b"new")
+        write_whole(tmp_path / "a.txt", b"new")
         assert reader.read() == b"old"
     assert (tmp_path / "a.txt").read_bytes() == b"new"
 

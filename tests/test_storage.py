@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import contextlib
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from hrnet_core.errors import DataError
+from hrnet_core.locations import open_folder
+from hrnet_core.skeleton import COCO17
+from pipelines.config import PredictSettings
+from pipelines.metric_log import MetricLog
+from pipelines.pages import gallery
+from pipelines.pages.curves import draw_curves
+from pipelines.pages.frame import write_page
+from pipelines.poses.formats import ROW, json_list, write_all
+from pipelines.shards.writer import write_rejected
 from pipelines.sources.layout import annotations_of
+from pipelines.storage import remove_leftovers, write_json, write_whole
+from pipelines.validate import write_csv
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipelines").rglob("*.py"))
@@ -39,3 +60,111 @@ def test_where_annotations_lie_is_stated_once() -> None:
 )
 def test_annotations_lie_below_a_folder_or_uri(root: str | Path, file: str) -> None:
     assert annotations_of(root, "val2017") == file
+
+
+# ---------------------------------------------------------------------------------- whole or not at all
+
+OLD = b"what an earlier run left"
+
+
+@contextlib.contextmanager
+def full_disk(size: int = 10) -> Iterator[None]:
+    """Every file ends after so many bytes: writing on is an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def curves(file: Path) -> None:
+    rows = [{"step": step, "train/loss": 1 / step} for step in range(1, 9)]
+    draw_curves(file, rows, "a run")
+
+
+def findings(file: Path) -> None:
+    checked = SimpleNamespace(rows=lambda: [{"split": "val2017", "kind": "crowd", "detail": "x" * 10_000}])
+    write_csv(checked, file)  # type: ignore[arg-type]
+
+
+def entries(file: Path) -> None:
+    with json_list(file) as write:
+        for number in range(10_000):
+            write({"id": number})
+
+
+def table(file: Path) -> None:
+    settings = PredictSettings(formats=("parquet",))
+    row = dict.fromkeys(ROW.names) | {"name": "a.jpg", "width": 64, "height": 64, "boxes_source": "boxes"}
+    row |= {"boxes_xywh": [1.0, 1, 9, 9], "box_scores": [1.0], "keypoints": [1.0] * 51}
+    write_all([row] * 200, (), file.parent, settings, COCO17)
+
+
+def sheet(file: Path) -> None:
+    gallery._write(file.parent, file.stem, "title", np.zeros((64, 64, 3), np.uint8))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.json": lambda file: write_json(file, {"AP": 0.5, "AR": 0.6}),
+    "a.txt": lambda file: write_whole(file, "a text of some length"),
+    "a.html": lambda file: write_page(file, "a page", "of some length"),
+    "a.csv": findings,
+    "curves.png": curves,
+    "sheet.jpg": sheet,
+    "list.json": entries,
+    "poses.parquet": table,
+    "images.json": table,
+    "rejected.parquet": lambda file: write_rejected(str(file), []),
+    "metrics.jsonl": lambda file: MetricLog(file),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_cannot_be_written_to_its_end_leaves_what_was_there(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if name == "metrics.jsonl":  # what is read first, to be written again
+        file.write_text('{"step": 1, "train/loss": 0.5}\n' * 3)
+        writer: Callable[[Path], object] = functools.partial(MetricLog, step=1)
+    else:
+        file.write_bytes(OLD)
+        writer = WRITERS[name]
+    before = file.read_bytes()
+    with pytest.raises((OSError, DataError)), full_disk():
+        writer(file)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == [name], "nor is anything else left"
+    writer(file)
+    assert (file.read_bytes() == before) == (name == "metrics.jsonl")
+
+
+def test_a_writer_that_is_killed_leaves_what_was_there(tmp_path: Path) -> None:
+    """Its temporary file goes with the next `remove_leftovers`."""
+    file = tmp_path / "a.json"
+    file.write_bytes(OLD)
+    script = (
+        "import os, sys, signal\n"
+        "from pipelines.storage import writing\n"
+        "with writing(sys.argv[1]) as part:\n"
+        "    part.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(file)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert file.read_bytes() == OLD
+    assert len(os.listdir(tmp_path)) == 2
+    remove_leftovers(*open_folder(str(tmp_path)))
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_links_stay_links_and_pipes_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real" / "a.txt")
+    write_whole(tmp_path / "link.txt", "ä")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real" / "a.txt").read_bytes() == "ä".encode()
+    command = [sys.executable, "-c", "from pipelines.storage import *; write_whole('/dev/stdout', 'told')"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"told"
+    write_whole(tmp_path / "new" / "folder" / "a.txt", "a")  # made on the way
+    with pytest.raises(OSError, match="Is a directory"):
+        write_whole(tmp_path / "new", "a")

@@ -327,6 +327,7 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     (row,) = csv.DictReader(out.open())
     assert (row["split"], row["kind"], row["file"], row["people"]) == (TRAIN, "empty", "train2017-3.jpg", "2")
     assert main([*argv, "--data.strict"]) == 2
+    (tmp_path / "no").touch()
     assert main(["validate", str(coco), "--out", str(tmp_path / "no" / "where.csv")]) == 2
     assert "where.csv" in capfd.readouterr().err
     assert main(["validate", str(coco), "--data.root", "elsewhere"]) == 2

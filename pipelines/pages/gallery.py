@@ -29,7 +29,7 @@ from pipelines.sources.coco import read_annotations
 from pipelines.sources.layout import annotations_of
 from pipelines.sources.photos import open_picture
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
-from pipelines.storage import is_file
+from pipelines.storage import is_file, write_whole
 
 Picture = NDArray[np.uint8]
 PEOPLE = 16
@@ -80,7 +80,7 @@ def write_gallery(
 
 def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, Path]:
     file = folder / f"{name}.jpg"
-    file.write_bytes(encode_jpeg(picture, 90))
+    write_whole(file, encode_jpeg(picture, 90))
     return title, file
 
 

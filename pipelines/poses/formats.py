@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from hrnet_core.results import Boxes, Keypoints, Poses
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import PredictSettings
 from pipelines.sources.media import Media, Video
+from pipelines.storage import writing
 
 Row = dict[str, Any]
 """Some columns of ROW; one that is not there is null."""
@@ -128,21 +128,9 @@ def _writers(
 
 
 @contextlib.contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """A name to write under; it becomes the file when the block ends well."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.stem}.part{file.suffix}")
-    try:
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def json_list(file: Path) -> Iterator[Callable[[Any], None]]:
     """A JSON list, one entry a line."""
-    with _whole(file) as part, part.open("w", encoding="utf-8") as stream:
+    with writing(file) as part, part.open("w", encoding="utf-8") as stream:
         between = "[\n"
 
         def take(entry: Any) -> None:
@@ -184,7 +172,7 @@ def _table(file: Path, skeleton: Skeleton) -> Iterator[Write]:
     )
     people: list[Row] = []
     options = {"compression": "zstd", "write_page_checksum": True}
-    with _whole(file) as part, pq.ParquetWriter(part, schema, **options) as writer:
+    with writing(file) as part, pq.ParquetWriter(part, schema, **options) as writer:
 
         def take(image_id: int, row: Row, poses: Poses) -> None:
             for person, (box, conf, score, points) in enumerate(
@@ -226,7 +214,7 @@ def _openpose(folder: Path, media: Sequence[Media]) -> Iterator[Write]:
         stem = posixpath.splitext(row["name"])[0]
         stem = stem if twins[stem] == 1 else row["name"]
         frame = "" if row["frame"] is None else f"_{row['frame']:012d}"
-        with _whole(folder / f"{stem}{frame}_keypoints.json") as part:
+        with writing(folder / f"{stem}{frame}_keypoints.json", sync=False) as part:
             part.write_text(json.dumps(poses.to_openpose(), allow_nan=False))
 
     yield take
@@ -243,7 +231,7 @@ def _overlays(folder: Path) -> Iterator[Write]:
 
     def take(image_id: int, row: Row, poses: Poses) -> None:
         if row["overlay"] is not None:
-            with _whole(folder / _with_suffix(row["name"], ".jpg", ".jpeg")) as part:
+            with writing(folder / _with_suffix(row["name"], ".jpg", ".jpeg"), sync=False) as part:
                 part.write_bytes(row["overlay"])
 
     yield take
@@ -279,9 +267,12 @@ def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Write]
     except ImageError as error:
         raise DataError(f"{first['uri']}: changed while it was predicted: {error}") from None
     size = first["width"], first["height"]
-    with contextlib.closing(video), _whole(file) as part:
+    with contextlib.closing(video), writing(file) as part:
         pace = video.frames_per_s / settings.video_stride
-        writer = cv2.VideoWriter(str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), pace, size)
+        link = part.with_suffix(".mp4")  # OpenCV takes the kind of video from the name
+        link.symlink_to(part.name)
+        writer = cv2.VideoWriter(str(link), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), pace, size)
+        link.unlink()
         if not writer.isOpened():
             raise DataError(
                 f"{file}: OpenCV cannot write a video of {size[0]}x{size[1]} at {pace:g} frames/s here. "

@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow.fs import LocalFileSystem
 
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster, quiet_ray_data, ray_session, require
 from pipelines.config import RaySettings, WorkerSettings
 from pipelines.progress import ProgressLine
-from pipelines.storage import put_file
+from pipelines.storage import write_whole
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -206,7 +205,7 @@ def _collect(
         here = json.loads(row["problems"])
         problems += [(file, why) for file, why in here]
         if not here:
-            put_file(LocalFileSystem(), f"{store}/{row['unit']:06d}.{row['mode']}", row["content"])
+            write_whole(store / f"{row['unit']:06d}.{row['mode']}", row["content"])
         busy[row["actor"]] += row["seconds"]
         line.add(row["people"])
     if seen != set(pending):

@@ -32,17 +32,25 @@ from hrnet_core.locations import open_folder
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, canonical_json
-from pipelines.storage import absolute, answering, join, list_files, put_file, read_file, sha256_of
+from pipelines.storage import (
+    absolute,
+    answering,
+    join,
+    list_files,
+    read_file,
+    sha256_of,
+    write_json,
+    write_whole,
+)
 
 
 def write_manifest(folder: str, fields: Mapping[str, Any]) -> Manifest:
     """README.md and croissant.json, then manifest.json, with the digest filled in."""
-    files, root = open_folder(folder)
     fields = {"schema_version": SCHEMA_VERSION, "digest": dataset_digest(fields), **fields}
     columns = {name: str(kind) for name, kind in COLUMNS.items()}
-    put_file(files, f"{root}/README.md", readme(fields, columns).encode())
-    put_file(files, f"{root}/croissant.json", croissant(fields, columns).encode())
-    put_file(files, f"{root}/{MANIFEST}", (json.dumps(fields, indent=1) + "\n").encode())
+    write_whole(join(folder, "README.md"), readme(fields, columns))
+    write_whole(join(folder, "croissant.json"), croissant(fields, columns))
+    write_json(join(folder, MANIFEST), fields)
     return Manifest.load(folder)
 
 

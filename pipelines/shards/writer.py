@@ -16,13 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines.shards.schema import COLUMNS, REJECTED, canonical_json
-from pipelines.storage import (
-    publish,
-    put_file,
-    read_file,
-    sha256_of,
-    temporary_name,
-)
+from pipelines.storage import publish, read_file, sha256_of, temporary_name, write_whole
 
 
 class ShardWriter:
@@ -140,10 +134,10 @@ def plan_of_shard(files: fs.FileSystem, path: str) -> str | None:
         return None
 
 
-def write_rejected(files: fs.FileSystem, path: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def write_rejected(file: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """rejected.parquet from rows with the fields of REJECTED. Returns its sha256."""
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=REJECTED), buffer, compression="zstd")
     content = buffer.getvalue().to_pybytes()
-    put_file(files, path, content)
+    write_whole(file, content)
     return hashlib.sha256(content).hexdigest()
