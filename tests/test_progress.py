@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from pipelines.progress import Every, ProgressLine, time_left
+
+ROOT = Path(__file__).parents[1]
 
 
 class Clock:
@@ -93,3 +98,22 @@ def test_parts_may_be_the_work_itself_and_no_time_may_have_passed(
 )
 def test_time_left(seconds: float, text: str) -> None:
     assert time_left(seconds) == text
+
+
+def test_nobody_else_counts_the_seconds_between_two_lines() -> None:
+    """A throttle is `now - then > so many seconds`; these compare clocks for another reason."""
+    others = {
+        "cluster": "gives up after wait_minutes",
+        "deploy": "gives up after so many seconds",
+        "loop": "a checkpoint every so many minutes",
+        "metric_log": "leaves MLflow alone for a minute after an error",
+        "progress": "this one",
+        "storage": "files of another machine that nobody touched for a day",
+    }
+    found = set()
+    for file in (ROOT / "pipelines").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            text = ast.unparse(node) if isinstance(node, ast.Compare) else ""
+            if "monotonic()" in text or "time.time()" in text or "now -" in text:
+                found.add(file.stem)
+    assert found - set(others) == set()
