@@ -183,6 +183,30 @@ def test_an_interrupted_run_of_other_settings_is_not_taken_over(dots: dict[str, 
     assert more_actors == module._plan_digest(of, SPEC, EvaluateSettings())
 
 
+def test_annotations_are_read_once_and_their_ids_decide_nothing(
+    dots: dict[str, Any], tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pycocotools takes annotation id 0 for nobody, and a wrong num_keypoints for a person without any."""
+    root = Path(shutil.copytree(dots["root"], tmp_path / "coco"))
+    truth = truth_of(root)
+    for number, annotation in enumerate(truth["annotations"]):
+        annotation |= {"id": number, "num_keypoints": 0}
+    file = root / "annotations" / "person_keypoints_val2017.json"
+    file.write_text(json.dumps(truth))
+    opened, original = [], open
+
+    def counted(name: Any, *rest: Any, **more: Any) -> Any:
+        opened.append(str(name))
+        return original(name, *rest, **more)
+
+    monkeypatch.setattr("builtins.open", counted)
+    plain = evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "plain")
+    opened.clear()
+    found = evaluate(dots["checkpoint"], root, out=tmp_path / "renumbered")
+    assert opened.count(str(file)) == 1
+    assert found.stats == plain.stats
+
+
 # --- units and counts ---------------------------------------------------------------------------------
 
 
