@@ -107,12 +107,11 @@ def temporary_name(files: fs.FileSystem, path: str) -> str:
     return os.path.join(folder, f".{name[-40:]}.{uuid.uuid4().hex}.{os.getpid()}@{_host()}.tmp")
 
 
-def remove_leftovers(files: fs.FileSystem, folder: str) -> None:
-    """Remove the temporary files of writers that are gone: of this machine's dead processes, and those
-    that no other machine has touched for a day."""
-    if not isinstance(files, fs.LocalFileSystem):
-        folder = _uploads()
-    for path in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files in a folder (path or URI) and below of writers that are gone: of this
+    machine's dead processes, and those that no other machine has touched for a day."""
+    files, place = open_folder(str(folder))
+    for path in Path(place if isinstance(files, fs.LocalFileSystem) else _uploads()).rglob(".*.tmp"):
         ours = OUR_TEMPORARY.fullmatch(path.name)
         if ours is None:
             continue

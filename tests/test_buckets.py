@@ -200,7 +200,7 @@ def test_a_killed_upload_is_not_visible(bucket: str, server: Bucket) -> None:
     assert objects(bucket) == {}
     leftovers = list(Path(files._uploads()).glob(f".big.bin.*.{process.pid}@*"))
     assert len(leftovers) == 1
-    files.remove_leftovers(open_folder(bucket)[0], "")  # as the next run does
+    files.remove_leftovers(bucket)  # as the next run does
     assert not leftovers[0].exists()
 
 

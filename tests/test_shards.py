@@ -332,7 +332,7 @@ def test_leftovers_of_dead_writers_go_those_of_live_ones_stay(tmp_path: Path) ->
     for name in (alive, dead, elsewhere, old, f"{root}/.hidden"):
         Path(name).touch()
     os.utime(old, (0, 0))
-    remove_leftovers(files, root)
+    remove_leftovers(tmp_path)
     left = {Path(alive).name, Path(elsewhere).name, ".hidden"}
     assert set(os.listdir(tmp_path)) == left
 

@@ -23,7 +23,7 @@ from hrnet_core.results import Boxes, Keypoints, Poses
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import PredictSettings
 from pipelines.sources.media import Media, Video
-from pipelines.storage import writing
+from pipelines.storage import remove_leftovers, writing
 
 Row = dict[str, Any]
 """Some columns of ROW; one that is not there is null."""
@@ -82,6 +82,7 @@ def write_all(
     Returns counts: pictures, frames, people, and "rejected REASON".
     """
     counts: Counter[str] = Counter()
+    remove_leftovers(out)
     with contextlib.ExitStack() as files:
         images = files.enter_context(json_list(out / "images.json"))
         rejected = files.enter_context(json_list(out / "rejected.json"))

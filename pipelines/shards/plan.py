@@ -104,8 +104,7 @@ def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, 
             check_target(folder, works)
         if not is_uri(folder):  # a bucket has no folders, only names
             files.create_dir(f"{root}/data", recursive=True)
-        for place in (root, f"{root}/data"):
-            remove_leftovers(files, place)
+        remove_leftovers(folder)
     except OSError as error:
         raise DataError(cannot_write(folder, error)) from None
     there = {f"data/{name}" for name in list_files(join(folder, "data"))}
