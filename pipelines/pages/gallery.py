@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import ImageError
-from hrnet_core.geometry import box_to_center_scale
+from hrnet_core.geometry import FARTHEST, box_to_center_scale
 from hrnet_core.images import encode_jpeg
 from hrnet_core.locations import open_folder
 from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
@@ -32,6 +32,8 @@ from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
 from pipelines.storage import is_file, write_whole
 
 Picture = NDArray[np.uint8]
+Address = tuple[int, int, int]
+"""Shard, row group and row of a person: the same in every view."""
 PEOPLE = 16
 """People of a contact sheet, spread evenly over the split."""
 VIEWED_PEOPLE = 6
@@ -43,8 +45,6 @@ REJECTED = 4
 HEIGHT = 256
 """Crops smaller than this are enlarged by a whole factor to about this many px."""
 RED = (255, 80, 60)
-FARTHEST = 1e6
-"""px: OpenCV draws with fixed point, which ends not far above."""
 
 
 def write_gallery(
@@ -58,14 +58,14 @@ def write_gallery(
     pictures: dict[str, list[tuple[str, Path]]] = {"figures": write_figures(card, folder)}
     sheets = {}
     for split in manifest.splits:
-        places = spread_rows(manifest, split, PEOPLE)
+        addresses = spread_rows(manifest, split, PEOPLE)
         for variant in range(min(manifest.variants(split), VIEWS)):
             name = f"{split}-v{variant}" if variant else split
             title = f"{split}, view {variant}" if variant else f"{split}, plain view"
-            sheets[name] = (title, view_sheet(manifest, split, variant, places))
+            sheets[name] = (title, view_sheet(manifest, split, variant, addresses))
         if manifest.variants(split) > 1:
-            title = f"{split}, the views of {min(len(places), VIEWED_PEOPLE)} people"
-            sheets[f"{split}-views"] = (title, views_sheet(manifest, split, places))
+            title = f"{split}, the views of {min(len(addresses), VIEWED_PEOPLE)} people"
+            sheets[f"{split}-views"] = (title, views_sheet(manifest, split, addresses))
     pictures["views"] = [_write(folder, name, title, sheet) for name, (title, sheet) in sheets.items()]
     rejected = heaviest_rejections(manifest)
     pictures["rejected"] = []
@@ -87,8 +87,8 @@ def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, 
 # ---------------------------------------------------------------------------------- people
 
 
-def spread_rows(manifest: Manifest, split: str, count: int) -> list[tuple[int, int, int]]:
-    """(shard, row group, row) of up to `count` people, evenly spread; every view has them there."""
+def spread_rows(manifest: Manifest, split: str, count: int) -> list[Address]:
+    """Of up to `count` people, evenly spread over the split."""
     groups = [
         (index, group, rows)
         for index, shard in enumerate(manifest.shards(split))
@@ -97,20 +97,20 @@ def spread_rows(manifest: Manifest, split: str, count: int) -> list[tuple[int, i
     ends = np.cumsum([rows for *_, rows in groups])
     count = min(count, int(ends[-1]))
     chosen = ((np.arange(count) + 0.5) * ends[-1] / count).astype(int)
-    places = []
+    addresses = []
     for row, group in zip(chosen.tolist(), np.searchsorted(ends, chosen, side="right").tolist(), strict=True):
         shard, number, rows = groups[group]
-        places.append((shard, number, row - int(ends[group]) + rows))
-    return places
+        addresses.append((shard, number, row - int(ends[group]) + rows))
+    return addresses
 
 
 def read_rows(
-    manifest: Manifest, split: str, variant: int, places: Sequence[tuple[int, int, int]]
+    manifest: Manifest, split: str, variant: int, addresses: Sequence[Address]
 ) -> dict[str, NDArray[Any]]:
-    """Rows at `places` as decode_rows gives them, `images` being the views' own crops. One row group is
+    """Rows at `addresses` as decode_rows gives them, `images` being the views' own crops. One row group is
     in memory at a time."""
     wanted = defaultdict(list)
-    for shard, group, row in places:
+    for shard, group, row in addresses:
         wanted[shard, group].append(row)
     tables = [
         read_row_group(manifest, split, shard, group, variant=variant).take(pa.array(rows))
@@ -119,11 +119,9 @@ def read_rows(
     return decode_rows(pa.concat_tables(tables), manifest)
 
 
-def view_sheet(
-    manifest: Manifest, split: str, variant: int, places: Sequence[tuple[int, int, int]]
-) -> Picture:
+def view_sheet(manifest: Manifest, split: str, variant: int, addresses: Sequence[Address]) -> Picture:
     """Of each person the crop with its keypoints beside the crop under its heatmaps."""
-    rows = read_rows(manifest, split, variant, places)
+    rows = read_rows(manifest, split, variant, addresses)
     skeleton = manifest.recipe.skeleton
     pairs = []
     for index, pose in enumerate(annotated(rows, skeleton)):
@@ -134,10 +132,10 @@ def view_sheet(
     return tile(pairs, 4, [_label(rows, index, turn) for index, turn in enumerate(turns)])
 
 
-def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int, int]]) -> Picture:
+def views_sheet(manifest: Manifest, split: str, addresses: Sequence[Address]) -> Picture:
     """The views of each person side by side, with the keypoints as the view has them."""
-    step = max(1, len(places) // VIEWED_PEOPLE)
-    chosen = list(places)[::step][:VIEWED_PEOPLE]
+    step = max(1, len(addresses) // VIEWED_PEOPLE)
+    chosen = list(addresses)[::step][:VIEWED_PEOPLE]
     views = range(min(manifest.variants(split), VIEWS))
     columns, labels = [], []
     for variant in views:
@@ -151,8 +149,8 @@ def views_sheet(manifest: Manifest, split: str, places: Sequence[tuple[int, int,
 
 def annotated(rows: Mapping[str, NDArray[Any]], skeleton: Skeleton) -> list[Picture]:
     """The enlarged crop of each row with the labelled keypoints as its view has them."""
-    places, visible = rows["keypoints"][..., :2], rows["keypoints"][..., 2]
-    points, shown = keypoints_in_view(rows["image_to_crop"], rows["flipped"], places, visible, skeleton)
+    xy, visible = rows["keypoints"][..., :2], rows["keypoints"][..., 2]
+    points, shown = keypoints_in_view(rows["image_to_crop"], rows["flipped"], xy, visible, skeleton)
     drawn = []
     for crop, person, labels in zip(rows["images"], points, shown, strict=True):
         large, factor = enlarged(crop)
@@ -290,10 +288,8 @@ def _annotated_boxes(
         file = annotations_of(coco, split)
         if is_file(file):
             people = read_annotations(file, skeleton).judged.people
-            drawable = (people.stated_xywh != 0).any(axis=1) & (np.abs(people.stated_xywh) < FARTHEST).all(
-                axis=1
-            )
-            people = people[np.isin(people.ann_id, wanted) & drawable]
+            size = np.abs(people.stated_xywh).max(axis=1)
+            people = people[np.isin(people.ann_id, wanted) & (size > 0) & (size < FARTHEST)]
             pairs = zip(people.ann_id.tolist(), people.stated_xywh.tolist(), strict=True)
             boxes |= {(split, ann_id): box for ann_id, box in pairs}
     return boxes
