@@ -146,9 +146,7 @@ def evaluate(args: arguments.Evaluate) -> None:
     what = {"split": args.split, "boxes": args.boxes, "settings": args.evaluate, "ray": args.ray}
     if args.measure_modes:
         if args.report:
-            raise ConfigError(
-                "--measure-modes writes no report: evaluate once more without it, with --report."
-            )
+            raise ConfigError("--measure-modes writes no report: evaluate again with --report alone.")
         from pipelines.measure_modes import measure_modes
 
         print(measure_modes(args.checkpoint, args.coco, out=args.out or f"{folder}_modes", **what))
@@ -178,15 +176,13 @@ def _score(args: arguments.Evaluate) -> None:
             "--results scores a file: CHECKPOINT, --boxes, --report and --measure-modes belong to running a "
             "model on photographs. Leave them out, or leave out --results."
         )
-    stats = evaluate_results(
-        args.results, args.ground_truth, skeleton=load_skeleton(args.skeleton), use_area=args.use_area
-    )
+    skeleton = load_skeleton(args.skeleton)
+    stats = evaluate_results(args.results, args.ground_truth, skeleton=skeleton, use_area=args.use_area)
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
     if args.out:
-        target = Path(args.out) / "figures.json"
-        write_json(target, stats)
-        print(f"all digits: {target}")
+        write_json(Path(args.out) / "figures.json", stats)
+        print(f"all digits: {args.out}/figures.json")
 
 
 def _evaluation_folder(args: arguments.Evaluate) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hrnet_core.skeleton import COCO17
 from pipelines.cli import VERBS, main, parse
 
 
@@ -85,7 +86,8 @@ def test_a_missing_coco_folder_ends_with_2_in_a_fresh_process(tmp_path: Path) ->
 
 
 def test_foreign_results_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "gt.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    person = {"id": 1, "name": "person", "keypoints": list(COCO17.keypoints)}
+    (tmp_path / "gt.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [person]}))
     (tmp_path / "r.json").write_text("{")
     argv = ["evaluate", "--results", str(tmp_path / "r.json"), "--ground-truth", str(tmp_path / "gt.json")]
     assert "r.json" in failed(argv, capsys)
