@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_coco import annotation_file, write_coco
 
-from hrnet_core.skeleton import COCO17
 from pipelines.cli import VERBS, main, parse
 
 
@@ -86,9 +85,8 @@ def test_a_missing_coco_folder_ends_with_2_in_a_fresh_process(tmp_path: Path) ->
 
 
 def test_foreign_results_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    person = {"id": 1, "name": "person", "keypoints": list(COCO17.keypoints)}
-    (tmp_path / "gt.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [person]}))
+    truth = annotation_file(write_coco(tmp_path / "coco", {"val2017": [1]}), "val2017")
     (tmp_path / "r.json").write_text("{")
-    argv = ["evaluate", "--results", str(tmp_path / "r.json"), "--ground-truth", str(tmp_path / "gt.json")]
+    argv = ["evaluate", "--results", str(tmp_path / "r.json"), "--ground-truth", str(truth)]
     assert "r.json" in failed(argv, capsys)
     assert "--ground-truth" in failed(argv[:3], capsys)
