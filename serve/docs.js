@@ -1,9 +1,8 @@
 "use strict";
 // openapi.json as text: every operation with what it takes and gives. Needs nothing from elsewhere.
 
-function element(tag, content, className) {
+function element(tag, content) {
   const made = document.createElement(tag);
-  if (className) made.className = className;
   made.append(...[content].flat().filter((part) => part !== undefined && part !== ""));
   return made;
 }

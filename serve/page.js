@@ -3,6 +3,13 @@
 
 const $ = (id) => document.getElementById(id);
 const canvas = $("canvas"), pen = canvas.getContext("2d");
+
+function element(tag, properties, ...content) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...content);
+  return made;
+}
+
 const state = {
   model: null,      // of /v1/models
   blob: null,       // the picture's bytes, sent as they are
@@ -14,10 +21,12 @@ const state = {
   keypoint: -1,     // pointed at in the table
   drag: null,       // a box being drawn
 };
+const persons = () => state.answer?.results[0].persons ?? [];
+const lowest = () => Number($("threshold").value);
 
 // --- the picture -------------------------------------------------------------------------------
 
-async function show(blob, name, boxes) {
+async function show(blob, name, boxes = []) {
   complain(null);
   let image;
   try {
@@ -26,7 +35,7 @@ async function show(blob, name, boxes) {
     complain({ title: "This file cannot be shown", detail: `${name || "It"} is not a picture this browser knows. JPEG and PNG always work.` });
     return;
   }
-  Object.assign(state, { blob, name, image, boxes: boxes || [], answer: null, person: 0, keypoint: -1 });
+  Object.assign(state, { blob, name, image, boxes, answer: null, person: 0, keypoint: -1 });
   $("drop").hidden = true;
   canvas.hidden = $("actions").hidden = $("hint").hidden = false;
   refresh();
@@ -57,12 +66,11 @@ function refresh() {
 }
 
 function hint() {
-  const lowest = Number($("threshold").value);
-  const person = state.answer?.results[0].persons[state.person];
+  const person = persons()[state.person];
   let text = "Drag a box around each person. Without a box the whole picture counts as one person.";
   if (state.boxes.length) text = "Drag to draw another box.";
-  if (person && !person.keypoints.some(([, , score]) => score >= lowest)) {
-    text = `No keypoint of this person scores above ${lowest.toFixed(2)}: move the slider down to see them all the same.`;
+  if (person && !person.keypoints.some(([, , score]) => score >= lowest())) {
+    text = `No keypoint of this person scores above ${lowest().toFixed(2)}: move the slider down to see them all the same.`;
   }
   $("hint").textContent = text;
 }
@@ -72,22 +80,20 @@ function hint() {
 function draw() {
   if (!state.image) return;
   const scale = fit();
-  pen.setTransform(1, 0, 0, 1, 0, 0);
   pen.drawImage(state.image, 0, 0, canvas.width, canvas.height);
   const unit = Math.max(1, Math.min(canvas.width, canvas.height) / 420); // line width grows with the picture
   const boxes = state.drag ? [...state.boxes, boxOf(state.drag)] : state.boxes;
   boxes.forEach((box, i) => drawBox(box, i, scale, unit));
-  if (state.answer) state.answer.results[0].persons.forEach((person, i) => drawPerson(person, i, scale, unit));
+  persons().forEach((person, i) => drawPerson(person, i, scale, unit));
 }
 
 function drawBox([x, y, w, h], index, scale, unit) {
   const rect = [x * scale, y * scale, w * scale, h * scale];
-  pen.lineWidth = 3.4 * unit;
-  pen.strokeStyle = "rgba(0, 0, 0, .45)";
-  pen.strokeRect(...rect);
-  pen.lineWidth = 1.6 * unit;
-  pen.strokeStyle = "#fff";
-  pen.strokeRect(...rect);
+  for (const [width, style] of [[3.4, "rgba(0, 0, 0, .45)"], [1.6, "#fff"]]) {
+    pen.lineWidth = width * unit;
+    pen.strokeStyle = style;
+    pen.strokeRect(...rect);
+  }
   const size = 11 * unit;
   pen.font = `600 ${size}px system-ui, sans-serif`;
   pen.fillStyle = "rgba(0, 0, 0, .62)";
@@ -99,14 +105,11 @@ function drawBox([x, y, w, h], index, scale, unit) {
 }
 
 function drawPerson(person, index, scale, unit) {
-  const { limbs } = state.model.skeleton;
-  const lowest = Number($("threshold").value);
-  const points = person.keypoints.map(([x, y, score]) => ({ x: x * scale, y: y * scale, on: score >= lowest }));
-  const dim = state.answer.results[0].persons.length > 1 && index !== state.person;
-  pen.globalAlpha = dim ? 0.72 : 1;
+  const points = person.keypoints.map(([x, y, score]) => ({ x: x * scale, y: y * scale, on: score >= lowest() }));
+  pen.globalAlpha = index === state.person ? 1 : 0.72;
   pen.lineCap = "round";
   for (const outline of [true, false]) {
-    for (const [a, b] of limbs) {
+    for (const [a, b] of state.model.skeleton.limbs) {
       if (!points[a].on || !points[b].on) continue;
       pen.lineWidth = (outline ? 4.6 : 2.6) * unit;
       pen.strokeStyle = outline ? "rgba(0, 0, 0, .5)" : limbColor(a, b);
@@ -131,13 +134,14 @@ function drawPerson(person, index, scale, unit) {
 }
 
 const color = (k) => `rgb(${state.model.skeleton.palette[k].join(",")})`;
+const dot = (k) => element("span", { className: "dot", style: `background: ${color(k)}` });
+const SIDES = { left: /left/, right: /right/, middle: /^(?!.*(left|right))/ };
+const firstOf = (side) => state.model.skeleton.keypoints.findIndex((name) => SIDES[side].test(name));
 
 function limbColor(a, b) {
   // A limb of one side has its colour; one across the body, or to the head, the middle's.
-  if (color(a) === color(b)) return color(a);
-  const names = state.model.skeleton.keypoints;
-  const middle = names.findIndex((name) => !/left|right/.test(name));
-  return middle >= 0 ? color(middle) : color(a);
+  const middle = firstOf("middle");
+  return color(color(a) === color(b) || middle < 0 ? a : middle);
 }
 
 // --- boxes: by pointer, and by number fields ---------------------------------------------------
@@ -190,33 +194,24 @@ function addBox(box) {
 function listBoxes() {
   const labels = ["x", "y", "width", "height"];
   $("boxlist").replaceChildren(...state.boxes.map((box, i) => {
-    const row = document.createElement("li");
-    row.append(`${i + 1}`);
-    box.forEach((value, part) => {
-      const field = document.createElement("input");
-      Object.assign(field, { type: "number", value: Math.round(value), step: 1 });
-      field.setAttribute("aria-label", `box ${i + 1} ${labels[part]}`);
-      field.addEventListener("input", () => {
-        if (!Number.isFinite(field.valueAsNumber)) return;
-        box[part] = field.valueAsNumber;
+    const fields = box.map((value, part) => element("input", {
+      type: "number", value: Math.round(value), step: 1, ariaLabel: `box ${i + 1} ${labels[part]}`,
+      oninput({ target }) {
+        if (!Number.isFinite(target.valueAsNumber)) return;
+        box[part] = target.valueAsNumber;
         state.answer = null;
         $("result").hidden = true;
         draw();
-      });
-      row.append(field);
-    });
-    const remove = document.createElement("button");
-    remove.type = "button";
-    remove.textContent = "×";
-    remove.setAttribute("aria-label", `remove box ${i + 1}`);
-    remove.addEventListener("click", () => {
+      },
+    }));
+    const remove = () => {
       state.boxes.splice(i, 1);
       state.answer = null;
       refresh();
       $("add").focus();
-    });
-    row.append(remove);
-    return row;
+    };
+    const button = element("button", { type: "button", ariaLabel: `remove box ${i + 1}`, onclick: remove }, "×");
+    return element("li", {}, `${i + 1}`, ...fields, button);
   }));
 }
 
@@ -274,97 +269,62 @@ async function asJson(response) {
 }
 
 function complain(problem) {
-  const place = $("problem");
-  place.hidden = !problem;
+  $("problem").hidden = !problem;
   if (!problem) return;
-  const title = document.createElement("b"), small = document.createElement("small");
-  title.textContent = problem.title || "Something went wrong";
-  place.replaceChildren(title, problem.detail || "");
-  if (problem.request_id) {
-    small.textContent = `request ${problem.request_id}`;
-    place.append(small);
-  }
+  const request = problem.request_id ? element("small", {}, `request ${problem.request_id}`) : "";
+  $("problem").replaceChildren(element("b", {}, problem.title || "Something went wrong"), problem.detail || "", request);
 }
 
 // --- the answer --------------------------------------------------------------------------------
 
 function listPeople() {
   if (!state.answer) return;
-  const [result] = state.answer.results;
-  const whole = result.boxes_source === "whole_image";
-  $("found").textContent = whole ? "The whole picture as one person" : `${result.persons.length} ${result.persons.length === 1 ? "person" : "people"}`;
-  $("people").hidden = result.persons.length < 2;
-  $("people").replaceChildren(...result.persons.map((person, i) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = `${i + 1} · ${person.score.toFixed(2)}`;
-    button.setAttribute("aria-label", `person ${i + 1}, score ${person.score.toFixed(2)}`);
-    button.setAttribute("aria-pressed", String(i === state.person));
-    button.addEventListener("click", () => {
-      state.person = i;
-      state.keypoint = -1;
+  const count = persons().length, whole = state.answer.results[0].boxes_source === "whole_image";
+  $("found").textContent = whole ? "The whole picture as one person" : `${count} ${count === 1 ? "person" : "people"}`;
+  $("people").hidden = count < 2;
+  $("people").replaceChildren(...persons().map((person, i) => {
+    const score = person.score.toFixed(2);
+    const choose = () => {
+      Object.assign(state, { person: i, keypoint: -1 });
       refresh();
       $("people").children[i].focus();
-    });
-    return button;
+    };
+    const aria = { ariaLabel: `person ${i + 1}, score ${score}`, ariaPressed: String(i === state.person) };
+    return element("button", { type: "button", onclick: choose, ...aria }, `${i + 1} · ${score}`);
   }));
-  fillTable(result.persons[state.person]);
+  fillTable();
   const stages = { ...state.answer.timings_ms, "seen here": state.answer.seen_ms };
-  $("timings").replaceChildren(...Object.entries(stages).map(([name, ms]) => {
-    const pair = document.createElement("div"), term = document.createElement("dt"), value = document.createElement("dd");
-    term.textContent = name;
-    value.textContent = `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
-    pair.append(term, value);
-    return pair;
-  }));
+  $("timings").replaceChildren(...Object.entries(stages).map(([name, ms]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, `${ms.toFixed(ms < 10 ? 1 : 0)} ms`))));
 }
 
-function fillTable(person) {
-  const lowest = Number($("threshold").value);
-  const rows = !person ? [] : person.keypoints.map(([x, y, score], k) => {
-    const row = document.createElement("tr");
-    row.classList.toggle("low", score < lowest);
-    const name = document.createElement("th"), dot = document.createElement("span");
-    name.scope = "row";
-    dot.className = "dot";
-    dot.style.background = color(k);
-    name.append(dot, state.model.skeleton.keypoints[k].replaceAll("_", " "));
-    row.append(name);
-    for (const value of [x.toFixed(1), y.toFixed(1), score.toFixed(2)]) {
-      const cell = document.createElement("td");
-      cell.textContent = value;
-      row.append(cell);
-    }
-    const bar = document.createElement("span"), fill = document.createElement("i");
-    bar.className = "bar";
-    fill.style.width = `${100 * clamp(score, 0, 1)}%`;
-    bar.append(fill);
-    row.lastChild.append(bar);
-    const point = (on) => () => {
-      state.keypoint = on ? k : -1;
-      draw();
-    };
-    row.addEventListener("pointerenter", point(true));
-    row.addEventListener("pointerleave", point(false));
-    return row;
+function fillTable() {
+  const point = (k) => () => {
+    state.keypoint = k;
+    draw();
+  };
+  const rows = persons()[state.person]?.keypoints.map(([x, y, score], k) => {
+    const name = element("th", { scope: "row" }, dot(k), state.model.skeleton.keypoints[k].replaceAll("_", " "));
+    const bar = element("span", { className: "bar" }, element("i", { style: `width: ${100 * clamp(score, 0, 1)}%` }));
+    const cells = [[x.toFixed(1)], [y.toFixed(1)], [score.toFixed(2), bar]].map((cell) => element("td", {}, ...cell));
+    const properties = { className: score < lowest() ? "low" : "", onpointerenter: point(k), onpointerleave: point(-1) };
+    return element("tr", properties, name, ...cells);
   });
-  $("table").tBodies[0].replaceChildren(...rows);
+  $("table").tBodies[0].replaceChildren(...(rows ?? []));
 }
 
 $("threshold").addEventListener("input", () => {
-  $("level").textContent = Number($("threshold").value).toFixed(2);
+  $("level").textContent = lowest().toFixed(2);
   if (!state.answer) return;
-  fillTable(state.answer.results[0].persons[state.person]);
+  fillTable();
   hint();
   draw();
 });
 
 function save(blob, suffix) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = `${(state.name || "photo").replace(/\.[^.]*$/, "")}${suffix}`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  const href = URL.createObjectURL(blob);
+  element("a", { href, download: `${(state.name || "photo").replace(/\.[^.]*$/, "")}${suffix}` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10000);
 }
 $("save").addEventListener("click", () => canvas.toBlob((blob) => save(blob, "-poses.png")));
 $("json").addEventListener("click", () => {
@@ -374,10 +334,10 @@ $("json").addEventListener("click", () => {
 
 // --- choosing and dropping ---------------------------------------------------------------------
 
+const showFirst = ([file]) => file && show(file, file.name);
 $("other").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", () => {
-  const [file] = $("file").files;
-  if (file) show(file, file.name, []);
+  showFirst($("file").files);
   $("file").value = ""; // the same file again is a change, too
 });
 for (const kind of ["dragenter", "dragover"]) {
@@ -392,13 +352,9 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   $("stage").classList.remove("over");
-  const [file] = event.dataTransfer.files;
-  if (file) show(file, file.name, []);
+  showFirst(event.dataTransfer.files);
 });
-document.addEventListener("paste", (event) => {
-  const [file] = event.clipboardData.files;
-  if (file) show(file, file.name, []);
-});
+document.addEventListener("paste", (event) => showFirst(event.clipboardData.files));
 window.addEventListener("resize", draw);
 
 // --- start -------------------------------------------------------------------------------------
@@ -422,36 +378,23 @@ async function start() {
 }
 
 function tellModel() {
-  const { name, version, codec, input_size: [width, height], mode, flip_test, skeleton } = state.model;
-  const title = document.createElement("b");
-  title.textContent = [name, version].filter(Boolean).join(" ");
+  const { name, version, codec, input_size: [width, height], mode, flip_test } = state.model;
+  const title = element("b", {}, [name, version].filter(Boolean).join(" "));
   $("model").replaceChildren(title, ` · ${height}×${width} · ${codec.name} · ${mode}${flip_test ? " · flip test" : ""}`);
-  const sides = [["left", /left/], ["right", /right/], ["middle", /^(?!.*(left|right))/]];
-  $("legend").replaceChildren(...sides.flatMap(([side, pattern]) => {
-    const k = skeleton.keypoints.findIndex((keypoint) => pattern.test(keypoint));
-    if (k < 0) return [];
-    const entry = document.createElement("span"), dot = document.createElement("span");
-    dot.className = "dot";
-    dot.style.background = color(k);
-    entry.append(dot, side === "middle" ? side : `the person's ${side}`);
-    return [entry];
-  }));
+  const sides = Object.keys(SIDES).filter((side) => firstOf(side) >= 0);
+  $("legend").replaceChildren(...sides.map((side) =>
+    element("span", {}, dot(firstOf(side)), side === "middle" ? side : `the person's ${side}`)));
 }
 
 function asSample({ name, boxes }) {
-  const button = document.createElement("button"), image = document.createElement("img");
-  const url = `samples/${encodeURIComponent(name)}`;
-  button.type = "button";
-  image.src = url;
-  image.alt = `sample ${name}, ${boxes ? boxes.length : "no"} ${boxes && boxes.length === 1 ? "box" : "boxes"}`;
-  image.loading = "lazy";
-  button.append(image);
-  button.addEventListener("click", async () => {
-    const blob = await fetch(url).then((r) => r.blob());
-    await show(blob, name, boxes ? boxes.map((box) => [...box]) : []);
+  const src = `samples/${encodeURIComponent(name)}`;
+  const alt = `sample ${name}, ${boxes ? boxes.length : "no"} ${boxes?.length === 1 ? "box" : "boxes"}`;
+  const choose = async () => {
+    const blob = await fetch(src).then((r) => r.blob());
+    await show(blob, name, structuredClone(boxes ?? []));
     await find();
-  });
-  return button;
+  };
+  return element("button", { type: "button", onclick: choose }, element("img", { src, alt, loading: "lazy" }));
 }
 
 start();
