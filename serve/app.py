@@ -27,20 +27,15 @@ GRACE_S = 10
 def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     """The Serve application (`serve.app:build` in a Serve config file, `args:` as in ServeArgs)."""
     args = ServeArgs.model_validate(args)
-    choice = ModelChoice(**args.model_dump(include=set(ModelChoice.model_fields)))
     scale: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
-        scale = {
-            "autoscaling_config": {
-                "min_replicas": args.num_replicas,
-                "max_replicas": args.max_replicas,
-                "target_ongoing_requests": max(1, args.max_requests // 4),
-            }
-        }
+        replicas = {"min_replicas": args.num_replicas, "max_replicas": args.max_replicas}
+        load = max(1, args.max_requests // 4)
+        scale = {"autoscaling_config": {**replicas, "target_ongoing_requests": load}}
     deployment = serve.deployment(
         serve.ingress()(PoseService),
         name="poses",
-        user_config=choice.model_dump(),
+        user_config=args.model_dump(include=set(ModelChoice.model_fields)),
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         # Our 429 must come first: it is problem+json. Serve's own queue only guards against a flood.
         max_ongoing_requests=2 * args.max_requests + 16,

@@ -7,7 +7,6 @@ names the field.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -76,13 +75,8 @@ async def _limited(stream: AsyncIterator[bytes], limits: Limits) -> AsyncIterato
 async def _read_multipart(
     request: Request, body: AsyncIterator[bytes], limits: Limits
 ) -> tuple[list[bytes], Any]:
-    parser = MultiPartParser(
-        # One more than allowed, so that it is our message that refuses, not the parser's.
-        request.headers,
-        body,  # type: ignore[arg-type]
-        max_files=limits.max_images + 1,
-        max_fields=8,
-    )
+    # One more than allowed, so that it is our message that refuses, not the parser's.
+    parser = MultiPartParser(request.headers, body, max_files=limits.max_images + 1, max_fields=8)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -134,7 +128,7 @@ def _from_base64(text: Any, field: str) -> bytes:
         raise Problem.of_field(field, "invalid-field", f"expected base64 text, got {_kind(text)}.")
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         hint = " Leave the data: prefix out." if text.startswith("data:") else ""
         raise Problem.of_field(field, "invalid-field", f"not base64 ({error}).{hint}") from None
 
@@ -210,62 +204,45 @@ def _kind(value: Any) -> str:
 
 def _too_large(limits: Limits) -> Problem:
     limit = limits.max_body_bytes
-    return Problem(
-        "body-too-large",
-        f"the body: at most {limit:,} bytes are read.",
-        limit=limit,
-        headers={"Connection": "close"},
-    )
+    what = f"the body: at most {limit:,} bytes are read."
+    return Problem("body-too-large", what, limit=limit, headers={"Connection": "close"})
 
 
 def _too_many_images(limits: Limits) -> Problem:
     limit = limits.max_images
-    return Problem.of_field(
-        "image", "too-many-images", f"at most {limit} pictures in one request.", limit=limit
-    )
+    what = f"at most {limit} pictures in one request."
+    return Problem.of_field("image", "too-many-images", what, limit=limit)
 
 
-REQUEST_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["image"],
-                "properties": {
-                    "image": {
-                        "type": "array",
-                        "items": {"type": "string", "format": "binary"},
-                        "description": "One or more pictures (JPEG, PNG and what else is read).",
-                    },
-                    "boxes": {
-                        "type": "string",
-                        "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a "
-                        "box. Several pictures: a list of such lists, null for a whole picture.",
-                    },
-                },
-            }
+FORM = {
+    "type": "object",
+    "required": ["image"],
+    "properties": {
+        "image": {
+            "type": "array",
+            "items": {"type": "string", "format": "binary"},
+            "description": "One or more pictures (JPEG, PNG and what else is read).",
         },
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["image"],
-                "additionalProperties": False,
-                "properties": {
-                    "image": {
-                        "anyOf": [
-                            {"type": "string", "format": "byte"},
-                            {"type": "array", "items": {"type": "string", "format": "byte"}},
-                        ]
-                    },
-                    "boxes": {
-                        "description": "As in the form, not quoted.",
-                        "type": ["array", "null"],
-                        "items": {"type": ["array", "null"]},
-                    },
-                },
-            }
+        "boxes": {
+            "type": "string",
+            "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a box. Several "
+            "pictures: a list of such lists, null for a whole picture.",
         },
     },
+}
+BASE64 = {"type": "string", "format": "byte"}
+LISTS = {"type": ["array", "null"], "items": {"type": ["array", "null"]}}
+JSON = {
+    "type": "object",
+    "required": ["image"],
+    "additionalProperties": False,
+    "properties": {
+        "image": {"anyOf": [BASE64, {"type": "array", "items": BASE64}]},
+        "boxes": {"description": "As in the form, not quoted.", **LISTS},
+    },
+}
+REQUEST_BODY = {
+    "required": True,
+    "content": {"multipart/form-data": {"schema": FORM}, "application/json": {"schema": JSON}},
 }
 """For openapi.json: FastAPI does not read the body, so it cannot know."""

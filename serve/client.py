@@ -24,6 +24,8 @@ from typing import Any
 
 # Nothing was computed yet, or another replica will do it: the same request may be sent again.
 RETRIED = (429, 503)
+Picture = str | Path | bytes
+Boxes = Sequence[Sequence[float]] | None
 
 
 class ServerError(Exception):
@@ -37,12 +39,7 @@ class ServerError(Exception):
 
 
 def poses(
-    url: str,
-    image: str | Path | bytes,
-    boxes: Sequence[Sequence[float]] | None = None,
-    *,
-    timeout_s: float = 60.0,
-    attempts: int = 5,
+    url: str, image: Picture, boxes: Boxes = None, *, timeout_s: float = 60.0, attempts: int = 5
 ) -> dict[str, Any]:
     """The answer of POST /v1/poses for one picture.
 
@@ -57,8 +54,8 @@ def poses(
 
 def overlay(
     url: str,
-    image: str | Path | bytes,
-    boxes: Sequence[Sequence[float]] | None = None,
+    image: Picture,
+    boxes: Boxes = None,
     *,
     threshold: float = 0.3,
     timeout_s: float = 60.0,
@@ -68,19 +65,13 @@ def overlay(
     return _post(f"{url.rstrip('/')}/v1/overlay?threshold={threshold}", image, boxes, timeout_s, attempts)
 
 
-def _post(
-    url: str,
-    image: str | Path | bytes,
-    boxes: Sequence[Sequence[float]] | None,
-    timeout_s: float,
-    attempts: int,
-) -> bytes:
+def _post(url: str, image: Picture, boxes: Boxes, timeout_s: float, attempts: int) -> bytes:
     content, media_type = _form(image, boxes)
     # One id for all attempts: the server's log shows them together.
     headers = {"Content-Type": media_type, "X-Request-ID": str(uuid.uuid4())}
     request = urllib.request.Request(url, data=content, method="POST", headers=headers)
     for attempt in range(1, attempts + 1):
-        wait = _backoff(attempt)
+        wait = 0.2 * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)  # scattered: clients do not come at once
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return response.read()
@@ -98,12 +89,7 @@ def _post(
     raise AssertionError("unreachable")
 
 
-def _backoff(attempt: int) -> float:
-    """Seconds before the next attempt: 0.2, 0.4, 0.8 ..., scattered so that clients do not come at once."""
-    return float(0.2 * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-
-
-def _form(image: str | Path | bytes, boxes: Sequence[Sequence[float]] | None) -> tuple[bytes, str]:
+def _form(image: Picture, boxes: Boxes) -> tuple[bytes, str]:
     """A multipart/form-data body and its media type."""
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     boundary = uuid.uuid4().hex

@@ -46,29 +46,23 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self.metrics.requests.inc(tags={"path": _counted_path(scope), "status": str(status)})
+                # The route's own path: a series for each path that a stranger invents would have no end.
+                path = getattr(scope.get("route"), "path", "other")
+                self.metrics.requests.inc(tags={"path": path, "status": str(status)})
             await send(message)
 
         try:
             await self.app(scope, receive, counted)
-        except Exception:
+        except Exception as error:
             logger.exception("request %s failed", request.state.request_id)
             if status:
                 raise  # too late to answer anything else
-            problem = Problem(
-                "internal-error",
-                "this is a defect here, not in the request. The log has the details under the request id.",
-            )
-            await _as_response(request, problem)(scope, receive, counted)
+            response = await _as_response(request, error)
+            await response(scope, receive, counted)
 
 
-def _counted_path(scope: Scope) -> str:
-    """The route's own path: a series for each path that a stranger invents would have no end."""
-    route = scope.get("route")
-    return getattr(route, "path", "other")
-
-
-def _as_response(request: Request, problem: Problem) -> Response:
+async def _as_response(request: Request, error: Exception) -> Response:
+    problem = _as_problem(request, error)
     return JSONResponse(
         problem.body(request.url.path, request.state.request_id),
         problem.status,
@@ -77,25 +71,21 @@ def _as_response(request: Request, problem: Problem) -> Response:
     )
 
 
-async def _on_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
-    return _as_response(request, error)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _as_problem(request: Request, error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        return Problem.of_field(field, "invalid-field", f"{first['msg']}.")
+    if not isinstance(error, HTTPException):
+        what = "this is a defect here, not in the request. The log has the details under the request id."
+        return Problem("internal-error", what)
     slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code)
     detail = f"{request.method} {request.url.path}: see /docs for what there is."
     if slug is None:
         slug, detail = "malformed-body", str(error.detail)
-    return _as_response(request, Problem(slug, detail, headers=dict(error.headers or {})))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
-    return _as_response(request, Problem.of_field(field, "invalid-field", f"{first['msg']}."))
+    return Problem(slug, detail, headers=dict(error.headers or {}))
 
 
 def make_app(service: PoseService) -> FastAPI:
@@ -114,9 +104,8 @@ def make_app(service: PoseService) -> FastAPI:
         },
     )
     app.add_middleware(Envelope, metrics=service.metrics)
-    app.add_exception_handler(Problem, _on_problem)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    for kind in (Problem, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _as_response)
     _add_poses(app, service)
     _add_state(app, service)
     _add_page(app, service)
@@ -144,10 +133,8 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
 
 
 def _drawn(image: NDArray[np.uint8], poses: Poses, threshold: float) -> bytes:
-    keypoints, boxes_xywh = poses.keypoints, poses.boxes.xywh
-    return encode_png(
-        draw_poses(image, keypoints.xy, keypoints.conf, poses.skeleton, threshold, boxes_xywh=boxes_xywh)
-    )
+    points = poses.keypoints
+    return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, poses.boxes.xywh))
 
 
 def _add_state(app: FastAPI, service: PoseService) -> None:
@@ -180,11 +167,11 @@ def _add_page(app: FastAPI, service: PoseService) -> None:
         async def static() -> Response:
             return Response(content, media_type=media_type, headers=policy)
 
-    add("/", "page.html", "text/html; charset=utf-8")
-    add("/page.css", "page.css", "text/css; charset=utf-8")
-    add("/page.js", "page.js", "text/javascript; charset=utf-8")
-    add("/docs", "docs.html", "text/html; charset=utf-8")
-    add("/docs.js", "docs.js", "text/javascript; charset=utf-8")
+    add("/", "page.html", "text/html")
+    add("/page.css", "page.css", "text/css")
+    add("/page.js", "page.js", "text/javascript")
+    add("/docs", "docs.html", "text/html")
+    add("/docs.js", "docs.js", "text/javascript")
 
     @app.get("/samples", include_in_schema=False)
     async def samples() -> list[dict[str, Any]]:

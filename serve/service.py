@@ -64,13 +64,11 @@ class PoseService:
         choice = ModelChoice(**user_config)
         if self.model is not None and choice == self.model.choice:
             return
-        loop = asyncio.get_running_loop()
         try:
-            model = await loop.run_in_executor(None, load_model, choice, self.args)
+            model = await asyncio.to_thread(load_model, choice, self.args)
         except Exception as error:
-            self.load_error = (
-                str(error) if isinstance(error, PoseError) else f"{choice.checkpoint}: {error!r}"
-            )
+            ours = isinstance(error, PoseError)
+            self.load_error = str(error) if ours else f"{choice.checkpoint}: {error!r}"
             if self.model is None:
                 raise  # a replica without a model must not start; Serve keeps the old ones, if any
             logger.error("keeping %s: %s", self.model.choice.version, self.load_error)
@@ -193,21 +191,13 @@ class Metrics:
     """Prometheus series of a replica, exported by Ray on each node's metrics port with a ray_ prefix."""
 
     def __init__(self) -> None:
-        self.requests = Counter(
-            "hrnet_requests", description="Requests answered.", tag_keys=("path", "status")
-        )
-        self.people = Counter("hrnet_people", description="People whose keypoints were found.")
-        self.stage_seconds = Histogram(
-            "hrnet_stage_seconds",
-            description="Seconds of a request by stage: read, decode, queue, infer.",
-            boundaries=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30],
-            tag_keys=("stage",),
-        )
-        self.batch_people = Histogram(
-            "hrnet_batch_people",
-            description="People of a forward pass.",
-            boundaries=[1, 2, 4, 8, 16, 32, 64, 128, 256],
-        )
+        self.requests = Counter("hrnet_requests", "Requests answered.", ("path", "status"))
+        self.people = Counter("hrnet_people", "People whose keypoints were found.")
+        stages = "Seconds of a request by stage: read, decode, queue, infer."
+        bounds = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+        self.stage_seconds = Histogram("hrnet_stage_seconds", stages, bounds, ("stage",))
+        people = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+        self.batch_people = Histogram("hrnet_batch_people", "People of a forward pass.", people)
 
     def answered(self, people: int, stages: dict[str, float]) -> None:
         if people:
