@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Loss, AP, learning rate, images/s and data wait over steps, as one PNG. rows: of a MetricLog."""
     drawn, panels = figure(2, 3, (11, 6))
     drawn.suptitle(title)
-    for axes, (name, metrics) in itertools.zip_longest(panels, PANELS.items(), fillvalue=("", ())):
+    panels[-1].set_axis_off()  # five of six
+    for axes, (name, metrics) in zip(panels, PANELS.items(), strict=False):
         axes.set_title(name, fontsize=10)
-        axes.set_axis_on() if metrics else axes.set_axis_off()
         for metric in metrics:
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
@@ -32,7 +31,6 @@ def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         if len(metrics) > 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
         axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
     if any(row.get("train/loss", 0) > 0 for row in rows):
         panels[0].set_yscale("log")
     save_figure(drawn, file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 SEEN, HIDDEN, UNLABELLED = "#2f6fde", "#a9c4f3", "#e6e9ee"
 COLORS = (SEEN, "#ff8000", "#3a9e5c", "#8a5bd1")
 """Of the splits."""
+WIDTH = 10.6
+"""Of a figure, 100 px."""
 BARS = 12
 """Bins of 2 % that make one bar."""
 MOST = 15
@@ -47,19 +51,10 @@ def write_figures(card: Mapping[str, Any], folder: Path) -> list[tuple[str, Path
     return [(title, draw(shown, folder / f"figure-{name}.png")) for name, title, draw, shown in figures]
 
 
-def _axes(columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with one row of plain axes; height in 100 px."""
-    drawn, axes = figure(1, columns, (10.6, height))
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
-    return drawn, axes
-
-
 def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
     """Of each keypoint the share of people where it is seen, hidden, not labelled."""
     names = list(next(iter(splits.values()))["keypoints"])
-    drawn, axes = _axes(len(splits), 0.9 + 0.22 * len(names))
+    drawn, axes = figure(1, len(splits), (WIDTH, 0.9 + 0.22 * len(names)))
     for ax, (split, card) in zip(axes, splits.items(), strict=True):
         left = np.zeros(len(names))
         for kind, color in (("seen", SEEN), ("hidden", HIDDEN), ("not_labelled", UNLABELLED)):
@@ -70,13 +65,12 @@ def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
         ax.set(title=f"{split}: {card['people']:,} people", xlim=(0, 100), xlabel="% of people")
         ax.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
         ax.invert_yaxis()
-    _legend(drawn, axes[0])
-    return save_figure(drawn, file)
+    return _saved(drawn, axes[0], file)
 
 
 def _people(splits: Mapping[str, Any], file: Path) -> Path:
     """Box heights, people of one photo, labelled keypoints of a person: shares, one line a split."""
-    drawn, axes = _axes(3, 3.2)
+    drawn, axes = figure(1, 3, (WIDTH, 3.2))
     for color, (split, card) in zip(COLORS, splits.items(), strict=False):
         _stairs(axes[0], card["box_height"], color, split)
         photos = np.array(card["people_per_photo"]["photos_with"])
@@ -86,16 +80,15 @@ def _people(splits: Mapping[str, Any], file: Path) -> Path:
     axes[0].set(title="height of the box", xscale="log", xlabel="px of the photo", ylabel="% of people")
     axes[1].set(title="people in one photo", xlabel=f"people ({MOST}: or more)", ylabel="% of photos")
     axes[2].set(title="labelled keypoints", xlabel="of one person", ylabel="% of people")
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[1:]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     _plain_numbers(axes[0])
-    _legend(drawn, axes[0])
-    return save_figure(drawn, file)
+    return _saved(drawn, axes[0], file)
 
 
 def _views(splits: Mapping[str, Any], file: Path) -> Path:
     """Rotation and zoom of the augmented views together, and what they lose of the keypoints."""
-    drawn, axes = _axes(3, 3.2)
+    drawn, axes = figure(1, 3, (WIDTH, 3.2))
     for color, (split, card) in zip(COLORS, splits.items(), strict=False):
         views = card["views"]
         _stairs(axes[0], _together([view["rotation_deg"] for view in views[1:]]), color, split, 5, log=False)
@@ -106,13 +99,13 @@ def _views(splits: Mapping[str, Any], file: Path) -> Path:
     axes[1].set(title="scale against the plain view", xscale="log", xlabel="factor", ylabel="% of views")
     axes[2].set(title="labelled keypoints without heatmap", xlabel="view", ylabel="%")
     _plain_numbers(axes[1])
-    _legend(drawn, axes[1])
-    return save_figure(drawn, file)
+    return _saved(drawn, axes[1], file)
 
 
-def _legend(drawn: Figure, ax: Axes) -> None:
-    """Under the figure, where it covers nothing."""
+def _saved(drawn: Figure, ax: Axes, file: Path) -> Path:
+    """With the legend of `ax` under the figure, where it covers nothing."""
     drawn.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return save_figure(drawn, file)
 
 
 def _stairs(
@@ -127,37 +120,33 @@ def _stairs(
         edges[-1] * (edges[-1] / edges[-2]) ** more if log else edges[-1] + (edges[-1] - edges[-2]) * more
     )
     grouped = np.add.reduceat(counts, np.arange(0, len(counts), bars))
-    _area(ax, 100 * grouped / grouped.sum(), np.append(edges, beyond)[::bars], color, label)
+    _area(ax, grouped, np.append(edges, beyond)[::bars], color, label)
 
 
-def _area(ax: Axes, heights: Any, edges: Any, color: str, label: str) -> None:
-    ax.stairs(heights, edges, color=color, label=label, fill=True, alpha=0.25)
-    ax.stairs(heights, edges, color=color)
+def _area(ax: Axes, counts: Any, edges: Any, color: str, label: str) -> None:
+    """Counts between edges as % of all."""
+    share = 100 * counts / max(int(counts.sum()), 1)
+    ax.stairs(share, edges, color=color, label=label, fill=True, alpha=0.25)
+    ax.stairs(share, edges, color=color)
 
 
 def _steps(ax: Axes, counts: Any, first: int, color: str, label: str) -> None:
-    """Shares of whole numbers from `first` on."""
-    share = 100 * counts / max(int(counts.sum()), 1)
-    edges = np.arange(first, first + len(counts) + 1) - 0.5
-    _area(ax, share, edges, color, label)
+    """Whole numbers from `first` on."""
+    _area(ax, counts, np.arange(first, first + len(counts) + 1) - 0.5, color, label)
 
 
 def _plain_numbers(ax: Axes) -> None:
     """0.5, 1, 2 on a logarithmic axis, not powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
 
 
 def _together(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The sum of trimmed histograms that were cut from the same edges."""
-    total: dict[tuple[float, float], int] = {}
+    total = Counter[tuple[float, float]]()
     for histogram in histograms:
-        edges = histogram["edges"]
-        for start, end, count in zip(edges, edges[1:], histogram["counts"], strict=False):
-            total[start, end] = total.get((start, end), 0) + count
+        total.update(dict(zip(pairwise(histogram["edges"]), histogram["counts"], strict=True)))
     bins = sorted(total)
     edges = [start for start, _ in bins] + [end for _, end in bins[-1:]]
     return {"edges": edges, "counts": [total[pair] for pair in bins]}

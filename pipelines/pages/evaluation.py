@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, three_point_matrix
+from hrnet_core.images import encode_jpeg
+from hrnet_core.overlays import draw_poses, tile
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import definitions, embedded, header, section, tiles, write_page
-from pipelines.poses.protocol import Evaluation, Matched, protocol_line
+from pipelines.poses.protocol import Evaluation, Matched, protocol_line, work_line
 from pipelines.sources.photos import open_picture
 from pipelines.storage import write_whole
 
@@ -41,8 +44,6 @@ def contact_sheets(
 
     paths: of the photographs by image_id.
     """
-    from hrnet_core.images import encode_jpeg
-
     ranked = np.lexsort((matched.people.ann_id, matched.people.image_id, -matched.oks))
     middle = max(0, (len(ranked) - PAIRS) // 2)
     chosen = {
@@ -61,8 +62,6 @@ def contact_sheets(
 def _sheet(
     matched: Matched, rows: NDArray[np.int64], paths: Mapping[int, str], skeleton: Skeleton, max_pixels: int
 ) -> NDArray[np.uint8]:
-    from hrnet_core.overlays import tile
-
     image_ids = matched.people.image_id[rows].tolist()
     labels = [f"OKS {matched.oks[r]:.2f}  image {i}" for r, i in zip(rows, image_ids, strict=True)]
     pictures = (open_picture(paths[i], max_pixels, apply_exif=False).decode() for i in image_ids)
@@ -72,15 +71,14 @@ def _sheet(
 
 def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skeleton) -> NDArray[np.uint8]:
     """uint8 (h, 2w + gap, 3): the person cut out twice, with the truth and with the prediction drawn in."""
-    from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, three_point_matrix
-    from hrnet_core.overlays import draw_poses
-
     box = matched.people.bbox_xywh[row]
     truth = matched.people.keypoints[row]
     center, scale = box_to_center_scale(box, TILE, padding=1.35)
     image_to_tile = three_point_matrix(center, scale, TILE)
     crop = crop_people(image, image_to_tile[None], TILE)[0]
-    boxes = _box_in_tile(box, image_to_tile)[None]
+    # The tile is not rotated: a box stays a box.
+    start, end = apply_affine(image_to_tile, box.reshape(2, 2).cumsum(axis=0))
+    boxes = [[*start, *(end - start)]]
     labelled = (truth[:, 2] > 0).astype(np.float32)
     places = apply_affine(image_to_tile, truth[:, :2])
     left = draw_poses(crop, places[None], labelled[None], skeleton, boxes_xywh=boxes)
@@ -89,15 +87,6 @@ def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skelet
     right = draw_poses(crop, predicted[None], matched.scores[row][None], skeleton, 0.2, boxes_xywh=boxes)
     gap = np.full((TILE[1], 4, 3), 255, np.uint8)
     return np.concatenate([left, gap, right], axis=1)
-
-
-def _box_in_tile(bbox_xywh: NDArray[np.float32], image_to_tile: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(4,) left, top, width, height in tile px; the tile is not rotated."""
-    from hrnet_core.geometry import apply_affine
-
-    x, y, w, h = bbox_xywh
-    start, end = apply_affine(image_to_tile, [[x, y], [x + w, y + h]])
-    return np.concatenate([start, end - start])
 
 
 def write_report(
@@ -109,12 +98,8 @@ def write_report(
     made_by: Mapping[str, Any],
 ) -> None:
     """The page of an evaluation: figures, protocol, distributions, the contact sheets."""
-    stats, figures, protocol = evaluation.stats, evaluation.figures, evaluation.protocol
+    stats, protocol = evaluation.stats, evaluation.protocol
     title = f"AP {stats['AP']:.3f}, {protocol['split']}"
-    work = (
-        f"{figures['people']} people in {figures['photos']} photographs, {figures['results']} results after "
-        f"OKS-NMS, {figures['people_per_second']:.1f} people/s"
-    )
     pictures = [
         f"<h3>{name}</h3>{embedded(path, f'{name} people: truth left, prediction right')}"
         for name, path in sheets.items()
@@ -122,7 +107,7 @@ def write_report(
     write_page(
         file,
         title,
-        header(title, protocol_line(protocol), work),
+        header(title, protocol_line(protocol), work_line(evaluation.figures)),
         tiles((f"{stats[name]:.3f}", name, meaning) for name, meaning in MEANINGS.items() if name in stats),
         section(
             "People by OKS",

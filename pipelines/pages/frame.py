@@ -66,12 +66,14 @@ def definitions(fields: Mapping[str, Any]) -> str:
 
 def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """Axes in rows, of a figure of (width, height) x 100 px; no pyplot, whose state is the process's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=size, dpi=100, layout="constrained")
-    FigureCanvasAgg(drawn)
-    return drawn, drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
+    axes = drawn.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+    return drawn, axes
 
 
 def save_figure(drawn: Figure, file: Path) -> Path:
