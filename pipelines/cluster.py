@@ -91,19 +91,18 @@ def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: 
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}  # of a worker, on one node
     asked, due = False, Every(30, at_once=True)
     deadline = time.monotonic() + settings.wait_minutes * 60
     while True:
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-        slots = sum(_slots(n, cpus, gpus) for n in nodes)
+        slots = sum(min(int(n.get(kind, 0) // each) for kind, each in bundle.items()) for n in nodes)
         if slots >= workers:
             if asked:
                 request_resources(bundles=[])  # from here on the stage's own demand keeps the nodes
             return
-        have = (
-            f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
-        )
+        all_cpus, all_gpus = (sum(n.get(kind, 0) for n in nodes) for kind in ("CPU", "GPU"))
+        have = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs"
         need = f"{why} wants {workers} workers of {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         if not on_cluster():
             raise ConfigError(
@@ -123,10 +122,3 @@ def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: 
             request_resources(bundles=[bundle] * workers)
             asked = True
         time.sleep(2)
-
-
-def _slots(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """How many workers fit on one node."""
-    limits = [int(node.get("CPU", 0) // cpus)] if cpus else []
-    limits += [int(node.get("GPU", 0) // gpus)] if gpus else []
-    return min(limits, default=0)

@@ -1,4 +1,4 @@
-"""Metrics of one run: a JSONL file first, then MLflow in batches, never a step twice."""
+"""Metrics of one run, written by one process: a JSONL file first, then MLflow in batches."""
 
 from __future__ import annotations
 
@@ -22,11 +22,8 @@ log = logging.getLogger("hrnet.tracking")
 
 
 class MetricLog:
-    """Metrics of one run, written by one process: a JSONL file first, then MLflow in batches.
-
-    A row is {"step", "time_ms", name: value, ...}. Opening it drops rows after `step`, where training
-    goes on: they are computed again, to the same values. MLflow gets each (name, step) once.
-    """
+    """A row is {"step", "time_ms", name: value, ...}. Opening it drops rows after `step`, where training
+    goes on: they are computed again, to the same values. MLflow gets each (name, step) once."""
 
     RETRY_S = 60.0
 

@@ -6,6 +6,7 @@ of. Two APs are compared only where data digest, boxes, flip test and preset are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,6 @@ from hrnet_core.errors import DataError
 from pipelines.config import TrackSettings
 from pipelines.registry import Registry, champion_of, evaluations
 from pipelines.tracking import Tracker
-
-Evaluations = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,9 @@ def promote(
     if not found:
         raise DataError(f"promote: {name} has no AP in {store}. Run hrnet evaluate models:/{name} COCO.")
     champion = registry.version(champion_of(new.name))
-    if champion is None:
-        registry.set_champion(new)
-        return Promotion(name, None, True, tuple(_comparison(found, {}, key) for key in sorted(found)))
-    old, theirs = f"{champion.name}/{champion.version}", evaluations(champion)
-    common = sorted(found.keys() & theirs.keys())
+    old = f"{champion.name}/{champion.version}" if champion else None
+    theirs = evaluations(champion) if champion else {}
+    common = sorted(found.keys() & theirs.keys() if champion else found)
     if not common:
         raise DataError(
             f"promote: {name} and the champion {old} were not evaluated under the same protocol (data, "
@@ -93,19 +90,17 @@ def promote(
             f"{_listed(found)}; {old} has: {_listed(theirs)}. Run hrnet evaluate on both with the same COCO "
             f"folder and options."
         )
-    comparisons = tuple(_comparison(found, theirs, key) for key in common)
+    comparisons = []
+    for key in common:
+        ap, against = found[key]["stats"]["AP"], theirs[key]["stats"]["AP"] if champion else None
+        comparisons.append(Comparison(_described(found[key]["protocol"]), ap, against))
     better = all(c.champion is None or c.candidate >= c.champion for c in comparisons)
     if better:
         registry.set_champion(new)
-    return Promotion(name, old, better, comparisons)
+    return Promotion(name, old, better, tuple(comparisons))
 
 
-def _comparison(found: Evaluations, theirs: Evaluations, key: str) -> Comparison:
-    champion = theirs[key]["stats"]["AP"] if key in theirs else None
-    return Comparison(_described(found[key]["protocol"]), found[key]["stats"]["AP"], champion)
-
-
-def _listed(found: Evaluations) -> str:
+def _listed(found: Mapping[str, Any]) -> str:
     return "; ".join(_described(e["protocol"]) for e in found.values()) or "nothing"
 
 

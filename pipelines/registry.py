@@ -32,6 +32,18 @@ def champion_of(registered_model: str) -> str:
     return f"{REGISTERED}{registered_model}@{CHAMPION}"
 
 
+@contextlib.contextmanager
+def _absent_is_none() -> Iterator[None]:
+    """Ends a block or function where MLflow says that there is no such model, version or alias."""
+    from mlflow import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+
+
 class Registry:
     """Versions of the model that `track.registered_model` names, and of others by their full name."""
 
@@ -39,6 +51,7 @@ class Registry:
         self.tracker, self.client = tracker, tracker.client
         self.model = tracker.settings.registered_model
 
+    @quiet_mlflow()
     def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
         """The checkpoint folder as a new version of the model; its number.
 
@@ -49,43 +62,43 @@ class Registry:
         import hrnet_core
 
         self.tracker.select()
-        with quiet_mlflow():
-            with mlflow.start_run(run_id=run_id):
-                info = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                    artifacts={"checkpoint": str(checkpoint)},
-                    code_paths=[str(Path(hrnet_core.__file__).parent)],
-                    pip_requirements=["torch", "numpy", "opencv-python-headless", "safetensors", "Pillow"],
-                )
-            # start_run's end says FINISHED; the owner of the run decides that.
-            self.client.update_run(run_id, status="RUNNING")
-            tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
-            return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
+        with mlflow.start_run(run_id=run_id):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                artifacts={"checkpoint": str(checkpoint)},
+                code_paths=[str(Path(hrnet_core.__file__).parent)],
+                pip_requirements=["torch", "numpy", "opencv-python-headless", "safetensors", "Pillow"],
+            )
+        # start_run's end says FINISHED; the owner of the run decides that.
+        self.client.update_run(run_id, status="RUNNING")
+        tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
+        return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
 
+    @quiet_mlflow()
+    @_absent_is_none()
     def version(self, ref: str | None) -> ModelVersion | None:
         """The version that "models:/name@alias", "models:/name/3" or "3" names, or the newest of the weights
         that a sha256 or a checkpoint folder names; None: the newest of all. None where there is none."""
-        with quiet_mlflow(), _absent_is_none():
-            if ref is None:
-                return self._newest()
-            if re.fullmatch("[0-9a-f]{64}", ref):
-                return self._newest(f" and tag.weights_sha256='{ref}'")
-            if ref.isdecimal():
-                return self.client.get_model_version(self.model, ref)
-            if not ref.startswith(REGISTERED):
-                return self.version(_weights_sha256(Path(ref)))
-            name, alias, which = ref.removeprefix(REGISTERED).rpartition("@")
-            if alias:
-                return self.client.get_model_version_by_alias(name, which)
-            name, _, which = ref.removeprefix(REGISTERED).rpartition("/")
-            return self.client.get_model_version(name, which)
-        return None
+        if ref is None:
+            return self._newest()
+        if re.fullmatch("[0-9a-f]{64}", ref):
+            return self._newest(f" and tag.weights_sha256='{ref}'")
+        if ref.isdecimal():
+            return self.client.get_model_version(self.model, ref)
+        if not ref.startswith(REGISTERED):
+            return self.version(_weights_sha256(Path(ref)))
+        name, alias, which = ref.removeprefix(REGISTERED).rpartition("@")
+        if alias:
+            return self.client.get_model_version_by_alias(name, which)
+        name, _, which = ref.removeprefix(REGISTERED).rpartition("/")
+        return self.client.get_model_version(name, which)
 
     def _newest(self, condition: str = "") -> ModelVersion | None:
         found = self.client.search_model_versions(f"name='{self.model}'{condition}", max_results=10_000)
         return max(found, key=lambda version: int(version.version), default=None)
 
+    @quiet_mlflow()
     def checkpoint_folder(self, version: ModelVersion, into: Path) -> Path:
         """A version's checkpoint: the folder in a store on this machine, else a copy in `into`.
 
@@ -96,8 +109,7 @@ class Registry:
         name, target = f"{version.name}/{version.version}", None if self.tracker.local else str(into)
         self.tracker.select()
         try:
-            with quiet_mlflow():
-                folder = mlflow.artifacts.download_artifacts(f"{REGISTERED}{name}", dst_path=target)
+            folder = mlflow.artifacts.download_artifacts(f"{REGISTERED}{name}", dst_path=target)
             found = list(Path(folder).glob("artifacts/*/checkpoint.json"))
             if len(found) != 1:
                 raise FileNotFoundError(f"{len(found)} checkpoint.json in it")
@@ -117,6 +129,7 @@ class Registry:
         self.client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
 
 
+@quiet_mlflow()
 def record_evaluation(
     ref: str,
     stats: Mapping[str, float],
@@ -139,13 +152,12 @@ def record_evaluation(
     if version is None:
         return None
     prefix = "eval_gt" if protocol["boxes"] == "gt" else "eval_det"
-    with quiet_mlflow():
-        body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
-        for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
-            tracker.client.set_model_version_tag(version.name, version.version, tag, text)
-        if version.run_id:
-            tracker.log_metrics(version.run_id, {f"{prefix}/{name}": of for name, of in stats.items()})
-            tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
+    body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
+    for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
+        tracker.client.set_model_version_tag(version.name, version.version, tag, text)
+    if version.run_id:
+        tracker.log_metrics(version.run_id, {f"{prefix}/{name}": of for name, of in stats.items()})
+        tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
     return f"{version.name}/{version.version}"
 
 
@@ -174,15 +186,3 @@ def _weights_sha256(checkpoint: Path) -> str:
             f"{file}: not a checkpoint folder with its weights' sha256. Give the folder that hrnet train or "
             f"hrnet import wrote."
         ) from None
-
-
-@contextlib.contextmanager
-def _absent_is_none() -> Iterator[None]:
-    """Leave the block where MLflow says that there is no such model, version or alias; nothing else."""
-    from mlflow import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise

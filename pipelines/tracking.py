@@ -33,6 +33,24 @@ DIGITS = 36
 """MLflow's limit for the digest of a dataset: the run's tag dataset_digest has all 64."""
 
 
+@contextlib.contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block."""
+    import mlflow  # noqa: F401 - its import sets the levels of its loggers
+
+    names = ("mlflow", "alembic")
+    levels = [logging.getLogger(name).level for name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in zip(names, levels, strict=True):
+                logging.getLogger(name).setLevel(level)
+
+
 class Tracker:
     """The store that the settings name.
 
@@ -59,29 +77,28 @@ class Tracker:
         self.local = not named
         self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
         self.shown = without_credentials(self.uri)
-        with quiet_mlflow():
-            self.client = self._connect()
+        self.client = self._connect()
 
+    @quiet_mlflow()
     def _connect(self) -> MlflowClient:
         import mlflow
 
-        # Processes that create the tables at the same time break the file for good: one after the other.
-        lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.local:
-            self.storage.mkdir(parents=True, exist_ok=True)
-            lock = _locked(self.storage / "mlflow.db.lock")
-        try:
-            with lock:
+        with contextlib.ExitStack() as stack:
+            if self.local:
+                # Processes that create the tables at the same time break the file for good: one by one.
+                self.storage.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context((self.storage / "mlflow.db.lock").open("w")), fcntl.LOCK_EX)
+            try:
                 self.select()
                 client = mlflow.MlflowClient(self.uri, self.uri)
                 client.search_experiments(max_results=1)
-        except Exception as error:
-            why = without_credentials(one_line(error))
-            raise ConfigError(
-                f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
-                f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
-            ) from None
-        return client
+            except Exception as error:
+                why = without_credentials(one_line(error))
+                raise ConfigError(
+                    f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
+                    f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
+                ) from None
+            return client
 
     def select(self) -> None:
         """This store for MLflow's functions that take none."""
@@ -95,6 +112,7 @@ class Tracker:
         if named is not None:
             os.environ["MLFLOW_TRACKING_URI"] = named
 
+    @quiet_mlflow()
     def open_run(
         self,
         name: str,
@@ -110,17 +128,16 @@ class Tracker:
         """
         import mlflow
 
-        with quiet_mlflow():
-            if run_id is not None:
-                with contextlib.suppress(mlflow.MlflowException):
-                    if self.client.get_run(run_id).info.lifecycle_stage == "active":
-                        self.client.update_run(run_id, status="RUNNING")
-                        return run_id
-            run_id = self.new_run(name, tags)
-            pairs = [(context, dataset[context]) for context in ("training", "validation")]
-            self.log_dataset(run_id, dataset["source"], dataset["digest"], pairs)
-            self.log_params(run_id, params)
-            return run_id
+        if run_id is not None:
+            with contextlib.suppress(mlflow.MlflowException):
+                if self.client.get_run(run_id).info.lifecycle_stage == "active":
+                    self.client.update_run(run_id, status="RUNNING")
+                    return run_id
+        run_id = self.new_run(name, tags)
+        pairs = [(context, dataset[context]) for context in ("training", "validation")]
+        self.log_dataset(run_id, dataset["source"], dataset["digest"], pairs)
+        self.log_params(run_id, params)
+        return run_id
 
     def new_run(self, name: str, tags: Mapping[str, str]) -> str:
         return str(self.client.create_run(self._experiment(), run_name=name, tags=dict(tags)).info.run_id)
@@ -142,11 +159,11 @@ class Tracker:
         for start in range(0, len(rows), 100):
             self.client.log_batch(run_id, params=rows[start : start + 100])
 
+    @quiet_mlflow()
     def runs_on(self, digest: str) -> list[Run]:
         """All runs of the experiment that have the dataset of this digest as an input, newest first."""
-        with quiet_mlflow():
-            found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
-            return [run for run in found if run.data.tags.get("dataset_digest") == digest]
+        found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
+        return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
     def close_run(self, run_id: str, status: str) -> None:
         """End the run: "FINISHED", "FAILED" or "KILLED". A store that is away is only reported."""
@@ -184,6 +201,7 @@ class Tracker:
             return str(self.client.get_experiment_by_name(name).experiment_id)
 
 
+@quiet_mlflow()
 def record_dataset(
     card: Mapping[str, Any],
     files: Sequence[Path],
@@ -198,18 +216,15 @@ def record_dataset(
     digest, splits = card["digest"], card["splits"]
     known = tracker.runs_on(digest)
     own = [run.info.run_id for run in known if run.data.tags.get("stage") == "inspect"]
-    with quiet_mlflow():
-        tags = {"stage": "inspect", "dataset_digest": digest, "code_version": code_version()}
-        name = f"dataset-{digest[:8]}"
-        run_id = own[0] if own else tracker.new_run(name, tags)
-        tracker.log_dataset(run_id, source, digest, [("inspection", split) for split in splits])
-        tracker.log_params(run_id, {"data": card["config"]})
-        for split, figures in splits.items():
-            lost = sum(count["people"] for count in figures["rejected"].values())
-            counts = {key: figures[key] for key in ("people", "photos", "variants", "shards", "bytes")}
-            counts["people_left_out"] = lost
-            tracker.log_metrics(run_id, {f"data/{split}/{what}": n for what, n in counts.items()})
-        tracker.log_files(run_id, files, "dataset")
+    tags = {"stage": "inspect", "dataset_digest": digest, "code_version": code_version()}
+    run_id = own[0] if own else tracker.new_run(f"dataset-{digest[:8]}", tags)
+    tracker.log_dataset(run_id, source, digest, [("inspection", split) for split in splits])
+    tracker.log_params(run_id, {"data": card["config"]})
+    for split, figures in splits.items():
+        counts = {key: figures[key] for key in ("people", "photos", "variants", "shards", "bytes")}
+        counts["people_left_out"] = sum(count["people"] for count in figures["rejected"].values())
+        tracker.log_metrics(run_id, {f"data/{split}/{what}": n for what, n in counts.items()})
+    tracker.log_files(run_id, files, "dataset")
     tracker.close_run(run_id, "FINISHED")
     return run_id, [str(run.info.run_name) for run in known if run.info.run_id not in own]
 
@@ -223,28 +238,3 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def quiet_mlflow() -> Iterator[None]:
-    """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block."""
-    import mlflow  # noqa: F401 - its import sets the levels of its loggers
-
-    names = ("mlflow", "alembic")
-    levels = [logging.getLogger(name).level for name in names]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in zip(names, levels, strict=True):
-                logging.getLogger(name).setLevel(level)
