@@ -85,6 +85,12 @@ def _need(value: str | tuple[str, ...] | None, flag: str, what: str) -> None:
         raise ConfigError(f"{flag} is missing: {what}.")
 
 
+def _given(args: Section) -> dict[str, Any]:
+    """Arguments under the names that stages have for them: mostly the same."""
+    names = {"coco": "coco_root", "evaluate": "settings", "predict": "settings", "run": "storage"}
+    return {names.get(name, name): value.storage if name == "run" else value for name, value in args}
+
+
 # --- the verbs ---------------------------------------------------------------------------------
 
 
@@ -92,7 +98,7 @@ def draw(args: arguments.Draw) -> None:
     """draw a small COCO set of people, deterministic in its seed"""
     from pipelines.draw import draw
 
-    print(draw(args.out, args.images, args.seed, args.val_images, args.workers))
+    print(draw(**_given(args)))
 
 
 def validate(args: arguments.Validate) -> int:
@@ -200,25 +206,14 @@ def predict(args: arguments.Predict) -> None:
     _need(args.sources, "SOURCE", "a picture, a video, a folder, a glob or a URI")
     from pipelines.predict import predict
 
-    found = predict(
-        args.sources,
-        args.checkpoint,
-        out=args.out,
-        boxes=args.boxes,
-        detector=args.detector,
-        settings=args.predict,
-        ray=args.ray,
-        track=args.track,
-        storage=args.run.storage,
-    )
-    print(found)
+    print(predict(**_given(args)))
 
 
 def promote(args: arguments.Promote) -> int:
     """make a model version champion if its AP is not worse on the same data"""
     from pipelines.promote import promote
 
-    decision = promote(args.candidate, track=args.track, storage=args.run.storage)
+    decision = promote(**_given(args))
     print(decision)
     return decision.exit_code
 
@@ -234,32 +229,21 @@ def import_(args: arguments.Import) -> None:
     """published weights into a checkpoint folder, with a match report"""
     from pipelines.import_weights import import_weights
 
-    import_weights(args.file, args.out, args.codec, args.input_size, args.skeleton, args.sigma)
+    import_weights(**_given(args))
 
 
 def export(args: arguments.Export) -> None:
     """a checkpoint as an ONNX file, with a report of how equal it is"""
     from pipelines.export import export
 
-    parity = export(
-        args.checkpoint,
-        args.out,
-        coco_root=args.coco,
-        split=args.split,
-        boxes=args.boxes,
-        people=args.people,
-        settings=args.evaluate,
-        track=args.track,
-        storage=args.run.storage,
-    )
-    print(parity)
+    print(export(**_given(args)))
 
 
 def estimate_sigmas(args: arguments.EstimateSigmas) -> None:
     """OKS constants of a skeleton from people whom several annotators labelled"""
     from pipelines.estimate_sigmas import estimate_sigmas
 
-    print(estimate_sigmas(args.files, args.out, skeleton=args.skeleton, use_area=args.use_area))
+    print(estimate_sigmas(**_given(args)))
     print(f"wrote {args.out}")
 
 
@@ -267,16 +251,7 @@ def reproduce(args: arguments.Reproduce) -> int:
     """AP of the published weights beside the published AP; fails beyond .002"""
     from pipelines.reproduce import reproduce
 
-    outcome = reproduce(
-        args.coco,
-        args.weights_dir,
-        args.boxes,
-        models=args.models,
-        out=args.out,
-        settings=args.evaluate,
-        ray=args.ray,
-    )
-    return 0 if outcome.passed else 1
+    return 0 if reproduce(**_given(args)).passed else 1
 
 
 # Verb: its function, its arguments, the first line of its --help.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 from small_coco import annotation_file, write_coco
@@ -37,6 +39,38 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         main([verb, "--help"])
     assert ended.value.code == 0
     assert f"hrnet {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("draw", "draw OUT"),
+        ("validate", "validate COCO"),
+        ("preprocess", "preprocess tiny --data.root COCO --data.shards SHARDS"),
+        ("inspect_shards", "inspect SHARDS"),
+        ("train", "train tiny --data.shards SHARDS"),
+        ("evaluate", "evaluate CHECKPOINT COCO"),
+        ("measure_modes", "evaluate CHECKPOINT COCO --measure-modes"),
+        ("predict", "predict a.jpg b.jpg"),
+        ("promote", "promote 3"),
+        ("deploy", "deploy"),
+        ("import_weights", "import FILE OUT"),
+        ("export", "export CHECKPOINT --coco COCO"),
+        ("estimate_sigmas", "estimate-sigmas a.json b.json"),
+        ("reproduce", "reproduce COCO --weights-dir W --boxes B"),
+    ],
+)
+def test_a_verb_gives_its_stage_what_the_stage_takes(
+    stage: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"pipelines.{stage}")
+    called = create_autospec(getattr(module, stage))  # a TypeError where an argument is not the stage's
+    monkeypatch.setattr(module, stage, called)
+    main(command.split())
+    called.assert_called_once()
+    given = str(called.call_args)
+    for word in command.split()[1:]:
+        assert word.startswith("--") or word in given
 
 
 @pytest.mark.parametrize("verb", ["preprocess", "train"])
