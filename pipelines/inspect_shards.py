@@ -22,7 +22,7 @@ from hrnet_core.locations import is_uri, open_folder
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
 from pipelines.progress import ProgressLine
-from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, all_shards, figures_of
+from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, figures_of
 from pipelines.shards.manifest import REPAIR, Manifest
 from pipelines.storage import sha256_of, write_json
 
@@ -112,7 +112,7 @@ def _check_coco(manifest: Manifest, coco: Path) -> None:
 
 def verify(manifest: Manifest) -> None:
     """Every shard and rejected.parquet against the sha256 in the manifest, with progress."""
-    shards = [shard for split in manifest.splits for shard in all_shards(manifest, split)]
+    shards = [shard for split in manifest.splits for shard in manifest.all_shards(split)]
     line = ProgressLine("inspect", len(shards), "shards", "MB")
     manifest.verify(progress=lambda shard: line.add(shard.bytes / 1e6))
     expected = manifest.fields["rejected"]["sha256"]
@@ -144,8 +144,8 @@ def make_card(manifest: Manifest, figures: dict[str, SplitFigures]) -> dict[str,
                 **{key: manifest.split(split)[key] for key in ("people", "photos", "variants", "rejected")},
                 "repaired": manifest.split(split)["repaired"],
                 "annotation_sha256": manifest.split(split)["annotation_sha256"],
-                "shards": len(all_shards(manifest, split)),
-                "bytes": sum(shard.bytes for shard in all_shards(manifest, split)),
+                "shards": len(manifest.all_shards(split)),
+                "bytes": sum(shard.bytes for shard in manifest.all_shards(split)),
                 **_split_card(found, names),
             }
             for split, found in figures.items()

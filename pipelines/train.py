@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -33,8 +34,9 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.storage import write_json, write_whole
 from pipelines.tracking import Tracker
-from pipelines.training.loop import Diverged, train_worker
-from pipelines.training.state import Job, Standing
+
+if TYPE_CHECKING:
+    from pipelines.training.state import Standing
 
 RAY_TRAIN_DEFAULTS = {
     # report() waits for the controller's next look: 2 s by default, a tenth of a short run.
@@ -144,7 +146,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: Path, result: TrainRes
         run_id = _open_run(tracker, config, manifest, folder)
         try:
             if result is None:
-                standing = _fit(Job(config, manifest.folder, folder, tracker.uri, run_id))
+                standing = _fit(config, manifest, folder, tracker.uri, run_id)
                 result = TrainResult.of(standing, folder, run_id, manifest)
         except BaseException as error:
             tracker.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -210,32 +212,35 @@ def _open_run(tracker: Tracker, config: RunConfig, manifest: Manifest, folder: P
     return run_id
 
 
-def _fit(job: Job) -> Standing:
-    """Ray Train until the loop is through."""
+def _fit(config: RunConfig, manifest: Manifest, folder: Path, uri: str, run_id: str) -> Standing:
+    """Ray Train until the loop is through. What comes before it needs no torch."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    settings = job.config.train
+    from pipelines.training.loop import Diverged, train_worker
+    from pipelines.training.state import Job
+
+    settings = config.train
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     trainer = TorchTrainer(
-        functools.partial(train_worker, job),
+        functools.partial(train_worker, Job(config, manifest.folder, folder, uri, run_id)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
         ),
         run_config=RayRunConfig(
             name="ray",
-            storage_path=str(job.folder),
+            storage_path=str(folder),
             failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
-        outcome: Standing | Diverged = trainer.fit().return_value
+        outcome = trainer.fit().return_value
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
@@ -311,10 +316,8 @@ def _move_aside(folder: Path) -> None:
     """`name` becomes `name.1`, `name.2`, ...; the lock file stays where it is."""
     if not (folder / "run.json").exists():
         return
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    aside = folder.with_name(f"{folder.name}.{number}")
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     folder.mkdir()
     print(f"the earlier run {folder.name} is now {aside}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
 from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps
 from hrnet_core.images import decode_image
-from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines.config import DataSettings, TrainSettings
 from pipelines.preprocess import finish
@@ -29,7 +29,7 @@ from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import shard_name, shard_schema
-from pipelines.shards.writer import ShardWriter
+from pipelines.shards.writer import writing_shard
 from pipelines.sources.coco import read_coco
 from pipelines.training import feed as feed_module
 from pipelines.training.feed import EpochOrder, Feed, FreshBatch, prefetch
@@ -53,8 +53,6 @@ def dotted_shards(
     recipe = Recipe.of(
         DataSettings(input_size=size, variants=variants, row_group_people=group, context=context)
     )
-    files, root = open_folder(str(folder))
-    (folder / "data").mkdir(parents=True)
     splits = {}
     for split, count in people.items():
         listed, views = [], variants if split == "train2017" else 1
@@ -62,23 +60,11 @@ def dotted_shards(
         for variant in range(views):
             for index, half in enumerate(halves):
                 name = shard_name(split, variant, index, len(halves))
-                writer = ShardWriter(files, f"{root}/{name}", shard_schema(recipe, "plan", split))
-                for start in range(0, len(half), group):
-                    writer.write(
-                        _rows(half[start : start + group], split, variant, size, recipe.codec, per_image)
-                    )
-                size_bytes, sha256 = writer.finish({})
-                listed.append(
-                    {
-                        "path": name,
-                        "variant": variant,
-                        "rows": len(half),
-                        "people": len(half),
-                        "bytes": size_bytes,
-                        "sha256": sha256,
-                        "row_groups": writer.row_groups,
-                    }
-                )
+                with writing_shard(f"{folder}/{name}", shard_schema(recipe, "plan", split)) as writer:
+                    for start in range(0, len(half), group):
+                        people_of = half[start : start + group]
+                        writer.write(_rows(people_of, split, variant, size, recipe.codec, per_image))
+                    listed.append(asdict(writer.finish(name, variant, [])))
         splits[split] = {
             "people": count,
             "photos": count,
@@ -407,8 +393,7 @@ def test_the_same_draws_are_the_same_view_stored_and_fresh(
     how = {"scale_factor": 0.5, "rotation_factor": 30.0, "half_body_probability": 0.6}
     manifest = cut_shards(coco, tmp_path / "s", codec=codec, padding=1.4, **how)
     tables = [
-        read_row_group(manifest, "train2017", *group, variant=1)
-        for group in feed_module.row_groups(manifest, "train2017")
+        read_row_group(manifest, "train2017", *group, variant=1) for group in manifest.row_groups("train2017")
     ]
     stored = decode_rows(pa.concat_tables(tables), manifest, heatmap_dtype=np.float16)
     assert 0 < stored["flipped"].sum() < 8

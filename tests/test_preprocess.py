@@ -13,6 +13,7 @@ import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines import storage as files_module
 from pipelines.config import DataSettings, RunConfig
-from pipelines.preprocess import PreprocessRun, preprocess, run_preprocess
+from pipelines.preprocess import Task, TaskLog, build_timed, preprocess, run_preprocess
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
-from pipelines.shards.plan import plan_shards
+from pipelines.shards.plan import BuiltShard, plan_shards
 from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
 from pipelines.sources import photos
 from pipelines.sources.coco import read_coco
@@ -65,10 +66,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> list[str]:
     def one_by_one(pending: list[Any]) -> Iterator[Any]:
         for work in pending:
             built.append(work.names[0])
-            yield (
-                work.key,
-                {**build_shard(work), "start": 0.0, "end": 1.0, "worker": "here", "peak_bytes": 10**8},
-            )
+            yield build_timed(work)._replace(start=0.0, end=1.0, worker="here", peak_bytes=10**8)
 
     patch.setattr(preprocess_module, "_on_ray", one_by_one)
     patch.setattr(preprocess_module, "ray_session", contextlib.nullcontext)
@@ -136,22 +134,23 @@ def test_the_published_loaders_samples(
 
 def test_on_ray_and_again(coco: Path, tmp_path: Path, ray_local: None, capsys: Any) -> None:
     """Ray's tasks write what the plain loop writes; a second run finds it all and starts nothing."""
-    first = run_preprocess(config(coco, tmp_path / "ray", variants=2))
-    assert (first.built, first.reused, first.people) == (5, 0, 16)
-    assert first.at_once >= 1
-    assert first.workers >= 1
-    assert 50e6 < first.peak_bytes < 2e9
+    manifest, tasks = run_preprocess(config(coco, tmp_path / "ray", variants=2))
+    assert (tasks.shards, tasks.people) == (5, 16)
+    assert tasks.at_once >= 1
+    assert tasks.workers >= 1
+    assert 50e6 < tasks.peak_bytes < 2e9
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preprocess:")]
     assert lines[0] == "preprocess: 16 people in 5 shards to make"
-    first.manifest.verify()
+    manifest.verify()
 
-    again = run_preprocess(config(coco, tmp_path / "ray", variants=2))
-    assert (again.built, again.reused) == (0, 5)
-    assert again.manifest == first.manifest
+    again, nothing = run_preprocess(config(coco, tmp_path / "ray", variants=2))
+    assert (nothing.shards, nothing.people) == (0, 0)
+    assert "preprocess: 5 of 5 shards are there already" in capsys.readouterr().out
+    assert again == manifest
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        alone = run_preprocess(config(coco, tmp_path / "plain", variants=2))
-    assert alone.manifest.digest == first.manifest.digest
+        alone = preprocess(config(coco, tmp_path / "plain", variants=2))
+    assert alone.digest == manifest.digest
     assert contents(tmp_path / "plain") == contents(tmp_path / "ray")
 
 
@@ -235,11 +234,10 @@ def test_memory_is_bounded_by_the_row_group(tmp_path: Path) -> None:
     peaks = {}
     for people in (120, 360):
         data = config(coco, tmp_path / str(people), people_per_shard=people, row_group_people=6).data
-        (tmp_path / str(people) / "data").mkdir(parents=True)
         work = plan_shards(split, data)[0]
         assert len(work.people) == people
         if people == 120:
-            build_shard(work)  # what is made once in a process
+            build_shard(replace(work, folder=f"{tmp_path}/first"))  # what is made once in a process
         tracemalloc.start()
         build_shard(work)
         peaks[people] = tracemalloc.get_traced_memory()[1]
@@ -248,12 +246,11 @@ def test_memory_is_bounded_by_the_row_group(tmp_path: Path) -> None:
 
 
 def test_most_at_once_is_counted_from_starts_and_ends() -> None:
-    progress = preprocess_module.TaskLog([])
-    spans = [(0, 4, "a"), (1, 2, "b"), (2, 5, "b"), (6, 7, "c")]
-    progress._answers = [{"start": s, "end": e, "worker": w} for s, e, w in spans]
-    assert progress.overlap() == (2, 3)
-    assert progress.seconds == 7
-    assert preprocess_module.TaskLog([]).overlap() == (0, 0)
+    log = TaskLog([])
+    for start, end, worker in [(0, 4, "a"), (1, 2, "b"), (2, 5, "b"), (6, 7, "c")]:
+        log.done(Task((TRAIN, 0), 1, BuiltShard((), ()), start, end, worker, 0))
+    assert (log.at_once, log.workers, log.seconds) == (2, 3, 7)
+    assert (TaskLog([]).at_once, TaskLog([]).workers, TaskLog([]).seconds) == (0, 0, 0)
 
 
 # ---------------------------------------------------------------------------------- recovery
@@ -266,12 +263,12 @@ from pipelines.shards.writer import ShardWriter
 
 finish, count = ShardWriter.finish, 0
 
-def finish_or_die(writer, figures):
+def finish_or_die(writer, *figures):
     global count
     count += 1
     if count == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return finish(writer, figures)
+    return finish(writer, *figures)
 
 ShardWriter.finish = finish_or_die
 settings = DataSettings.model_validate_json(sys.argv[1])
@@ -643,10 +640,9 @@ def test_real_photographs_as_cuts(real_data: Path, tmp_path: Path, plain: list[s
 
 
 def test_real_coco(real_data: Path, tmp_path: Path, plain: list[str]) -> None:
-    report: PreprocessRun = run_preprocess(
+    manifest = preprocess(
         config(real_data / "coco", tmp_path / "s", people_per_shard=128, image_format="jpeg")
     )
-    manifest = report.manifest
     assert [manifest.people(split) for split in manifest.splits] == [281, 99]
     assert manifest.split(TRAIN)["rejected"] == {
         "crowd": {"rows": 9, "people": 9},

@@ -24,11 +24,11 @@ from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines.cli import parse
 from pipelines.config import RunConfig
-from pipelines.preprocess import TaskLog, preprocess
+from pipelines.preprocess import Task, TaskLog, preprocess
 from pipelines.shards import plan as plan_module
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
-from pipelines.shards.plan import plan_shards
+from pipelines.shards.plan import BuiltShard, plan_shards
 from pipelines.shards.writer import inspect_shard
 from pipelines.sources.coco import read_coco
 from pipelines.storage import temporary_name
@@ -109,7 +109,7 @@ def hidden(target: Path) -> list[str]:
 def check_whole(target: Path) -> None:
     """Whatever stands under a final name can be read to its last page."""
     for path in shards(target):
-        assert inspect_shard(str(path)) is not None, path.name
+        assert inspect_shard(str(path.parent), path.name, 0) is not None, path.name
 
 
 def wait_for_shard(process: subprocess.Popen[str], target: Path, more_than: int = 0) -> None:
@@ -265,7 +265,7 @@ def test_a_run_of_another_plan_in_the_same_moment(
     monkeypatch.setattr(preprocess_module, "finished_shards", look_then_others_come)
     with pytest.raises(DataError, match=r"another dataset \(data/train2017-00002-of-00004\.parquet\)"):
         preprocess(config(coco, tmp_path / "s"))
-    found = [inspect_shard(str(tmp_path / "s" / name)) for name in theirs[2].names]
+    found = [inspect_shard(str(tmp_path / "s"), name, v) for v, name in enumerate(theirs[2].names)]
     assert [one[0] for one in found if one] == [theirs[2].plan] * 2
     assert len(plain) == 3, "two were made, the third stood in the way"
     assert not (tmp_path / "s" / "manifest.json").exists()
@@ -418,7 +418,7 @@ def simulated(sizes: list[int], slots: int) -> list[tuple[float, float]]:
     progress.begin(slots)
     told = []
     for now, start, work in sorted(spans, key=lambda span: span[0]):
-        progress.done(work.key, {"start": start, "end": now, "worker": "w"})
+        progress.done(Task(work.key, len(work.people), BuiltShard((), ()), start, now, "w", 0))
         told.append((progress.seconds_left(), max(free) - now))
     return told
 

@@ -24,7 +24,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit
-from pipelines.training.loop import Diverged, Part, learning_rate, train_epochs, train_step
+from pipelines.training.loop import Diverged, Part, learning_rate, train_epochs, train_step, train_worker
 from pipelines.training.pictures import people_sheet
 from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
 
@@ -294,7 +294,7 @@ def test_truth_and_prediction_are_drawn_in_one_place(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the truth as the prediction, both halves of each picture are the same."""
-    monkeypatch.setattr("hrnet_core.overlays.tile", lambda pairs, columns, labels: (pairs, labels))
+    monkeypatch.setattr("pipelines.training.pictures.tile", lambda pairs, columns, labels: (pairs, labels))
     pairs, labels = people_sheet(manifest, "val2017", perfect(ValSplit(manifest, "val2017")))
     assert labels == [f"{ann_id}: OKS 1.00" for ann_id in range(1000, 1012)]
     for left, right in (np.split(pair, 2, axis=1) for pair in pairs):
@@ -452,7 +452,7 @@ def dying_worker(job: Job) -> Standing | Diverged:
         original(run)
 
     loop.train_epoch = train_epoch
-    return loop.train_worker(job)
+    return train_worker(job)
 
 
 @pytest.mark.slow
@@ -468,7 +468,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_counted_twice(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(driver, "train_worker", dying_worker)
+    monkeypatch.setattr(loop, "train_worker", dying_worker)
     run, _, config = whole
     config = config.model_copy(
         update={

@@ -89,11 +89,7 @@ def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, 
 
 def spread_rows(manifest: Manifest, split: str, count: int) -> list[Address]:
     """Of up to `count` people, evenly spread over the split."""
-    groups = [
-        (index, group, rows)
-        for index, shard in enumerate(manifest.shards(split))
-        for group, rows in enumerate(shard.row_groups)
-    ]
+    groups = [(*group, rows) for group, rows in manifest.row_groups(split).items()]
     ends = np.cumsum([rows for *_, rows in groups])
     count = min(count, int(ends[-1]))
     chosen = ((np.arange(count) + 0.5) * ends[-1] / count).astype(int)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +19,13 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.heatmaps import float16_heatmaps
 from hrnet_core.images import encode_jpeg, encode_png
-from hrnet_core.locations import open_folder
 from pipelines.config import DataSettings
-from pipelines.shards.plan import ShardWork, cannot_write, check_not_taken
+from pipelines.shards.plan import BuiltShard, ShardWork, cannot_write, find_built
 from pipelines.shards.schema import shard_schema
-from pipelines.shards.writer import ShardWriter, shard_entry
+from pipelines.shards.writer import writing_shard
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import Rejection
+from pipelines.storage import join
 
 LARGEST_CUT = 4
 """A side of a stored cut (data.context 2.0) is at most this many times the network's longer input side; a
@@ -33,13 +33,9 @@ larger cut is made smaller. The plain view then has two pixels of the cut to one
 half its size (a half body, a zoom) still one to one: nothing that a crop could show is lost. COCO's photos
 have 640 px at most: at 256x192 their cuts are never touched. Another number makes another schema version."""
 
-Figures = dict[str, Any]
-"""Of one shard: `shards`, its manifest entries by variant, and `rejected`, as dicts; of this run also
-`start`, `end` (s since the epoch), `worker` and `peak_bytes`."""
 
-
-def build_shard(work: ShardWork) -> Figures:
-    """Write one shard, a file for each variant, and say what is in it. Needs no Ray.
+def build_shard(work: ShardWork) -> BuiltShard:
+    """Write one shard, a file for each variant. Needs no Ray.
 
     Each photo is decoded once for all its people and views. One that cannot be used becomes a rejection.
     DataError where the target cannot be written; then no file of this shard is left half.
@@ -47,28 +43,20 @@ def build_shard(work: ShardWork) -> Figures:
     shard = _placed(work)
     schema = shard_schema(work.recipe, work.plan, work.split)
     rejected: list[Rejection] = []
-    files, root = open_folder(work.folder)
     try:
         with contextlib.ExitStack() as stack:
-            writers = []
-            for name in work.names:
-                writers.append(ShardWriter(files, f"{root}/{name}", schema))
-                stack.callback(writers[-1].discard)
+            files = [writing_shard(join(work.folder, name), schema) for name in work.names]
+            writers = [stack.enter_context(file) for file in files]
             # One row group after the other: no more pictures are kept than it has.
             rows = _rows(shard, rejected)
             while group := list(itertools.islice(rows, work.recipe.settings.row_group_people)):
                 for variant, writer in enumerate(writers):
                     writer.write(_columns(shard, group, variant))
-            told = [asdict(rejection) for rejection in rejected]
-            check_not_taken(files, root, work)
-            written = [writer.finish({"rejected": told}) for writer in writers]
+            finished = [writers[v].finish(name, v, rejected) for v, name in enumerate(work.names)]
+            find_built(work)  # refuses where a run with other settings has written here meanwhile
     except OSError as error:
         raise DataError(cannot_write(work.folder, error)) from None
-    shards = [
-        shard_entry(name, variant, *written[variant], writers[variant].row_groups)
-        for variant, name in enumerate(work.names)
-    ]
-    return {"rejected": told, "shards": shards}
+    return BuiltShard(tuple(finished), tuple(rejected))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,20 +74,15 @@ class _Shard:
 def _placed(work: ShardWork) -> _Shard:
     people, recipe = work.people, work.recipe
     settings, input_size = recipe.settings, recipe.settings.input_size
-    sizes = np.array([(photo.width, photo.height) for photo, n in work.photos for _ in range(n)], np.int32)
+    sizes = np.array([(photo.width, photo.height) for photo in work.photos], np.int32)
+    sizes = sizes[np.unique(people.image_id, return_inverse=True)[1]]
     center, scale = box_to_center_scale(people.bbox_xywh, input_size, settings.padding)
-    draws = [
-        draw_stored(settings.seed, people.ann_id.tolist(), v) if v else None for v in range(work.variants)
-    ]
-    keypoints = people.keypoints.astype(np.float32)
-    how = recipe.codec, recipe.skeleton, recipe.augmentation
-    return _Shard(
-        work,
-        sizes,
-        # A view turns about the box, so what it may show is round: a square as wide as the longer side.
-        cut_around(center, settings.context * scale.max(axis=-1), sizes, LARGEST_CUT * max(input_size)),
-        [place_views(numbers, center, scale, keypoints, sizes[:, 0], *how) for numbers in draws],
-    )
+    # A view turns about the box, so what it may show is round: a square as wide as the longer side.
+    cuts = cut_around(center, settings.context * scale.max(axis=-1), sizes, LARGEST_CUT * max(input_size))
+    ids, keypoints = people.ann_id.tolist(), people.keypoints.astype(np.float32)
+    how = center, scale, keypoints, sizes[:, 0], recipe.codec, recipe.skeleton, recipe.augmentation
+    draws = [draw_stored(settings.seed, ids, v) if v else None for v in range(work.variants)]
+    return _Shard(work, sizes, cuts, [place_views(numbers, *how) for numbers in draws])
 
 
 class _Row(NamedTuple):
@@ -115,23 +98,21 @@ class _Row(NamedTuple):
 
 def _rows(shard: _Shard, rejected: list[Rejection]) -> Iterator[_Row]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
-    settings = shard.work.recipe.settings
+    work, settings = shard.work, shard.work.recipe.settings
     matrices = np.stack([view.image_to_crop for view in shard.views], axis=1)
-    first = 0
-    for photo, people in shard.work.photos:
-        indices, first = range(first, first + people), first + people
+    for photo, people in zip(work.photos, work.people.by_image().values(), strict=True):
         opened = open_photo(photo, settings.max_pixels)
         if isinstance(opened, Rejection):
-            rejected.append(replace(opened, people=people))
+            rejected.append(replace(opened, people=people.stop - people.start))
             continue
         image, sha256 = opened
-        for index in indices:
+        for index in range(people.start, people.stop):
             if settings.context == 1.0:
                 crops = crop_people(image, matrices[index], settings.input_size)
                 pictures = [_encode(crop, settings) for crop in crops]
             else:
                 cut = cut_photo(image, shard.cuts.box[index], shard.cuts.size[index])
-                pictures = [_encode(cut, settings)] * shard.work.variants
+                pictures = [_encode(cut, settings)] * work.variants
             yield _Row(index, pictures, sha256)
 
 

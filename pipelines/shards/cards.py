@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.shards.schema import COLUMNS
 from pipelines.sources.records import BOX_AREA
 
 MEANING = {
@@ -30,11 +31,8 @@ MEANING = {
 }
 
 
-def readme(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """A Hugging Face dataset card of a manifest; the YAML head lets `datasets` find the splits.
-
-    columns: name -> Arrow type, as text.
-    """
+def readme(fields: Mapping[str, Any]) -> str:
+    """A Hugging Face dataset card of a manifest; the YAML head lets `datasets` find the splits."""
     config, splits = fields["config"], fields["splits"]
     width, height = config["input_size"]
     files = [f"  - split: {name}\n    path: data/{name}-*.parquet" for name in splits]
@@ -54,7 +52,7 @@ def readme(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         for name, split in splits.items()
         if "area_from_box" in split.get("repaired", {})
     ]
-    meaning = [(name, f"`{kind}`", MEANING[name]) for name, kind in columns.items()]
+    meaning = [(name, f"`{kind}`", MEANING[name]) for name, kind in COLUMNS.items()]
     return f"""---
 configs:
 - config_name: default
@@ -99,36 +97,45 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _context() -> dict[str, Any]:
-    """The standard's @context: its own words are `cr:`, three are more than a name."""
-    words = """arrayShape citeAs column containedIn equivalentProperty extract field fileObject fileProperty
-    fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex
-    repeated replace samplingRate separator source subField transform"""
-    return {
-        "@language": "en",
-        "@vocab": "https://schema.org/",
-        "sc": "https://schema.org/",
-        "cr": "http://mlcommons.org/croissant/",
-        "rai": "http://mlcommons.org/croissant/RAI/",
-        "dct": "http://purl.org/dc/terms/",
-        "conformsTo": "dct:conformsTo",
-        "data": {"@id": "cr:data", "@type": "@json"},
-        "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-        "examples": {"@id": "cr:examples", "@type": "@json"},
-        **{word: f"cr:{word}" for word in words.split()},
-    }
-
-
-CONTEXT = _context()
+WORDS = """arrayShape citeAs column containedIn equivalentProperty extract field fileObject fileProperty
+fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex
+repeated replace samplingRate separator source subField transform"""
+CONTEXT = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "sc": "https://schema.org/",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/",
+    "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    **{word: f"cr:{word}" for word in WORDS.split()},
+}
+"""The standard's: its own WORDS are `cr:`, three are more than a name."""
 PARQUET = "application/x-parquet"
+TYPES = {"struct": "ImageObject", "float": "Float", "double": "Float", "bool": "Boolean", "int": "Integer"}
+"""Types of schema.org by a word in the name of Arrow's; Text for the others."""
 
 
-def croissant(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+def croissant(fields: Mapping[str, Any]) -> str:
     """Croissant 1.1 JSON-LD of a manifest: each shard with its sha256, a record set for each split."""
     # A file set's pattern is read from the folder of croissant.json; each shard stands there with its hash.
     distribution: list[dict[str, Any]] = []
     for name, split in fields["splits"].items():
-        distribution += [_file_object(shard) for shard in split["shards"]]
+        distribution += [
+            {
+                "@type": "cr:FileObject",
+                "@id": shard["path"],
+                "name": shard["path"],
+                "contentUrl": shard["path"],
+                "contentSize": f"{shard['bytes']} B",
+                "encodingFormat": PARQUET,
+                "sha256": shard["sha256"],
+            }
+            for shard in split["shards"]
+        ]
         distribution.append(
             {
                 "@type": "cr:FileSet",
@@ -138,12 +145,7 @@ def croissant(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
             }
         )
     records = [
-        {
-            "@type": "cr:RecordSet",
-            "@id": name,
-            "name": name,
-            "field": [_field(name, column, kind) for column, kind in columns.items()],
-        }
+        {"@type": "cr:RecordSet", "@id": name, "name": name, "field": [_field(name, c) for c in COLUMNS]}
         for name in fields["splits"]
     ]
     dataset = {
@@ -160,19 +162,8 @@ def croissant(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     return json.dumps(dataset, indent=1) + "\n"
 
 
-def _file_object(shard: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "@type": "cr:FileObject",
-        "@id": shard["path"],
-        "name": shard["path"],
-        "contentUrl": shard["path"],
-        "contentSize": f"{shard['bytes']} B",
-        "encodingFormat": PARQUET,
-        "sha256": shard["sha256"],
-    }
-
-
-def _field(split: str, column: str, kind: str) -> dict[str, Any]:
+def _field(split: str, column: str) -> dict[str, Any]:
+    kind = str(COLUMNS[column])
     source = {"fileSet": {"@id": f"{split}-shards"}, "extract": {"column": column}}
     if kind.startswith("struct"):
         source["transform"] = {"jsonPath": "bytes"}
@@ -181,17 +172,7 @@ def _field(split: str, column: str, kind: str) -> dict[str, Any]:
         "@id": f"{split}/{column}",
         "name": column,
         "description": MEANING[column],
-        "dataType": _schema_org_type(kind),
+        "dataType": "sc:" + next((name for word, name in TYPES.items() if word in kind), "Text"),
         "source": source,
     }
     return {**field, "isArray": True, "arrayShape": "-1"} if kind.startswith("list") else field
-
-
-def _schema_org_type(kind: str) -> str:
-    if kind.startswith("struct"):
-        return "sc:ImageObject"
-    if "float" in kind or "double" in kind:
-        return "sc:Float"
-    if "bool" in kind:
-        return "sc:Boolean"
-    return "sc:Integer" if "int" in kind else "sc:Text"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
-from hrnet_core.locations import open_folder
-from pipelines.shards.manifest import REPAIR, Manifest, Shard
-from pipelines.shards.rows import decode_rows
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.rows import decode_rows, read_row_group
 
 SMALL_COLUMNS = (
     "image_id", "keypoints", "weights", "bbox_xywh", "area", "scale", "rotation_deg", "flipped",
@@ -31,10 +26,6 @@ FACTORS = np.geomspace(0.1, 10, 233)
 """Edges for the scale of a view against the plain one: 2 % apart."""
 
 
-def all_shards(manifest: Manifest, split: str) -> list[Shard]:
-    return [shard for v in range(manifest.variants(split)) for shard in manifest.shards(split, v)]
-
-
 class Histogram:
     """Counts between fixed edges; what lies outside counts in the outermost bins."""
 
@@ -47,8 +38,7 @@ class Histogram:
         numbers = np.asarray(values, np.float64)
         self._least = min(self._least, numbers.min(initial=np.inf))
         self._most = max(self._most, numbers.max(initial=-np.inf))
-        bins = np.searchsorted(self.edges, numbers, side="right") - 1
-        self.counts += np.bincount(bins.clip(0, len(self.counts) - 1), minlength=len(self.counts))
+        self.counts += np.histogram(numbers.clip(self.edges[0], self.edges[-1]), self.edges)[0]
 
     def quantile(self, share: float) -> float:
         """Within a bin's width of the values' own quantile; 0 without values."""
@@ -111,32 +101,21 @@ def figures_of(manifest: Manifest, split: str) -> SplitFigures:
         crowding=np.zeros(1, np.int64),
         views=[ViewFigures() for _ in range(manifest.variants(split))],
     )
-    for shard in all_shards(manifest, split):
+    for index, shard in enumerate(manifest.shards(split)):
         image_ids = []  # a photo's people share a shard, not always a row group
-        for rows in _small_rows(manifest, shard):
-            _add_view(figures.views[shard.variant], rows, manifest)
-            if shard.variant == 0:
-                _add_people(figures, rows)
-                image_ids.append(rows["image_id"])
-        if image_ids:
-            people = np.unique(np.concatenate(image_ids), return_counts=True)[1]
-            counts = np.bincount(people, minlength=len(figures.crowding))
-            counts[: len(figures.crowding)] += figures.crowding
-            figures.crowding = counts
+        for group in range(len(shard.row_groups)):
+            for variant, view in enumerate(figures.views):
+                table = read_row_group(manifest, split, index, group, SMALL_COLUMNS, variant)
+                rows = decode_rows(table, manifest)
+                _add_view(view, rows, manifest)
+                if variant == 0:
+                    _add_people(figures, rows)
+                    image_ids.append(rows["image_id"])
+        people = np.unique(np.concatenate(image_ids), return_counts=True)[1]
+        counts = np.bincount(people, minlength=len(figures.crowding))
+        counts[: len(figures.crowding)] += figures.crowding
+        figures.crowding = counts
     return figures
-
-
-def _small_rows(manifest: Manifest, shard: Shard) -> Iterator[dict[str, NDArray[Any]]]:
-    files, root = open_folder(manifest.folder)
-    columns = list(SMALL_COLUMNS)
-    try:
-        with pq.ParquetFile(
-            f"{root}/{shard.path}", filesystem=files, page_checksum_verification=True
-        ) as parquet:
-            for group in range(parquet.num_row_groups):
-                yield decode_rows(parquet.read_row_group(group, columns=columns), manifest)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{manifest.folder}: {shard.path}: {error}. {REPAIR}") from None
 
 
 def _add_view(view: ViewFigures, rows: dict[str, NDArray[Any]], manifest: Manifest) -> None:

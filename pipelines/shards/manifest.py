@@ -31,7 +31,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.locations import open_folder
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.recipe import Recipe
-from pipelines.shards.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, canonical_json
+from pipelines.shards.schema import MANIFEST, SCHEMA_VERSION, Shard, canonical_json
 from pipelines.storage import (
     absolute,
     answering,
@@ -47,9 +47,8 @@ from pipelines.storage import (
 def write_manifest(folder: str, fields: Mapping[str, Any]) -> Manifest:
     """README.md and croissant.json, then manifest.json, with the digest filled in."""
     fields = {"schema_version": SCHEMA_VERSION, "digest": dataset_digest(fields), **fields}
-    columns = {name: str(kind) for name, kind in COLUMNS.items()}
-    write_whole(join(folder, "README.md"), readme(fields, columns))
-    write_whole(join(folder, "croissant.json"), croissant(fields, columns))
+    write_whole(join(folder, "README.md"), readme(fields))
+    write_whole(join(folder, "croissant.json"), croissant(fields))
     write_json(join(folder, MANIFEST), fields)
     return Manifest.load(folder)
 
@@ -64,20 +63,6 @@ def dataset_digest(fields: Mapping[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------- read
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file of the manifest. `path` is relative to the dataset's folder."""
-
-    path: str
-    variant: int
-    rows: int
-    people: int
-    bytes: int
-    sha256: str
-    row_groups: tuple[int, ...]
-    """Rows of each row group."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +88,7 @@ class Manifest:
                 )
             manifest = cls(folder, fields)
             _ = manifest.recipe
-            known = {
-                s.path: s
-                for split in manifest.splits
-                for v in range(manifest.variants(split))
-                for s in manifest.shards(split, v)
-            }
+            known = {s.path: s for split in manifest.splits for s in manifest.all_shards(split)}
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{folder}: no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet "
@@ -164,6 +144,17 @@ class Manifest:
         rows = [Shard(**{**s, "row_groups": tuple(s["row_groups"])}) for s in self.split(split)["shards"]]
         return [shard for shard in rows if shard.variant == variant]
 
+    def all_shards(self, split: str) -> list[Shard]:
+        return [shard for v in range(self.variants(split)) for shard in self.shards(split, v)]
+
+    def row_groups(self, split: str) -> dict[tuple[int, int], int]:
+        """(shard, row group) -> rows, in order; every variant has the same."""
+        return {
+            (index, group): rows
+            for index, shard in enumerate(self.shards(split))
+            for group, rows in enumerate(shard.row_groups)
+        }
+
     def verify(
         self, splits: Iterable[str] | None = None, progress: Callable[[Shard], None] | None = None
     ) -> None:
@@ -172,8 +163,7 @@ class Manifest:
         `progress` is called in this thread for each shard in order. DataError names each that differs.
         """
         files, root = open_folder(self.folder)
-        names = self.splits if splits is None else tuple(splits)
-        shards = [s for name in names for v in range(self.variants(name)) for s in self.shards(name, v)]
+        shards = [s for name in (self.splits if splits is None else splits) for s in self.all_shards(name)]
 
         def differs(shard: Shard) -> bool:
             try:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from pyarrow import fs
@@ -18,9 +17,9 @@ from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri, one_line, open_folder
 from pipelines.config import DataSettings
 from pipelines.shards.recipe import Recipe
-from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, canonical_json, shard_name
-from pipelines.shards.writer import inspect_shard, plan_of_shard, shard_entry
-from pipelines.sources.records import People, Photo, Split
+from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, Shard, canonical_json, shard_name
+from pipelines.shards.writer import inspect_shard
+from pipelines.sources.records import People, Photo, Rejection, Split
 from pipelines.storage import absolute, answering, file_sizes, join, list_files, read_file, remove_leftovers
 
 
@@ -33,10 +32,10 @@ class ShardWork:
     index: int
     count: int
     variants: int
-    photos: tuple[tuple[Photo, int], ...]
-    """Each with the number of its people."""
+    photos: tuple[Photo, ...]
+    """Each has people."""
     people: People
-    """Of these photos, in order."""
+    """All of these photos, in their order."""
     recipe: Recipe
     plan: str
 
@@ -50,13 +49,23 @@ class ShardWork:
         return [shard_name(self.split, v, self.index, self.count) for v in range(self.variants)]
 
 
+@dataclass(frozen=True)
+class BuiltShard:
+    """What became of a ShardWork."""
+
+    shards: tuple[Shard, ...]
+    """The files, by variant."""
+    rejected: tuple[Rejection, ...]
+    """Photos that could not be used."""
+
+
 def plan_shards(split: Split, data: DataSettings) -> list[ShardWork]:
     """The split's photos with people, in order of image id, in shards of about people_per_shard.
 
     The plan's hash stands for everything that decides the bytes: annotations, settings, which photos and
     people are in, and the size of each photo's file (a replaced picture makes another plan).
     """
-    photos = [(photo, rows.stop - rows.start) for photo, rows in split.by_photo()]
+    photos = list(split.by_photo())
     if not photos:
         counts = Counter(r.reason for r in split.rejected)
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
@@ -65,16 +74,14 @@ def plan_shards(split: Split, data: DataSettings) -> list[ShardWork]:
             f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures."
         )
     recipe = Recipe.of(data)
-    ends = np.cumsum([people for _, people in photos])
-    starts = [0, *ends.tolist()]
+    sizes = file_sizes([photo.path for photo, _ in photos])
     members = [
-        (photo.image_id, size, split.people.ann_id[start : start + people].tolist())
-        for (photo, people), size, start in zip(
-            photos, file_sizes([photo.path for photo, _ in photos]), starts[:-1], strict=True
-        )
+        (photo.image_id, size, split.people.ann_id[rows].tolist())
+        for (photo, rows), size in zip(photos, sizes, strict=True)
     ]
     text = canonical_json([SCHEMA_VERSION, recipe.as_dict(), split.name, split.annotation_sha256, members])
-    count = -(-int(ends[-1]) // data.people_per_shard)
+    ends = [rows.stop for _, rows in photos]
+    count = -(-ends[-1] // data.people_per_shard)
     borders = np.searchsorted(ends, np.arange(1, count) * ends[-1] / count) + 1
     cuts = sorted({0, *borders.tolist(), len(photos)})
     return [
@@ -84,8 +91,8 @@ def plan_shards(split: Split, data: DataSettings) -> list[ShardWork]:
             index=index,
             count=len(cuts) - 1,
             variants=data.variants if split.name == data.train_split else 1,
-            photos=tuple(photos[a:b]),
-            people=split.people[starts[a] : starts[b]],
+            photos=tuple(photo for photo, _ in photos[a:b]),
+            people=split.people[photos[a][1].start : ends[b - 1]],
             recipe=recipe,
             plan=hashlib.sha256(text.encode()).hexdigest(),
         )
@@ -93,8 +100,8 @@ def plan_shards(split: Split, data: DataSettings) -> list[ShardWork]:
     ]
 
 
-def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Figures of the shards that are there whole, by ShardWork.key; makes the folder where there is none.
+def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, int], BuiltShard]:
+    """Those that are there whole, by ShardWork.key; makes the folder where there is none.
 
     DataError where the folder holds something that this plan would not write: nothing of it is touched.
     """
@@ -108,21 +115,21 @@ def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, 
     except OSError as error:
         raise DataError(cannot_write(folder, error)) from None
     there = {f"data/{name}" for name in list_files(join(folder, "data"))}
-
-    def look(work: ShardWork) -> dict[str, Any] | None:
-        found = [inspect_shard(join(folder, name)) if name in there else None for name in work.names]
-        if any(f is not None and f[0] != work.plan for f in found):
-            raise DataError(_another_plan(folder, work.names[0]))
-        if any(f is None for f in found):
-            return None
-        whole = [(f[1], f[2]) for f in found if f is not None]
-        names = enumerate(zip(work.names, whole, strict=True))
-        shards = [shard_entry(name, v, *written) for v, (name, (_, written)) in names]
-        return {**whole[0][0], "shards": shards}
-
+    begun = [work for work in works if not there.isdisjoint(work.names)]
     with ThreadPoolExecutor(4) as pool:
-        figures = dict(zip([work.key for work in works], pool.map(look, works), strict=True))
-    return {key: figure for key, figure in figures.items() if figure is not None}
+        found = zip(begun, pool.map(find_built, begun), strict=True)
+        return {work.key: built for work, built in found if built is not None}
+
+
+def find_built(work: ShardWork) -> BuiltShard | None:
+    """A shard that is there already; None where a file of it is missing or damaged. DataError where one is
+    of another plan and whole: before a run, or since it began."""
+    found = [inspect_shard(work.folder, name, v) for v, name in enumerate(work.names)]
+    for name, one in zip(work.names, found, strict=True):
+        if one is not None and one[0] != work.plan:
+            raise DataError(_another_plan(work.folder, name))
+    whole = [one for one in found if one is not None]
+    return BuiltShard(tuple(one[2] for one in whole), whole[0][1]) if len(whole) == len(found) else None
 
 
 def check_target(folder: str, works: Sequence[ShardWork]) -> None:
@@ -139,29 +146,16 @@ def check_target(folder: str, works: Sequence[ShardWork]) -> None:
         return
     if files.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
         _check_same_plan(join(folder, MANIFEST), folder, works)
-    inside = [i.base_name for i in files.get_file_info(fs.FileSelector(root))]
+    inside = {i.base_name for i in files.get_file_info(fs.FileSelector(root))}
     shards = files.get_file_info(fs.FileSelector(f"{root}/data", allow_not_found=True))
-    ours = {name for work in works for name in work.names}
-
-    foreign = sorted(n for n in inside if n not in OWN_FILES and not n.startswith("."))
-    foreign += sorted(
-        f"data/{i.base_name}" for i in shards if f"data/{i.base_name}" not in ours and i.base_name[0] != "."
-    )
+    inside |= {f"data/{i.base_name}" for i in shards}
+    ours = OWN_FILES.union(*(work.names for work in works))
+    foreign = sorted(name for name in inside - ours if not name.removeprefix("data/").startswith("."))
     if foreign:
         raise DataError(
             f"data.shards: {folder} holds {len(foreign)} files that this dataset does not have: "
             f"{', '.join(foreign[:5])}. Nothing was touched: give a new folder, or move them elsewhere."
         )
-
-
-def check_not_taken(files: fs.FileSystem, root: str, work: ShardWork) -> None:
-    """DataError where a shard of another plan has come to lie under one of the work's names: a run with
-    other settings writes into the same folder at this moment, and its shard is whole."""
-    for name in work.names:
-        if files.get_file_info(f"{root}/{name}").type == fs.FileType.File:
-            plan = plan_of_shard(files, f"{root}/{name}")
-            if plan is not None and plan != work.plan:
-                raise DataError(_another_plan(work.folder, name))
 
 
 def _check_same_plan(path: str, folder: str, works: Sequence[ShardWork]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.geometry import compose_affine, crop_people, invert_affine
 from hrnet_core.locations import is_uri, one_line, open_folder
 from pipelines.shards.manifest import REPAIR, Manifest
 
@@ -56,12 +58,11 @@ def decode_rows(
         chunks = table.column(name)
         column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies
         if name == "image":
-            rows["images"] = _crops(decode_pictures(column), table, manifest)
+            pictures = decode_pictures(column)
         elif name == "heatmaps":
-            shape = (len(column), num_keypoints, *codec.heatmap_size[::-1])
-            rows[name] = (
-                _binary_rows(column).view(np.float16).reshape(shape).astype(heatmap_dtype, copy=False)
-            )
+            stored = _binary_rows(column).view(np.float16)
+            heatmaps = stored.reshape(len(column), num_keypoints, *codec.heatmap_size[::-1])
+            rows[name] = heatmaps.astype(heatmap_dtype, copy=False)
         elif name == "image_sha256":
             rows[name] = _binary_rows(column)
         elif pa.types.is_list(column.type):
@@ -71,13 +72,13 @@ def decode_rows(
             rows[name] = column.flatten().to_numpy().reshape(shape)
         else:
             rows[name] = column.to_numpy(zero_copy_only=False)
+    if "image" in table.column_names:
+        rows["images"] = _crops(pictures, rows, manifest)
     return rows
 
 
 def decode_pictures(column: pa.StructArray) -> list[NDArray[np.uint8]]:
     """The stored pictures as they are, each uint8 (H, W, 3) RGB. DataError for one that does not decode."""
-    import cv2
-
     pictures = []
     for index, item in enumerate(column.field("bytes")):
         picture = cv2.imdecode(np.frombuffer(item.as_buffer(), np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -87,20 +88,10 @@ def decode_pictures(column: pa.StructArray) -> list[NDArray[np.uint8]]:
     return pictures
 
 
-def picture_to_crop(table: pa.Table) -> NDArray[np.float64]:
-    """float64 (N, 2, 3): stored picture px -> crop px of each row's view."""
-    from hrnet_core.geometry import compose_affine, invert_affine
-
-    def matrices(name: str) -> NDArray[np.float64]:
-        return table[name].combine_chunks().flatten().to_numpy().reshape(-1, 2, 3)
-
-    return compose_affine(matrices("image_to_crop"), invert_affine(matrices("image_to_picture")))
-
-
-def _crops(pictures: Sequence[NDArray[np.uint8]], table: pa.Table, manifest: Manifest) -> NDArray[np.uint8]:
-    """uint8 (N, h, w, 3): the stored pictures themselves, or warped from cuts."""
-    from hrnet_core.geometry import crop_people
-
+def _crops(
+    pictures: Sequence[NDArray[np.uint8]], rows: Mapping[str, NDArray[Any]], manifest: Manifest
+) -> NDArray[np.uint8]:
+    """uint8 (N, h, w, 3): the stored pictures themselves, or warped from cuts by the matrices in `rows`."""
     width, height = manifest.recipe.settings.input_size
     crops = np.empty((len(pictures), height, width, 3), np.uint8)
     if manifest.recipe.settings.context == 1.0:
@@ -111,7 +102,8 @@ def _crops(pictures: Sequence[NDArray[np.uint8]], table: pa.Table, manifest: Man
                 )
             crop[:] = picture
         return crops
-    for i, matrix in enumerate(picture_to_crop(table)):
+    picture_to_crop = compose_affine(rows["image_to_crop"], invert_affine(rows["image_to_picture"]))
+    for i, matrix in enumerate(picture_to_crop):
         crops[i] = crop_people(pictures[i], matrix[None], (width, height))[0]
     return crops
 

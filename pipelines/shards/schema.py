@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +46,20 @@ REJECTED = pa.schema(
         ("detail", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file as the manifest lists it. `path` is relative to the dataset's folder."""
+
+    path: str
+    variant: int
+    rows: int
+    people: int
+    bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
 
 
 def shard_name(split: str, variant: int, index: int, count: int) -> str:

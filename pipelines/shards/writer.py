@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +15,55 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipelines.shards.schema import COLUMNS, REJECTED, canonical_json
-from pipelines.storage import publish, read_file, sha256_of, temporary_name, write_whole
+from pipelines.shards.schema import COLUMNS, REJECTED, Shard, canonical_json
+from pipelines.sources.records import Rejection
+from pipelines.storage import join, read_file, sha256_of, write_whole, writing
+
+
+@contextlib.contextmanager
+def writing_shard(file: str, schema: pa.Schema) -> Iterator[ShardWriter]:
+    """A shard that becomes `file` (path or URI) when the block ends well; else nothing is left of it."""
+    scalars = [n for n, t in COLUMNS.items() if not pa.types.is_nested(t) and not pa.types.is_binary(t)]
+    # Opened here: a ParquetWriter that fails, at its first bytes or its last, leaves its file open.
+    with writing(file) as part, pa.OSFile(str(part), "wb") as stream:
+        parquet = pq.ParquetWriter(
+            stream,
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=scalars,
+            write_page_checksum=True,
+        )
+        try:
+            yield ShardWriter(part, stream, parquet)
+        finally:
+            with contextlib.suppress(OSError):  # a full disk is so again on closing; the first error is told
+                parquet.close()
 
 
 class ShardWriter:
-    """One shard under a temporary name; `finish` puts it under its own, `discard` removes what there is."""
+    """What `writing_shard` gives: row groups one after the other, then `finish`."""
 
-    def __init__(self, files: fs.FileSystem, path: str, schema: pa.Schema) -> None:
-        self._files, self._path, self._schema = files, path, schema
-        self._temporary = temporary_name(files, path)
-        scalars = [
-            n for n, kind in COLUMNS.items() if not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
-        ]
-        # Opened here: a ParquetWriter that fails, at its first bytes or its last, leaves its file open.
-        self._stream = pa.OSFile(self._temporary, "wb")
-        try:
-            self._writer = pq.ParquetWriter(
-                self._stream,
-                schema,
-                compression="zstd",
-                use_dictionary=False,
-                write_statistics=scalars,
-                write_page_checksum=True,
-            )
-        except BaseException:
-            self._remove()
-            raise
-        self.row_groups: list[int] = []
+    def __init__(self, part: Path, stream: pa.NativeFile, parquet: pq.ParquetWriter) -> None:
+        self._part, self._stream, self._parquet = part, stream, parquet
+        self._row_groups: list[int] = []
 
     def write(self, columns: Mapping[str, Any]) -> None:
         """One row group. Numeric columns are arrays with the rows first; image and image_sha256 lists of
         bytes (images with `image_path`, a list of names); heatmaps float16 (N, K, H, W)."""
         arrays = [_arrow_column(name, kind, columns) for name, kind in COLUMNS.items()]
-        table = pa.Table.from_arrays(arrays, schema=self._schema)
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
-        self.row_groups.append(table.num_rows)
+        table = pa.Table.from_arrays(arrays, schema=self._parquet.schema)
+        self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
+        self._row_groups.append(table.num_rows)
 
-    def finish(self, figures: Mapping[str, Any]) -> tuple[int, str]:
-        """Close with `figures` (JSON) in the footer and publish. Returns (bytes, sha256)."""
-        self._writer.add_key_value_metadata({"hrnet_figures": canonical_json(figures)})
-        self._writer.close()
+    def finish(self, path: str, variant: int, rejected: Sequence[Rejection]) -> Shard:
+        """The last bytes, `rejected` in the footer; the shard as the manifest lists it under `path`."""
+        figures = {"rejected": [asdict(rejection) for rejection in rejected]}
+        self._parquet.add_key_value_metadata({"hrnet_figures": canonical_json(figures)})
+        self._parquet.close()
         self._stream.close()
-        size = os.path.getsize(self._temporary)
-        digest = sha256_of(fs.LocalFileSystem(), self._temporary)
-        publish(self._files, self._temporary, self._path)
-        self.discard()
-        return size, digest
-
-    def discard(self) -> None:
-        """Remove the temporary file if it is still there."""
-        with contextlib.suppress(OSError):  # a full disk is so again on closing; the first error is told
-            self._writer.close()
-        self._remove()
-
-    def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.close()
-        Path(self._temporary).unlink(missing_ok=True)
+        digest, rows = sha256_of(fs.LocalFileSystem(), str(self._part)), sum(self._row_groups)
+        return Shard(path, variant, rows, rows, self._part.stat().st_size, digest, tuple(self._row_groups))
 
 
 def _arrow_column(name: str, kind: pa.DataType, columns: Mapping[str, Any]) -> pa.Array:
@@ -91,47 +82,24 @@ def _arrow_column(name: str, kind: pa.DataType, columns: Mapping[str, Any]) -> p
     return pa.array(values, kind)
 
 
-def shard_entry(path: str, variant: int, size: int, sha256: str, row_groups: Sequence[int]) -> dict[str, Any]:
-    """A shard as the manifest lists it."""
-    rows = sum(row_groups)
-    return {
-        "path": path,
-        "variant": variant,
-        "rows": rows,
-        "people": rows,
-        "bytes": size,
-        "sha256": sha256,
-        "row_groups": list(row_groups),
-    }
-
-
-def inspect_shard(path: str) -> tuple[str, dict[str, Any], tuple[int, str, list[int]]] | None:
-    """What lies there: its plan's hash ("" for a Parquet file that is none of ours), its footer's figures,
-    and (bytes, sha256, row_groups). None where the file or one of its pages is damaged.
+def inspect_shard(folder: str, path: str, variant: int) -> tuple[str, tuple[Rejection, ...], Shard] | None:
+    """What lies at FOLDER/path: its plan's hash ("" for a Parquet file that is none of ours), what its footer
+    says was rejected, and the shard itself. None where there is none, or it or one of its pages is damaged.
 
     DataError for a bucket that does not answer: that says nothing about the shard.
     """
     try:
-        content = read_file(path)  # once, for the pages and for the hash
-        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as shard:
-            metadata = shard.metadata.metadata or {}
+        content = read_file(join(folder, path))  # once, for the pages and for the hash
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
+            metadata = parquet.metadata.metadata or {}
             own, figures = (json.loads(metadata.get(key, b"{}")) for key in (b"hrnet", b"hrnet_figures"))
-            row_groups = [shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)]
-            for index in range(shard.num_row_groups):
-                shard.read_row_group(index)
-        return own.get("plan", ""), figures, (len(content), hashlib.sha256(content).hexdigest(), row_groups)
-    except (OSError, pa.ArrowException, ValueError):
+            row_groups = tuple(parquet.read_row_group(i).num_rows for i in range(parquet.num_row_groups))
+        rejected = tuple(Rejection(**row) for row in figures.get("rejected", ()))
+    except (OSError, pa.ArrowException, ValueError, TypeError):
         return None
-
-
-def plan_of_shard(files: fs.FileSystem, path: str) -> str | None:
-    """The hash of the plan in a shard's footer, "" in a Parquet file that is none of ours; None where no
-    footer can be read."""
-    try:
-        metadata = pq.read_schema(path, filesystem=files).metadata or {}
-        return str(json.loads(metadata.get(b"hrnet", b"{}")).get("plan", ""))
-    except (OSError, pa.ArrowException, ValueError):
-        return None
+    digest, rows = hashlib.sha256(content).hexdigest(), sum(row_groups)
+    shard = Shard(path, variant, rows, rows, len(content), digest, row_groups)
+    return own.get("plan", ""), rejected, shard
 
 
 def write_rejected(file: str, rows: Sequence[Mapping[str, Any]]) -> str:

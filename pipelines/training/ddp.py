@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def wrap(model: nn.Module, device: torch.device, world: int) -> nn.Module:
     """DDP, gradients averaged. BatchNorm counts over each worker's own part, as the published runs did;
     its running statistics are rank 0's, sent to the others when an epoch is scored instead of every step."""
-    from torch.nn.parallel import DistributedDataParallel
-
     if world == 1:
         return model
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is 2.13's
@@ -28,8 +27,6 @@ def wrap(model: nn.Module, device: torch.device, world: int) -> nn.Module:
 
 def share_buffers(model: nn.Module, world: int) -> None:
     """Rank 0's BatchNorm statistics for all, so that every rank scores one network."""
-    import torch.distributed as dist
-
     if world > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -37,8 +34,6 @@ def share_buffers(model: nn.Module, world: int) -> None:
 
 def all_sum(values: Tensor, world: int) -> Tensor:
     """Sum over workers, on each of them."""
-    import torch.distributed as dist
-
     if world > 1:
         dist.all_reduce(values)
     return values
@@ -46,8 +41,6 @@ def all_sum(values: Tensor, world: int) -> Tensor:
 
 def all_objects(value: Any, world: int) -> list[Any]:
     """One value from each worker, on each of them."""
-    import torch.distributed as dist
-
     if world == 1:
         return [value]
     values: list[Any] = [None] * world

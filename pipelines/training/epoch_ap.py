@@ -8,31 +8,29 @@ boxes a crowd can only turn a wrong pose from counted to ignored, so the figures
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
+from hrnet_core.checkpoint import CheckpointSpec
 from hrnet_core.geometry import place_in_image
+from hrnet_core.loss import joints_mse
+from hrnet_core.predictor import PosePredictor
 from pipelines.config import EvaluateSettings
 from pipelines.poses.protocol import score_poses
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.sources.records import GroundTruth, People
-from pipelines.training.feed import STORED, row_groups
-
-if TYPE_CHECKING:
-    from hrnet_core.checkpoint import CheckpointSpec
-    from hrnet_core.predictor import PosePredictor
+from pipelines.training.feed import STORED
 
 TRUTH = ("image_id", "ann_id", "keypoints", "area", "bbox_xywh")
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """Poses of P people of the val split, in order of ann_id."""
 
     ann_ids: NDArray[np.int64]
@@ -47,11 +45,10 @@ class Predictions:
     @classmethod
     def join(cls, parts: Sequence[Predictions]) -> Predictions:
         """Of row groups, or of all workers."""
-        ann_ids = np.concatenate([p.ann_ids for p in parts])
-        order = np.argsort(ann_ids)
-        keypoints = np.concatenate([p.keypoints for p in parts])[order]
-        scores = np.concatenate([p.scores for p in parts])[order]
-        return cls(ann_ids[order], keypoints, scores, sum(p.loss for p in parts))
+        *columns, losses = zip(*parts, strict=True)
+        arrays = [np.concatenate(column) for column in columns]
+        order = np.argsort(arrays[0])
+        return cls(*(array[order] for array in arrays), sum(losses))
 
 
 class ValSplit:
@@ -59,15 +56,11 @@ class ValSplit:
 
     def __init__(self, manifest: Manifest, split: str, rank: int = 0, world: int = 1) -> None:
         self.manifest, self.split = manifest, split
-        self.groups = row_groups(manifest, split)
+        self.groups = list(manifest.row_groups(split))
         self.own = self.groups[rank::world]
 
     def predict(self, predictor: PosePredictor, flip_test: bool, batch_size: int) -> Predictions:
         """Poses of this worker's people."""
-        import torch
-
-        from hrnet_core.loss import joints_mse
-
         k = self.manifest.recipe.skeleton.num_keypoints
         none = np.zeros((0, k, 2), np.float32), np.zeros((0, k), np.float32)
         parts = [Predictions(np.zeros(0, np.int64), *none, 0.0)]  # a worker may have no row group

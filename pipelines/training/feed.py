@@ -14,27 +14,26 @@ its own lanes' row groups (a group on a lane's border is read twice).
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hrnet_core.augment import draw_fresh, place_views, view_targets
 from hrnet_core.geometry import compose_affine, invert_affine
+from hrnet_core.views import multiply_factors, warp_pictures
 from pipelines.config import TrainSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
 from pipelines.shards.schema import CROP_COLUMNS
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 Ints = NDArray[np.int64]
 Item = TypeVar("Item")
@@ -112,12 +111,8 @@ class EpochOrder:
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's part of a global batch of stored views, n rows."""
+    """One worker's part of a global batch, n rows: stored or fresh views."""
 
-    images: NDArray[np.uint8]
-    """(n, h, w, 3) RGB crops."""
-    heatmaps: NDArray[np.float16]
-    """(n, K, H, W) targets."""
     weights: NDArray[np.float32]
     """(n, K)."""
     ann_ids: Ints
@@ -129,14 +124,25 @@ class Batch:
 
     def on_device(self, device: str | torch.device) -> tuple[Tensor, Tensor]:
         """Crops uint8 (n, h, w, 3) and heatmaps float32 (n, K, H, W), both there."""
-        import torch
+        raise NotImplementedError
 
+
+@dataclass(frozen=True)
+class StoredBatch(Batch):
+    """As the shards have them."""
+
+    images: NDArray[np.uint8]
+    """(n, h, w, 3) RGB crops."""
+    heatmaps: NDArray[np.float16]
+    """(n, K, H, W) targets."""
+
+    def on_device(self, device: str | torch.device) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self.images).to(device), torch.tensor(self.heatmaps).to(device).float()
 
 
 @dataclass(frozen=True)
-class FreshBatch:
-    """One worker's part of a global batch of fresh views, n rows: what hrnet_core/views.py makes them of."""
+class FreshBatch(Batch):
+    """What hrnet_core/views.py makes views of."""
 
     pixels: NDArray[np.uint8]
     """(M, 3) RGB: the pixels of the n stored pictures, one picture after the other, row by row."""
@@ -147,31 +153,14 @@ class FreshBatch:
     heatmap_rows: NDArray[np.float32]
     """(n, K, H) and `heatmap_columns` (n, K, W): the factors of the targets."""
     heatmap_columns: NDArray[np.float32]
-    weights: NDArray[np.float32]
-    """(n, K)."""
-    ann_ids: Ints
-    """(n,) COCO's annotation ids."""
-    rows: int
-    """As in Batch, and `total` too."""
-    total: int
     input_size: tuple[int, int]
     """(width, height) of the crops."""
 
     def on_device(self, device: str | torch.device) -> tuple[Tensor, Tensor]:
-        """As Batch gives them, made there."""
-        import torch
-
-        from hrnet_core.views import multiply_factors, warp_pictures
-
         pixels = torch.from_numpy(self.pixels).to(device)
         factors = (torch.from_numpy(a).to(device) for a in (self.heatmap_rows, self.heatmap_columns))
         sizes, matrices = torch.from_numpy(self.sizes), torch.from_numpy(self.picture_to_crop)
         return warp_pictures(pixels, sizes, matrices, self.input_size), multiply_factors(*factors)
-
-
-def row_groups(manifest: Manifest, split: str) -> list[tuple[int, int]]:
-    """(shard, row group) of all of a split; every variant has the same."""
-    return [(s, g) for s, shard in enumerate(manifest.shards(split)) for g in range(len(shard.row_groups))]
 
 
 class Feed:
@@ -192,8 +181,8 @@ class Feed:
         self.fresh = settings.views == "device"
         self.columns = FRESH if self.fresh else STORED
         self.variants = 1 if self.fresh else manifest.variants(split)
-        self.groups = row_groups(manifest, split)
-        self.group_rows = tuple(rows for shard in manifest.shards(split) for rows in shard.row_groups)
+        groups = manifest.row_groups(split)
+        self.groups, self.group_rows = list(groups), tuple(groups.values())
 
     @property
     def steps(self) -> int:
@@ -206,11 +195,11 @@ class Feed:
             self.group_rows, s.seed, epoch, self.manifest.digest, s.lanes, s.batch_size, s.shuffle_row_groups
         )
 
-    def batches(self, epoch: int, start: int = 0, ahead: int = 4) -> Iterator[Batch | FreshBatch]:
+    def batches(self, epoch: int, start: int = 0, ahead: int = 4) -> Iterator[Batch]:
         """Batches `start`, start + 1, ... of an epoch, `ahead` of them read and decoded by a thread."""
         return prefetch(self._batches(epoch, start), ahead)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch | FreshBatch]:
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         order = self.order(epoch)
         per_lane = order.batch_size // order.lanes
         lanes = range(self.rank, order.lanes, self.world)
@@ -245,11 +234,10 @@ class Feed:
             tables.append(pa.concat_tables(views).take(pa.array(variant * len(ann_ids) + wanted)))
         return pa.concat_tables(tables).take(pa.array(np.argsort(by_group)))
 
-    def _stored(self, table: pa.Table, rows: int, total: int) -> Batch:
+    def _stored(self, table: pa.Table, rows: int, total: int) -> StoredBatch:
         columns = decode_rows(table, self.manifest, heatmap_dtype=np.float16)
-        return Batch(
-            columns["images"], columns["heatmaps"], columns["weights"], columns["ann_id"], rows, total
-        )
+        common = columns["weights"], columns["ann_id"], rows, total
+        return StoredBatch(*common, columns["images"], columns["heatmaps"])
 
     def _fresh(self, table: pa.Table, epoch: int, rows: int, total: int) -> FreshBatch:
         recipe = self.manifest.recipe
@@ -263,53 +251,27 @@ class Feed:
         )
         pictures = decode_pictures(table["image"].combine_chunks())
         return FreshBatch(
+            weights=weights,
+            ann_ids=columns["ann_id"],
+            rows=rows,
+            total=total,
             pixels=np.concatenate([picture.reshape(-1, 3) for picture in pictures]),
             sizes=np.array([picture.shape[1::-1] for picture in pictures], np.int64),
             picture_to_crop=compose_affine(image_to_crop, invert_affine(columns["image_to_picture"])),
             heatmap_rows=heatmap_rows,
             heatmap_columns=heatmap_columns,
-            weights=weights,
-            ann_ids=columns["ann_id"],
-            rows=rows,
-            total=total,
             input_size=recipe.settings.input_size,
         )
 
 
 def prefetch(items: Iterable[Item], ahead: int) -> Iterator[Item]:
     """The same items, made by a thread at most `ahead` of the consumer; its exception is raised here."""
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
-    stop = threading.Event()
-
-    def put(item: Item | None, error: BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put(item, None):
-                    return
-        except BaseException as error:
-            put(None, error)
-        else:
-            put(None, StopIteration())
-
-    thread = threading.Thread(target=produce, daemon=True, name="feed")
-    thread.start()
+    source, end = iter(items), object()
+    reader = ThreadPoolExecutor(1, "feed")
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
+        made = deque(reader.submit(next, source, end) for _ in range(ahead))
+        while (item := made.popleft().result()) is not end:
+            made.append(reader.submit(next, source, end))
+            yield item
     finally:
-        stop.set()
-        thread.join()
+        reader.shutdown(cancel_futures=True)

@@ -17,20 +17,21 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from hrnet_core.errors import ConfigError
+from hrnet_core.loss import joints_mse
+from hrnet_core.model import normalize
+from hrnet_core.predictor import PosePredictor
 from pipelines.config import TrainSettings
 from pipelines.training.console import print_epoch, print_step
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
-from pipelines.training.feed import Batch, FreshBatch
+from pipelines.training.feed import Batch
 from pipelines.training.pictures import draw_pictures
 from pipelines.training.state import Job, Standing, Training, keep_best, report_to_ray, save, set_up
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 
 class Diverged(ConfigError):
@@ -122,10 +123,6 @@ def train_step(
     parts of W workers, with their shares / W, runs them one after the other and does the same
     (tests/test_train.py holds the two against each other).
     """
-    import torch
-
-    from hrnet_core.loss import joints_mse
-
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=parts[0].images.device)
     for part in parts:
@@ -141,12 +138,8 @@ def train_step(
     return total
 
 
-def part_of(batch: Batch | FreshBatch, run: Training) -> Part:
+def part_of(batch: Batch, run: Training) -> Part:
     """A worker's batch as its network takes it."""
-    import torch
-
-    from hrnet_core.model import normalize
-
     layout = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
     images, heatmaps = batch.on_device(run.device)
     weights = torch.tensor(batch.weights)
@@ -185,13 +178,13 @@ class Interval:
         self.losses: list[Tensor] = []
         self.ann_ids: list[list[int]] = []
 
-    def wait_for(self, batches: Iterator[Batch | FreshBatch]) -> Batch | FreshBatch | None:
+    def wait_for(self, batches: Iterator[Batch]) -> Batch | None:
         begun = time.perf_counter()
         batch = next(batches, None)
         self.waited += time.perf_counter() - begun
         return batch
 
-    def add(self, loss: Tensor, batch: Batch | FreshBatch) -> None:
+    def add(self, loss: Tensor, batch: Batch) -> None:
         # Kept on the device: looking at a value would make the GPU wait for every step.
         self.losses.append(loss)
         self.ann_ids.append(batch.ann_ids.tolist())
@@ -200,8 +193,6 @@ class Interval:
 
 def log_interval(run: Training, interval: Interval) -> bool:
     """All ranks together: rank 0 writes the row of metrics; whether a checkpoint is due."""
-    import torch
-
     losses = torch.stack(interval.losses).double().cpu()
     seconds = time.perf_counter() - interval.begun
     due = time.monotonic() - run.saved_at > run.config.train.checkpoint_minutes * 60
@@ -239,8 +230,6 @@ def _diverged_in(run: Training, interval: Interval, wrong: list[int]) -> Diverge
 
 def all_finite(model: nn.Module) -> bool:
     """Whether every weight is a number; the same on every rank."""
-    import torch
-
     return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
 
 
@@ -259,8 +248,6 @@ def diverged(run: Training, where: str, ann_ids: Sequence[int] = ()) -> Diverged
 def score_epoch(run: Training) -> dict[str, float]:
     """val_gt/loss (on every rank) and the ten val_gt figures (rank 0; NaN elsewhere) of the network as it
     is. Rank 0 keeps the best checkpoint, its predictions and the pictures."""
-    from hrnet_core.predictor import PosePredictor
-
     begun = time.perf_counter()
     settings, at = run.config.train, run.standing
     share_buffers(run.model, run.world)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hrnet_core.geometry import apply_affine
+from hrnet_core.images import encode_png
+from hrnet_core.oks import oks
+from hrnet_core.overlays import draw_poses, tile
 from pipelines.pages.curves import draw_curves
+from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import write_whole
 from pipelines.training.epoch_ap import Predictions
@@ -17,8 +22,6 @@ SHOWN = 12
 
 def draw_pictures(run: Training, found: Predictions) -> None:
     """pictures/curves.png, and a sheet of people: first and last epoch, and once a minute or so."""
-    from hrnet_core.images import encode_png
-
     at = run.standing
     if run.log is None or not (run.pictures_due() or at.epoch == run.config.train.epochs):
         return
@@ -32,11 +35,6 @@ def draw_pictures(run: Training, found: Predictions) -> None:
 
 def people_sheet(manifest: Manifest, split: str, found: Predictions) -> NDArray[np.uint8]:
     """Of SHOWN people the truth beside the prediction, OKS underneath; uint8 (H, W, 3)."""
-    from hrnet_core.geometry import apply_affine
-    from hrnet_core.oks import oks
-    from hrnet_core.overlays import draw_poses, tile
-    from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
-
     rows = read_rows(manifest, split, 0, spread_rows(manifest, split, SHOWN))
     skeleton, truth = manifest.recipe.skeleton, rows["keypoints"]
     index = np.searchsorted(found.ann_ids, rows["ann_id"])

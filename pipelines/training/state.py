@@ -8,8 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import cv2
+import torch
+from torch import nn
+
+from hrnet_core.checkpoint import TRAINER, CheckpointSpec, read_trainer_state, save_checkpoint
+from hrnet_core.model import HRNet
+from hrnet_core.published import start_from
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig, TrainSettings
 from pipelines.metric_log import MetricLog
@@ -19,12 +26,6 @@ from pipelines.storage import write_whole
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from hrnet_core.checkpoint import CheckpointSpec
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,6 @@ def set_up(
 ) -> Training:
     """Everything that worker `rank` of `world` holds; weights, optimizer and standing from `checkpoint` where
     there is one. DataError, CheckpointError for shards or weights that it cannot read."""
-    import cv2
-    import torch
-
     config, settings = job.config, job.config.train
     manifest = Manifest.load(job.shards)
     # A reused process keeps another worker's number of threads.
@@ -138,8 +136,6 @@ def set_up(
 
 def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> CheckpointSpec:
     """What the checkpoints of this run say about themselves."""
-    from hrnet_core.checkpoint import CheckpointSpec
-
     skeleton = manifest.recipe.skeleton
     recipe = config.model_dump(
         mode="json", include={"data", "model", "train"}, exclude={"data": {"root", "shards"}}
@@ -160,11 +156,6 @@ def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> Chec
 
 
 def make_model(config: RunConfig, spec: CheckpointSpec) -> nn.Module:
-    import torch
-
-    from hrnet_core.model import HRNet
-    from hrnet_core.published import start_from
-
     model = HRNet(spec.architecture, config.model.initialization)
     if config.model.init:
         print(start_from(model, config.model.init))
@@ -172,16 +163,12 @@ def make_model(config: RunConfig, spec: CheckpointSpec) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    import torch
-
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def restore(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Standing:
     """Weights, optimizer and standing from the trainer.pt that `save` wrote."""
-    from hrnet_core.checkpoint import read_trainer_state
-
     state = read_trainer_state(folder)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -190,10 +177,6 @@ def restore(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def save(run: Training) -> None:
     """A checkpoint to go on from. All ranks call it together."""
-    import torch
-
-    from hrnet_core.checkpoint import TRAINER
-
     folder, at = None, run.standing
     if run.rank == 0:
         folder = tempfile.mkdtemp(prefix="hrnet-")
@@ -209,8 +192,6 @@ def save(run: Training) -> None:
 
 def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
     """best/ and predictions.json (COCO results) of the epoch just scored, whose AP is the best so far."""
-    from hrnet_core.checkpoint import save_checkpoint
-
     run.standing.best_ap, run.standing.best_epoch = ap, run.standing.epoch
     found = {"epoch": run.standing.epoch, "val_gt/AP": ap}
     spec = replace(run.spec, provenance={**run.spec.provenance, **found})
