@@ -25,7 +25,7 @@ from hrnet_core.locations import is_uri, one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import on_cluster, ray_session, require
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
-from pipelines.storage import absolute, join, write_json, writing
+from pipelines.storage import absolute, is_file, join, write_json, write_whole, writing
 from serve.settings import Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
@@ -62,12 +62,8 @@ def deploy(
     """
     run, track, ray_settings = run or RunSettings(), track or TrackSettings(), ray_settings or RaySettings()
     block = block and not on_cluster()
-    with (
-        _interruptible(),
-        tempfile.TemporaryDirectory(prefix="hrnet-deploy-") as scratch,
-        local_checkpoint(checkpoint, track, run.storage) as found,
-    ):
-        args, spec = serve_args(found, settings, run, track, Path(scratch))
+    with _interruptible(), local_checkpoint(checkpoint, track, run.storage) as found:
+        args, spec = serve_args(found, settings, run, track)
         try:
             with ray_session(ray_settings):
                 url = start(args, settings, ray_settings)
@@ -84,7 +80,7 @@ def deploy(
 
 
 def serve_args(
-    found: LocalCheckpoint, settings: ServeSettings, run: RunSettings, track: TrackSettings, scratch: Path
+    found: LocalCheckpoint, settings: ServeSettings, run: RunSettings, track: TrackSettings
 ) -> tuple[ServeArgs, CheckpointSpec]:
     """(ServeArgs, the checkpoint's spec), with everything checked that can be before Serve starts."""
     spec = _checked(found.folder, settings)
@@ -94,7 +90,7 @@ def serve_args(
     if found.version and found.copied:
         reachable = _published(found.folder, join(run.storage, f"deployed/{sha256[:16]}"))
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
-    replica["samples"] = _samples(settings.samples, spec.skeleton, run.storage, scratch)
+    replica["samples"] = _samples(settings, spec.skeleton, run.storage)
     return ServeArgs(
         **replica,
         checkpoint=reachable,
@@ -120,13 +116,10 @@ def start(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -
     if not serve.status().proxies:  # Serve does not run yet
         if not on_cluster():
             _refuse_port_in_use(settings.host, settings.port)
+        timeout = settings.deadline_s + SERVE_GRACE_S
         serve.start(
             proxy_location="EveryNode" if on_cluster() else "HeadOnly",
-            http_options={
-                "host": settings.host,
-                "port": settings.port,
-                "request_timeout_s": settings.deadline_s + SERVE_GRACE_S,
-            },
+            http_options={"host": settings.host, "port": settings.port, "request_timeout_s": timeout},
             controller_options={"runtime_env": {"env_vars": _serve_environment(settings)}},
         )
     if APP in serve.status().applications:
@@ -172,53 +165,48 @@ def _published(folder: Path, target: str) -> str:
 # --- samples for the page ----------------------------------------------------------------------
 
 
-def _samples(asked: str | None, skeleton: Skeleton, storage: str, scratch: Path) -> str | None:
+def _samples(settings: ServeSettings, skeleton: Skeleton, storage: str) -> str | None:
     """A samples folder that the replicas can read: the one asked for, or one made of a COCO split."""
     from serve.samples import load_samples
 
-    if asked is None:
+    if settings.samples is None:
         return None
-    folder = asked
-    if not is_uri(asked):
-        path = Path(asked).resolve()
-        folder = str(path)
-        if not (path / "boxes.json").is_file():
-            made = samples_from_coco(path, skeleton, scratch / "samples")
-            folder = _published(made, join(storage, "samples")) if on_cluster() else str(made)
+    folder = absolute(settings.samples)
+    if not (is_uri(folder) or is_file(join(folder, "boxes.json"))):
+        with tempfile.TemporaryDirectory(prefix="hrnet-samples-") as made:
+            samples_from_coco(Path(folder), skeleton, settings.max_pixels, Path(made))
+            folder = _published(Path(made), join(storage, "samples"))
     load_samples(folder)  # refused here, not in the replica
     return folder
 
 
-def samples_from_coco(pictures: Path, skeleton: Skeleton, into: Path) -> Path:
+def samples_from_coco(pictures: Path, skeleton: Skeleton, max_pixels: int, into: Path) -> None:
     """ROOT/SPLIT with its annotations -> a samples folder of up to 8 pictures whose people are well seen."""
-    from hrnet_core.images import read_header
     from pipelines.sources.coco import read_coco
     from pipelines.sources.layout import annotations_of
+    from pipelines.sources.photos import Picture, check_photo
 
-    annotations = Path(annotations_of(pictures.parent, pictures.name))
-    if not annotations.is_file():
+    annotations = annotations_of(pictures.parent, pictures.name)
+    if not is_file(annotations):
         raise ConfigError(
             f"samples {pictures}: neither boxes.json in it nor {annotations} beside it. Name a folder of "
             f"pictures with a boxes.json (docs/serving.md), or the SPLIT folder of a COCO root."
         )
-    chosen: dict[Path, list[list[float]]] = {}
+    boxes: dict[str, list[list[float]]] = {}
     split = read_coco(pictures.parent, pictures.name, skeleton)
     for photo, rows in split.by_photo():
         people = split.people[rows]
         large = people.area >= 0.01 * photo.width * photo.height
         seen = people[large & ((people.keypoints[..., 2] > 0).mean(axis=1) >= 0.5)]
-        if not 1 <= len(seen) <= 4:
-            continue
+        picture = check_photo(photo, max_pixels) if 1 <= len(seen) <= 4 else None
         # The page sees the picture as EXIF turns it; COCO's boxes are of the stored pixels.
-        if read_header(Path(photo.path).read_bytes()).orientation == 1:
-            chosen[Path(photo.path)] = [[round(float(v), 1) for v in box] for box in seen.bbox_xywh]
-        if len(chosen) == SAMPLES:
+        if isinstance(picture, Picture) and picture.header.orientation == 1:
+            name = Path(photo.path).name
+            write_whole(into / name, picture.content)
+            boxes[name] = [[round(float(v), 1) for v in box] for box in seen.bbox_xywh]
+        if len(boxes) == SAMPLES:
             break
-    into.mkdir(parents=True, exist_ok=True)
-    for path in chosen:
-        shutil.copyfile(path, into / path.name)
-    write_json(into / "boxes.json", {path.name: boxes for path, boxes in chosen.items()})
-    return into
+    write_json(into / "boxes.json", boxes)
 
 
 # --- Serve -------------------------------------------------------------------------------------

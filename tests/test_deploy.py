@@ -29,7 +29,7 @@ from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.config import RunSettings, ServeSettings, TrackSettings
-from pipelines.deploy import deploy, samples_from_coco, serve_args
+from pipelines.deploy import deploy, serve_args
 from serve.settings import ServeArgs
 
 
@@ -54,7 +54,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def args_of(checkpoint: str, tmp_path: Path, **settings: Any) -> Any:
     run, track = RunSettings(storage=str(tmp_path / "runs")), TrackSettings(registered_model="other")
     with local_checkpoint(checkpoint, track, run.storage) as found:
-        return serve_args(found, ServeSettings(**settings), run, track, tmp_path)[0]
+        return serve_args(found, ServeSettings(**settings), run, track)[0]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_registered_model_keeps_its_version_and_its_name(checkpoint: Path, tmp
     def served(**where: Any) -> ServeArgs:
         found = LocalCheckpoint("models:/mine@candidate", checkpoint, "mine/12", **where)
         run, track = RunSettings(storage=str(tmp_path / "runs")), TrackSettings(registered_model="other")
-        return serve_args(found, ServeSettings(), run, track, tmp_path)[0]
+        return serve_args(found, ServeSettings(), run, track)[0]
 
     args = served()
     assert (args.name, args.version, args.source) == ("mine", "12", "models:/mine@candidate")
@@ -198,14 +198,21 @@ def coco_with(root: Path, orientations: list[int]) -> Path:
 
 def test_a_coco_split_becomes_samples(checkpoint: Path, tmp_path: Path) -> None:
     pictures = coco_with(tmp_path / "coco", [1, 6, 1] + [1] * 10)
+    cut = (pictures / "3.jpg").read_bytes()
+    (pictures / "3.jpg").write_bytes(cut[: len(cut) // 2])
     args = args_of(str(checkpoint), tmp_path, samples=str(pictures))
     folder = Path(args.samples)
+    assert folder == tmp_path / "runs" / "samples", "a replica that starts later finds them too"
     boxes = json.loads((folder / "boxes.json").read_text())
-    assert list(boxes) == ["1.jpg", *(f"{i}.jpg" for i in range(3, 10))], "8 of them, not the turned one"
+    wanted = ["1.jpg", *(f"{i}.jpg" for i in range(4, 11))]
+    assert list(boxes) == wanted, "8 of them, neither the turned one nor the one that is cut off"
+    assert {file.name for file in folder.iterdir()} == {*wanted, "boxes.json"}
     assert boxes["1.jpg"] == [[10, 5, 39, 69]]
     assert (folder / "1.jpg").read_bytes() == (pictures / "1.jpg").read_bytes()
     with pytest.raises(ConfigError, match="person_keypoints_other"):
-        samples_from_coco(tmp_path / "other", COCO17, tmp_path / "into")
+        args_of(str(checkpoint), tmp_path, samples=str(tmp_path / "other"))
+    small = args_of(str(checkpoint), tmp_path, samples=str(pictures), max_pixels=7_999)
+    assert json.loads((Path(small.samples) / "boxes.json").read_text()) == {}, "none that it would refuse"
 
 
 @pytest.mark.slow
