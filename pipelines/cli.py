@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if name not in VERBS:
-        print(f"hrnet: no verb {name!r}.\n\n{usage()}", file=sys.stderr)
+        # Of a URI, which may hold credentials, its scheme.
+        print(f"hrnet: no verb {name.partition('://')[0]!r}.\n\n{usage()}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
@@ -130,7 +131,7 @@ def inspect(args: arguments.Inspect) -> None:
     """check a dataset's shards, count what is in them, and draw a page of it"""
     from pipelines.inspect_shards import inspect_shards
 
-    print(inspect_shards(args.shards, args.out, args.coco, args.log, args.track, args.run.storage))
+    print(f"pictures and page: {inspect_shards(**_given(args))}")
 
 
 def train(config: RunConfig) -> None:

@@ -273,6 +273,14 @@ def test_no_verb_prints_a_secret(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("uri", URIS)
+def test_nor_does_one_that_stands_where_the_verb_belongs(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([uri, "out"]) == 2
+    out, err = capfd.readouterr()
+    assert "hrnet: no verb" in err
+    assert SECRET not in out + err
+
+
 @pytest.mark.parametrize("field", ["root", "shards"])
 def test_a_config_files_secret_is_not_printed(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
