@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+import cv2
 import numpy as np
 import safetensors.torch
 import torch
@@ -28,18 +29,18 @@ from torch import Tensor, nn
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import PADDING
 from hrnet_core.errors import CheckpointError, DataError
-from hrnet_core.files import replacing, write_whole
+from hrnet_core.files import from_json, read_object, replacing, write_whole
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.locations import fetch, one_line
 from hrnet_core.model import HRNet, normalize
-from hrnet_core.skeleton import COCO17, Skeleton, skeleton_from_dict
+from hrnet_core.skeleton import COCO17, Skeleton
 from hrnet_core.weights import first_names, parse_safetensors, read_torch, untrained, what_does_not_fit
 
-T = TypeVar("T")
 SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION, SELFTEST = "model.safetensors", "checkpoint.json", "selftest.safetensors"
 ONNX, TRAINER = "model.onnx", "trainer.pt"
 PROVENANCE = ("run_id", "dataset_digest", "config", "code_version")
+COPY_IT = f"A checkpoint folder holds {WEIGHTS}, {DESCRIPTION} and {SELFTEST}; copy the whole folder."
 # Heatmaps of other machines and torch versions differ by about 1e-6 of their range in float32; other
 # weights by the whole range.
 SELFTEST_TOLERANCE = 1e-3
@@ -71,8 +72,6 @@ class CheckpointSpec:
     """Of model.safetensors: filled in by save and load, never given."""
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         problems = []
         if self.architecture.num_keypoints != self.skeleton.num_keypoints:
             problems.append(
@@ -82,8 +81,12 @@ class CheckpointSpec:
         if any(side % 32 for side in self.input_size):
             problems.append(f"input_size (width, height) must be multiples of 32, got {self.input_size}")
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            if len(values) != 3 or not all(math.isfinite(v) for v in values):
+            try:
+                values = tuple(float(v) for v in getattr(self, name))
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            object.__setattr__(self, name, values)
+            if len(values) != 3 or not all(map(math.isfinite, values)):
                 problems.append(f"{name} must be 3 finite numbers, got {values}")
         if not all(v > 0 for v in self.std):
             problems.append(f"std must be positive, got {self.std}")
@@ -93,8 +96,11 @@ class CheckpointSpec:
             problems.append(f"flip_test must be true or false, got {self.flip_test!r}")
         if self.weights not in ("raw", "ema"):
             problems.append(f"weights must be 'raw' or 'ema', got {self.weights!r}")
+        for name in ("modes", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                problems.append(f"{name} must be an object, got {getattr(self, name)!r}")
         if problems:
-            raise CheckpointError(f"{'; '.join(problems)}.")
+            raise CheckpointError("; ".join(problems))
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -206,12 +212,7 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
             f"file enters through `hrnet import FILE --codec C --input-size W H OUT`."
         )
     file = folder / DESCRIPTION
-    try:
-        fields = json.loads(read_file(file))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}). Copy the folder again.") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: holds {type(fields).__name__}, not one JSON object.")
+    fields = read_object(file, CheckpointError, COPY_IT)
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{file}: schema_version is {fields.get('schema_version')!r}, this program reads "
@@ -223,7 +224,24 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
             f"{file}: missing fields {missing}, unknown fields {unknown}. A checkpoint states every field; "
             f"none is guessed, because a wrong codec or mean gives wrong poses without an error."
         )
-    return _spec_from(fields, file)
+    built = {
+        name: from_json(kind, fields[name], f"{file}: {name}", CheckpointError, COPY_IT)
+        for name, kind in (("architecture", HRNetConfig), ("codec", HeatmapCodec), ("skeleton", Skeleton))
+    }
+    given = {name: fields[name] for name in CheckpointSpec.__dataclass_fields__}
+    spec = from_json(CheckpointSpec, {**given, **built}, str(file), CheckpointError, COPY_IT)
+    problems = []
+    if not {"name", "input_size", "sigma"} <= set(fields["codec"]) or fields["codec"]["sigma"] is None:
+        problems.append("codec must state name, input_size and sigma")
+    if fields["input_size"] != list(spec.input_size):
+        problems.append(f"input_size {fields['input_size']} is not codec.input_size {list(spec.input_size)}")
+    if fields["channels"] != "RGB":
+        problems.append(f"channels must be 'RGB', got {fields['channels']!r}")
+    if absent := sorted(set(PROVENANCE) - set(spec.provenance)):
+        problems.append(f"provenance leaves out {absent}")
+    if problems:
+        raise CheckpointError(f"{file}: {'; '.join(problems)}. {COPY_IT}")
+    return spec
 
 
 def verify_checkpoint(folder: str | Path, device: str = "cpu") -> float:
@@ -237,15 +255,15 @@ def verify_checkpoint(folder: str | Path, device: str = "cpu") -> float:
     model, spec = load_checkpoint(folder)
     file = folder / SELFTEST
     recorded = parse_safetensors(read_file(file), file)
-    width, height = spec.input_size
-    cells = (1, spec.skeleton.num_keypoints, height // 4, width // 4)
-    crops, expected = recorded.get("crops"), recorded.get("heatmaps")
-    if crops is None or expected is None or set(recorded) != {"crops", "heatmaps"}:
+    if set(recorded) != {"crops", "heatmaps"}:
         raise CheckpointError(f"{file}: holds {sorted(recorded)}, not crops and heatmaps.")
-    if crops.shape != (1, height, width, 3) or crops.dtype != torch.uint8 or expected.shape != cells:
+    crops, expected = recorded["crops"], recorded["heatmaps"]
+    pixels = (1, *spec.input_size[::-1], 3)
+    cells = (1, spec.skeleton.num_keypoints, *spec.codec.heatmap_size[::-1])
+    if crops.shape != pixels or crops.dtype != torch.uint8 or expected.shape != cells:
         raise CheckpointError(
             f"{file}: crops {tuple(crops.shape)} and heatmaps {tuple(expected.shape)} are not of this "
-            f"checkpoint, whose are {(1, height, width, 3)} and {cells}."
+            f"checkpoint, whose are {pixels} and {cells}."
         )
     heatmaps = _run(model.to(device), crops.to(device), spec).cpu()
     spread = float(expected.max() - expected.min())
@@ -291,40 +309,6 @@ def read_trainer_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
-def _spec_from(fields: dict[str, Any], file: Path) -> CheckpointSpec:
-    """Fields of checkpoint.json -> spec; the error names the file and the field."""
-    try:
-        for name in ("architecture", "codec", "skeleton", "modes", "provenance"):
-            if not isinstance(fields[name], dict):
-                raise CheckpointError(f"{name} must be an object, got {fields[name]!r}.")
-        architecture = _named("architecture", lambda: HRNetConfig(**fields["architecture"]))
-        codec = _named("codec", lambda: HeatmapCodec(**fields["codec"]))
-        if not {"name", "input_size", "sigma"} <= set(fields["codec"]) or fields["codec"]["sigma"] is None:
-            raise CheckpointError("codec must state name, input_size and sigma.")
-        if fields["input_size"] != list(codec.input_size):
-            raise CheckpointError(
-                f"input_size {fields['input_size']} is not codec.input_size {list(codec.input_size)}."
-            )
-        if fields["channels"] != "RGB":
-            raise CheckpointError(f"channels must be 'RGB', got {fields['channels']!r}.")
-        absent = sorted(set(PROVENANCE) - set(fields["provenance"]))
-        if absent:
-            raise CheckpointError(f"provenance leaves out {absent}.")
-        skeleton = skeleton_from_dict(fields["skeleton"], "skeleton")
-        built = {"architecture": architecture, "codec": codec, "skeleton": skeleton}
-        given = {name: fields[name] for name in CheckpointSpec.__dataclass_fields__}
-        return _named("mean and std", lambda: CheckpointSpec(**{**given, **built}))
-    except (CheckpointError, DataError) as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
-def _named(name: str, build: Callable[[], T]) -> T:
-    try:
-        return build()
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name}: {error}.") from None
-
-
 def _build(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> HRNet:
     """The network with exactly these weights, in eval mode; CheckpointError names what does not fit."""
     model = untrained(architecture)
@@ -337,11 +321,8 @@ def _build(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> 
 
 def _selftest_crops(input_size: tuple[int, int]) -> Tensor:
     """uint8 (1, h, w, 3): soft coloured patches under fine noise, the same for every checkpoint."""
-    import cv2
-
-    width, height = input_size
     rng = np.random.default_rng(0)
-    patches = cv2.resize(rng.uniform(0, 255, (8, 6, 3)), (width, height), interpolation=cv2.INTER_LINEAR)
+    patches = cv2.resize(rng.uniform(0, 255, (8, 6, 3)), input_size, interpolation=cv2.INTER_LINEAR)
     crop = np.clip(patches + rng.normal(0, 8, patches.shape), 0, 255).astype(np.uint8)
     return torch.from_numpy(crop[None])
 
@@ -377,7 +358,4 @@ def read_file(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error.strerror}). A checkpoint folder holds {WEIGHTS}, "
-            f"{DESCRIPTION} and {SELFTEST}; copy the whole folder."
-        ) from None
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {COPY_IT}") from None

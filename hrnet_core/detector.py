@@ -10,20 +10,21 @@ docs/predict.md has a declaration for each. ONNX Runtime is imported when a dete
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
+import functools
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import ConfigError, first_line
+from hrnet_core.files import from_json, read_object
+from hrnet_core.geometry import Float32, UInt8
 
-Float32 = NDArray[np.float32]
-UInt8 = NDArray[np.uint8]
-
+Outputs = dict[str, NDArray[Any]]
+"""By name, without the batch axis."""
 STRIDES = (8, 16, 32)  # of YOLOX's three maps, in px of its input
 LARGEST_LOGIT = 80.0  # exp stays finite in float32
 
@@ -66,11 +67,9 @@ class Declaration:
 
     def __post_init__(self) -> None:
         problems = []
-        hints = get_type_hints(Declaration)
-        for name in ("layout", "resize", "channels", "box_format"):
-            if getattr(self, name) not in get_args(hints[name]):
-                choices = ", ".join(get_args(hints[name]))
-                problems.append(f"{name} is {getattr(self, name)!r}, choose one of {choices}")
+        for name, hint in get_type_hints(Declaration).items():
+            if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
+                problems.append(f"{name} is {value!r}, choose one of {', '.join(get_args(hint))}")
         if len(self.input_size) != 2 or not all(type(side) is int and side > 0 for side in self.input_size):
             problems.append(f"input_size must be [width, height] in px, got {list(self.input_size)}")
         if self.layout == "boxes" and not self.boxes:
@@ -90,24 +89,8 @@ class Declaration:
 def read_declaration(file: str | Path) -> Declaration:
     """MODEL.json. ConfigError names the field that is missing, unknown or wrong."""
     file = Path(file)
-    way_out = "docs/predict.md describes the fields, with an example for each kind of detector."
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file}: no readable JSON ({error}). A detector MODEL.onnx is declared in MODEL.json beside it: "
-            f"{way_out}"
-        ) from None
-    known = {f.name for f in fields(Declaration)}
-    given = set(content) if isinstance(content, dict) else set()
-    missing, unknown = sorted({"layout", "input_size"} - given), sorted(given - known)
-    if missing or unknown:
-        raise ConfigError(f"{file}: missing fields {missing}, unknown fields {unknown}. {way_out}")
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-    try:
-        return Declaration(**values)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{file}: {error}. {way_out}") from None
+    way_out = "A detector MODEL.onnx is declared in MODEL.json beside it; docs/predict.md shows each kind."
+    return from_json(Declaration, read_object(file, ConfigError, way_out), str(file), ConfigError, way_out)
 
 
 @dataclass
@@ -123,7 +106,6 @@ class PersonDetector:
     """CPU threads of a run, fixed because they decide the last digits."""
     use_gpu: bool = False
     """CUDA where ONNX Runtime has it (onnxruntime-gpu), else the CPU."""
-    _session: Any = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(cls, file: str | Path, threads: int = 1, use_gpu: bool = False) -> PersonDetector:
@@ -133,16 +115,13 @@ class PersonDetector:
         try:
             model = file.read_bytes()
         except OSError as error:
-            raise ConfigError(
-                f"{file}: cannot be read ({error.strerror}). Name an ONNX detector, with its declaration "
-                f"{file.with_suffix('.json').name} beside it."
-            ) from None
+            raise ConfigError(f"{file}: cannot be read ({error.strerror}). Name an ONNX detector.") from None
         detector = cls(model, declaration, str(file), threads, use_gpu)
         detector(np.zeros((64, 64, 3), np.uint8))
         return detector
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_session"}
 
     def __call__(self, image: UInt8, score_threshold: float | None = None) -> tuple[Float32, Float32]:
         """uint8 (H, W, 3) RGB -> boxes float32 (P, 4) left, top, width, height in image px, scores (P,).
@@ -151,25 +130,21 @@ class PersonDetector:
         """
         declared = self.declaration
         threshold = declared.score_threshold if score_threshold is None else score_threshold
-        blob, to_image = _prepare(image, declared)
-        outputs = self._run(blob)
+        blob, scale, shift = _prepare(image, declared)
         read = _read_yolox if declared.layout == "yolox" else _read_boxes
-        corners, scores = read(outputs, declared, self.name)
+        corners, scores = read(self._run(blob), declared, self.name)
         keep = (scores >= threshold) & np.isfinite(corners).all(axis=1)
         keep &= (corners[:, 2:] > corners[:, :2]).all(axis=1)
-        corners, scores = corners[keep], scores[keep]
-        order = np.argsort(-scores, kind="stable")
-        corners, scores = corners[order], scores[order]
+        found = np.flatnonzero(keep)
+        found = found[np.argsort(-scores[found], kind="stable")]
         if declared.nms_iou is not None:
-            kept = suppress(corners, declared.nms_iou)
-            corners, scores = corners[kept], scores[kept]
-        scale, shift = to_image
+            found = found[suppress(corners[found], declared.nms_iou)]
+        corners, scores = corners[found], scores[found]
         start, end = corners[:, :2] * scale + shift, corners[:, 2:] * scale + shift
         return np.concatenate([start, end - start], axis=1).astype(np.float32), scores
 
-    def _run(self, blob: Float32) -> dict[str, NDArray[Any]]:
-        """Outputs by name, without the batch axis."""
-        session = self._open()
+    def _run(self, blob: Float32) -> Outputs:
+        session = self._session
         given = session.get_inputs()[0]
         if len(given.shape) == 3:  # torchvision's exports take one image
             blob = blob[0]
@@ -185,15 +160,13 @@ class PersonDetector:
         main = outputs.get(self.declaration.boxes, values[0])
         return {name: v[0] for name, v in outputs.items()} if main.ndim == 3 else outputs
 
-    def _open(self) -> Any:
-        if self._session is not None:
-            return self._session
+    @functools.cached_property
+    def _session(self) -> Any:
+        """ONNX Runtime's, opened by the first run of a process."""
         try:
             import onnxruntime
         except ImportError:
-            raise ConfigError(
-                f"{self.name}: a detector needs ONNX Runtime: pip install 'hrnet-ray[onnx]'."
-            ) from None
+            raise ConfigError(f"{self.name} needs ONNX Runtime: pip install 'hrnet-ray[onnx]'.") from None
         wanted = ["CPUExecutionProvider"]
         if self.use_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             wanted.insert(0, "CUDAExecutionProvider")
@@ -203,16 +176,14 @@ class PersonDetector:
         try:
             session = onnxruntime.InferenceSession(self.model, options, providers=wanted)
         except Exception as error:
-            raise ConfigError(
-                f"{self.name}: not a model that ONNX Runtime opens ({first_line(error)})."
-            ) from None
+            why = first_line(error)
+            raise ConfigError(f"{self.name}: not a model that ONNX Runtime opens ({why}).") from None
         if len(session.get_inputs()) != 1:
             names = ", ".join(i.name for i in session.get_inputs())
             raise ConfigError(
                 f"{self.name}: has the inputs {names}, but one image is all there is to give. "
                 f"Export it without the others."
             )
-        self._session = session
         return session
 
 
@@ -230,8 +201,8 @@ def suppress(boxes_xyxy: Float32, iou: float) -> NDArray[np.int64]:
     return np.array(kept, np.int64)
 
 
-def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, tuple[Float32, Float32]]:
-    """float32 (1, 3, h, w), and (scale, shift) that take input px to image px.
+def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, Float32, Float32]:
+    """float32 (1, 3, h, w), and the scale and shift that take input px to image px.
 
     Here px are edges, not centres: (0, 0) is the corner of the first pixel, as detectors count.
     """
@@ -253,12 +224,10 @@ def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, tuple[Float3
     mean, std = np.array(declared.mean, np.float32), np.array(declared.std, np.float32)
     pixels = (pixels - mean) / std
     scale = (1 / factor).astype(np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]), (scale, -offset.astype(np.float32) * scale)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]), scale, -offset.astype(np.float32) * scale
 
 
-def _read_boxes(
-    outputs: dict[str, NDArray[Any]], declared: Declaration, name: str
-) -> tuple[Float32, Float32]:
+def _read_boxes(outputs: Outputs, declared: Declaration, name: str) -> tuple[Float32, Float32]:
     """Corners float32 (N, 4) in input px and the scores (N,) of people, 0 for other classes."""
     for role in ("boxes", "scores", "labels"):
         wanted = getattr(declared, role)
@@ -291,23 +260,18 @@ def _read_boxes(
     return corners, scores
 
 
-def _read_yolox(
-    outputs: dict[str, NDArray[Any]], declared: Declaration, name: str
-) -> tuple[Float32, Float32]:
+def _read_yolox(outputs: Outputs, declared: Declaration, name: str) -> tuple[Float32, Float32]:
     """As _read_boxes, of YOLOX's one output (cells, 5 + classes): (cx, cy, w, h, objectness, classes ...).
 
     Undecoded, cx and cy count from the cell's corner in strides, w and h are logarithms of strides
     (YOLOX demo_postprocess); cells are those of stride 8, then 16, then 32, row by row.
     """
     width, height = declared.input_size
-    grids, strides = [], []
+    cells = []
     for stride in STRIDES:
-        columns, rows = width // stride, height // stride
-        y, x = np.mgrid[:rows, :columns]
-        grids.append(np.stack([x.ravel(), y.ravel()], axis=1))
-        strides.append(np.full((rows * columns, 1), stride))
-    grid = np.concatenate(grids).astype(np.float32)
-    stride_px = np.concatenate(strides).astype(np.float32)
+        y, x = np.mgrid[: height // stride, : width // stride]
+        cells.append(np.stack([x.ravel(), y.ravel(), np.full(x.size, stride)], axis=1))
+    grid, stride_px = np.split(np.concatenate(cells).astype(np.float32), [2], axis=1)
     found = next(iter(outputs.values())).astype(np.float32)
     columns_needed = 6 + declared.person_class
     if len(outputs) != 1 or found.ndim != 2 or len(found) != len(grid) or found.shape[1] < columns_needed:

@@ -1,13 +1,21 @@
-"""Files and folders of this machine appear under their names whole or not at all: made beside, renamed."""
+"""Files of this machine: they and their folders appear under their names whole or not at all, made beside and
+renamed; what JSON in them declares becomes a dataclass."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+
+from hrnet_core.errors import PoseError
+
+T = TypeVar("T")
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -56,3 +64,34 @@ def replacing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def read_object(file: Path, error: type[PoseError], way_out: str) -> dict[str, Any]:
+    """The JSON object that a file holds; else `error`, with the file and the way out."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise error(f"{file}: no readable JSON ({problem}). {way_out}") from None
+    if not isinstance(content, dict):
+        raise error(f"{file}: holds {type(content).__name__}, not one JSON object. {way_out}")
+    return content
+
+
+def from_json(kind: Callable[..., T], content: Any, source: str, error: type[PoseError], way_out: str) -> T:
+    """A dataclass from the JSON object with its fields, lists as tuples; else `error`, with the source, the
+    field and the way out."""
+    if not isinstance(content, dict):
+        raise error(f"{source} must be an object, got {content!r}. {way_out}")
+    known = inspect.signature(kind).parameters
+    needed = {name for name, field in known.items() if field.default is field.empty}
+    missing, unknown = sorted(needed - set(content)), sorted(set(content) - set(known))
+    if missing or unknown:
+        raise error(f"{source}: missing fields {missing}, unknown fields {unknown}. {way_out}")
+    try:
+        return kind(**{name: _tuples(value) for name, value in content.items()})
+    except (PoseError, TypeError, ValueError) as problem:
+        raise error(f"{source}: {problem}. {way_out}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

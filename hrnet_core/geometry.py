@@ -17,6 +17,7 @@ from hrnet_core.choices import PADDING
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+UInt8 = NDArray[np.uint8]
 FARTHEST = 1e6
 """px: no box of a photograph has such a coordinate, and OpenCV's fixed point ends not far above."""
 
@@ -68,9 +69,8 @@ def three_point_matrix(
     (cx, cy), (w, _), cos, sin = _parts(center, scale, rotation_deg)
     factor = input_size[0] / w
     a, b = factor * cos, factor * sin
-    return _matrix(
-        (a, b, input_size[0] * 0.5 - (a * cx + b * cy)), (-b, a, input_size[1] * 0.5 - (a * cy - b * cx))
-    )
+    x, y = input_size[0] * 0.5 - (a * cx + b * cy), input_size[1] * 0.5 - (a * cy - b * cx)
+    return _matrix((a, b, x), (-b, a, y))
 
 
 def udp_matrix(
@@ -126,9 +126,7 @@ def apply_affine(matrix: ArrayLike, points: ArrayLike) -> Float32:
     return moved.astype(np.float32)
 
 
-def crop_people(
-    image: NDArray[np.uint8], image_to_crop: ArrayLike, input_size: tuple[int, int]
-) -> NDArray[np.uint8]:
+def crop_people(image: UInt8, image_to_crop: ArrayLike, input_size: tuple[int, int]) -> UInt8:
     """image uint8 (H, W, 3), image_to_crop (P, 2, 3) -> crops uint8 (P, h, w, 3).
 
     Bilinear, black outside the image, as the published code (cv2.warpAffine); input_size is (w, h).
@@ -174,7 +172,7 @@ def cut_around(center: ArrayLike, side: ArrayLike, image_size: ArrayLike, larges
     return PhotoCuts(np.concatenate([first, last + 1], axis=-1), size, matrix)
 
 
-def cut_photo(image: NDArray[np.uint8], box: ArrayLike, size: ArrayLike) -> NDArray[np.uint8]:
+def cut_photo(image: UInt8, box: ArrayLike, size: ArrayLike) -> UInt8:
     """One cut of `cut_around`: image uint8 (H, W, 3), box (4,), size (2,) -> uint8 (h, w, 3)."""
     x0, y0, x1, y1 = (int(edge) for edge in np.asarray(box))
     width, height = (int(side) for side in np.asarray(size))

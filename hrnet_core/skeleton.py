@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.files import from_json, read_object
 
 # MMPose's and rtmlib's palette, known to the field: head blue, left green, right orange (RGB).
 HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 0), (255, 128, 0)
 SHIPPED = Path(__file__).parent / "skeletons"
+WAY_OUT = "docs/skeletons.md has an example."
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,7 @@ class Skeleton:
         if len(set(paired)) != len(paired):
             problems.append("flip_pairs must name each keypoint at most once")
         if problems:
-            raise DataError(
-                f"skeleton {self.name!r}: {'; '.join(problems)}. docs/skeletons.md has an example."
-            )
+            raise DataError(f"skeleton {self.name!r}: {'; '.join(problems)}")
 
     @property
     def num_keypoints(self) -> int:
@@ -89,17 +89,8 @@ class Skeleton:
 
 
 def skeleton_from_dict(fields: dict[str, Any], source: str = "skeleton") -> Skeleton:
-    """A Skeleton from JSON fields. DataError names `source` and the field that is missing or unknown."""
-    known = Skeleton.__dataclass_fields__
-    unknown = sorted(set(fields) - set(known))
-    missing = sorted({"name", "keypoints", "flip_pairs", "oks_sigmas"} - set(fields))
-    if unknown or missing:
-        raise DataError(
-            f"{source}: unknown fields {unknown}, missing fields {missing}. "
-            f"A skeleton has {sorted(known)}; docs/skeletons.md has an example."
-        )
-    values = {name: _tuples(value) for name, value in fields.items()}
-    return Skeleton(**values)
+    """A Skeleton from JSON fields. DataError names `source` and the field."""
+    return from_json(Skeleton, fields, source, DataError, WAY_OUT)
 
 
 def load_skeleton(name_or_file: str | Path) -> Skeleton:
@@ -108,20 +99,8 @@ def load_skeleton(name_or_file: str | Path) -> Skeleton:
         return COCO17
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
     path = shipped.get(str(name_or_file), Path(name_or_file))
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a readable skeleton JSON file ({error}). Name a file, or one of "
-            f"{', '.join([COCO17.name, *shipped])}."
-        ) from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}: a skeleton file holds one JSON object, got {type(fields).__name__}.")
-    return skeleton_from_dict(fields, str(path))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+    named = f"Name a skeleton file, or one of {', '.join([COCO17.name, *shipped])}. {WAY_OUT}"
+    return skeleton_from_dict(read_object(path, DataError, named), str(path))
 
 
 COCO17 = Skeleton(

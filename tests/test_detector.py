@@ -233,7 +233,7 @@ def test_suppression_by_hand() -> None:
 def test_it_travels_to_other_processes(tmp_path: Path) -> None:
     detector = PersonDetector.load(rtdetr_like(tmp_path))
     again = pickle.loads(pickle.dumps(detector))
-    assert again._session is None
+    assert "_session" not in vars(again)
     assert (again(picture())[0] == detector(picture())[0]).all()
     assert again(picture(), score_threshold=0.05)[1] == pytest.approx([0.9, 0.1], abs=1e-6)
 
@@ -280,6 +280,8 @@ def test_wrong_files_are_one_paragraph(tmp_path: Path) -> None:
     (tmp_path / "none.onnx").write_bytes(b"no model")
     refused(tmp_path / "none.onnx", "not a model that ONNX Runtime opens")
     (tmp_path / "none.json").write_text("[1]")
+    refused(tmp_path / "none.onnx", r"none\.json: holds list, not one JSON object\..* docs/predict\.md")
+    (tmp_path / "none.json").write_text("{}")
     refused(tmp_path / "none.onnx", r"missing fields \['input_size', 'layout'\]")
 
 

@@ -109,7 +109,7 @@ def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], names: list[
     file.write_text(json.dumps(fields))
     with pytest.raises(DataError) as caught:
         load_skeleton(file)
-    for name in names:
+    for name in ["mine.json", *names, "docs/skeletons.md"]:
         assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
