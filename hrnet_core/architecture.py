@@ -29,9 +29,8 @@ class HRNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", tuple(self.modules))  # JSON gives a list
-        numbers = {**asdict(self), "modules": 1}
-        bad = {name: value for name, value in numbers.items() if not isinstance(value, int) or value < 1}
-        if bad or len(self.modules) != 3 or any(not isinstance(m, int) or m < 1 for m in self.modules):
+        numbers = [*self.modules, *(v for k, v in asdict(self).items() if k != "modules")]
+        if len(self.modules) != 3 or any(not isinstance(number, int) or number < 1 for number in numbers):
             raise ValueError(f"HRNetConfig wants positive whole numbers and three module counts, got {self}")
 
     def as_dict(self) -> dict[str, Any]:

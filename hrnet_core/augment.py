@@ -209,6 +209,5 @@ def view_targets(
     image_to_crop (P, 2, 3) and flipped (P,) of the views; keypoints (P, K, 3) with v, in photo px.
     """
     triples = np.asarray(keypoints)
-    return codec.factors(
-        *keypoints_in_view(image_to_crop, flipped, triples[..., :2], triples[..., 2], skeleton)
-    )
+    places, visible = triples[..., :2], triples[..., 2]
+    return codec.factors(*keypoints_in_view(image_to_crop, flipped, places, visible, skeleton))

@@ -28,6 +28,8 @@ from hrnet_core.geometry import Float32, Float64, three_point_matrix, udp_matrix
 SMALLEST_FACTOR = 2e-19
 MAPS_PER_BLOCK = 2048
 LONGEST_STEP = 3.0
+Border = Literal["official", "mmpose"]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class HeatmapCodec:
         sigma = default_sigma((width, height)) if self.sigma is None else float(self.sigma)
         if self.name not in CODECS:
             raise ValueError(f"codec must be one of {CODECS}, got {self.name!r}")
-        if any(side != int(side) or side <= 0 or side % 4 for side in (width, height)):
+        if any(side <= 0 or side % 4 for side in (width, height)):
             raise ValueError(f"input_size must be two positive multiples of 4, got {self.input_size}")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be a positive number of heatmap cells, got {self.sigma}")
@@ -62,11 +64,6 @@ class HeatmapCodec:
         """Crop px per heatmap cell, (x, y): 4, but (W - 1) / (W_heatmap - 1) for udp."""
         crop, heatmap = np.array(self.input_size, np.float64), np.array(self.heatmap_size, np.float64)
         return (crop - 1) / (heatmap - 1) if self.name == "udp" else crop / heatmap
-
-    @property
-    def shift_on_flip(self) -> bool:
-        """Whether the mirrored crop's heatmaps are shifted by one column before they are averaged."""
-        return self.name != "udp"
 
     @property
     def blur_kernel(self) -> int:
@@ -107,10 +104,7 @@ class HeatmapCodec:
         """
         keypoints, visible = np.asarray(keypoints), np.asarray(visible)
         if keypoints.shape != (*visible.shape, 2):
-            raise ValueError(
-                "encode wants keypoints (..., K, 2) and visible (..., K), "
-                f"got {keypoints.shape} and {visible.shape}"
-            )
+            raise ValueError(f"encode wants (..., K, 2) and (..., K), got {keypoints.shape}, {visible.shape}")
         labelled = visible > 0
         center = np.where(labelled[..., None], keypoints, 0) / self.cell_size
         radius = 3 * self.sigma
@@ -139,9 +133,7 @@ class HeatmapCodec:
             values *= np.abs(cell - window[..., None]) <= int(3 * self.sigma)
         return values.astype(np.float32)
 
-    def decode(
-        self, heatmaps: ArrayLike, border: Literal["official", "mmpose"] = "official"
-    ) -> tuple[Float32, Float32]:
+    def decode(self, heatmaps: ArrayLike, border: Border = "official") -> tuple[Float32, Float32]:
         """heatmaps (..., K, H, W) -> keypoints float32 (..., K, 2) in crop px, scores float32 (..., K).
 
         The score is the maximum of the map. A map whose maximum is not positive (or not finite) has its
@@ -184,9 +176,7 @@ class HeatmapCodec:
         cells *= (scores > 0) & (scores < np.inf)
         return cells, scores
 
-    def _quarter_step(
-        self, maps: Float32, at: NDArray[Any], x: NDArray[Any], y: NDArray[Any], border: str
-    ) -> Float64:
+    def _quarter_step(self, maps: Float32, at: Indices, x: Indices, y: Indices, border: str) -> Float64:
         """float64 (2, M): a quarter cell towards the higher neighbour on each axis, 0 near the border."""
         width, height = self.heatmap_size
         inside_x, inside_y = (x > 1) & (x < width - 1), (y > 1) & (y < height - 1)
@@ -202,7 +192,7 @@ class HeatmapCodec:
             step[axis] = 0.25 * (after > before) - 0.25 * (after < before)
         return step
 
-    def _taylor_step(self, maps: Float32, x: NDArray[Any], y: NDArray[Any], peaks: Float32) -> Float64:
+    def _taylor_step(self, maps: Float32, x: Indices, y: Indices, peaks: Float32) -> Float64:
         """float64 (2, M) cells from the maximum to the top of the parabola through log(blurred map).
 
         dark: differences over two cells, no step within two cells of the border, values at least 1e-10
@@ -233,7 +223,7 @@ class HeatmapCodec:
         return np.where(usable, step, 0)
 
     def _log_blurred(
-        self, maps: Float32, x: NDArray[Any], y: NDArray[Any], peaks: Float32, low: float, high: float
+        self, maps: Float32, x: Indices, y: Indices, peaks: Float32, low: float, high: float
     ) -> Float64:
         """float64 (5, 5, M): log of the blurred maps around (x, y), clipped to [low, high].
 
@@ -253,7 +243,8 @@ class HeatmapCodec:
         if clipped.any():
             top = (blur_rows @ maps[clipped] @ blur_columns).max(axis=(1, 2))
             patch[..., clipped] *= peaks[clipped] / (top + 1e-12)
-        return np.log(np.clip(patch, low, high))
+        logs: Float64 = np.log(np.clip(patch, low, high))
+        return logs
 
     def flip_back(self, heatmaps: NDArray[np.float32], flip_order: ArrayLike) -> NDArray[np.float32]:
         """Heatmaps (N, K, H, W) of mirrored crops -> the same shape, comparable to the plain crops' ones.
@@ -263,7 +254,7 @@ class HeatmapCodec:
         function.py:141-143): with 4 px cells the mirrored peak lies 0.75 cells too far left.
         """
         mirrored = heatmaps[..., np.asarray(flip_order), :, ::-1]
-        if not self.shift_on_flip:
+        if self.name == "udp":
             return np.ascontiguousarray(mirrored)
         shifted = np.empty(heatmaps.shape, heatmaps.dtype)
         shifted[..., 1:] = mirrored[..., :-1]
@@ -291,13 +282,13 @@ def float16_heatmaps(rows: Float32, columns: Float32) -> NDArray[np.float16]:
     return result.view(np.float16).reshape(*maps, height, width)
 
 
-def _window(factors: Float32) -> NDArray[np.int64]:
+def _window(factors: Float32) -> Indices:
     """(M, S) cells of each of M axes (M, cells): as many as the longest needs, around those that count."""
     cells = factors.shape[1]
     counts = factors > 2**-25
     first, last = counts.argmax(axis=1), cells - 1 - counts[:, ::-1].argmax(axis=1)
     length = int(np.where(counts.any(axis=1), last + 1 - first, 0).max(initial=0))
-    window: NDArray[np.int64] = np.minimum(first, cells - length)[:, None] + np.arange(length)
+    window: Indices = np.minimum(first, cells - length)[:, None] + np.arange(length)
     return window
 
 

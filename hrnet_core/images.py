@@ -13,35 +13,34 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.Image import DecompressionBombError, Exif
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from hrnet_core.choices import MAX_PIXELS
-from hrnet_core.errors import ImageError
+from hrnet_core.errors import DataError, ImageError
 
 Image = NDArray[np.uint8]
 
 # Pillow's header parsers by the file's first bytes. Not Image.open: it tries what we do not support, and
 # judges the size by a global of its own.
 PARSERS: tuple[tuple[str, re.Pattern[bytes], Any], ...] = (
-    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
-    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
-    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
-    ("GIF", re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
-    ("BMP", re.compile(rb"BM....\0\0\0\0", re.DOTALL), BmpImagePlugin.BmpImageFile),
-    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
+    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
+    ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
+    ("BMP", re.compile(rb"BM....\0\0\0\0", re.DOTALL), BmpImageFile),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
 SUPPORTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
 # Pictures that people do send, to be told what they are.
@@ -87,9 +86,8 @@ def read_header(data: bytes) -> ImageHeader:
     except DecompressionBombError as error:
         raise ImageError("too_large", f"the {name} header promises too much: {error}") from None
     except Exception as error:  # a parser of hostile bytes may raise anything
-        raise ImageError(
-            "truncated", f"the {name} header is cut off or damaged ({error}): save or send the picture again."
-        ) from None
+        why = f"the {name} header is cut off or damaged ({error}): save or send the picture again."
+        raise ImageError("truncated", why) from None
     orientation = _orientation(picture)
     if name == "TIFF" and orientation >= 5:  # Pillow gives a TIFF's size as displayed
         width, height = height, width
@@ -135,12 +133,24 @@ def decode_image(data: bytes, *, apply_exif: bool, max_pixels: int = MAX_PIXELS)
 
 def decode_checked(data: bytes, header: ImageHeader, *, apply_exif: bool) -> Image:
     """decode_image for bytes that check_image has passed, with the header that it gave."""
-    stored = _decode(header, data)
-    # OpenCV's TIFF reader turns by itself, whatever its flags say.
-    turn = 1 if header.format == "TIFF" else header.orientation
-    if not apply_exif:
-        turn = {6: 8, 8: 6}.get(header.orientation, header.orientation) if header.format == "TIFF" else 1
-    return _turned(stored, turn)
+    turn = header.orientation if apply_exif else 1
+    if header.format == "TIFF":  # OpenCV's reader turns it by itself, whatever its flags say
+        turn = 1 if apply_exif else {6: 8, 8: 6}.get(header.orientation, header.orientation)
+    return _turned(_decode(header, data), turn)
+
+
+def read_image(file: str | Path) -> Image:
+    """The picture in a file, its EXIF orientation applied. DataError: it cannot be read; ImageError as of
+    decode_image, with the file's name."""
+    try:
+        return decode_image(Path(file).read_bytes(), apply_exif=True)
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot be read ({error.strerror}). Check its name and its rights, or give the picture "
+            f"as an array."
+        ) from None
+    except ImageError as error:
+        raise ImageError(error.reason, f"{file}: {error}") from None
 
 
 def encode_jpeg(image: Image, quality: int = 95) -> bytes:
@@ -161,15 +171,13 @@ def _parser(data: bytes) -> tuple[str, Any]:
     for name, start in OTHER_FORMATS:
         if start.match(data):
             raise ImageError("unsupported_format", f"{name} is not read: convert the file to {SUPPORTED}.")
-    raise ImageError(
-        "not_an_image", f"the file begins with {data[:12]!r}, which is no picture we know: send {SUPPORTED}."
-    )
+    raise ImageError("not_an_image", f"the file begins with {data[:12]!r}, unknown to us: send {SUPPORTED}.")
 
 
 def _orientation(picture: Any) -> int:
     """EXIF's orientation, XMP's ignored as browsers do."""
     try:
-        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        if isinstance(picture, TiffImageFile):
             value = picture.tag_v2.get(ORIENTATION_TAG, 1)
         else:
             exif = Exif()
@@ -185,11 +193,9 @@ def _is_complete(name: str, data: bytes) -> bool:
         return _jpeg_ends(data)
     if name == "PNG":
         return _png_ends(data)
-    if name == "WEBP":
-        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    if name == "BMP":
-        return len(data) >= int.from_bytes(data[2:6], "little")
-    return True  # GIF and TIFF: the decoder refuses what is cut off
+    # Of GIF and TIFF the decoder refuses what is cut off.
+    least = {"WEBP": 8 + int.from_bytes(data[4:8], "little"), "BMP": int.from_bytes(data[2:6], "little")}
+    return len(data) >= least.get(name, 0)
 
 
 def _jpeg_ends(data: bytes) -> bool:
@@ -217,23 +223,20 @@ def _png_ends(data: bytes) -> bool:
 
 def _decode(header: ImageHeader, data: bytes) -> Image:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    why = "the decoder gave no picture of the promised size"
     try:
         image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise _damaged(header, str(error.err)) from None
-    sizes = [(header.height, header.width), (header.width, header.height)]
-    if image is None or image.dtype != np.uint8 or image.shape[:2] not in sizes or image.shape[2:] != (3,):
-        raise _damaged(header, "the decoder gave no picture of the promised size")
+        image, why = None, str(error.err)
+    shapes = [(header.height, header.width, 3), (header.width, header.height, 3)]
+    if image is None or image.dtype != np.uint8 or image.shape not in shapes:
+        raise ImageError(
+            "decode_failed",
+            f"the {header.format} file of {header.width} x {header.height} pixels is damaged, cut off or of "
+            f"a kind that is not read ({why}): save it again as an 8-bit JPEG or PNG.",
+        )
     decoded: Image = image
     return decoded
-
-
-def _damaged(header: ImageHeader, detail: str) -> ImageError:
-    return ImageError(
-        "decode_failed",
-        f"the {header.format} file of {header.width} x {header.height} pixels is damaged, cut off or of a "
-        f"kind that is not read ({detail}): save it again as an 8-bit JPEG or PNG.",
-    )
 
 
 def _turned(image: Image, orientation: int) -> Image:

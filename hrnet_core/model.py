@@ -103,9 +103,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
         self.downsample: nn.Module = nn.Identity()
         if inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.downsample = _layers(inputs, outputs, kernel=1, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x)).relu_()
@@ -165,13 +163,10 @@ def _fuse(channels: list[int], source: int, target: int) -> nn.Module:
     if source == target:
         return nn.Identity()
     if source > target:
-        return nn.Sequential(
-            nn.Conv2d(wide, narrow, 1, bias=False),
-            nn.BatchNorm2d(narrow),
-            nn.Upsample(scale_factor=float(2 ** (source - target)), mode="nearest"),
-        )
-    halvings = [_halve(wide, wide, relu=True) for _ in range(target - source - 1)]
-    return nn.Sequential(*halvings, _halve(wide, narrow, relu=False))
+        enlarge = nn.Upsample(scale_factor=float(2 ** (source - target)), mode="nearest")
+        return nn.Sequential(*_layers(wide, narrow, kernel=1, relu=False), enlarge)
+    halvings = [_layers(wide, wide, stride=2) for _ in range(target - source - 1)]
+    return nn.Sequential(*halvings, _layers(wide, narrow, stride=2, relu=False))
 
 
 def _transition(old: list[int], new: list[int]) -> nn.ModuleList:
@@ -179,12 +174,11 @@ def _transition(old: list[int], new: list[int]) -> nn.ModuleList:
     steps: list[nn.Module] = []
     for branch, width in enumerate(new):
         if branch >= len(old):
-            steps.append(nn.Sequential(_halve(old[-1], width, relu=True)))
+            steps.append(nn.Sequential(_layers(old[-1], width, stride=2)))
         elif width == old[branch]:
             steps.append(nn.Identity())
         else:
-            convolution = nn.Conv2d(old[branch], width, 3, padding=1, bias=False)
-            steps.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
+            steps.append(_layers(old[branch], width))
     return nn.ModuleList(steps)
 
 
@@ -193,9 +187,9 @@ def _grow(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
     return [*branches, transition[len(branches)](branches[-1])]
 
 
-def _halve(inputs: int, outputs: int, relu: bool) -> nn.Sequential:
-    layers = [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+def _layers(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), *([nn.ReLU(inplace=True)] if relu else []))
 
 
 def normalize(

@@ -56,7 +56,7 @@ def build_network(
     if why:
         raise ConfigError(f"mode {mode!r} cannot run here: {why}.")
     if mode == "onnx":
-        return OnnxNetwork(onnx_file or export_onnx(model, spec), spec, device)
+        return _onnx(str(onnx_file) if onnx_file else export_onnx(model, spec), spec)
     network = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     if mode == "float32":
         return network
@@ -162,36 +162,31 @@ def _compiled(network: nn.Module, mode: str) -> Network:
 # --- ONNX -----------------------------------------------------------------------------------------------
 
 
-class OnnxNetwork:
-    """A model.onnx in ONNX Runtime, on as many threads as torch has at that moment."""
+def _onnx(model: str | bytes, spec: CheckpointSpec) -> Network:
+    """A model.onnx, by its path or content, in ONNX Runtime, on as many threads as torch has now."""
+    import onnxruntime
 
-    def __init__(self, model: Path | bytes, spec: CheckpointSpec, device: torch.device) -> None:
-        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    name = model if isinstance(model, str) else "the exported network"
+    again = "Write it again: hrnet export CHECKPOINT."
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise CheckpointError(f"{name}: ONNX Runtime cannot open it ({first_line(error)}). {again}") from None
+    told = session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
+    sha256 = json.loads(told).get("weights_sha256")
+    if sha256 != spec.weights_sha256:
+        theirs, ours = str(sha256)[:12], str(spec.weights_sha256)[:12]
+        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {again}")
+    images_name = session.get_inputs()[0].name
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        source = str(model) if isinstance(model, Path) else model
-        name = str(model) if isinstance(model, Path) else "the exported network"
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise CheckpointError(
-                f"{name}: ONNX Runtime cannot open it ({first_line(error)}). Write it again: "
-                f"hrnet export CHECKPOINT."
-            ) from None
-        told = self._session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
-        sha256 = json.loads(told).get("weights_sha256")
-        if sha256 != spec.weights_sha256:
-            raise CheckpointError(
-                f"{name}: made from weights {str(sha256)[:12]}, the checkpoint's are "
-                f"{str(spec.weights_sha256)[:12]}. Write it again: hrnet export CHECKPOINT."
-            )
-        self._input = self._session.get_inputs()[0].name
-
-    def __call__(self, images: Tensor) -> Tensor:
-        (heatmaps,) = self._session.run(None, {self._input: images.contiguous().numpy()})
+    def run(images: Tensor) -> Tensor:
+        (heatmaps,) = session.run(None, {images_name: images.contiguous().numpy()})
         return torch.from_numpy(heatmaps)
+
+    return run
 
 
 def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from hrnet_core.geometry import FARTHEST, Float64, UInt8
 from hrnet_core.skeleton import Skeleton
 
-UInt8 = NDArray[np.uint8]
 Color = tuple[int, int, int]
 SUBPIXEL = 4  # fractional bits of OpenCV's drawing coordinates
 SHADE: Color = (20, 20, 20)
@@ -35,7 +35,7 @@ def draw_poses(
     """
     canvas = image.copy()
     points = np.asarray(keypoints, np.float64).reshape(-1, skeleton.num_keypoints, 2)
-    shown = np.asarray((np.abs(points) < 1e6).all(axis=-1))  # False for NaN
+    shown = np.asarray((np.abs(points) < FARTHEST).all(axis=-1))  # False for NaN
     if scores is not None:
         shown &= np.asarray(scores).reshape(shown.shape) > threshold
     sizes = np.array([_extent(person[seen]) for person, seen in zip(points, shown, strict=True)])
@@ -59,9 +59,7 @@ def draw_heatmaps(crop: UInt8, heatmaps: ArrayLike) -> UInt8:
     strongest = np.clip(np.asarray(heatmaps, np.float32).max(axis=0), 0, 1)
     # Cell (0, 0) lies on pixel (0, 0): cv2.resize would move everything by 1.5 px.
     factors = np.diag([width / strongest.shape[1], height / strongest.shape[0], 1.0])[:2]
-    strongest = cv2.warpAffine(
-        strongest, factors, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
+    strongest = cv2.warpAffine(strongest, factors, (width, height), borderMode=cv2.BORDER_REPLICATE)
     colors = cv2.applyColorMap((strongest * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     opacity = 0.85 * np.sqrt(strongest)[..., None]
     blended: UInt8 = (crop * (1 - opacity) + colors * opacity + 0.5).astype(np.uint8)
@@ -75,9 +73,7 @@ def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = ()) -> U
     label too long for its cell ends in "...". ValueError without images, or with labels for some only.
     """
     if not images or (labels and len(labels) != len(images)):
-        raise ValueError(
-            f"tile wants at least one image and a label for each, got {len(images)}, {len(labels)}"
-        )
+        raise ValueError(f"tile wants at least one image, a label for each: {len(images)}, {len(labels)}")
     columns = min(columns, len(images))
     width = max(image.shape[1] for image in images)
     heights = [max(i.shape[0] for i in images[n : n + columns]) for n in range(0, len(images), columns)]
@@ -98,13 +94,13 @@ def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = ()) -> U
     return np.array(sheet)
 
 
-def _extent(points: NDArray[np.float64]) -> float:
+def _extent(points: Float64) -> float:
     """The longer side of the points' box, px; 0 for none."""
     return float(np.ptp(points, axis=0).max()) if len(points) else 0.0
 
 
 def _draw_person(
-    canvas: UInt8, points: NDArray[np.float64], shown: NDArray[np.bool_], skeleton: Skeleton, width: float
+    canvas: UInt8, points: Float64, shown: NDArray[np.bool_], skeleton: Skeleton, width: float
 ) -> None:
     limbs = [(a, b) for a, b in skeleton.limbs if shown[a] and shown[b]]
     palette = skeleton.palette
@@ -121,9 +117,9 @@ def _draw_person(
         _dot(canvas, point, _lighter(color), 0.95 * width)
 
 
-def _draw_boxes(canvas: UInt8, boxes_xywh: NDArray[np.float64]) -> None:
+def _draw_boxes(canvas: UInt8, boxes_xywh: Float64) -> None:
     width = max(1, round(0.0025 * max(canvas.shape[:2])))
-    usable = boxes_xywh[(np.abs(boxes_xywh) < 1e6).all(axis=1)]
+    usable = boxes_xywh[(np.abs(boxes_xywh) < FARTHEST).all(axis=1)]
     for x, y, w, h in usable:
         for color, thickness in ((SHADE, width + 2), (BOX, width)):
             start, end = _fixed((x, y)), _fixed((x + w, y + h))

@@ -28,14 +28,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from hrnet_core.checkpoint import ONNX, CheckpointSpec, load_checkpoint
-from hrnet_core.errors import ConfigError, DataError, ImageError
-from hrnet_core.geometry import FARTHEST, Float64, box_to_center_scale, crop_people, place_in_image
-from hrnet_core.images import decode_image
+from hrnet_core.errors import ConfigError, DataError, first_line
+from hrnet_core.geometry import FARTHEST, Float32, Float64, box_to_center_scale, crop_people, place_in_image
+from hrnet_core.heatmaps import Border
+from hrnet_core.images import read_image
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.modes import build_network, fastest_exact
 from hrnet_core.results import Boxes, Keypoints, Poses
 
-Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 Images = UInt8 | str | Path | Sequence[UInt8 | str | Path]
 
@@ -83,10 +83,9 @@ class PosePredictor:
     ) -> None:
         self.spec = spec
         self.device = _find_device(device)
-        self.mode = (
-            fastest_exact(spec.modes, self.device.type, onnx_file is not None) if mode == "auto" else mode
-        )
+        self.mode = mode
         if mode == "auto":
+            self.mode = fastest_exact(spec.modes, self.device.type, onnx_file is not None)
             logger.info("mode auto on %s is %s", self.device.type, self.mode)
         self._network = build_network(model, spec, self.device, self.mode, onnx_file)
         plain = self.mode in ("float32", "onnx")
@@ -114,7 +113,7 @@ class PosePredictor:
         flip_test: bool | None = None,
         *,
         batch_size: int = 32,
-        border: Literal["official", "mmpose"] = "official",
+        border: Border = "official",
     ) -> list[Poses]:
         """Poses of one image or of several, one Poses an image, one person a box in the order given.
 
@@ -193,7 +192,7 @@ class PosePredictor:
         crops: UInt8,
         flip_test: bool | None = None,
         batch_size: int = 32,
-        border: Literal["official", "mmpose"] = "official",
+        border: Border = "official",
     ) -> tuple[Float32, Float32]:
         """Crops uint8 (P, h, w, 3) RGB -> keypoints float32 (P, K, 2) in crop px, scores float32 (P, K)."""
         keypoints = np.zeros((len(crops), self.spec.skeleton.num_keypoints, 2), np.float32)
@@ -222,9 +221,7 @@ class PosePredictor:
         """Rows and their heatmaps (n, K, H, W), batch after batch."""
         width, height = self.spec.input_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (height, width, 3):
-            raise ValueError(
-                f"crops must be uint8 (P, {height}, {width}, 3) here, got {crops.dtype} {crops.shape}"
-            )
+            raise ValueError(f"crops must be uint8 (P, {height}, {width}, 3): {crops.dtype} {crops.shape}")
         flip = self.spec.flip_test if flip_test is None else flip_test
         for start in range(0, len(crops), batch_size):
             rows = slice(start, start + batch_size)
@@ -261,7 +258,7 @@ def _one_each(values: Any, count: int, name: str) -> list[Any]:
 
 
 def _image(given: Any, which: str) -> UInt8:
-    image = _read(str(given)) if isinstance(given, str | Path) else given
+    image = read_image(given) if isinstance(given, str | Path) else given
     usable = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
     if not usable or not image.size:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -270,17 +267,6 @@ def _image(given: Any, which: str) -> UInt8:
             f"hrnet_core.images.decode_image makes one of a file's bytes."
         )
     return np.ascontiguousarray(image)
-
-
-def _read(path: str) -> UInt8:
-    try:
-        return decode_image(Path(path).read_bytes(), apply_exif=True)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Check its name and its rights."
-        ) from None
-    except ImageError as error:
-        raise ImageError(error.reason, f"{path}: {error}") from None
 
 
 def _boxes(given: Any, which: str) -> Float32:
@@ -304,9 +290,7 @@ def _scores(given: Any, count: int, which: str) -> Float32:
         return np.ones(count, np.float32)
     scores = _numbers(given, f"box_scores{which}")
     if scores.shape != (count,) or not np.isfinite(scores).all():
-        raise DataError(
-            f"box_scores{which} must be {count} finite numbers, one a box; got {scores.tolist()}."
-        )
+        raise DataError(f"box_scores{which} must be {count} finite numbers, one a box: {scores.tolist()}.")
     return scores
 
 
@@ -321,10 +305,7 @@ def _find_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {device!r} cannot be used here: {str(error).splitlines()[0]} Choose auto or cpu."
-        ) from None
-    return found
+        raise ConfigError(f"device {device!r} cannot be used: {first_line(error)} Use auto or cpu.") from None
+    return torch.device(device)

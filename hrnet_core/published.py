@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,14 @@ def read_weights(file: str | Path) -> PublishedWeights:
     if path.is_dir():
         model, _ = load_checkpoint(path)
         return PublishedWeights(str(path), "hrnet checkpoint", model.state_dict(), {})
-    content, container = _unwrap(_read_file(path), path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors).")
+    safe = path.suffix == ".safetensors"
+    whole = parse_safetensors(read_file(path), path) if safe else read_torch(path, HARMLESS_METADATA)
+    content, container = _unwrap(whole, path)
     names = {key: _our_name(key) for key in content}
     scheme = _scheme(set(content), container)
-    dropped = {
-        key: why for key, name in names.items() if (why := _not_ours(name, set(names.values()), scheme))
-    }
+    dropped = {key: why for key, name in names.items() if (why := _not_ours(name, names.values(), scheme))}
     state: dict[str, Tensor] = {}
     for key, name in names.items():
         if key in dropped:
@@ -176,35 +179,17 @@ def start_from(model: HRNet, source: str | Path) -> MatchReport:
     return report
 
 
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors).")
-    if path.suffix == ".safetensors":
-        return parse_safetensors(read_file(path), path)
-    return read_torch(path, stand_ins=HARMLESS_METADATA)
-
-
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file, and the name of the entry they came from ("" if it is bare)."""
-
-    def tensors_of(value: Any) -> dict[str, Tensor]:
-        found = {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, dict) else {}
-        return {str(k): v.detach() for k, v in found.items()}
-
-    for name in CONTAINERS:
-        if isinstance(content, dict) and (found := tensors_of(content.get(name))):
-            return found, name
-    bare = tensors_of(content)
-    if not bare:
-        has = (
-            f"a dict with {first_names([str(k) for k in content])}"
-            if isinstance(content, dict)
-            else type(content)
-        )
-        raise CheckpointError(
-            f"{path}: no weights in it: it holds {has}, but neither tensors nor one of {list(CONTAINERS)}."
-        )
-    return bare, ""
+    holds = str(type(content))
+    if isinstance(content, dict):
+        holds = f"a dict with {first_names([str(k) for k in content])}"
+        for name in (*CONTAINERS, ""):
+            entry = content.get(name) if name else content
+            entries = entry.items() if isinstance(entry, dict) else ()
+            if tensors := {str(k): v.detach() for k, v in entries if isinstance(v, Tensor)}:
+                return tensors, name
+    raise CheckpointError(f"{path}: no weights in it: neither tensors nor one of {CONTAINERS}, but {holds}.")
 
 
 def _our_name(key: str) -> str:
@@ -225,7 +210,7 @@ def _scheme(keys: set[str], container: str) -> str:
     return wrapped + ("WZM" if container == "model" else "official")
 
 
-def _not_ours(name: str, names: set[str], scheme: str) -> str:
+def _not_ours(name: str, names: Collection[str], scheme: str) -> str:
     """Why a tensor belongs to no pose network, or "" if it may."""
     for pattern, why in NOT_OURS.items():
         if re.match(pattern, name):

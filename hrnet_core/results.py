@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.geometry import Float32, UInt8
+from hrnet_core.images import encode_jpeg, encode_png, read_image
 from hrnet_core.oks import rescore
+from hrnet_core.overlays import draw_poses
 from hrnet_core.skeleton import COCO17, Skeleton
 
 if TYPE_CHECKING:
     import pandas as pd
     import supervision as sv
-
-Float32 = NDArray[np.float32]
 
 # OpenPose's 18 COCO keypoints, as names of ours; its second one, the neck, is not among COCO's 17.
 OPENPOSE18 = (
@@ -108,9 +109,7 @@ class Boxes(_OnHost):
     @property
     def xyxyn(self) -> Float32:
         """(P, 4): left, top, right, bottom as fractions of the image's width and height."""
-        size = _size(self.orig_shape)
-        fractions: Float32 = self.xyxy / np.concatenate([size, size])
-        return fractions
+        return (self.xyxy.reshape(-1, 2, 2) / _size(self.orig_shape)).reshape(-1, 4)
 
     @property
     def cls(self) -> Float32:
@@ -262,47 +261,31 @@ class Poses(_OnHost):
             data={"class_name": np.array(["person"] * len(self))},
         )
 
-    def plot(
-        self, image: NDArray[np.uint8] | None = None, threshold: float = 0.3, boxes: bool = True
-    ) -> NDArray[np.uint8]:
+    def plot(self, image: UInt8 | None = None, threshold: float = 0.3, boxes: bool = True) -> UInt8:
         """A copy of `image`, uint8 (H, W, 3) RGB, with the poses drawn in.
 
         None: the file of `path`, read again with its EXIF orientation applied. DataError where there is
         none; ImageError where it is no picture any more.
         """
-        from hrnet_core.overlays import draw_poses
-
-        canvas = self._read_again() if image is None else image
-        if canvas.shape[:2] != self.orig_shape:
+        if image is None:
+            if self.path is None:
+                raise DataError("plot: these poses know no file: give the image that was predicted.")
+            image = read_image(self.path)
+        if image.shape[:2] != self.orig_shape:
             raise DataError(
-                f"plot: the image is (height, width) {canvas.shape[:2]}, but these poses are of one of "
+                f"plot: the image is (height, width) {image.shape[:2]}, but these poses are of one of "
                 f"{self.orig_shape}. Give the image that was predicted."
             )
         boxes_xywh = self.boxes.xywh if boxes and self.boxes_source != "whole_image" else None
-        return draw_poses(
-            canvas, self.keypoints.xy, self.keypoints.conf, self.skeleton, threshold, boxes_xywh=boxes_xywh
-        )
+        return draw_poses(image, self.keypoints.xy, self.keypoints.conf, self.skeleton, threshold, boxes_xywh)
 
-    def save(self, file: str | Path, image: NDArray[np.uint8] | None = None, threshold: float = 0.3) -> Path:
+    def save(self, file: str | Path, image: UInt8 | None = None, threshold: float = 0.3) -> Path:
         """plot() into a file; .png keeps every pixel, anything else is a JPEG."""
-        from hrnet_core.images import encode_jpeg, encode_png
-
         file = Path(file)
         drawn = self.plot(image, threshold)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode_png(drawn) if file.suffix.lower() == ".png" else encode_jpeg(drawn))
         return file
-
-    def _read_again(self) -> NDArray[np.uint8]:
-        from hrnet_core.images import decode_image
-
-        if self.path is None:
-            raise DataError("plot: these poses know no file: give the image that was predicted.")
-        try:
-            content = Path(self.path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}). Give plot the image.") from None
-        return decode_image(content, apply_exif=True)
 
 
 def _size(orig_shape: tuple[int, int]) -> Float32:

@@ -21,7 +21,9 @@ def warp_pictures(
     would want all pictures padded to the largest and as floats (8 times the memory on cuts of COCO).
     """
     device, (width, height) = pixels.device, input_size
-    inverse = _inverse(picture_to_crop).to(device, torch.float32)[..., None, None]
+    linear = torch.linalg.inv(picture_to_crop[..., :2].double())
+    inverse = torch.cat([linear, -linear @ picture_to_crop[..., 2:].double()], dim=-1)
+    inverse = inverse.to(device, torch.float32)[..., None, None]
     columns = torch.arange(width, device=device, dtype=torch.float32)
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None]
     x = inverse[:, 0, 0] * columns + inverse[:, 0, 1] * rows + inverse[:, 0, 2]
@@ -46,9 +48,3 @@ def multiply_factors(heatmap_rows: Tensor, heatmap_columns: Tensor) -> Tensor:
     """rows (N, K, H), columns (N, K, W) of `HeatmapCodec.factors` -> heatmaps (N, K, H, W), the same bits
     as `HeatmapCodec.encode`."""
     return heatmap_rows[..., :, None] * heatmap_columns[..., None, :]
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    """(N, 2, 3) of the way back, float64, on the CPU."""
-    linear = torch.linalg.inv(matrix[..., :2].double())
-    return torch.cat([linear, -linear @ matrix[..., 2:].double()], dim=-1)

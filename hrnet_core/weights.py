@@ -77,9 +77,7 @@ def what_does_not_fit(state: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     for key in state.keys() & expected.keys():
         have, want = state[key], expected[key]
         if (have.shape, have.dtype) != (want.shape, want.dtype):
-            problems.append(
-                f"{key} is {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}"
-            )
+            problems.append(f"{key} is {have.dtype} {list(have.shape)}, not {want.dtype} {list(want.shape)}")
     return problems[:6]
 
 
