@@ -9,7 +9,7 @@ FileNotFoundError as everywhere.
 from __future__ import annotations
 
 import contextlib
-import gzip
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+import psutil
 import pyarrow as pa
 from pyarrow import fs
 
@@ -78,10 +79,12 @@ def writing(file: str | Path, *, sync: bool = True) -> Iterator[Path]:
     part = Path(temporary_name(files, path))
     try:
         yield part
-        if local and not sync:
-            os.replace(part, path)
+        if not local:
+            _upload(files, str(part), path)
+        elif sync:
+            put_in_place(part, path)
         else:
-            publish(files, str(part), path)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -98,8 +101,8 @@ def write_json(file: str | Path, content: Any) -> None:
 
 
 def temporary_name(files: fs.FileSystem, path: str) -> str:
-    """Where to write before `publish`: beside the final name, or on this machine for a bucket. Says who
-    writes, so that `remove_leftovers` knows what a killed process left behind."""
+    """Where to write first: beside the final name, or on this machine for a bucket. Says who writes, so that
+    `remove_leftovers` knows what a killed process left behind."""
     folder, name = os.path.split(path)
     if not isinstance(files, fs.LocalFileSystem):
         folder = _uploads()
@@ -117,7 +120,7 @@ def remove_leftovers(folder: str | Path) -> None:
             continue
         with contextlib.suppress(FileNotFoundError):  # the writer was done first
             if ours["host"] == _host():
-                gone = not _alive(int(ours["process"]))
+                gone = not psutil.pid_exists(int(ours["process"]))
             else:
                 gone = time.time() - path.stat().st_mtime > 86_400
             if gone:
@@ -131,24 +134,6 @@ def _uploads() -> str:
 
 def _host() -> str:
     return platform.node().partition(".")[0]
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-def publish(files: fs.FileSystem, temporary: str, path: str) -> None:
-    """Make a finished local temporary file visible under its final name. OSError where that failed."""
-    if not isinstance(files, fs.LocalFileSystem):
-        _upload(files, temporary, path)
-    else:
-        put_in_place(temporary, path)
 
 
 def _upload(files: fs.FileSystem, temporary: str, path: str) -> None:
@@ -229,7 +214,7 @@ def list_files(folder: str) -> dict[str, int]:
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
     """Bytes of each file, -1 where it is gone. A bucket's folders are listed, not asked a file at a time."""
-    folders: dict[str, dict[str, int]] = {}
+    listed = functools.cache(list_files)
 
     def size(path: str) -> int:
         if not is_uri(path):
@@ -239,21 +224,6 @@ def file_sizes(paths: Sequence[str]) -> list[int]:
                 return -1
         address, mark, query = path.partition("?")
         folder, _, name = address.rpartition("/")
-        folder = f"{folder}{mark}{query}"
-        if folder not in folders:
-            folders[folder] = list_files(folder)
-        return folders[folder].get(unquote(name), -1)
+        return listed(f"{folder}{mark}{query}").get(unquote(name), -1)
 
     return [size(path) for path in paths]
-
-
-def read_json(given: Any, what: str) -> tuple[str, Any]:
-    """A file's name and content, or `what` and the object itself."""
-    if not isinstance(given, str | Path):
-        return what, given
-    opener = gzip.open if str(given).endswith(".gz") else open
-    try:
-        with opener(given, "rt", encoding="utf-8") as file:
-            return str(given), json.load(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{given}: {what} cannot be read as JSON ({error}). Name a COCO JSON file.") from None

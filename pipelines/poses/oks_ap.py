@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17, Skeleton
-from pipelines.sources.coco import TO_SCORE, Annotations, read_annotations
+from pipelines.sources.coco import TO_SCORE, Annotations, load, read_annotations
 from pipelines.sources.records import BOX_AREA, GroundTruth
-from pipelines.storage import read_json
 
 STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 """The ten figures of COCO's keypoint task, in pycocotools' order."""
@@ -46,7 +45,9 @@ def evaluate_results(
     if not isinstance(truth, GroundTruth):
         truth = read_annotations(truth, skeleton, TO_SCORE).truth
     truth = _scorable(truth, use_area)
-    name, found = read_json(results, "the results")
+    name, found = "the results", results
+    if isinstance(results, str | Path):
+        name, (found, _) = str(results), load(results)
     found = _checked_results(found, name, truth, skeleton)
     stats, _ = _pycocotools(truth, found, skeleton, truth.image_ids)
     if truth.crowd_index is not None:
