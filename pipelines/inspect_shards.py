@@ -10,8 +10,7 @@ show a fixed number of rows, and both are the same whenever the digest is.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +26,30 @@ from pipelines.shards.manifest import REPAIR, Manifest
 from pipelines.storage import sha256_of, write_json
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect_shards` found and where it put it."""
-
-    card: dict[str, Any]
-    """Figures of the dataset, JSON types, no paths: equal for equal digests."""
-    out: Path
-    page: Path
-    run_id: str | None
-    """The MLflow run, where one was asked for."""
-
-    def __str__(self) -> str:
-        return f"pictures and page: {self.page}"
-
-
 def inspect_shards(
     shards: str,
     out: str | Path | None = None,
-    coco: str | None = None,
+    coco_root: str | None = None,
     log: bool = False,
     track: TrackSettings | None = None,
     storage: str | Path = "runs",
-) -> Inspection:
-    """Check, count and draw the dataset in `shards` (path or URI); prints as it goes.
+) -> Path:
+    """Check, count and draw the dataset in `shards` (path or URI); prints as it goes, returns the page.
 
-    out: folder for card.json, the pictures and index.html; default: beside a local dataset, in `storage`
-    for one in a bucket. coco: the COCO root that the dataset came from, to show the pictures of what was
-    left out. log: also as an MLflow run with the dataset as input. DataError where a shard is missing,
-    unknown or not as the manifest says, and where `out` cannot be written or lies inside the dataset.
+    out: folder for card.json (equal for equal digests), the pictures and index.html; default: beside a local
+    dataset, in `storage` for one in a bucket. coco_root: where the dataset came from, to show the pictures of
+    what was left out. log: also as an MLflow run with the dataset as input. DataError where a shard is
+    missing, unknown or not as the manifest says, or `out` cannot be written or lies inside the dataset.
     """
     manifest = Manifest.load(shards)
     folder = output_folder(manifest, out, storage)
-    if coco is not None:
-        _check_coco(manifest, Path(coco).expanduser())
+    coco = None if coco_root is None else Path(coco_root).expanduser()
+    missing = [split for split in manifest.splits if coco and not (coco / split).is_dir()]
+    if missing:
+        raise DataError(
+            f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
+            f"made from, or leave --coco out: then rejections are told, not shown."
+        )
     verify(manifest)
     card = make_card(manifest, {split: figures_of(manifest, split) for split in manifest.splits})
     print(card_text(card), flush=True)
@@ -72,14 +61,13 @@ def inspect_shards(
             f"{folder}: the pictures cannot be written ({error.strerror or error}). Give --out a folder "
             f"that you may write to."
         ) from None
-    run_id = None
     if log:
         from pipelines.tracking import record_dataset
 
         files = [folder / "card.json", page, *pictures]
         run_id, others = record_dataset(card, files, manifest.folder, track, storage)
         print(f"MLflow run {run_id}; other runs on this dataset: {', '.join(others) or 'none yet'}")
-    return Inspection(card, folder, page, run_id)
+    return page
 
 
 def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Path) -> Path:
@@ -96,15 +84,6 @@ def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Pat
             f"preprocess would refuse it the next time. Give a folder beside it."
         )
     return folder
-
-
-def _check_coco(manifest: Manifest, coco: Path) -> None:
-    missing = [split for split in manifest.splits if not (coco / split).is_dir()]
-    if missing:
-        raise DataError(
-            f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
-            f"made from, or leave --coco out: then rejections are told, not shown."
-        )
 
 
 # ---------------------------------------------------------------------------------- whole?
@@ -130,6 +109,10 @@ def verify(manifest: Manifest) -> None:
 # ---------------------------------------------------------------------------------- the card
 
 
+SAID = ("people", "photos", "variants", "rejected", "repaired", "annotation_sha256")
+"""What the manifest itself says of a split."""
+
+
 def make_card(manifest: Manifest, figures: dict[str, SplitFigures]) -> dict[str, Any]:
     """The figures with what the manifest says, as JSON."""
     codec = manifest.recipe.codec
@@ -141,9 +124,7 @@ def make_card(manifest: Manifest, figures: dict[str, SplitFigures]) -> dict[str,
         "code": manifest.fields["code"],
         "splits": {
             split: {
-                **{key: manifest.split(split)[key] for key in ("people", "photos", "variants", "rejected")},
-                "repaired": manifest.split(split)["repaired"],
-                "annotation_sha256": manifest.split(split)["annotation_sha256"],
+                **{key: manifest.split(split)[key] for key in SAID},
                 "shards": len(manifest.all_shards(split)),
                 "bytes": sum(shard.bytes for shard in manifest.all_shards(split)),
                 **_split_card(found, names),
@@ -177,11 +158,7 @@ def _split_card(figures: SplitFigures, names: Sequence[str]) -> dict[str, Any]:
         "views": [
             {
                 "variant": variant,
-                "rows": view.rows,
-                "flipped": view.flipped,
-                "rotated": view.rotated,
-                "labelled": view.labelled,
-                "targets": view.targets,
+                **{key: getattr(view, key) for key in ("rows", "flipped", "rotated", "labelled", "targets")},
                 "rotation_deg": _spread(view.rotation),
                 "zoom": _spread(view.zoom),
             }
@@ -200,8 +177,8 @@ def card_text(card: dict[str, Any]) -> str:
     config, splits = card["config"], card["splits"]
     width, height = config["input_size"]
     cells = "x".join(map(str, card["heatmap_size"][::-1]))
-    names = list(next(iter(splits.values()))["keypoints"])
-    codec = f"{config['codec']} heatmaps of {len(names)} x {cells} (float16, sigma {config['sigma']:g} cells)"
+    keypoints = len(next(iter(splits.values()))["keypoints"])
+    codec = f"{config['codec']} heatmaps of {keypoints} x {cells} (float16, sigma {config['sigma']:g} cells)"
     quality = f"JPEG q{config['jpeg_quality']}" if config["image_format"] == "jpeg" else "PNG"
     made_by = ", ".join(f"{name} {version}" for name, version in card["code"].items() if version)
     lines = [
@@ -209,54 +186,51 @@ def card_text(card: dict[str, Any]) -> str:
         f"crops of {height}x{width} in {quality}, {codec}, skeleton {config['skeleton']['name']}",
         f"made by {made_by}",
         "",
-        f"{'split':<18}" + "".join(f"{name:>18}" for name in splits),
-        *_rows_of(splits),
+        *_table("split", {name: _figures(split) for name, split in splits.items()}),
         "",
-        f"{'labelled (hidden)':<18}" + "".join(f"{name:>18}" for name in splits),
+        *_table("labelled (hidden)", {name: _labelled(split) for name, split in splits.items()}),
     ]
-    for name in names:
-        cells = [_visibility_cell(split["keypoints"][name]) for split in splits.values()]
-        lines.append(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
     for name, split in splits.items():
-        lines += ["", f"left out of {name}: {_rejected_line(split)}", *_view_lines(name, split)]
+        counts = split["rejected"].items()
+        reasons = [f"{n['rows']:,} {reason} ({n['people']:,} people)" for reason, n in counts]
+        lines += ["", f"left out of {name}: {', '.join(reasons) or 'none'}", *_view_lines(name, split)]
     return "\n".join(lines)
 
 
-def _rows_of(splits: dict[str, Any]) -> list[str]:
+def _table(head: str, splits: Mapping[str, Mapping[str, str]]) -> list[str]:
     """A line for each figure, a column for each split."""
+    rows = [(head, list(splits))]
+    rows += [(what, [cells[what] for cells in splits.values()]) for what in next(iter(splits.values()))]
+    return [f"{what:<18}" + "".join(f"{cell:>18}" for cell in cells) for what, cells in rows]
 
+
+def _figures(split: dict[str, Any]) -> dict[str, str]:
     def spread(values: dict[str, Any]) -> str:
         return f"{values['5 %']:.0f} {values['median']:.0f} {values['95 %']:.0f}"
 
-    def areas(split: dict[str, Any]) -> str:
-        return " ".join(f"{100 * n / max(split['people'], 1):.0f}%" for n in split["segment_area"].values())
-
-    tell = {
-        "people": lambda s: f"{s['people']:,}",
-        "photos": lambda s: f"{s['photos']:,}",
-        "views of each": lambda s: f"{s['variants']}",
-        "shards": lambda s: f"{s['shards']}",
-        "MB": lambda s: f"{s['bytes'] / 1e6:,.1f}",
-        "people a photo": lambda s: f"{s['people_per_photo']['mean']}, most {s['people_per_photo']['most']}",
-        "labelled joints": lambda s: f"{s['labelled_keypoints']['mean']}",
-        "small medium large": areas,
-        "box height 5 50 95": lambda s: spread(s["box_height"]),
-        "box width 5 50 95": lambda s: spread(s["box_width"]),
+    areas = (f"{100 * n / max(split['people'], 1):.0f}%" for n in split["segment_area"].values())
+    return {
+        "people": f"{split['people']:,}",
+        "photos": f"{split['photos']:,}",
+        "views of each": f"{split['variants']}",
+        "shards": f"{split['shards']}",
+        "MB": f"{split['bytes'] / 1e6:,.1f}",
+        "people a photo": "{mean}, most {most}".format(**split["people_per_photo"]),
+        "labelled joints": f"{split['labelled_keypoints']['mean']}",
+        "small medium large": " ".join(areas),
+        "box height 5 50 95": spread(split["box_height"]),
+        "box width 5 50 95": spread(split["box_width"]),
     }
-    return [
-        f"{what:<18}" + "".join(f"{of(split):>18}" for split in splits.values()) for what, of in tell.items()
-    ]
 
 
-def _visibility_cell(counts: dict[str, int]) -> str:
-    people, labelled = sum(counts.values()), counts["hidden"] + counts["seen"]
-    hidden = 100 * counts["hidden"] / max(labelled, 1)
-    return f"{100 * labelled / max(people, 1):.0f}% ({hidden:.0f}%)"
-
-
-def _rejected_line(split: dict[str, Any]) -> str:
-    reasons = [f"{n['rows']:,} {reason} ({n['people']:,} people)" for reason, n in split["rejected"].items()]
-    return ", ".join(reasons) or "none"
+def _labelled(split: dict[str, Any]) -> dict[str, str]:
+    """Of each keypoint, in % of people, and in % of those where it is labelled but hidden."""
+    cells = {}
+    for name, counts in split["keypoints"].items():
+        people, labelled = sum(counts.values()), counts["hidden"] + counts["seen"]
+        hidden = 100 * counts["hidden"] / max(labelled, 1)
+        cells[name] = f"{100 * labelled / max(people, 1):.0f}% ({hidden:.0f}%)"
+    return cells
 
 
 def _view_lines(name: str, split: dict[str, Any]) -> list[str]:

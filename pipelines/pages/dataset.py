@@ -44,11 +44,11 @@ MOST = 15
 def write_figures(card: Mapping[str, Any], folder: Path) -> list[tuple[str, Path]]:
     """(title, PNG file) of each figure: keypoints, people, views where there are augmented ones."""
     splits = card["splits"]
-    figures = [("keypoints", "Keypoints", _keypoints, splits), ("people", "People", _people, splits)]
-    augmented = {name: split for name, split in splits.items() if split["variants"] > 1}
-    if augmented:
-        figures.append(("views", "Augmented views", _views, augmented))
-    return [(title, draw(shown, folder / f"figure-{name}.png")) for name, title, draw, shown in figures]
+    files = [("Keypoints", _keypoints(splits, folder / "figure-keypoints.png"))]
+    files.append(("People", _people(splits, folder / "figure-people.png")))
+    if augmented := {name: split for name, split in splits.items() if split["variants"] > 1}:
+        files.append(("Augmented views", _views(augmented, folder / "figure-views.png")))
+    return files
 
 
 def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
@@ -233,8 +233,5 @@ def _left_out(
         table(counts, ("split", "reason", "rows", "people")),
         "<h3>The heaviest of each reason</h3>",
         *(embedded(path, name) for name, path in pictures),
-        table(
-            ([row[key] for key in columns] for row in rejected),
-            ("reason", "file", "annotation", "people", "detail"),
-        ),
+        table(([row[key] for key in columns] for row in rejected), columns),
     )

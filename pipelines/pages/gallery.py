@@ -4,14 +4,17 @@ and one self-contained HTML page that holds them all. The same pictures whenever
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -48,34 +51,32 @@ RED = (255, 80, 60)
 
 
 def write_gallery(
-    manifest: Manifest, card: Mapping[str, Any], folder: Path, coco: str | None
+    manifest: Manifest, card: Mapping[str, Any], folder: Path, coco: Path | None
 ) -> tuple[Path, list[Path]]:
     """Pictures and index.html in `folder`; returns the page and the pictures. OSError where they cannot be
     written.
 
     card: of inspect_shards.make_card. coco: the root with the photos of what was left out, if at hand.
     """
-    pictures: dict[str, list[tuple[str, Path]]] = {"figures": write_figures(card, folder)}
-    sheets = {}
+    views, left_out = [], []
     for split in manifest.splits:
-        addresses = spread_rows(manifest, split, PEOPLE)
-        for variant in range(min(manifest.variants(split), VIEWS)):
+        addresses, variants = spread_rows(manifest, split, PEOPLE), manifest.variants(split)
+        for variant in range(min(variants, VIEWS)):
             name = f"{split}-v{variant}" if variant else split
             title = f"{split}, view {variant}" if variant else f"{split}, plain view"
-            sheets[name] = (title, view_sheet(manifest, split, variant, addresses))
-        if manifest.variants(split) > 1:
+            views.append(_write(folder, name, title, view_sheet(manifest, split, variant, addresses)))
+        if variants > 1:
             title = f"{split}, the views of {min(len(addresses), VIEWED_PEOPLE)} people"
-            sheets[f"{split}-views"] = (title, views_sheet(manifest, split, addresses))
-    pictures["views"] = [_write(folder, name, title, sheet) for name, (title, sheet) in sheets.items()]
+            views.append(_write(folder, f"{split}-views", title, views_sheet(manifest, split, addresses)))
     rejected = heaviest_rejections(manifest)
-    pictures["rejected"] = []
     if rejected and coco is not None:
-        root, recipe = Path(coco).expanduser(), manifest.recipe
-        sheet = rejected_sheet(rejected, root, recipe.settings.max_pixels, recipe.skeleton)
-        pictures["rejected"] = [_write(folder, "rejected", "left out", sheet)]
+        recipe = manifest.recipe
+        sheet = rejected_sheet(rejected, coco, recipe.settings.max_pixels, recipe.skeleton)
+        left_out.append(_write(folder, "rejected", "left out", sheet))
+    pictures = {"figures": write_figures(card, folder), "views": views, "rejected": left_out}
     page = folder / "index.html"
     write_dataset_page(page, card, pictures, rejected)
-    return page, [file for group in pictures.values() for _, file in group]
+    return page, [file for _, file in chain(*pictures.values())]
 
 
 def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, Path]:
@@ -89,15 +90,13 @@ def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, 
 
 def spread_rows(manifest: Manifest, split: str, count: int) -> list[Address]:
     """Of up to `count` people, evenly spread over the split."""
-    groups = [(*group, rows) for group, rows in manifest.row_groups(split).items()]
-    ends = np.cumsum([rows for *_, rows in groups])
-    count = min(count, int(ends[-1]))
-    chosen = ((np.arange(count) + 0.5) * ends[-1] / count).astype(int)
-    addresses = []
-    for row, group in zip(chosen.tolist(), np.searchsorted(ends, chosen, side="right").tolist(), strict=True):
-        shard, number, rows = groups[group]
-        addresses.append((shard, number, row - int(ends[group]) + rows))
-    return addresses
+    groups = manifest.row_groups(split)
+    starts = np.cumsum([0, *groups.values()])
+    count = min(count, int(starts[-1]))
+    rows = ((np.arange(count) + 0.5) * starts[-1] / count).astype(int)
+    of = np.searchsorted(starts, rows, side="right") - 1
+    names = list(groups)
+    return [(*names[g], row) for g, row in zip(of.tolist(), (rows - starts[of]).tolist(), strict=True)]
 
 
 def read_rows(
@@ -130,17 +129,16 @@ def view_sheet(manifest: Manifest, split: str, variant: int, addresses: Sequence
 
 def views_sheet(manifest: Manifest, split: str, addresses: Sequence[Address]) -> Picture:
     """The views of each person side by side, with the keypoints as the view has them."""
-    step = max(1, len(addresses) // VIEWED_PEOPLE)
-    chosen = list(addresses)[::step][:VIEWED_PEOPLE]
+    chosen = addresses[:: max(1, len(addresses) // VIEWED_PEOPLE)][:VIEWED_PEOPLE]
     views = range(min(manifest.variants(split), VIEWS))
     columns, labels = [], []
     for variant in views:
         rows = read_rows(manifest, split, variant, chosen)
         columns.append(annotated(rows, manifest.recipe.skeleton))
         labels.append([turn or "plain" for turn in _turns(rows, manifest)])
-    by_person = [(columns[v][p], labels[v][p]) for p in range(len(chosen)) for v in views]
     across = len(views) * max(1, VIEWS // len(views))  # whole people in a row
-    return tile([picture for picture, _ in by_person], across, [label for _, label in by_person])
+    pictures, told = (list(chain(*zip(*of_views, strict=True))) for of_views in (columns, labels))
+    return tile(pictures, across, told)
 
 
 def annotated(rows: Mapping[str, NDArray[Any]], skeleton: Skeleton) -> list[Picture]:
@@ -195,9 +193,9 @@ def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
     chosen = []
     for split in manifest.splits:
         counts = manifest.split(split)["rejected"]
-        own = table.filter(pa.compute.equal(table["split"], split))
         for reason in sorted(counts, key=lambda r: (r in LEFT_OUT_AS_PUBLISHED, -counts[r]["people"], r)):
-            rows = own.filter(pa.compute.equal(own["reason"], reason)).sort_by(order).slice(0, 16 * REJECTED)
+            own = (pc.field("split") == split) & (pc.field("reason") == reason)
+            rows = table.filter(own).sort_by(order).slice(0, 16 * REJECTED)
             by_file: dict[str, dict[str, Any]] = {}  # one of each photo, as long as there are others
             for row in rows.to_pylist():
                 by_file.setdefault(row["file"], row)
@@ -237,9 +235,8 @@ def _rejected_picture(
     size = (max(1, round(factor * photo.shape[1])), max(1, round(factor * photo.shape[0])))
     small = np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_AREA), np.uint8)
     if box is not None:
-        x, y, w, h = box
-        corners = ((x - left, y - top), (x + w - left, y + h - top))
-        start, end = ([round(16 * factor * value) for value in corner] for corner in corners)
+        corners = np.reshape(box, (2, 2)).cumsum(axis=0) - (left, top)
+        start, end = (16 * factor * corners).round().astype(int).tolist()
         for color, width in ((INK, 4), (RED, 2)):
             cv2.rectangle(small, start, end, color, width, cv2.LINE_AA, 4)
     return small
@@ -263,12 +260,7 @@ def _words(text: str) -> Picture:
     from PIL import Image, ImageDraw, ImageFont
 
     card = Image.new("RGB", (360, HEIGHT), (225, 227, 231))
-    font = ImageFont.load_default(18)
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) < 320 else [*lines, word]
-    text = "\n".join(lines[:9])
+    text, font = "\n".join(textwrap.wrap(text, 38)[:9]), ImageFont.load_default(18)
     pen = ImageDraw.Draw(card)
     pen.multiline_text((180, HEIGHT // 2), text, fill=INK, font=font, anchor="mm", align="center")
     return np.array(card)
