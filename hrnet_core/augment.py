@@ -166,14 +166,6 @@ def keypoints_in_view(
     return swapped, np.take_along_axis(np.asarray(visible), order, axis=-1)
 
 
-class PlacedViews(NamedTuple):
-    """Where P people are seen: their views, and the way there."""
-
-    view: View
-    image_to_crop: Float64
-    """(P, 2, 3)"""
-
-
 def place_views(
     draws: Float64 | None,
     center: ArrayLike,
@@ -183,8 +175,9 @@ def place_views(
     codec: HeatmapCodec,
     skeleton: Skeleton,
     augmentation: Augmentation = OFFICIAL,
-) -> PlacedViews:
-    """From people to views: the one way for stored and for fresh ones. `view_targets` goes on from there.
+) -> tuple[View, Float64]:
+    """From people to their views and image_to_crop (P, 2, 3): the one way for stored and for fresh ones.
+    `view_targets` goes on from there.
 
     draws (P, 6): the numbers that decide each view, None for the plain ones. center, scale (P, 2) of the
     plain view and keypoints (P, K, 3) with v, in px of the photo, whose width is image_width (P,).
@@ -194,7 +187,7 @@ def place_views(
         triples = np.asarray(keypoints)
         people = view.center, view.scale, triples[..., :2], triples[..., 2]
         view = random_view(draws, *people, skeleton, codec.input_size, augmentation)
-    return PlacedViews(view, view_to_crop(view, codec, image_width))
+    return view, view_to_crop(view, codec, image_width)
 
 
 def view_targets(

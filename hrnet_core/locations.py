@@ -68,8 +68,7 @@ def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
     parts = urlsplit(folder)
     try:
         if parts.scheme == "s3":
-            bucket = parts.netloc
-            return _s3(bucket, parts.query), unquote(f"{bucket}{parts.path}").rstrip("/")
+            return _s3(parts.netloc, parts.query), unquote(parts.netloc + parts.path).rstrip("/")
         if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
             folder += f"{'&' if parts.query else '?'}retry_limit_seconds={RETRY_SECONDS}"
         files, path = fs.FileSystem.from_uri(folder)
@@ -90,21 +89,16 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     options = {key: values[-1] for key, values in parse_qs(query, strict_parsing=bool(query)).items()}
     if unknown := sorted(set(options) - {"region", "scheme", "endpoint_override"}):
         raise ValueError(f"unknown {', '.join(unknown)}; an s3 URI takes region, scheme, endpoint_override")
-    environment = os.environ
-    if not options.get("endpoint_override"):
-        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-        options |= {"endpoint_override": endpoint} if endpoint else {}
-    if not options.get("region"):
-        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-        if not region:  # Amazon's buckets answer in their own region only; others have none
-            region = "us-east-1" if options.get("endpoint_override") else fs.resolve_s3_region(bucket)
-        options["region"] = region
-    retry = fs.AwsStandardS3RetryStrategy(max_attempts=int(environment.get("AWS_MAX_ATTEMPTS", TRIES)))
+    env = os.environ.get
+    endpoint = options.get("endpoint_override") or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
+    region = options.get("region") or env("AWS_REGION") or env("AWS_DEFAULT_REGION")
+    if not region:  # Amazon's buckets answer in their own region only; others have none
+        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
-        retry_strategy=retry,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=int(env("AWS_MAX_ATTEMPTS", TRIES))),
         request_timeout=STALL_SECONDS,
         allow_delayed_open=True,  # a small file is one request
-        **options,
+        **{**options, "region": region, "endpoint_override": endpoint},
     )
 
 

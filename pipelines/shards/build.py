@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.augment import PlacedViews, draw_stored, place_views, view_targets
+from hrnet_core.augment import View, draw_stored, place_views, view_targets
 from hrnet_core.errors import DataError
-from hrnet_core.geometry import PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
+from hrnet_core.geometry import Float64, PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.heatmaps import float16_heatmaps
 from hrnet_core.images import encode_jpeg, encode_png
 from pipelines.config import DataSettings
@@ -67,8 +67,8 @@ class _Shard:
     sizes: NDArray[np.int32]
     """(P, 2) width and height of each person's photo."""
     cuts: PhotoCuts
-    views: list[PlacedViews]
-    """By variant."""
+    views: list[tuple[View, Float64]]
+    """By variant: the views, and their image_to_crop (P, 2, 3)."""
 
 
 def _placed(work: ShardWork) -> _Shard:
@@ -99,7 +99,7 @@ class _Row(NamedTuple):
 def _rows(shard: _Shard, rejected: list[Rejection]) -> Iterator[_Row]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
     work, settings = shard.work, shard.work.recipe.settings
-    matrices = np.stack([view.image_to_crop for view in shard.views], axis=1)
+    matrices = np.stack([image_to_crop for _, image_to_crop in shard.views], axis=1)
     for photo, people in zip(work.photos, work.people.by_image().values(), strict=True):
         opened = open_photo(photo, settings.max_pixels)
         if isinstance(opened, Rejection):
