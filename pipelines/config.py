@@ -337,11 +337,8 @@ def _did_you_mean(location: tuple[str | int, ...]) -> str:
     import difflib
 
     model: Any = RunConfig
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            return ""
-        model = field.annotation
+    for section in location[:-1]:
+        model = model.model_fields[section].annotation
     close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -358,14 +355,12 @@ def reference() -> str:
         "`--train.no-use-gpu`). An unknown key, or settings that contradict each other, end with exit code 2",
         "and the name of the key.",
     ]
-    for name, section in RunConfig.model_fields.items():
-        model = section.annotation
-        if not (isinstance(model, type) and issubclass(model, Section)):
-            continue
+    sections = {name: section for name, section in RunConfig() if isinstance(section, Section)}
+    for name, section in sections.items():
         lines += ["", f"## {name}", "", "| setting | default | meaning |", "|---|---|---|"]
-        for key, field in model.model_fields.items():
-            default = json.dumps(field.default)
-            lines.append(f"| `{name}.{key}` | `{default}` | {' '.join((field.description or '').split())} |")
+        for key, field in type(section).model_fields.items():
+            default, meaning = json.dumps(field.default), " ".join((field.description or "").split())
+            lines.append(f"| `{name}.{key}` | `{default}` | {meaning} |")
     return "\n".join(lines)
 
 

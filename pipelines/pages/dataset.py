@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from pipelines.pages.frame import (
     tiles,
     write_page,
 )
+from pipelines.shards.figures import ANGLES, FACTORS, LENGTHS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +31,6 @@ COLORS = (SEEN, "#ff8000", "#3a9e5c", "#8a5bd1")
 """Of the splits."""
 WIDTH = 10.6
 """Of a figure, 100 px."""
-BARS = 12
-"""Bins of 2 % that make one bar."""
 MOST = 15
 """The last bar of people in one photo counts all above, too."""
 
@@ -72,7 +69,7 @@ def _people(splits: Mapping[str, Any], file: Path) -> Path:
     """Box heights, people of one photo, labelled keypoints of a person: shares, one line a split."""
     drawn, axes = figure(1, 3, (WIDTH, 3.2))
     for color, (split, card) in zip(COLORS, splits.items(), strict=False):
-        _stairs(axes[0], card["box_height"], color, split)
+        _bars(axes[0], [card["box_height"]], LENGTHS[::10], color, split)
         photos = np.array(card["people_per_photo"]["photos_with"])
         photos = np.append(photos[1:MOST], photos[MOST:].sum())
         _steps(axes[1], photos, 1, color, split)
@@ -91,8 +88,8 @@ def _views(splits: Mapping[str, Any], file: Path) -> Path:
     drawn, axes = figure(1, 3, (WIDTH, 3.2))
     for color, (split, card) in zip(COLORS, splits.items(), strict=False):
         views = card["views"]
-        _stairs(axes[0], _together([view["rotation_deg"] for view in views[1:]]), color, split, 5, log=False)
-        _stairs(axes[1], _together([view["zoom"] for view in views[1:]]), color, split, 4)
+        _bars(axes[0], [view["rotation_deg"] for view in views[1:]], ANGLES[::5], color, split)
+        _bars(axes[1], [view["zoom"] for view in views[1:]], FACTORS[::4], color, split)
         lost = [100 * (1 - view["targets"] / max(view["labelled"], 1)) for view in views]
         axes[2].bar([str(v["variant"] or "plain") for v in views], lost, color=color, label=split)
     axes[0].set(title="rotation, where rotated", xlabel="degrees", ylabel="% of rotated views")
@@ -108,19 +105,14 @@ def _saved(drawn: Figure, ax: Axes, file: Path) -> Path:
     return save_figure(drawn, file)
 
 
-def _stairs(
-    ax: Axes, histogram: Mapping[str, Any], color: str, label: str, bars: int = BARS, log: bool = True
-) -> None:
-    """A histogram of the card, `bars` of its fine bins in one; `log` where its edges grow by a factor."""
-    counts, edges = np.array(histogram["counts"]), np.array(histogram["edges"])
-    if not len(counts):
-        return
-    more = np.arange(1, -len(counts) % bars + 1)  # the last bar is as wide as the others
-    beyond = (
-        edges[-1] * (edges[-1] / edges[-2]) ** more if log else edges[-1] + (edges[-1] - edges[-2]) * more
-    )
-    grouped = np.add.reduceat(counts, np.arange(0, len(counts), bars))
-    _area(ax, grouped, np.append(edges, beyond)[::bars], color, label)
+def _bars(ax: Axes, histograms: Sequence[Mapping[str, Any]], edges: Any, color: str, label: str) -> None:
+    """Histograms of the card added up, their fine bins in bars between `edges`."""
+    ends = [np.array(histogram["edges"]) for histogram in histograms]
+    middles = np.concatenate([(e[1:] + e[:-1]) / 2 for e in ends])
+    counts, _ = np.histogram(middles, edges, weights=np.concatenate([h["counts"] for h in histograms]))
+    some = np.flatnonzero(counts)
+    if len(some):
+        _area(ax, counts[some[0] : some[-1] + 1], edges[some[0] : some[-1] + 2], color, label)
 
 
 def _area(ax: Axes, counts: Any, edges: Any, color: str, label: str) -> None:
@@ -140,16 +132,6 @@ def _plain_numbers(ax: Axes) -> None:
     ax.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
-
-
-def _together(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of trimmed histograms that were cut from the same edges."""
-    total = Counter[tuple[float, float]]()
-    for histogram in histograms:
-        total.update(dict(zip(pairwise(histogram["edges"]), histogram["counts"], strict=True)))
-    bins = sorted(total)
-    edges = [start for start, _ in bins] + [end for _, end in bins[-1:]]
-    return {"edges": edges, "counts": [total[pair] for pair in bins]}
 
 
 # ---------------------------------------------------------------------------------- the page

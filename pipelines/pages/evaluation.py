@@ -46,27 +46,18 @@ def contact_sheets(
     """
     ranked = np.lexsort((matched.people.ann_id, matched.people.image_id, -matched.oks))
     middle = max(0, (len(ranked) - PAIRS) // 2)
-    chosen = {
-        "best": ranked[:PAIRS],
-        "median": ranked[middle : middle + PAIRS],
-        "worst": ranked[::-1][:PAIRS],
-    }
+    chosen = {"best": ranked[:PAIRS], "median": ranked[middle:][:PAIRS], "worst": ranked[::-1][:PAIRS]}
     files = {}
     for name, rows in chosen.items():
-        if len(rows):
+        pairs, labels = [], []
+        for row, image_id in zip(rows, matched.people.image_id[rows].tolist(), strict=True):
+            picture = open_picture(paths[image_id], max_pixels, apply_exif=False).decode()
+            pairs.append(_pair(picture, matched, row, skeleton))
+            labels.append(f"OKS {matched.oks[row]:.2f}  image {image_id}")
+        if pairs:
             files[name] = folder / f"{name}.jpg"
-            write_whole(files[name], encode_jpeg(_sheet(matched, rows, paths, skeleton, max_pixels), 90))
+            write_whole(files[name], encode_jpeg(tile(pairs, 4, labels), 90))
     return files
-
-
-def _sheet(
-    matched: Matched, rows: NDArray[np.int64], paths: Mapping[int, str], skeleton: Skeleton, max_pixels: int
-) -> NDArray[np.uint8]:
-    image_ids = matched.people.image_id[rows].tolist()
-    labels = [f"OKS {matched.oks[r]:.2f}  image {i}" for r, i in zip(rows, image_ids, strict=True)]
-    pictures = (open_picture(paths[i], max_pixels, apply_exif=False).decode() for i in image_ids)
-    pairs = [_pair(picture, matched, r, skeleton) for picture, r in zip(pictures, rows, strict=True)]
-    return tile(pairs, columns=4, labels=labels)
 
 
 def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skeleton) -> NDArray[np.uint8]:

@@ -172,10 +172,8 @@ def _turns(rows: Mapping[str, NDArray[Any]], manifest: Manifest) -> list[str]:
     settings = manifest.recipe.settings
     plain = box_to_center_scale(rows["bbox_xywh"], settings.input_size, settings.padding)[1]
     zooms = rows["scale"][:, 1] / plain[:, 1]
-    turns = []
-    for variant, angle, zoom, flipped in zip(
-        rows["variant"], rows["rotation_deg"], zooms, rows["flipped"], strict=True
-    ):
+    turns, views = [], zip(rows["variant"], rows["rotation_deg"], zooms, rows["flipped"], strict=True)
+    for variant, angle, zoom, flipped in views:
         turn = f"{angle:+.0f}°, " if angle else ""
         turns.append(f"{turn}x{zoom:.2f}{', mirrored' if flipped else ''}" if variant else "")
     return turns
@@ -232,7 +230,7 @@ def _rejected_picture(
     if box is not None:
         photo, left, top = _surroundings(photo, box)
     factor = min(360 / photo.shape[1], HEIGHT / photo.shape[0])
-    size = (max(1, round(factor * photo.shape[1])), max(1, round(factor * photo.shape[0])))
+    size = [max(1, round(factor * side)) for side in photo.shape[1::-1]]
     small = np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_AREA), np.uint8)
     if box is not None:
         corners = np.reshape(box, (2, 2)).cumsum(axis=0) - (left, top)
