@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import io
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow.fs import LocalFileSystem
 
 from hrnet_core.errors import CheckpointError
 from pipelines.checkpoints import local_checkpoint
@@ -32,11 +32,11 @@ from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.pages.evaluation import contact_sheets, write_report
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
-from pipelines.poses.units import UNFINISHED, Outcome, digest_of, run_units, stored
+from pipelines.poses.units import UNFINISHED, Outcome, cut, digest_of, run_units
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import People, Photo, Rejection
-from pipelines.storage import sha256_of, write_json, write_whole
+from pipelines.storage import write_json, write_whole
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -50,8 +50,8 @@ def evaluate(
     out: str | Path,
     split: str = "val2017",
     boxes: str | Path | None = None,
-    settings: EvaluateSettings | None = None,
-    ray: RaySettings | None = None,
+    settings: EvaluateSettings = EvaluateSettings(),
+    ray: RaySettings = RaySettings(),
     track: TrackSettings | None = None,
     storage: str | Path = "runs",
     report: str | Path | None = None,
@@ -69,46 +69,42 @@ def evaluate(
     """
     from hrnet_core.checkpoint import read_spec
 
-    settings, ray = settings or EvaluateSettings(), ray or RaySettings()
-    out = Path(out)
     with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:
         spec = read_spec(found.folder)
         of = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
-        groups = group_photos(of, 2 * settings.batch_size)
+        units, work = group_photos(of, 2 * settings.batch_size), functools.partial(answer, settings=settings)
         start = time.monotonic()
-        store = out / UNFINISHED / _plan_digest(of, spec, settings)
-        answers, mode, speed = predict_groups(groups, found.folder, settings, ray, store)
-    stats, results = score_poses(
-        answers["keypoints"], answers["scores"], of.asked, of.split.truth, spec, settings
-    )
-    matched = match_people(answers["keypoints"], answers["scores"], of, spec.skeleton)
-
-    evaluation = Evaluation(
-        stats=stats,
-        metric="eval_gt" if of.boxes is None else "eval_det",
-        protocol=protocol_of(of, spec, settings, mode),
-        figures={
-            "people": len(answers),
-            "photos": len(of.photos),
-            "results": len(results),
-            "seconds": round(time.monotonic() - start, 3),
-            "people_per_second": round(speed, 3),
-            "median_oks": float(np.median(matched.oks)) if len(matched.oks) else 0.0,
-            "left_out": dict(Counter(of.left_out)),
-        },
-        folder=out,
-    )
+        store = Path(out) / UNFINISHED / _plan_digest(of, spec, settings)
+        done = run_units(units, work, found.folder, settings, ray, store, "evaluate")
+    refuse_unusable(done.problems)
+    answers = read_answers((file.read_bytes() for file in done.answers), of.asked)
+    keypoints, scores = answers["keypoints"], answers["scores"]
+    stats, results = score_poses(keypoints, scores, of.asked, of.split.truth, spec, settings)
+    matched = match_people(keypoints, scores, of, spec.skeleton)
+    figures = {
+        "people": len(answers),
+        "photos": len(of.photos),
+        "results": len(results),
+        "seconds": round(time.monotonic() - start, 3),
+        "people_per_second": round(done.people_per_second, 3),
+        "median_oks": float(np.median(matched.oks)) if len(matched.oks) else 0.0,
+        "left_out": dict(Counter(of.left_out)),
+    }
+    metric = "eval_gt" if of.boxes is None else "eval_det"
+    protocol = protocol_of(of, spec, settings, done.mode)
+    evaluation = Evaluation(stats, metric, protocol, figures, Path(out))
     paths = {photo.image_id: photo.path for photo in of.split.photos}
-    files = _write(evaluation, results, matched, paths, spec, settings, str(checkpoint), report)
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    if track is not None:
-        from pipelines.registry import REGISTERED, record_evaluation
+    sheets = contact_sheets(matched, paths, spec.skeleton, Path(out) / "overlays", settings.max_pixels)
+    files = _write(evaluation, results, matched, sheets, spec, str(checkpoint), report)
+    shutil.rmtree(Path(out) / UNFINISHED, ignore_errors=True)
+    if track is None:
+        return evaluation
+    from pipelines.registry import REGISTERED, record_evaluation
 
-        # An alias may have moved meanwhile; a folder is known by its weights.
-        ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
-        version = record_evaluation(ref, stats, evaluation.protocol, files, track=track, storage=storage)
-        evaluation = replace(evaluation, version=version)
-    return evaluation
+    # An alias may have moved meanwhile; a folder is known by its weights.
+    ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
+    version = record_evaluation(ref, stats, protocol, files, track=track, storage=storage)
+    return replace(evaluation, version=version)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,101 +117,56 @@ class PhotoGroup:
 
 def group_photos(of: EvaluationSet, people: int) -> list[PhotoGroup]:
     """Photographs in order, cut into work units of at most `people` boxes (or one photo that has more)."""
-    groups: list[list[tuple[Photo, slice]]] = []
-    room = 0
-    for photo, rows in of.photos:
-        count = rows.stop - rows.start
-        if not groups or count > room:
-            groups.append([])
-            room = people
-        room -= count
-        groups[-1].append((photo, rows))
+    groups = cut(of.photos, lambda asked: asked[1].stop - asked[1].start, people)
     return [
         PhotoGroup(tuple(photo for photo, _ in group), of.asked[group[0][1].start : group[-1][1].stop])
         for group in groups
     ]
 
 
-# --- prediction: one unit, and all of them on Ray -------------------------------------------------------
-
-
-def answer_dtype(num_keypoints: int) -> np.dtype[Any]:
-    """One answered box: photo px and scores as the predictor gave them."""
-    return np.dtype(
-        [
-            ("image_id", "<i8"),
-            ("id", "<i8"),
-            ("keypoints", "<f4", (num_keypoints, 2)),
-            ("scores", "<f4", (num_keypoints,)),
-        ]
-    )
-
-
-def predict_group(
-    group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings
-) -> NDArray[Any] | list[Rejection]:
-    """Answers (P,) of answer_dtype for a group's people, or why its photographs cannot be used.
+def answer(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings) -> Outcome:
+    """The work of an actor: npy bytes of an array (P,) with image_id, id, keypoints in photo px and scores as
+    the predictor gave them, of a group's people; or why its photographs cannot be used.
 
     COCO's annotations live on stored pixels: EXIF orientation is ignored, as published.
     """
-    opened = [open_photo(photo, settings.max_pixels) for photo in group.photos]
+    people, opened = group.people, [open_photo(photo, settings.max_pixels) for photo in group.photos]
     if rejected := [one for one in opened if isinstance(one, Rejection)]:
-        return rejected
+        return Outcome(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in rejected))
     # A clipped box may have lost its width or height; the crop follows from the other side.
-    boxes = np.maximum(group.people.bbox_xywh, np.array([-np.inf, -np.inf, 1e-6, 1e-6], np.float32))
-    rows = group.people.by_image()
+    boxes = np.maximum(people.bbox_xywh, np.array([-np.inf, -np.inf, 1e-6, 1e-6], np.float32))
     poses = predictor(
-        [one[0] for one in opened if not isinstance(one, Rejection)],
-        boxes_xywh=[boxes[rows[photo.image_id]] for photo in group.photos],
+        [pixels for pixels, _ in opened],
+        boxes_xywh=[boxes[rows] for rows in people.by_image().values()],
         flip_test=settings.flip_test,
         batch_size=settings.batch_size,
         border=settings.preset,
     )
-    answers = np.zeros(len(group.people), answer_dtype(predictor.spec.skeleton.num_keypoints))
-    answers["image_id"], answers["id"] = group.people.image_id, group.people.ann_id
-    answers["keypoints"] = np.concatenate([p.keypoints.xy for p in poses])
+    keypoints = np.concatenate([p.keypoints.xy for p in poses])
+    shape = keypoints.shape[1:]
+    kinds = [("image_id", "<i8"), ("id", "<i8"), ("keypoints", "<f4", shape), ("scores", "<f4", shape[:1])]
+    answers = np.zeros(len(people), kinds)
+    answers["image_id"], answers["id"] = people.image_id, people.ann_id
+    answers["keypoints"] = keypoints
     answers["scores"] = np.concatenate([p.keypoints.conf for p in poses])
-    return answers
-
-
-def answer_unit(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings) -> Outcome:
-    """predict_group for an actor: npy bytes, or the problems."""
-    answers = predict_group(group, predictor, settings)
-    if isinstance(answers, list):
-        return Outcome(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in answers))
     content = io.BytesIO()
     np.save(content, answers, allow_pickle=False)
     return Outcome(content.getvalue(), len(answers))
 
 
-def predict_groups(
-    groups: list[PhotoGroup], checkpoint: Path, settings: EvaluateSettings, ray: RaySettings, store: Path
-) -> tuple[NDArray[Any], str, float]:
-    """Answers to all boxes sorted by (image_id, id), the mode they were computed in, and people/s.
+def read_answers(contents: Iterable[bytes], asked: People) -> NDArray[Any]:
+    """What `answer` made of all groups, sorted by (image_id, id).
 
-    Every box is answered exactly once, or it is an error. DataError names all unusable photographs.
+    RuntimeError unless every box has exactly one answer; CheckpointError for NaN.
     """
-    work = functools.partial(answer_unit, settings=settings)
-    done = run_units(groups, work, checkpoint, settings, ray, store, "evaluate")
-    refuse_unusable(done.problems)
-    answers = np.concatenate([np.load(file, allow_pickle=False) for file in stored(store).values()])
+    answers = np.concatenate([np.load(io.BytesIO(content), allow_pickle=False) for content in contents])
     answers = answers[np.lexsort((answers["id"], answers["image_id"]))]
-    check_answers(groups, answers)
-    return answers, done.mode, done.people_per_second
-
-
-def check_answers(groups: Sequence[PhotoGroup], answers: NDArray[Any]) -> None:
-    """RuntimeError unless every box of the groups has exactly one answer; CheckpointError for NaN."""
-    asked = Counter(
-        pair
-        for group in groups
-        for pair in zip(group.people.image_id.tolist(), group.people.ann_id.tolist(), strict=True)
-    )
+    wanted = Counter(zip(asked.image_id.tolist(), asked.ann_id.tolist(), strict=True))
     got = Counter(zip(answers["image_id"].tolist(), answers["id"].tolist(), strict=True))
-    if asked != got:
-        lost, extra = asked - got, got - asked
+    if wanted != got:
+        lost, extra = wanted - got, got - wanted
         raise RuntimeError(
-            f"{asked.total()} boxes were asked and {got.total()} answers came: {lost.total()} are missing "
+            f"{wanted.total()} boxes were asked and {got.total()} answers came: {lost.total()} are missing "
             f"{list(lost)[:3]}, {extra.total()} came twice or unasked {list(extra)[:3]} (image, instance id)"
         )
     bad = ~(np.isfinite(answers["keypoints"]).all(axis=(1, 2)) & np.isfinite(answers["scores"]).all(axis=1))
@@ -225,6 +176,7 @@ def check_answers(groups: Sequence[PhotoGroup], answers: NDArray[Any]) -> None:
             f"in image {answers['image_id'][bad][0]}: its weights are damaged or its training diverged. "
             f"Evaluate an earlier checkpoint."
         )
+    return answers
 
 
 def _plan_digest(of: EvaluationSet, spec: CheckpointSpec, settings: EvaluateSettings) -> str:
@@ -246,15 +198,13 @@ def _write(
     evaluation: Evaluation,
     results: list[dict[str, Any]],
     matched: Matched,
-    paths: Mapping[int, str],
+    sheets: Mapping[str, Path],
     spec: CheckpointSpec,
-    settings: EvaluateSettings,
     checkpoint: str,
     report: str | Path | None,
 ) -> list[Path]:
-    """results.json, evaluation.json, overlays and the page; returns the files. paths: of the photos by id."""
-    out = evaluation.folder
-    write_whole(evaluation.results_file, json.dumps(results, allow_nan=False))
+    """results.json, evaluation.json and the page; returns all files of the evaluation."""
+    content, summary = json.dumps(results, allow_nan=False), evaluation.folder / "evaluation.json"
     made = {
         "checkpoint": checkpoint,
         "weights_sha256": spec.weights_sha256,
@@ -262,17 +212,10 @@ def _write(
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code_version": code_version(),
     }
-    summary = {
-        "metric": evaluation.metric,
-        "stats": evaluation.stats,
-        "protocol": evaluation.protocol,
-        "figures": evaluation.figures,
-        **made,
-        "results_sha256": sha256_of(LocalFileSystem(), str(evaluation.results_file.absolute())),
-    }
-    write_json(out / "evaluation.json", summary)
-    sheets = contact_sheets(matched, paths, spec.skeleton, out / "overlays", settings.max_pixels)
-    files = [evaluation.results_file, out / "evaluation.json", *sheets.values()]
+    found = {key: getattr(evaluation, key) for key in ("metric", "stats", "protocol", "figures")}
+    write_whole(evaluation.results_file, content)
+    write_json(summary, {**found, **made, "results_sha256": hashlib.sha256(content.encode()).hexdigest()})
+    files = [evaluation.results_file, summary, *sheets.values()]
     if report is not None:
         write_report(report, evaluation, matched, sheets, spec.skeleton, made)
         files.append(Path(report))

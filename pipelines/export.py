@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
-from pipelines.evaluate import group_photos, predict_group
+from pipelines.evaluate import answer, group_photos, read_answers
 from pipelines.poses.protocol import score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.records import on_photos
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3
 """Of the heatmaps' range: what rounding in another order gives is about 1e-5."""
-PEOPLE = 200
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Parity:
     moved: int
     """Keypoints further than 0.5 crop px apart: elsewhere on the map two cells were equal up to rounding."""
     ap: tuple[float, float] | None = None
-    """AP on the slice: torch, ONNX Runtime. None without COCO."""
-    people: int = 0
+    """AP of the people of the crops: torch, ONNX Runtime. None without COCO."""
 
     def __str__(self) -> str:
         lines = [
@@ -59,10 +58,8 @@ class Parity:
             lines.append("  AP         not compared: name a COCO folder with --coco")
         else:
             torch_ap, onnx_ap = self.ap
-            lines.append(
-                f"  AP         {torch_ap:.4f} and {onnx_ap:.4f}, difference {onnx_ap - torch_ap:+.4f}, on "
-                f"{self.people} people"
-            )
+            difference = f"difference {onnx_ap - torch_ap:+.4f}, on {self.crops} people"
+            lines.append(f"  AP         {torch_ap:.4f} and {onnx_ap:.4f}, {difference}")
         return "\n".join(lines)
 
 
@@ -73,9 +70,9 @@ def export(
     coco_root: str | Path | None = None,
     split: str = "val2017",
     boxes: str | Path | None = None,
-    people: int = PEOPLE,
-    settings: EvaluateSettings | None = None,
-    track: TrackSettings | None = None,
+    people: int = 200,
+    settings: EvaluateSettings = EvaluateSettings(),
+    track: TrackSettings = TrackSettings(),
     storage: str | Path = "runs",
 ) -> Parity:
     """Write the checkpoint's network as ONNX (modes.export_onnx) and compare it with torch.
@@ -93,8 +90,7 @@ def export(
             f"name the file to write, hrnet export {checkpoint} OUT.onnx: only a checkpoint folder of this "
             f"machine is ours to add to."
         )
-    settings = settings or EvaluateSettings()
-    with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:
+    with local_checkpoint(checkpoint, track, storage) as found:
         folder = found.folder
         read_spec(folder)  # before a folder is made where there is none
         target = folder / ONNX if out is None else Path(out)
@@ -110,7 +106,8 @@ def export(
                         f"written."
                     )
                 if coco_root is not None:
-                    figures |= _on_coco(*sides, coco_root, split, boxes, people, settings)
+                    everyone = read_evaluation_set(coco_root, split, boxes, settings, sides[0].spec.skeleton)
+                    figures |= _on_coco(sides, first_people(everyone, people), settings)
         except OSError as error:
             reason = f"{target}: cannot be written ({error.strerror}). Name another file."
             raise CheckpointError(reason) from None
@@ -148,11 +145,11 @@ def crop_px(
     return np.linalg.norm(one - other, axis=-1) * (spec.input_size[0] / scale[:, :1])
 
 
-def told_distances(distances: NDArray[Any]) -> dict[str, Any]:
+def _distances(px: NDArray[Any]) -> dict[str, Any]:
     return {
-        "keypoint_mean": float(distances.mean()),
-        "keypoint_max": float(distances.max()),
-        "moved": int((distances > 0.5).sum()),
+        "keypoint_mean": float(px.mean()),
+        "keypoint_max": float(px.max()),
+        "moved": int((px > 0.5).sum()),
     }
 
 
@@ -163,51 +160,38 @@ def _difference(one: PosePredictor, other: PosePredictor, crops: NDArray[np.uint
         "crops": len(crops),
         "heatmap": float(np.abs(a - b).max()),
         "spread": float(a.max() - a.min()),
-        **told_distances(np.linalg.norm(keypoints[0] - keypoints[1], axis=-1)),
+        **_distances(np.linalg.norm(keypoints[0] - keypoints[1], axis=-1)),
     }
 
 
 def _on_coco(
-    torch_side: PosePredictor,
-    onnx_side: PosePredictor,
-    coco_root: str | Path,
-    split: str,
-    boxes: str | Path | None,
-    people: int,
-    settings: EvaluateSettings,
+    sides: Sequence[PosePredictor], some: EvaluationSet, settings: EvaluateSettings
 ) -> dict[str, Any]:
-    """Keypoints and AP of both on the first photographs with `people` people."""
-    spec = torch_side.spec
-    everyone = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton)
-    some = first_people(everyone, people)
-    answers = [_answers(some, side, settings) for side in (torch_side, onnx_side)]
-    distances = crop_px(spec, answers[0]["keypoints"], answers[1]["keypoints"], some.asked.bbox_xywh)
-    stats = [
-        score_poses(a["keypoints"], a["scores"], some.asked, some.split.truth, spec, settings)[0]
+    """Keypoints and AP of both sides on some people."""
+    asked, spec = some.asked, sides[0].spec
+    answers = [_answers(some, side, settings) for side in sides]
+    one, other = (a["keypoints"] for a in answers)
+    aps = [
+        score_poses(a["keypoints"], a["scores"], asked, some.split.truth, spec, settings)[0]["AP"]
         for a in answers
     ]
-    return {
-        "crops": len(some.asked),
-        **told_distances(distances),
-        "ap": (stats[0]["AP"], stats[1]["AP"]),
-        "people": len(some.asked),
-    }
+    distances = _distances(crop_px(spec, one, other, asked.bbox_xywh))
+    return {"crops": len(asked), **distances, "ap": tuple(aps)}
 
 
 def first_people(everyone: EvaluationSet, count: int) -> EvaluationSet:
     """The first photographs whose people are `count` or more, and the ground truth of these alone."""
-    photos = [photo for photo, rows in everyone.photos if rows.start < count]
+    photos = tuple(photo for photo, rows in everyone.photos if rows.start < count)
+    of, truth = everyone.split, everyone.split.truth
     image_ids = np.array([photo.image_id for photo in photos], np.int64)
-    truth, people = everyone.split.truth, everyone.split.truth.people
-    truth = replace(truth, image_ids=image_ids, people=people[np.isin(people.image_id, image_ids)])
-    split = replace(
-        everyone.split, photos=tuple(photos), people=on_photos(everyone.split.people, photos), truth=truth
-    )
+    people = on_photos(truth.people, photos)
+    truth = replace(truth, image_ids=image_ids, people=people, crowd_index=None)
+    split = replace(of, photos=photos, people=on_photos(of.people, photos), truth=truth)
     return replace(everyone, split=split, asked=on_photos(everyone.asked, photos))
 
 
 def _answers(some: EvaluationSet, predictor: PosePredictor, settings: EvaluateSettings) -> NDArray[Any]:
-    """Answers to all boxes, sorted by (image_id, id), photograph after photograph."""
-    parts = [predict_group(group, predictor, settings) for group in group_photos(some, 1)]
-    refuse_unusable([(r.file, r.detail) for part in parts if isinstance(part, list) for r in part])
-    return np.concatenate([part for part in parts if not isinstance(part, list)])
+    """Answers to all boxes, as evaluate's, photograph after photograph."""
+    outcomes = [answer(group, predictor, settings) for group in group_photos(some, 1)]
+    refuse_unusable([problem for outcome in outcomes for problem in outcome.problems])
+    return read_answers((outcome.content for outcome in outcomes), some.asked)

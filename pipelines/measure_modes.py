@@ -8,6 +8,7 @@ decides by these figures (hrnet_core/modes.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError
 from pipelines.checkpoints import is_folder_here
 from pipelines.cluster import ray_session
@@ -43,7 +45,6 @@ class Measured:
     left_out: dict[str, str]
     chosen: str
     """What "auto" is from now on, on such a device."""
-    evaluations: dict[str, Evaluation]
 
     def __str__(self) -> str:
         lines = [
@@ -66,9 +67,9 @@ def measure_modes(
     out: str | Path,
     split: str = "val2017",
     boxes: str | Path | None = None,
-    settings: EvaluateSettings | None = None,
-    ray: RaySettings | None = None,
-    modes: Sequence[str] | None = None,
+    settings: EvaluateSettings = EvaluateSettings(),
+    ray: RaySettings = RaySettings(),
+    modes: Sequence[str] = MODES,
 ) -> Measured:
     """Evaluate the checkpoint in every mode that runs here and write the differences into checkpoint.json.
 
@@ -79,54 +80,44 @@ def measure_modes(
     CheckpointError, DataError: as in evaluating.
     """
     from hrnet_core.checkpoint import read_spec, record_modes
-    from hrnet_core.modes import MODES, fastest_exact, unusable
+    from hrnet_core.modes import fastest_exact, unusable
 
     if not is_folder_here(checkpoint):
         raise ConfigError(
             f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
             f"the checkpoint folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."
         )
-    settings, ray = settings or EvaluateSettings(), ray or RaySettings()
     device = "cuda" if settings.use_gpu else "cpu"
-    wanted = list(modes or MODES)
-    wanted = ["float32", *(mode for mode in wanted if mode != "float32")]
+    wanted = dict.fromkeys(["float32", *modes])
     left_out = {mode: why for mode in wanted if (why := unusable(mode, device))}
     usable = [mode for mode in wanted if mode not in left_out]
-    read_spec(checkpoint)
+    read_spec(checkpoint)  # before Ray starts
     found: dict[str, Evaluation] = {}
     with ray_session(ray):
         for mode in usable:
             print(f"--- {mode}", flush=True)
+            place, of_mode = Path(out) / mode, settings.model_copy(update={"mode": mode})
             found[mode] = evaluate(
-                checkpoint,
-                coco_root,
-                out=Path(out) / mode,
-                split=split,
-                boxes=boxes,
-                settings=settings.model_copy(update={"mode": mode}),
-                ray=ray,
+                checkpoint, coco_root, out=place, split=split, boxes=boxes, settings=of_mode, ray=ray
             )
         speeds = _timed_on_ray(Path(checkpoint), usable, settings)
     exact = found["float32"]
-    shared = {
-        "metric": exact.metric,
-        "data_digest": exact.protocol["data_digest"],
-        "people": exact.figures["people"],
-        "flip_test": exact.protocol["flip_test"],
-        "threads": settings.cpus_per_worker,
-    }
     figures = {
         mode: {
             "ap": of.stats["AP"],
             "ap_difference": of.stats["AP"] - exact.stats["AP"],
             **keypoint_differences(exact.results_file, of.results_file),
             **speeds[mode],
-            **shared,
+            "metric": exact.metric,
+            "data_digest": exact.protocol["data_digest"],
+            "people": exact.figures["people"],
+            "flip_test": exact.protocol["flip_test"],
+            "threads": settings.cpus_per_worker,
         }
         for mode, of in found.items()
     }
     spec = record_modes(checkpoint, device, figures)
-    return Measured(device, figures, left_out, fastest_exact(spec.modes, device), found)
+    return Measured(device, figures, left_out, fastest_exact(spec.modes, device))
 
 
 def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
@@ -165,10 +156,7 @@ def _timed_on_ray(
         num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_retries=0
     )
     device = "cuda" if settings.use_gpu else "cpu"
-    found: dict[str, dict[str, Any]] = ray.get(
-        task.remote(model, spec, list(modes), device, settings.cpus_per_worker)
-    )
-    return found
+    return ray.get(task.remote(model, spec, modes, device, settings.cpus_per_worker))
 
 
 def time_modes(
@@ -186,19 +174,15 @@ def time_modes(
     predictors = {mode: PosePredictor(model, spec, device, mode) for mode in modes}
     for predictor in predictors.values():
         predictor.warm_up()
-    best: dict[tuple[str, int], float] = {}
+    best = dict.fromkeys(itertools.product(modes, (BATCH, 1)), np.inf)
     for _ in range(ROUNDS):
-        for mode, predictor in predictors.items():
-            for count in (BATCH, 1):
-                start = time.perf_counter()
-                predictor.heatmaps(crops[:count], flip_test=False, batch_size=count)
-                took = (time.perf_counter() - start) * 1000 / count
-                best[mode, count] = min(took, best.get((mode, count), np.inf))
-    on = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else torch.cpu.get_capabilities().get("cpu_name", "?")
-    )
+        for mode, count in best:
+            start = time.perf_counter()
+            predictors[mode].heatmaps(crops[:count], flip_test=False, batch_size=count)
+            took = (time.perf_counter() - start) * 1000 / count
+            best[mode, count] = min(took, best[mode, count])
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "?")
+    on = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
         mode: {"ms_per_crop": best[mode, BATCH], "ms_per_crop_alone": best[mode, 1], "measured_on": on}
         for mode in modes

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
-from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, refuse_credentials
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.poses.formats import Row, check_formats, write_all
 from pipelines.poses.plan import Plan, make_plan
-from pipelines.poses.units import UNFINISHED, Outcomes, run_units, stored
+from pipelines.poses.units import UNFINISHED, Outcomes, run_units
 from pipelines.poses.worker import Worker
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.media import Listing, list_media
@@ -50,21 +50,21 @@ class Prediction:
     """While actors were at work; 0 where all was there."""
 
     def __str__(self) -> str:
-        counts, speed = self.summary["counts"], self.people_per_second
-        told = [f"{counts[what]:,} {what}" for what in ("pictures", "frames") if counts.get(what)]
+        told, speed = self.summary, self.people_per_second
+        counts = told["counts"]
+        answered = [f"{counts[what]:,} {what}" for what in ("pictures", "frames") if counts.get(what)]
         lines = [
-            f"{counts.get('people', 0):,} people in {' and '.join(told)}, boxes: "
-            + self.summary["boxes"]["source"]
+            f"{counts.get('people', 0):,} people in {' and '.join(answered)}, boxes: "
+            + told["boxes"]["source"]
             + (f"; {speed:.1f} people/s" if speed else "")
         ]
-        rejected = self.summary["rejected"]
-        if rejected:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejected.items()))
+        if told["rejected"]:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(told["rejected"].items()))
             lines.append(f"left out: {reasons}; each with its reason in rejected.json")
-        if self.summary["boxes_unmatched"]:
-            lines.append(f"{self.summary['boxes_unmatched']:,} entries of the boxes file fit no picture")
-        lines.append(f"{', '.join(self.summary['formats'])}: {self.folder}")
-        return "\n".join([*lines, f"image ids: {self.summary['image_ids']} (images.json)"])
+        if told["boxes_unmatched"]:
+            lines.append(f"{told['boxes_unmatched']:,} entries of the boxes file fit no picture")
+        lines.append(f"{', '.join(told['formats'])}: {self.folder}")
+        return "\n".join([*lines, f"image ids: {told['image_ids']} (images.json)"])
 
 
 def predict(
@@ -74,9 +74,9 @@ def predict(
     out: str | Path | None = None,
     boxes: str | Path | None = None,
     detector: str | Path | None = None,
-    settings: PredictSettings | None = None,
-    ray: RaySettings | None = None,
-    track: TrackSettings | None = None,
+    settings: PredictSettings = PredictSettings(),
+    ray: RaySettings = RaySettings(),
+    track: TrackSettings = TrackSettings(),
     storage: str | Path = "runs",
 ) -> Prediction:
     """Poses of all pictures and videos that the sources name (pipelines/sources/media.py).
@@ -91,11 +91,8 @@ def predict(
     """
     from hrnet_core.checkpoint import read_spec
 
-    settings, ray, track = settings or PredictSettings(), ray or RaySettings(), track or TrackSettings()
     if boxes is not None and detector is not None:
-        raise ConfigError(
-            "boxes and detector are both given: where shall the boxes come from? Leave one out."
-        )
+        raise ConfigError("boxes and detector are both given: where do the boxes come from? Leave one out.")
     if is_uri(str(out)):
         refuse_credentials(str(out))
         raise ConfigError(
@@ -113,15 +110,15 @@ def predict(
         out = Path(out) if out is not None else _default_folder(storage, listing, plan)
         if (done := _finished(out, plan)) is not None:
             return done
-        store = out / UNFINISHED / plan.digest
-        work = Worker(settings, people, "overlays" in settings.formats)
-        start = time.monotonic()
+        start, store = time.monotonic(), out / UNFINISHED / plan.digest
+        work = Worker(settings, people)
         outcomes = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
-    counts, rejected = _write_formats(out, plan, listing, store, settings, spec)
+    rows = _rows(plan.rejected, outcomes.answers)
+    counts, rejected = write_all(rows, listing.media, out, settings, spec.skeleton)
     summary = _summary(plan, listing, settings, spec, outcomes) | {
         "checkpoint": found.name,
-        "counts": counts,
-        "rejected": rejected,
+        "counts": dict(+counts),
+        "rejected": dict(rejected),
         "seconds": round(time.monotonic() - start, 3),
     }
     write_json(out / SUMMARY, summary)
@@ -149,32 +146,6 @@ def _finished(out: Path, plan: Plan) -> Prediction | None:
     return Prediction(out, summary)
 
 
-# --- what is written --------------------------------------------------------------------------------
-
-
-def _write_formats(
-    out: Path,
-    plan: Plan,
-    listing: Listing,
-    store: Path,
-    settings: PredictSettings,
-    spec: CheckpointSpec,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """All formats from the stored units; counts of what was answered, and of what was rejected by reason.
-
-    DataError where no picture was usable.
-    """
-    counts = write_all(_rows(plan, store), listing.media, out, settings, spec.skeleton)
-    rejected = {key.removeprefix("rejected "): n for key, n in counts.items() if key.startswith("rejected ")}
-    if not counts["pictures"] + counts["frames"]:
-        first = json.loads((out / "rejected.json").read_text())[0]
-        raise DataError(
-            f"none of {len(listing.media)} pictures and videos could be used. The first, {first['name']}: "
-            f"{first['detail'].rstrip('.')}. All of them: {out / 'rejected.json'}."
-        )
-    return {key: n for key, n in counts.items() if n and not key.startswith("rejected ")}, rejected
-
-
 def _summary(
     plan: Plan, listing: Listing, settings: PredictSettings, spec: CheckpointSpec, outcomes: Outcomes
 ) -> dict[str, Any]:
@@ -198,8 +169,8 @@ def _summary(
     }
 
 
-def _rows(plan: Plan, store: Path) -> Iterator[Row]:
+def _rows(rejected: list[Row], answers: list[Path]) -> Iterator[Row]:
     """Rows of all units in their order, one unit in memory at a time."""
-    yield from plan.rejected
-    for file in stored(store).values():
+    yield from rejected
+    for file in answers:
         yield from pq.read_table(file, page_checksum_verification=True).to_pylist()

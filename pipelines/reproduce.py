@@ -49,15 +49,12 @@ class Reproduction:
 
     published: Mapping[str, Published]
     ours: Mapping[str, Evaluation]
-    tolerance: float
-
-    def difference(self, model: str) -> float:
-        """Our AP less the published one."""
-        return self.ours[model].stats["AP"] - self.published[model].stats["AP"]
 
     def agrees(self, model: str) -> bool:
+        """Whether our AP is the published one."""
+        difference = self.ours[model].stats["AP"] - self.published[model].stats["AP"]
         # The published figure has three digits: 1e-9 keeps .002 itself inside.
-        return abs(self.difference(model)) <= self.tolerance + 1e-9
+        return abs(difference) <= TOLERANCE + 1e-9
 
     @property
     def passed(self) -> bool:
@@ -73,7 +70,7 @@ class Reproduction:
                 f"{'':<14}{'ours':<11}" + "".join(f"{ours[n]:8.4f}" for n in STATS),
                 f"{'':<14}{'difference':<11}"
                 + "".join(f"{ours[n] - theirs[n]:+8.4f}" for n in STATS)
-                + ("" if self.agrees(model) else f"   AP differs by more than {self.tolerance:g}"),
+                + ("" if self.agrees(model) else f"   AP differs by more than {TOLERANCE:g}"),
             ]
         return "\n".join(lines)
 
@@ -83,13 +80,11 @@ def reproduce(
     weights_dir: str | Path,
     boxes: str | Path,
     *,
-    models: Sequence[str] | None = None,
+    models: Sequence[str] = (),
     out: str | Path = "runs/reproduce",
-    split: str = "val2017",
-    settings: EvaluateSettings | None = None,
-    ray: RaySettings | None = None,
+    settings: EvaluateSettings = EvaluateSettings(),
+    ray: RaySettings = RaySettings(),
     published: Mapping[str, Published] = PUBLISHED,
-    tolerance: float = TOLERANCE,
 ) -> Reproduction:
     """Import each weights file (strictly), evaluate it with the detector's boxes, compare the AP.
 
@@ -103,28 +98,18 @@ def reproduce(
         raise ConfigError(f"--models: no {', '.join(unknown)}; there are {', '.join(published)}.")
     weights = {model: Path(weights_dir) / published[model].file for model in chosen}
     _check_files(weights, Path(boxes))
-    settings = (settings or EvaluateSettings()).model_copy(
-        update={"preset": "official", "flip_test": True, "mode": "float32", "score_threshold": 0.0}
-    )
+    protocol = {"preset": "official", "flip_test": True, "mode": "float32", "score_threshold": 0.0}
+    settings = settings.model_copy(update=protocol)
     ours = {}
     for model in chosen:
         folder = Path(out) / model
         print(f"--- {model}: {weights[model].name}", flush=True)
         data = load_config(published[model].config).data
-        import_weights(
-            weights[model], folder / "checkpoint", data.codec, data.input_size, data.skeleton, data.sigma
-        )
-        ours[model] = evaluate(
-            folder / "checkpoint",
-            coco_root,
-            out=folder / "evaluation",
-            split=split,
-            boxes=boxes,
-            settings=settings,
-            ray=ray,
-        )
+        checkpoint, evaluation = folder / "checkpoint", folder / "evaluation"
+        import_weights(weights[model], checkpoint, data.codec, data.input_size, data.skeleton, data.sigma)
+        ours[model] = evaluate(checkpoint, coco_root, out=evaluation, boxes=boxes, settings=settings, ray=ray)
         print(ours[model].table(), flush=True)
-    found = Reproduction(published, ours, tolerance)
+    found = Reproduction(published, ours)
     print(found.table(), flush=True)
     return found
 

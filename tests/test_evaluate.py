@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -25,9 +26,9 @@ from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines import evaluate as module
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.evaluate import PhotoGroup, answer_dtype, check_answers, evaluate, group_photos, predict_group
+from pipelines.evaluate import PhotoGroup, answer, evaluate, group_photos, read_answers
 from pipelines.poses.oks_ap import STATS, evaluate_results
-from pipelines.poses.protocol import _preset, match_people, score_poses, to_results
+from pipelines.poses.protocol import _preset, match_people, score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
 from pipelines.sources.records import GroundTruth, People, Photo, Split
 
@@ -243,25 +244,28 @@ def test_units_hold_whole_photographs_and_at_most_so_many_people() -> None:
     assert [g.people.ann_id.tolist() for g in groups] == [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
 
 
-def answers_for(people: People) -> np.ndarray:
-    answers = np.zeros(len(people), answer_dtype(17))
-    answers["image_id"], answers["id"] = people.image_id, people.ann_id
-    return answers
-
-
 def test_every_box_is_answered_exactly_once_or_it_is_an_error() -> None:
     people = asked({1: [1, 2], 2: [1]})
-    units, answers = group_photos(set_of(people), 2), answers_for(people)
-    check_answers(units, answers)
+    kinds = [("image_id", "<i8"), ("id", "<i8"), ("keypoints", "<f4", (17, 2)), ("scores", "<f4", (17,))]
+    answers = np.zeros(3, kinds)
+    answers["image_id"], answers["id"] = people.image_id, people.ann_id
+
+    def read(*units: np.ndarray) -> np.ndarray:
+        files = [io.BytesIO() for _ in units]
+        for file, unit in zip(files, units, strict=True):
+            np.save(file, unit)
+        return read_answers((file.getvalue() for file in files), people)
+
+    assert read(answers[2:], answers[:2])["id"].tolist() == [1, 2, 1]
     with pytest.raises(RuntimeError, match=r"3 boxes .* 2 answers .*: 1 are missing \[\(1, 2\)\]"):
-        check_answers(units, answers[[0, 2]])
+        read(answers[[0, 2]])
     with pytest.raises(RuntimeError, match=r"1 came twice or unasked \[\(1, 1\)\]"):
-        check_answers(units, answers[[0, 0, 1, 2]])
+        read(answers[:1], answers)
     answers["keypoints"][1, 3, 0] = np.nan
     with pytest.raises(
         CheckpointError, match="NaN or infinite keypoints for 1 of 3 people, the first in image 1"
     ):
-        check_answers(units, answers)
+        read(answers)
 
 
 def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> None:
@@ -281,7 +285,7 @@ def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> No
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        predict_group(group, Spy(), EvaluateSettings())
+        answer(group, Spy(), EvaluateSettings())
     assert np.abs(seen[0].astype(int) - np.asarray(stored.convert("RGB"))).mean() < 3
 
 
@@ -295,8 +299,12 @@ def test_results_are_rescored_suppressed_and_sorted() -> None:
     keypoints = np.tile(np.arange(34, dtype=np.float32).reshape(17, 2), (4, 1, 1))
     keypoints[2] += 30  # id 7
     scores = np.tile(np.where(np.arange(17) < 9, 0.6, 0.1).astype(np.float32), (4, 1))
-    answers = keypoints, scores, boxes, SPEC
-    results = to_results(*answers, EvaluateSettings())
+
+    def results_of(**settings: Any) -> list[dict[str, Any]]:
+        truth = set_of(boxes).split.truth
+        return score_poses(keypoints, scores, boxes, truth, SPEC, EvaluateSettings(**settings))[1]
+
+    results = results_of()
     assert [(r["image_id"], r["score"]) for r in results] == [
         (2, pytest.approx(0.6)),
         (8, pytest.approx(0.48)),
@@ -304,11 +312,8 @@ def test_results_are_rescored_suppressed_and_sorted() -> None:
     ]
     assert results[1]["keypoints"][:3] == [30, 31, pytest.approx(0.6)]
     assert all(r["category_id"] == 1 for r in results)
-    loose = to_results(*answers, EvaluateSettings(oks_nms=1.0))
-    soft = to_results(*answers, EvaluateSettings(soft_nms=True))
-    assert len(loose) == len(soft) == 4
-    all_counted = to_results(*answers, EvaluateSettings(keypoint_threshold=0.05))
-    assert all_counted[0]["score"] == pytest.approx((9 * 0.6 + 8 * 0.1) / 17)
+    assert len(results_of(oks_nms=1.0)) == len(results_of(soft_nms=True)) == 4
+    assert results_of(keypoint_threshold=0.05)[0]["score"] == pytest.approx((9 * 0.6 + 8 * 0.1) / 17)
 
 
 def test_people_are_matched_with_their_own_or_the_best_prediction() -> None:
@@ -352,7 +357,7 @@ def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) ->
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        predict_group(group_photos(of, 4)[0], Spy(), EvaluateSettings(preset="mmpose", batch_size=5))
+        answer(group_photos(of, 4)[0], Spy(), EvaluateSettings(preset="mmpose", batch_size=5))
     assert (seen["border"], seen["batch_size"], seen["flip_test"]) == ("mmpose", 5, True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipelines.cli import main
 from pipelines.config import EvaluateSettings
 from pipelines.export import crop_px, export, first_people
 from pipelines.measure_modes import keypoint_differences, measure_modes, time_modes
+from pipelines.poses.oks_ap import evaluate_results
 from pipelines.sources.evaluation_set import read_evaluation_set
 
 CODEC = HeatmapCodec("official", (96, 128))
@@ -114,6 +116,10 @@ def test_a_slice_is_whole_photographs_with_their_truth(dots: tuple[Path, Path]) 
     assert some.split.truth.people.ann_id.tolist() == [1, 2, 3, 4]
     assert len(first_people(everyone, 999).photos) == 6
     assert len(everyone.split.truth.people) == len(truth_of(dots[0])["annotations"])
+    # CrowdPose's figures by crowding are of the whole file; the slice is scored without them.
+    crowded = replace(everyone.split.truth, crowd_index=np.full(6, 0.5))
+    some = first_people(replace(everyone, split=replace(everyone.split, truth=crowded)), 3)
+    assert "AP" in evaluate_results([], some.split.truth)
 
 
 def test_distances_are_of_the_crop() -> None:

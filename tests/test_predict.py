@@ -245,7 +245,7 @@ def test_pictures_that_cannot_be_got_cost_a_row_each(
 
     def read(path: str, size: int | None = None) -> bytes:
         if path.endswith("picture-1.png"):
-            raise DataError("s3://b/picture-1.png: the bucket did not give it (no answer). Check its name.")
+            raise DataError("s3://b/picture-1.png: the bucket did not give it (gone. Twice). Try again.")
         return Path(path).read_bytes()
 
     def later(*arguments: Any) -> Any:
@@ -261,7 +261,7 @@ def test_pictures_that_cannot_be_got_cost_a_row_each(
     assert isinstance(differs, Rejection)
     assert [(row["name"], row["reason"], row["detail"]) for row in listed] == [
         ("picture-0.png", "missing_image", "no such file"),
-        ("picture-1.png", "unreadable", "s3://b/picture-1.png: the bucket did not give it (no answer)."),
+        ("picture-1.png", "unreadable", "s3://b/picture-1.png: the bucket did not give it (gone. Twice)."),
         ("picture-2.png", "size_differs", differs.detail),
     ]
     assert done.summary["counts"] == {"pictures": 3, "people": 6}
@@ -648,8 +648,13 @@ def test_folders_globs_and_uris_name_their_files(dots: dict[str, Any], tmp_path:
     assert names(folder / "a.png", tmp_path / "other" / "a.png") == ["a.png", "a-2.png"]
 
 
-def test_pictures_and_videos_behind_a_uri(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
-    """file:// goes the way of every bucket: pyarrow reads pictures, videos are copied to be read."""
+def test_pictures_and_videos_behind_a_uri(
+    dots: dict[str, Any], tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """file:// goes the way of every bucket: pyarrow reads pictures, videos are copied to be read, and no copy
+    is left behind."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     folder = tmp_path / "a b"
     folder.mkdir()
     shutil.copy(dots["pictures"] / "picture-0.png", folder / "p 1.png")
@@ -661,6 +666,7 @@ def test_pictures_and_videos_behind_a_uri(dots: dict[str, Any], tmp_path: Path, 
         assert (tmp_path / "uri" / name).read_bytes() == (tmp_path / "path" / name).read_bytes()
     assert (tmp_path / "uri" / "overlays" / "p 1.png.jpg").exists()
     assert (tmp_path / "uri" / "videos" / "clip.avi.mp4").exists()
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_results_inside_a_source_are_no_sources(dots: dict[str, Any], tmp_path: Path, here: None) -> None:

@@ -14,7 +14,7 @@ from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from pipelines.config import EvaluateSettings, load_config
 from pipelines.poses.oks_ap import STATS
-from pipelines.reproduce import PUBLISHED, TOLERANCE, Published, Reproduction, reproduce
+from pipelines.reproduce import PUBLISHED, Published, Reproduction, reproduce
 
 
 def test_the_published_table_is_the_papers() -> None:
@@ -59,7 +59,7 @@ def test_figures_of_the_published_protocol_are_reproduced_or_refused(
     for distance, agrees in ((0.0019, True), (-0.0019, True), (0.0021, False), (-0.0021, False)):
         elsewhere = {**expected, "AP": expected["AP"] + distance}
         rows = {"small": Published("pose_hrnet_small.pth", str(config), elsewhere)}
-        other = Reproduction(rows, found.ours, TOLERANCE)
+        other = Reproduction(rows, found.ours)
         assert other.passed is agrees
         assert ("AP differs by more than 0.002" in other.table()) is not agrees
 

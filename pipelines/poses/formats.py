@@ -6,6 +6,8 @@ Written while the rows go by, so that memory does not grow with them. A file has
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import posixpath
 from collections import Counter
@@ -52,6 +54,10 @@ Write = Callable[[int, Row, Poses], None]
 """Takes the image_id, the row and its people."""
 
 
+def rejected_row(media: Media, reason: str, detail: str, frame: int | None = None) -> Row:
+    return {"name": media.name, "frame": frame, "reason": reason, "detail": detail}
+
+
 def poses_of(row: Row, skeleton: Skeleton) -> Poses:
     """The people of an answered row."""
     keypoints = np.array(row["keypoints"], np.float32).reshape(-1, skeleton.num_keypoints, 3)
@@ -76,20 +82,21 @@ def check_formats(formats: Sequence[str], skeleton: Skeleton) -> None:
 
 def write_all(
     rows: Iterable[Row], media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
-) -> Counter[str]:
+) -> tuple[Counter[str], Counter[str]]:
     """Every format of the settings, and images.json and rejected.json.
 
-    Returns counts: pictures, frames, people, and "rejected REASON".
+    Returns how many pictures, frames and people were answered, and how many rejected, by reason. DataError,
+    once all is written, where no picture was usable.
     """
-    counts: Counter[str] = Counter()
+    counts, left_out = Counter[str](), Counter[str]()
     remove_leftovers(out)
     with contextlib.ExitStack() as files:
         images = files.enter_context(json_list(out / "images.json"))
         rejected = files.enter_context(json_list(out / "rejected.json"))
-        writers = [files.enter_context(writer) for writer in _writers(media, out, settings, skeleton)]
+        writers = list(_writers(files, media, out, settings, skeleton))
         for row in rows:
             if row["reason"] is not None:
-                counts[f"rejected {row['reason']}"] += 1
+                left_out[row["reason"]] += 1
                 rejected({key: row[key] for key in ("name", "frame", "reason", "detail")})
                 continue
             counts["pictures" if row["frame"] is None else "frames"] += 1
@@ -98,61 +105,53 @@ def write_all(
             image_id = row["image_id"]
             if image_id is None:
                 image_id = counts["pictures"] + counts["frames"]
-            images(_image(row, image_id))
+            shown = ("width", "height", "frame", "exif_rotated", "boxes_source")
+            known = {key: row[key] for key in shown if row[key] is not None}
+            images({"id": image_id, "file_name": row["name"], **known})
             for write in writers:
                 write(image_id, row, poses)
-    return counts
-
-
-def _image(row: Row, image_id: int) -> dict[str, Any]:
-    """An entry of COCO's `images`, with where it came from."""
-    entry = {"id": image_id, "file_name": row["name"], "width": row["width"], "height": row["height"]}
-    if row["frame"] is not None:
-        entry["frame"] = row["frame"]
-    return {**entry, "exif_rotated": row["exif_rotated"], "boxes_source": row["boxes_source"]}
+    if not counts["pictures"] + counts["frames"]:
+        first = json.loads((out / "rejected.json").read_text())[0]
+        raise DataError(
+            f"none of {len(media)} pictures and videos could be used. The first, {first['name']}: "
+            f"{first['detail'].rstrip('.')}. All of them: {out / 'rejected.json'}."
+        )
+    return counts, left_out
 
 
 def _writers(
-    media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
-) -> Iterator[contextlib.AbstractContextManager[Write]]:
-    """One for each format, open while the rows go by."""
+    files: contextlib.ExitStack,
+    media: Sequence[Media],
+    out: Path,
+    settings: PredictSettings,
+    skeleton: Skeleton,
+) -> Iterator[Write]:
+    """One for each format; what they hold open ends with `files`."""
     if "coco" in settings.formats:
-        yield _coco(out / "poses.json")
+        results = files.enter_context(json_list(out / "poses.json"))
+        yield lambda image_id, row, poses: results(*poses.to_coco(image_id))
     if "parquet" in settings.formats:
-        yield _table(out / "poses.parquet", skeleton)
+        yield files.enter_context(_table(out / "poses.parquet", skeleton))
     if "openpose" in settings.formats:
         yield _openpose(out / "openpose", media)
     if "overlays" in settings.formats:
-        yield _overlays(out / "overlays")
+        yield functools.partial(_overlay, out / "overlays")
     if "videos" in settings.formats:
-        yield _videos(out / "videos", settings)
+        yield files.enter_context(_videos(out / "videos", settings))
 
 
 @contextlib.contextmanager
-def json_list(file: Path) -> Iterator[Callable[[Any], None]]:
-    """A JSON list, one entry a line."""
+def json_list(file: Path) -> Iterator[Callable[..., None]]:
+    """A JSON list, one entry a line; takes entries."""
     with writing(file) as part, part.open("w", encoding="utf-8") as stream:
-        between = "[\n"
+        between = itertools.chain(["[\n"], itertools.repeat(",\n"))
 
-        def take(entry: Any) -> None:
-            nonlocal between
-            stream.write(between + json.dumps(entry, allow_nan=False, ensure_ascii=False))
-            between = ",\n"
-
-        yield take
-        stream.write("\n]\n" if between == ",\n" else "[]\n")
-
-
-@contextlib.contextmanager
-def _coco(file: Path) -> Iterator[Write]:
-    """COCO keypoint results, as pycocotools loads them."""
-    with json_list(file) as results:
-
-        def take(image_id: int, row: Row, poses: Poses) -> None:
-            for result in poses.to_coco(image_id):
-                results(result)
+        def take(*entries: Any) -> None:
+            for entry in entries:
+                stream.write(next(between) + json.dumps(entry, allow_nan=False, ensure_ascii=False))
 
         yield take
+        stream.write("\n]\n" if next(between) == ",\n" else "[]\n")
 
 
 @contextlib.contextmanager
@@ -176,21 +175,12 @@ def _table(file: Path, skeleton: Skeleton) -> Iterator[Write]:
     with writing(file) as part, pq.ParquetWriter(part, schema, **options) as writer:
 
         def take(image_id: int, row: Row, poses: Poses) -> None:
-            for person, (box, conf, score, points) in enumerate(
-                zip(poses.boxes.xywh, poses.boxes.conf, poses.scores, poses.keypoints.data, strict=True)
+            boxes, points = poses.boxes, poses.keypoints.data
+            for person, of_one in enumerate(
+                zip(boxes.xywh, boxes.conf, poses.scores, map(np.ravel, points), strict=True)
             ):
-                people.append(
-                    {
-                        "image_id": image_id,
-                        "name": row["name"],
-                        "frame": row["frame"],
-                        "person": person,
-                        "bbox_xywh": box,
-                        "box_score": conf,
-                        "score": score,
-                        "keypoints": points.ravel(),
-                    }
-                )
+                values = (image_id, row["name"], row["frame"], person, *of_one)
+                people.append(dict(zip(schema.names, values, strict=True)))
             if len(people) >= TABLE_ROWS:
                 flush()
 
@@ -203,8 +193,7 @@ def _table(file: Path, skeleton: Skeleton) -> Iterator[Write]:
         flush()
 
 
-@contextlib.contextmanager
-def _openpose(folder: Path, media: Sequence[Media]) -> Iterator[Write]:
+def _openpose(folder: Path, media: Sequence[Media]) -> Write:
     """STEM_keypoints.json, of frames STEM_000000000012_keypoints.json, as OpenPose names them.
 
     Where two pictures differ in their suffix only, it stays part of the stem.
@@ -218,7 +207,7 @@ def _openpose(folder: Path, media: Sequence[Media]) -> Iterator[Write]:
         with writing(folder / f"{stem}{frame}_keypoints.json", sync=False) as part:
             part.write_text(json.dumps(poses.to_openpose(), allow_nan=False))
 
-    yield take
+    return take
 
 
 def _with_suffix(name: str, *suffixes: str) -> str:
@@ -226,16 +215,11 @@ def _with_suffix(name: str, *suffixes: str) -> str:
     return name if name.lower().endswith(suffixes) else name + suffixes[0]
 
 
-@contextlib.contextmanager
-def _overlays(folder: Path) -> Iterator[Write]:
-    """Pictures with their poses: a.jpg stays a.jpg, a.png becomes a.png.jpg."""
-
-    def take(image_id: int, row: Row, poses: Poses) -> None:
-        if row["overlay"] is not None:
-            with writing(folder / _with_suffix(row["name"], ".jpg", ".jpeg"), sync=False) as part:
-                part.write_bytes(row["overlay"])
-
-    yield take
+def _overlay(folder: Path, image_id: int, row: Row, poses: Poses) -> None:
+    """A picture with its poses: a.jpg stays a.jpg, a.png becomes a.png.jpg."""
+    if row["overlay"] is not None:
+        with writing(folder / _with_suffix(row["name"], ".jpg", ".jpeg"), sync=False) as part:
+            part.write_bytes(row["overlay"])
 
 
 @contextlib.contextmanager
@@ -244,31 +228,31 @@ def _videos(folder: Path, settings: PredictSettings) -> Iterator[Write]:
 
     Frames come in order, video after video; each video is decoded once more.
     """
-    current: dict[str, Any] = {"name": None}
+    name, draw = None, None
     with contextlib.ExitStack() as last:
 
         def take(image_id: int, row: Row, poses: Poses) -> None:
+            nonlocal name, draw
             if row["frame"] is None:
                 return
-            if row["name"] != current["name"]:
+            if row["name"] != name:
                 last.close()
                 file = folder / _with_suffix(row["name"], ".mp4")
-                current["name"] = row["name"]
-                current["draw"] = last.enter_context(_video(file, row, settings))
-            current["draw"](image_id, row, poses)
+                name, draw = row["name"], last.enter_context(_video(file, row, settings))
+            draw(row["frame"], poses)
 
         yield take
 
 
 @contextlib.contextmanager
-def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Write]:
-    """MPEG-4 in MP4, of the video's own size and pace; the sound is not kept."""
+def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Callable[[int, Poses], None]]:
+    """MPEG-4 in MP4, of the video's own size and pace; the sound is not kept. Takes frame and people."""
     try:
         video = Video(first["uri"], settings.max_pixels)
     except ImageError as error:
         raise DataError(f"{first['uri']}: changed while it was predicted: {error}") from None
     size = first["width"], first["height"]
-    with contextlib.closing(video), writing(file) as part:
+    with writing(file) as part:
         pace = video.frames_per_s / settings.video_stride
         link = part.with_suffix(".mp4")  # OpenCV takes the kind of video from the name
         link.symlink_to(part.name)
@@ -280,8 +264,8 @@ def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Write]
                 f"Leave videos out of --predict.formats."
             )
 
-        def take(image_id: int, row: Row, poses: Poses) -> None:
-            for _, frame in video.frames(row["frame"], row["frame"] + 1):
+        def take(number: int, poses: Poses) -> None:
+            for _, frame in video.frames(number, number + 1):
                 drawn = poses.plot(frame, settings.draw_threshold)
                 writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
 

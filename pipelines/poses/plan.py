@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ImageError
 from pipelines.config import PredictSettings
-from pipelines.poses.formats import Row
-from pipelines.poses.units import digest_of
+from pipelines.poses.formats import Row, rejected_row
+from pipelines.poses.units import cut, digest_of
 from pipelines.sources.boxes import BoxesFile, Entry, number_in
 from pipelines.sources.media import Listing, Media, Video
 
@@ -35,11 +35,6 @@ class Still:
     image_id: int | None = None
     size: tuple[int, int] | None = None
     """(width, height) px of the picture that the boxes are of."""
-
-    @property
-    def people(self) -> int:
-        """To predict, as far as is known: at least one."""
-        return 1 if self.boxes is None else max(1, len(self.boxes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,24 +92,31 @@ def make_plan(
         entry = entries.get(media.name)
         if given is not None and entry is None:
             if given.complete:
-                rejected.append(_rejected(media, "not_in_boxes_file", f"{given.path} does not list it"))
+                rejected.append(rejected_row(media, "not_in_boxes_file", f"{given.path} does not list it"))
                 continue
             entry = Entry()  # a detector that found nobody leaves no trace
         if entry is not None:
-            rejected += [_rejected(media, "bbox_invalid", why) for why in entry.invalid]
+            rejected += [rejected_row(media, "bbox_invalid", why) for why in entry.invalid]
         boxes, size = (entry.boxes, entry.size) if entry else (None, None)
         if media.kind == "picture":
             asked.append(Still(media, boxes, ids.get(media.name), size))
             continue
         try:
-            asked += _stretches(media, boxes, entry.frames if entry else None, settings)
+            asked += _stretches(media, entry, settings)
         except ImageError as error:
-            rejected.append(_rejected(media, error.reason, str(error)))
+            rejected.append(rejected_row(media, error.reason, str(error)))
     source = _boxes_source(given, detector)
     made_by = settings.model_dump(exclude={"num_workers"})
     digest = digest_of(spec.as_dict(), asked, listing.media, source, made_by)
-    units = _units(asked, 2 * settings.batch_size)
-    return Plan(units, rejected, digest, source, len(unmatched), id_source)
+    most = 2 * settings.batch_size
+
+    def people_of(one: Asked) -> int:
+        """As far as is known, at least one; a stretch of video is a unit of its own."""
+        if isinstance(one, Stretch):
+            return most
+        return 1 if one.boxes is None else max(1, len(one.boxes))
+
+    return Plan(cut(asked, people_of, most), rejected, digest, source, len(unmatched), id_source)
 
 
 def _boxes_source(given: BoxesFile | None, detector: PersonDetector | None) -> dict[str, Any]:
@@ -143,38 +145,15 @@ def _image_ids(media: Sequence[Media], entries: Mapping[str, Entry]) -> tuple[di
     return {}, "numbered"
 
 
-def _stretches(
-    media: Media,
-    boxes: NDArray[np.float32] | None,
-    frames: Mapping[int, NDArray[np.float32]] | None,
-    settings: PredictSettings,
-) -> Iterator[Stretch]:
+def _stretches(media: Media, entry: Entry | None, settings: PredictSettings) -> Iterator[Stretch]:
     """A video cut into stretches of frames; the last one goes to the end, wherever that is."""
-    video = Video(media.uri, settings.max_pixels)
-    video.close()
+    expected = Video(media.uri, settings.max_pixels).expected
+    boxes, frames = (entry.boxes, entry.frames) if entry else (None, None)
     length = 2 * settings.batch_size * settings.video_stride
-    starts = list(range(0, max(1, video.expected), length))
+    starts = list(range(0, max(1, expected), length))
     for start in starts:
         stop = start + length if start != starts[-1] else None
         here = frames
         if frames is not None:
             here = {n: found for n, found in frames.items() if start <= n and (stop is None or n < stop)}
-        yield Stretch(media, boxes, start, stop, video.expected, here)
-
-
-def _units(asked: list[Asked], people: int) -> list[list[Asked]]:
-    """In order, cut into units of at most `people` boxes; a stretch of video is a unit of its own."""
-    units: list[list[Asked]] = []
-    room = 0
-    for one in asked:
-        count = one.people if isinstance(one, Still) else people
-        if not units or count > room:
-            units.append([])
-            room = people
-        room -= count
-        units[-1].append(one)
-    return units
-
-
-def _rejected(media: Media, reason: str, detail: str) -> Row:
-    return {"name": media.name, "frame": None, "reason": reason, "detail": detail}
+        yield Stretch(media, boxes, start, stop, expected, here)

@@ -37,19 +37,18 @@ def poses_to_results(
     image_ids, instance_ids int (P,); keypoints (P, K, 2) in photo px; keypoint_scores (P, K); scores (P,),
     the person's. Numbers become float64. DataError where one is not finite.
     """
-    image_ids, instance_ids = np.asarray(image_ids, np.int64), np.asarray(instance_ids, np.int64)
-    order = np.lexsort((instance_ids, image_ids))
+    order = np.lexsort((np.asarray(instance_ids, np.int64), np.asarray(image_ids, np.int64)))
+    image_ids, totals = np.asarray(image_ids, np.int64)[order], np.asarray(scores, np.float64)[order]
     parts = [np.asarray(keypoints, np.float64), np.asarray(keypoint_scores, np.float64)[..., None]]
-    triples = np.concatenate(parts, axis=-1)[order]
-    triples, totals = triples.reshape(len(order), -1), np.asarray(scores, np.float64)[order]
+    triples = np.concatenate(parts, axis=-1)[order].reshape(len(order), -1)
     strange = ~(np.isfinite(triples).all(axis=1) & np.isfinite(totals))
     if strange.any():
-        where = image_ids[order][strange]
         raise DataError(
             f"results: {strange.sum()} poses have coordinates or scores that are not finite, the first in "
-            f"image {where[0]}. The model that made them has diverged, or its checkpoint is damaged."
+            f"image {image_ids[strange][0]}. The model that made them has diverged, or its checkpoint is "
+            f"damaged."
         )
-    rows = zip(image_ids[order].tolist(), triples.tolist(), totals.tolist(), strict=True)
+    rows = zip(image_ids.tolist(), triples.tolist(), totals.tolist(), strict=True)
     return [{"image_id": i, "category_id": category_id, "keypoints": k, "score": s} for i, k, s in rows]
 
 
@@ -117,43 +116,27 @@ def score_poses(
     spec: CheckpointSpec,
     settings: EvaluateSettings,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The ten figures of the poses of `asked`, and the COCO results that they are of.
+    """The ten figures of the poses of `asked`, and the COCO results that they are of: rescored, with OKS-NMS
+    within each image, in order.
 
     keypoints (P, K, 2) in photo px and scores (P, K) of each asked person in turn. This is the one protocol:
-    evaluate, the AP of an epoch, export and measured modes all come here.
-    """
-    results = to_results(keypoints, scores, asked, spec, settings, truth.category_id)
-    # A data set without areas (CrowdPose) is scored by its boxes.
-    return evaluate_results(results, truth, skeleton=spec.skeleton, use_area=truth.has_areas), results
-
-
-def to_results(
-    keypoints: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    asked: People,
-    spec: CheckpointSpec,
-    settings: EvaluateSettings,
-    category_id: int = 1,
-) -> list[dict[str, Any]]:
-    """COCO results of the answers (as in score_poses): rescored, OKS-NMS within each image, in order.
-
-    Score: mean of the keypoint scores above the threshold, times the box's (1 for ground truth), float64.
-    NMS counts a person's area as that of the padded, aspect-fixed box (official coco.py:326-357).
+    evaluate, the AP of an epoch, export and measured modes all come here. A person's score: mean of the
+    keypoint scores above the threshold, times the box's (1 for ground truth), float64. NMS counts a person's
+    area as that of the padded, aspect-fixed box (official coco.py:326-357).
     """
     totals = rescore(scores, asked.score, settings.keypoint_threshold)
     _, scale = box_to_center_scale(asked.bbox_xywh, spec.input_size, spec.padding)
     areas = scale.astype(np.float64).prod(axis=-1)
     suppress = soft_oks_nms if settings.soft_nms else oks_nms
-    kept = [np.zeros(0, np.int64)]
+    sigmas, kept = spec.skeleton.oks_sigmas, [np.zeros(0, np.int64)]
     for rows in asked.by_image().values():
-        inside = suppress(
-            keypoints[rows], totals[rows], areas[rows], spec.skeleton.oks_sigmas, settings.oks_nms
-        )
+        inside = suppress(keypoints[rows], totals[rows], areas[rows], sigmas, settings.oks_nms)
         kept.append(rows.start + np.sort(inside))
     keep = np.concatenate(kept)
-    return poses_to_results(
-        asked.image_id[keep], asked.ann_id[keep], keypoints[keep], scores[keep], totals[keep], category_id
-    )
+    found = asked.image_id[keep], asked.ann_id[keep], keypoints[keep], scores[keep], totals[keep]
+    results = poses_to_results(*found, truth.category_id)
+    # A data set without areas (CrowdPose) is scored by its boxes.
+    return evaluate_results(results, truth, skeleton=spec.skeleton, use_area=truth.has_areas), results
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,31 +159,23 @@ def match_people(
 ) -> Matched:
     """Each labelled person with its prediction: for ground-truth boxes its own, else the best by OKS."""
     people, sigmas = of.split.people, np.array(skeleton.oks_sigmas)
-    places, labelled = people.keypoints[..., :2], people.keypoints[..., 2] > 0
-    answered = of.asked.by_image()
-    best = np.full(len(people), -1)
-    if of.boxes is None:
-        best = np.arange(len(people))
-    else:
+    places, areas, labelled = people.keypoints[..., :2], people.area, people.keypoints[..., 2] > 0
+    best = np.arange(len(people))
+    if of.boxes is not None:
+        best, answered = np.full(len(people), -1), of.asked.by_image()
         for image_id, rows in people.by_image().items():
             if (there := answered.get(image_id)) is not None:
-                fits = oks(
-                    places[rows, None],
-                    keypoints[there],
-                    people.area[rows, None],
-                    sigmas,
-                    labelled[rows, None],
-                )
-                best[rows] = there.start + fits.argmax(axis=1)
+                each = (places[rows, None], keypoints[there], areas[rows, None], sigmas, labelled[rows, None])
+                best[rows] = there.start + oks(*each).argmax(axis=1)
     found = best >= 0
     predicted = np.where(found[:, None, None], keypoints[best], np.nan)
     squared = ((predicted - places) ** 2).sum(axis=-1)
-    similarity = np.nan_to_num(np.exp(-squared / (8 * sigmas**2 * people.area[:, None])))
+    similarity = np.nan_to_num(np.exp(-squared / (8 * sigmas**2 * areas[:, None])))
     return Matched(
         people=people,
         predicted=predicted,
         scores=np.where(found[:, None], scores[best], 0),
-        oks=np.where(found, oks(places, predicted, people.area, sigmas, labelled), 0),
+        oks=np.where(found, oks(places, predicted, areas, sigmas, labelled), 0),
         similarity=np.where(labelled, similarity, np.nan),
     )
 

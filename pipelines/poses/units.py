@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ UNFINISHED = "unfinished"
 """Folder of the answers of a run that has not ended; a second call goes on from it."""
 Unit = Any
 """A few pictures with what is asked of them: plain data of the verb's own, pickled on its way."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,20 @@ class Outcome:
 
 
 Work = Callable[[Unit, "PosePredictor"], Outcome]
+
+
+def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> list[list[Item]]:
+    """Items in their order, in units of at most `most` people, or of one item that has more."""
+    units: list[list[Item]] = []
+    room = 0
+    for item in items:
+        count = people_of(item)
+        if not units or count > room:
+            units.append([])
+            room = most
+        room -= count
+        units[-1].append(item)
+    return units
 
 
 class Actor:
@@ -93,11 +108,13 @@ class Actor:
 class Outcomes:
     """What became of all units of a call of `run_units`."""
 
+    answers: list[Path]
+    """The files in `store`, in the order of the units."""
     mode: str
     """The execution mode of every answer, also of those that were there."""
     people_per_second: float
     """While actors were at work; 0 where all was there."""
-    problems: tuple[tuple[str, str], ...]
+    problems: list[tuple[str, str]]
     """Of all units, sorted; those units are not in the store."""
 
 
@@ -115,7 +132,7 @@ def run_units(
     ConfigError where the actors computed in different modes, or are more than Ray has room for.
     """
     store.mkdir(parents=True, exist_ok=True)
-    done = stored(store)
+    done = _stored(store)
     pending = {index: unit for index, unit in enumerate(units) if index not in done}
     speed, problems = 0.0, []
     if done:
@@ -123,16 +140,17 @@ def run_units(
     if pending:
         rows = rows_on_ray(pending, work, checkpoint, settings, ray, verb)
         speed, problems = _collect(rows, pending, store, verb)
-    modes = {file.suffix[1:] for file in stored(store).values()}
+    answers = list(_stored(store).values())
+    modes = {file.suffix[1:] for file in answers}
     if len(modes) > 1:
         raise ConfigError(
             f"the actors computed in different modes ({', '.join(sorted(modes))}), whose results differ: the "
             f"machines are not of one kind. Remove {store} and start again on machines that are."
         )
-    return Outcomes(next(iter(modes), ""), speed, tuple(sorted(problems)))
+    return Outcomes(answers, next(iter(modes), ""), speed, sorted(problems))
 
 
-def stored(store: Path) -> dict[int, Path]:
+def _stored(store: Path) -> dict[int, Path]:
     """The answers in a store by unit, in order: files named UNIT.MODE, whole because they were renamed."""
     files = (file for file in sorted(store.iterdir()) if file.stem.isdigit())
     return {int(file.stem): file for file in files}
@@ -203,7 +221,7 @@ def _collect(
             raise RuntimeError(f"unit {row['unit']} was answered twice")
         seen.add(row["unit"])
         here = json.loads(row["problems"])
-        problems += [(file, why) for file, why in here]
+        problems += map(tuple, here)
         if not here:
             write_whole(store / f"{row['unit']:06d}.{row['mode']}", row["content"])
         busy[row["actor"]] += row["seconds"]

@@ -16,7 +16,7 @@ from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_jpeg
 from pipelines.config import PredictSettings
-from pipelines.poses.formats import ROW, Row, poses_of
+from pipelines.poses.formats import ROW, Row, poses_of, rejected_row
 from pipelines.poses.plan import Asked, Still, Stretch
 from pipelines.poses.units import Outcome
 from pipelines.sources.media import Video
@@ -36,7 +36,6 @@ class Worker:
 
     settings: PredictSettings
     detector: PersonDetector | None = None
-    draw: bool = False
     _video: Video | None = field(default=None, repr=False)
 
     def __call__(self, unit: Sequence[Asked], predictor: PosePredictor) -> Outcome:
@@ -79,7 +78,7 @@ class Worker:
                 "box_scores": poses.boxes.conf,
                 "keypoints": poses.keypoints.data.ravel(),
             }
-            if self.draw and "frame" not in seen.row:
+            if "overlays" in self.settings.formats and "frame" not in seen.row:
                 known = poses_of(seen.row, predictor.spec.skeleton)  # knows where its boxes came from
                 seen.row["overlay"] = encode_jpeg(known.plot(seen.image, self.settings.draw_threshold), 90)
 
@@ -93,27 +92,28 @@ class Worker:
 
     def _read_picture(self, asked: Still) -> _Seen:
         media, settings = asked.media, self.settings
-        row: Row = {"name": media.name, "uri": media.uri, "image_id": asked.image_id}
         try:
             picture = open_picture(media.uri, settings.max_pixels, apply_exif=settings.exif, size=asked.size)
             image = picture.decode()
         except ImageError as error:
-            return _rejected(row, error.reason, str(error))
+            return _Seen(rejected_row(media, error.reason, str(error)))
         except DataError as error:  # a bucket that does not answer costs this picture, not the run
-            return _rejected(row, "unreadable", f"{str(error).partition('. ')[0]}.")
+            why, _, way_out = str(error).rpartition(". ")  # to run again is no way out here
+            return _Seen(rejected_row(media, "unreadable", f"{why}." if why else way_out))
+        row: Row = {"name": media.name, "uri": media.uri, "image_id": asked.image_id}
         return self._seen(row | {"exif_rotated": picture.turned}, image, asked.boxes)
 
     def _read_frames(self, asked: Stretch) -> Iterator[_Seen]:
         """Frames of a stretch. A video that ends too early says so once."""
         media, start, stop, expected = asked.media, asked.start, asked.stop, asked.expected
-        row: Row = {"name": media.name, "uri": media.uri, "exif_rotated": False}
         try:
             video = self._open(media.uri, start)
         except ImageError as error:
-            yield _rejected(row, error.reason, str(error))
+            yield _Seen(rejected_row(media, error.reason, str(error)))
             return
         if not video.skip_to(start):
             return  # it ended in an earlier stretch, which told
+        row: Row = {"name": media.name, "uri": media.uri, "exif_rotated": False}
         for number, image in video.frames(start, stop, self.settings.video_stride):
             yield self._seen(row | {"frame": number}, image, asked.boxes_in(number))
         wanted = expected if stop is None else min(stop, expected)
@@ -121,27 +121,22 @@ class Worker:
         tolerated = max(self.settings.video_stride, expected // 50, 2)
         if video.position == 0 or video.position < wanted - tolerated:
             detail = f"no frame can be read after {video.position}, its header promises {expected}"
-            yield _rejected(row | {"frame": video.position}, "video_cut_off", detail)
+            yield _Seen(rejected_row(media, "video_cut_off", detail, video.position))
 
     def _open(self, uri: str, start: int) -> Video:
         """The video at or before a frame; the one that is open, if it goes on there."""
         if self._video is None or self._video.uri != uri or self._video.position > start:
-            if self._video is not None:
-                self._video.close()
-                self._video = None  # the next may not open
+            self._video = None  # the next may not open
             self._video = Video(uri, self.settings.max_pixels)
         return self._video
 
     def _seen(self, row: Row, image: NDArray[np.uint8], boxes: NDArray[np.float32] | None) -> _Seen:
         """A decoded picture with its boxes: given, found, or none."""
-        row |= {"height": image.shape[0], "width": image.shape[1], "boxes_source": "given"}
+        source = "detector" if self.detector else "whole_image" if boxes is None else "given"
+        row |= {"height": image.shape[0], "width": image.shape[1], "boxes_source": source}
         if self.detector is not None:
-            row["boxes_source"] = "detector"
             return _Seen(row, image, *self.detector(image, self.settings.score_threshold))
-        if boxes is None:
-            row["boxes_source"] = "whole_image"
-            return _Seen(row, image)
-        return _Seen(row, image, boxes[:, :4], boxes[:, 4])
+        return _Seen(row, image) if boxes is None else _Seen(row, image, boxes[:, :4], boxes[:, 4])
 
 
 @dataclass
@@ -153,7 +148,3 @@ class _Seen:
     """None where it was rejected."""
     boxes: NDArray[np.float32] | None = None
     scores: NDArray[np.float32] | None = None
-
-
-def _rejected(row: Row, reason: str, detail: str) -> _Seen:
-    return _Seen(row | {"reason": reason, "detail": detail})

@@ -6,6 +6,7 @@ and so are hidden files. A file that is named itself is always taken.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -13,10 +14,10 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -25,11 +26,12 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.locations import is_uri, open_folder
+from pipelines.storage import answering
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREAD = {".heic", ".heif", ".avif", ".jp2"}
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNREAD = (".heic", ".heif", ".avif", ".jp2")
 """Pictures that we do not decode: taken, so that they are rejected by name instead of passed over."""
-VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts"}
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts")
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,9 @@ def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> Lis
     """
     found: dict[str, Media] = {}
     passed_over = 0
-    outside = os.path.abspath(exclude) + os.sep if exclude is not None else None
+    outside = None if exclude is None else os.path.abspath(exclude) + os.sep
     for source in sources:
-        if is_uri(source):
-            some, passed = _of_uri(source)
-        else:
-            some, passed = _of_path(os.path.expanduser(source))
+        some, passed = _of_uri(source) if is_uri(source) else _of_path(os.path.expanduser(source))
         some = [m for m in some if outside is None or not m.uri.startswith(outside)]
         if not some:
             nothing = "no picture or video there" if passed else "nothing there"
@@ -82,9 +81,9 @@ def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> Lis
 
 
 def _of_path(source: str) -> tuple[list[Media], int]:
-    local = fs.LocalFileSystem()
+    local, folder = fs.LocalFileSystem(), os.path.abspath(source)
     if os.path.isdir(source):
-        return _of_folder(local, os.path.abspath(source), os.path.abspath(source))
+        return _of_folder(local, folder, folder)
     matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     paths = [p for p in matches if os.path.isfile(p)]  # a pipe would be waited for
     infos = local.get_file_info([os.path.abspath(p) for p in paths])
@@ -99,26 +98,17 @@ def _of_uri(source: str) -> tuple[list[Media], int]:
     while any(c in folder for c in "*[?"):
         folder = posixpath.dirname(folder)
     files, path = open_folder(folder + query)
-    try:
+    with answering(source):
         info = files.get_file_info(path)
         if info.type == fs.FileType.File:
             return [_media(info, info.base_name, source)], 0
         some, passed = _of_folder(files, path, folder.rstrip("/"), query)
-    except OSError as error:
-        raise DataError(
-            f"{source}: cannot be listed ({error}). Check its name, and the credentials in the environment."
-        ) from None
-    if folder != address:
-        pattern = address[len(folder.rstrip("/")) + 1 :]
-        deep = "**" in pattern
-        some = [
-            m
-            for m in some
-            if fnmatch.fnmatchcase(m.name, pattern.replace("**/", "*") if deep else pattern)
-            and (deep or m.name.count("/") == pattern.count("/"))
-        ]
-        passed = 0
-    return some, passed
+    if folder == address:
+        return some, passed
+    pattern = address[len(folder.rstrip("/")) + 1 :]
+    deep, wanted = "**" in pattern, pattern.replace("**/", "*")
+    some = [m for m in some if fnmatch.fnmatchcase(m.name, wanted)]
+    return [m for m in some if deep or m.name.count("/") == pattern.count("/")], 0
 
 
 def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -> tuple[list[Media], int]:
@@ -128,7 +118,7 @@ def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -
         name = info.path[len(path.rstrip("/")) + 1 :]
         if info.type != fs.FileType.File or any(part.startswith(".") for part in name.split("/")):
             continue
-        if os.path.splitext(name)[1].lower() in PICTURES | UNREAD | VIDEOS:
+        if os.path.splitext(name)[1].lower() in PICTURES + UNREAD + VIDEOS:
             child = quote(name) if is_uri(address) else name
             media.append(_media(info, name, f"{address}/{child}{query}"))
         else:
@@ -141,7 +131,7 @@ def _media(info: fs.FileInfo, name: str, uri: str) -> Media:
     return Media(name, uri, kind, info.size or 0, info.mtime_ns or 0)
 
 
-def _with_unique_names(media: Any) -> tuple[Media, ...]:
+def _with_unique_names(media: Iterable[Media]) -> tuple[Media, ...]:
     """The second a.jpg becomes a-2.jpg: outputs are named after their pictures."""
     taken: set[str] = set()
     unique = []
@@ -152,7 +142,7 @@ def _with_unique_names(media: Any) -> tuple[Media, ...]:
             count += 1
             name = f"{stem}-{count}{suffix}"
         taken.add(name)
-        unique.append(Media(name, one.uri, one.kind, one.size, one.modified_ns))
+        unique.append(replace(one, name=name))
     return tuple(unique)
 
 
@@ -170,21 +160,19 @@ class Video:
         import cv2
 
         self.uri, self.position = uri, 0
-        self._copy: str | None = None
         # FFmpeg's own words about a damaged file go to stderr, past every logger; ours are in `rejected`.
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        self._capture = cv2.VideoCapture(self._local(), cv2.CAP_FFMPEG)
+        with _on_this_machine(uri) as file:
+            self._capture = cv2.VideoCapture(file, cv2.CAP_FFMPEG)
         width = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
         height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
         if not self._capture.isOpened() or width < 1 or height < 1:
-            self.close()
             raise ImageError(
                 "not_a_video",
                 "the file is damaged, cut off or of a kind that is not read: save it again as MP4 or AVI.",
             )
         if width * height > max_pixels:
-            self.close()
             raise ImageError(
                 "too_large",
                 f"its frames have {width} x {height} = {width * height:,} pixels, above max_pixels = "
@@ -194,20 +182,6 @@ class Video:
         """Frames by the header: an estimate, 0 where it says nothing."""
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.frames_per_s = rate if 0.1 <= rate <= 1000 else 25.0
-
-    def _local(self) -> str:
-        """FFmpeg reads files: what lies in a bucket is copied here first."""
-        if not is_uri(self.uri):
-            return self.uri
-        handle, self._copy = tempfile.mkstemp(suffix=os.path.splitext(self.uri.partition("?")[0])[1])
-        try:
-            files, path = open_folder(self.uri)
-            with files.open_input_stream(path) as stream, os.fdopen(handle, "wb") as copy:
-                shutil.copyfileobj(stream, copy, 1 << 20)
-        except (OSError, DataError) as error:
-            os.unlink(self._copy)
-            raise ImageError("unreadable", f"the file cannot be read ({error}).") from None
-        return self._copy
 
     def skip_to(self, frame: int) -> bool:
         """Go on to a frame that is not behind; False where the video ends before."""
@@ -232,8 +206,20 @@ class Video:
             yield wanted, np.ascontiguousarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
             wanted += stride
 
-    def close(self) -> None:
-        self._capture.release()
-        if self._copy is not None:
-            Path(self._copy).unlink(missing_ok=True)
-            self._copy = None
+
+@contextlib.contextmanager
+def _on_this_machine(uri: str) -> Iterator[str]:
+    """A file to open within the block: FFmpeg reads files, what lies in a bucket is copied first. The copy's
+    name is gone after the block, and the copy when it is closed."""
+    if not is_uri(uri):
+        yield uri
+        return
+    with tempfile.NamedTemporaryFile(suffix=os.path.splitext(uri.partition("?")[0])[1]) as copy:
+        try:
+            files, path = open_folder(uri)
+            with files.open_input_stream(path) as stream:
+                shutil.copyfileobj(stream, copy, 1 << 20)
+            copy.flush()
+        except (OSError, DataError) as error:
+            raise ImageError("unreadable", f"the file cannot be read ({error}).") from None
+        yield copy.name
