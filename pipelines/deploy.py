@@ -64,18 +64,15 @@ def deploy(
     block = block and not on_cluster()
     with _interruptible(), local_checkpoint(checkpoint, track, run.storage) as found:
         args, spec = serve_args(found, settings, run, track)
-        try:
-            with ray_session(ray_settings):
-                url = start(args, settings, ray_settings)
-                print(_told(url, args, spec, block), flush=True)
-                if block:
-                    from ray import serve
+        with ray_session(ray_settings):
+            url = start(args, settings, ray_settings)
+            print(_told(url, args, spec, block), flush=True)
+            if block:
+                from ray import serve
 
-                    _wait_for_signal()
-                    print("stopping ...", flush=True)
-                    serve.delete(APP)  # requests in progress get their answers; Serve ends with its Ray
-        except KeyboardInterrupt:
-            print("stopped", flush=True)
+                _wait_for_signal()
+                print("stopping ...", flush=True)
+                serve.delete(APP)  # requests in progress get their answers; Serve ends with its Ray
     return url
 
 

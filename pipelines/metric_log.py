@@ -72,10 +72,17 @@ class MetricLog:
         return False
 
     def _send(self) -> None:
+        from mlflow import MlflowClient
         from mlflow.entities import Metric
 
         if self._client is None:
-            self._client, self._last = self._open()
+            # One that gives up fast: training waits for it.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            client = MlflowClient(self.uri, self.uri)
+            for name in client.get_run(self.run_id).data.metrics:
+                self._last[name] = max(m.step for m in client.get_metric_history(self.run_id, name))
+            self._client = client
         metrics = [
             Metric(name, float(value), row["time_ms"], row["step"])
             for row in self._pending
@@ -87,16 +94,6 @@ class MetricLog:
             self._client.log_batch(self.run_id, metrics=part)
             self._last.update({m.key: m.step for m in part})
         self._pending.clear()
-
-    def _open(self) -> tuple[MlflowClient, dict[str, int]]:
-        """A client that gives up fast, since training waits for it, and the last step of each metric."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.uri, self.uri)
-        names = client.get_run(self.run_id).data.metrics
-        return client, {n: max(m.step for m in client.get_metric_history(self.run_id, n)) for n in names}
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

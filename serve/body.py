@@ -94,9 +94,8 @@ async def _form_fields(form: FormData) -> tuple[list[bytes], Any]:
     images = []
     for part in form.getlist("image"):
         if not isinstance(part, UploadFile):
-            raise Problem.of_field(
-                "image", "invalid-field", "not a file part. With curl: -F image=@photo.jpg"
-            )
+            what = "not a file part. With curl: -F image=@photo.jpg"
+            raise Problem.of_field("image", "invalid-field", what)
         images.append(await part.read())
     parts = form.getlist("boxes")
     if len(parts) > 1:

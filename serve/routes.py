@@ -90,18 +90,14 @@ def _as_problem(request: Request, error: Exception) -> Problem:
 
 def make_app(service: PoseService) -> FastAPI:
     """The HTTP side of a service."""
+    problem = {"application/problem+json": {"schema": ProblemAnswer.model_json_schema()}}
     app = FastAPI(
         title="hrnet pose",
         version="1",
         description="Keypoints of people in photographs. Errors are RFC 9457 problem+json.",
         docs_url=None,  # FastAPI's loads its scripts from elsewhere; ours is docs.html
         redoc_url=None,
-        responses={
-            "default": {
-                "description": "A problem.",
-                "content": {"application/problem+json": {"schema": ProblemAnswer.model_json_schema()}},
-            }
-        },
+        responses={"default": {"description": "A problem.", "content": problem}},
     )
     app.add_middleware(Envelope, metrics=service.metrics)
     for kind in (Problem, HTTPException, RequestValidationError):

@@ -100,11 +100,8 @@ class PoseService:
         """
         model = self.ready()
         if self.in_progress >= self.args.max_requests:
-            raise Problem(
-                "overloaded",
-                f"{self.in_progress} requests are in progress here, as many as are taken. Try again later.",
-                headers={"Retry-After": str(math.ceil(self._seconds))},
-            )
+            what = f"{self.in_progress} requests are in progress here, as many as are taken. Try again later."
+            raise Problem("overloaded", what, headers={"Retry-After": str(math.ceil(self._seconds))})
         self.in_progress += 1
         started = time.perf_counter()
         try:

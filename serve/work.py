@@ -85,11 +85,8 @@ def _refuse_outside(boxes_xywh: NDArray[np.float32], image: NDArray[np.uint8], b
     x, y, w, h = boxes_xywh.T
     outside = np.flatnonzero((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     if len(outside):
-        raise Problem.of_field(
-            f"{boxes_field}[{outside[0]}]",
-            "invalid-boxes",
-            f"lies outside of the picture, which is displayed as {width} x {height} px.",
-        )
+        what = f"lies outside of the picture, which is displayed as {width} x {height} px."
+        raise Problem.of_field(f"{boxes_field}[{outside[0]}]", "invalid-boxes", what)
 
 
 def count_people(portions: Sequence[Portion]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -82,6 +83,19 @@ def test_what_is_wrong_is_said_before_ray_starts(
         (folder / "model.safetensors").write_bytes(weights)
     with pytest.raises(error, match=named):
         deploy(str(folder), ServeSettings(**settings), run=RunSettings(storage=str(tmp_path)))
+
+
+def test_ctrl_c_before_the_endpoint_is_up_ends_it_too(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not heard")
+
+    monkeypatch.setattr(deploying, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(deploying, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deploy(str(checkpoint), ServeSettings(), run=RunSettings(storage=str(tmp_path)))
 
 
 def test_a_port_in_use_is_named() -> None:
