@@ -109,22 +109,18 @@ def verify(manifest: Manifest) -> None:
 # ---------------------------------------------------------------------------------- the card
 
 
-SAID = ("people", "photos", "variants", "rejected", "repaired", "annotation_sha256")
-"""What the manifest itself says of a split."""
-
-
 def make_card(manifest: Manifest, figures: dict[str, SplitFigures]) -> dict[str, Any]:
     """The figures with what the manifest says, as JSON."""
-    codec = manifest.recipe.codec
     names = manifest.recipe.skeleton.keypoints
+    said = ("people", "photos", "variants", "rejected", "repaired", "annotation_sha256")
     return {
         "digest": manifest.digest,
         "config": manifest.recipe.as_dict(),
-        "heatmap_size": list(codec.heatmap_size),
+        "heatmap_size": list(manifest.recipe.codec.heatmap_size),
         "code": manifest.fields["code"],
         "splits": {
             split: {
-                **{key: manifest.split(split)[key] for key in SAID},
+                **{key: manifest.split(split)[key] for key in said},
                 "shards": len(manifest.all_shards(split)),
                 "bytes": sum(shard.bytes for shard in manifest.all_shards(split)),
                 **_split_card(found, names),

@@ -115,16 +115,14 @@ def remove_leftovers(folder: str | Path) -> None:
     machine's dead processes, and those that no other machine has touched for a day."""
     files, place = open_folder(str(folder))
     for path in Path(place if isinstance(files, fs.LocalFileSystem) else _uploads()).rglob(".*.tmp"):
-        ours = OUR_TEMPORARY.fullmatch(path.name)
-        if ours is None:
-            continue
-        with contextlib.suppress(FileNotFoundError):  # the writer was done first
-            if ours["host"] == _host():
-                gone = not psutil.pid_exists(int(ours["process"]))
-            else:
-                gone = time.time() - path.stat().st_mtime > 86_400
-            if gone:
-                path.unlink()
+        if ours := OUR_TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # the writer was done first
+                if ours["host"] == _host():
+                    gone = not psutil.pid_exists(int(ours["process"]))
+                else:
+                    gone = time.time() - path.stat().st_mtime > 86_400
+                if gone:
+                    path.unlink()
 
 
 def _uploads() -> str:

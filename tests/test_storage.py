@@ -23,12 +23,12 @@ from hrnet_core.skeleton import COCO17
 from pipelines.config import PredictSettings
 from pipelines.metric_log import MetricLog
 from pipelines.pages import gallery
-from pipelines.pages.curves import draw_curves
 from pipelines.pages.frame import write_page
 from pipelines.poses.formats import ROW, json_list, write_all
 from pipelines.shards.writer import write_rejected
 from pipelines.sources.layout import annotations_of
 from pipelines.storage import remove_leftovers, write_json, write_whole
+from pipelines.training.pictures import draw_curves
 from pipelines.validate import write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,6 @@ NOT_WHOLE = {
     ("evaluate", "np.save"): "in memory",
     ("formats", "write_table"): "in the ParquetWriter of a file that `writing` gave",
     ("state", "torch.save"): "into the folder that Ray Train uploads as a whole",
-    ("media", "fdopen"): "a copy of a video that lives as long as its reader",
 }
 
 

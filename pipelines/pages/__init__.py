@@ -1,1 +1,1 @@
-"""What a person looks at: sheets of pictures, pages, curves. Imports nothing here on purpose."""
+"""What a person looks at: sheets of pictures, pages, figures. Imports nothing here on purpose."""
