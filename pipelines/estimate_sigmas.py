@@ -10,6 +10,7 @@ an unbiased estimate from one person, and people are averaged with the weight n 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,19 +66,18 @@ class Estimate:
 
     def __str__(self) -> str:
         annotators, people = self.repeated.labelled.shape[:2]
-        known = f"matched by {self.repeated.how}"
-        lines = [f"{people} people by {annotators} annotators, {known}"]
-        lines += [f"{'keypoint':<20}{'sigma':>8}{'+-':>8}{'by median':>11}{'people':>8}"]
-        for row in zip(
-            self.skeleton.keypoints, self.sigmas, self.errors, self.medians, self.counts, strict=True
-        ):
-            lines.append("{:<20}{:8.4f}{:8.4f}{:11.4f}{:8d}".format(*row))
+        names = np.array(self.skeleton.keypoints)
+        rows = zip(names, self.sigmas, self.errors, self.medians, self.counts, strict=True)
+        lines = [
+            f"{people} people by {annotators} annotators, matched by {self.repeated.how}",
+            f"{'keypoint':<20}{'sigma':>8}{'+-':>8}{'by median':>11}{'people':>8}",
+            *("{:<20}{:8.4f}{:8.4f}{:11.4f}{:8d}".format(*row) for row in rows),
+        ]
         heavy = self.sigmas > HEAVY_TAIL * np.maximum(self.medians, 1e-12)
         if heavy.any():
-            names = ", ".join(np.array(self.skeleton.keypoints)[heavy])
             lines.append(
-                f"few large differences make most of the sigma of {names}: look for left and right "
-                f"exchanged, or two people taken for one."
+                f"few large differences make most of the sigma of {', '.join(names[heavy])}: look for left "
+                f"and right exchanged, or two people taken for one."
             )
         return "\n".join(lines)
 
@@ -115,17 +115,16 @@ def estimate_sigmas(
     body = _layout(read[0], skeleton)
     repeated = match_people(read)
     sigmas, errors, medians, counts = sigmas_of(repeated)
-    missing = [name for name, count in zip(body.keypoints, counts, strict=True) if not count]
-    if missing:
+    names = np.array(body.keypoints)
+    if not counts.all():
         raise DataError(
-            f"{', '.join(missing)}: nobody's was labelled by two annotators in {_named(read)}, so there is "
-            f"nothing to estimate from. Label these keypoints again on some people."
+            f"{', '.join(names[counts == 0])}: nobody's was labelled by two annotators in {_named(read)}, so "
+            f"there is nothing to estimate from. Label these keypoints again on some people."
         )
     if not (sigmas > 0).all():
-        same = ", ".join(np.array(body.keypoints)[sigmas == 0])
         raise DataError(
-            f"{_named(read)} agree to the last digit on {same}: a copy is no second annotator. Name files "
-            f"that were labelled independently."
+            f"{_named(read)} agree to the last digit on {', '.join(names[sigmas == 0])}: a copy is no second "
+            f"annotator. Name files that were labelled independently."
         )
     body = replace(body, oks_sigmas=tuple(float(f"{sigma:.4g}") for sigma in sigmas))
     write_json(out, body.as_dict())
@@ -154,14 +153,12 @@ def sigmas_of(repeated: Repeated) -> tuple[Float64, Float64, Float64, NDArray[np
 
 def _by_median(repeated: Repeated) -> Float64:
     labelled, keypoints = repeated.labelled, repeated.keypoints
-    pairs = []
-    for a in range(len(labelled)):
-        for b in range(a + 1, len(labelled)):
-            half = ((keypoints[a] - keypoints[b]) ** 2).sum(axis=-1) / 2 / repeated.areas[:, None]
-            pairs.append(np.where(labelled[a] & labelled[b], half, np.nan))
-    by_keypoint = np.concatenate(pairs).T
-    middles = [np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else np.nan for row in by_keypoint]
-    return np.sqrt(np.array(middles) / np.log(2))
+    halves = []
+    for a, b in itertools.combinations(range(len(labelled)), 2):
+        half = ((keypoints[a] - keypoints[b]) ** 2).sum(axis=-1) / 2 / repeated.areas[:, None]
+        halves.append(np.ma.array(half, mask=~(labelled[a] & labelled[b])))
+    middles = np.ma.median(np.ma.concatenate(halves), axis=0).filled(np.nan)
+    return np.sqrt(middles / np.log(2))
 
 
 # --- the same people ----------------------------------------------------------------------------------
@@ -274,12 +271,10 @@ def _layout(annotator: _Annotator, skeleton: str | Path | None) -> Skeleton:
                 f"{annotator.file} has {', '.join(names)}. Name the skeleton of these annotations, or none."
             )
         return body
-    pairs = []
-    for index, name in enumerate(names):
-        mirror = re.sub("left", "right", name)
-        if mirror != name and mirror in names:
-            pairs.append((index, names.index(mirror)))
+    mirrors = {name: name.replace("left", "right") for name in names}
+    sides = [(left, right) for left, right in mirrors.items() if left != right and right in names]
+    pairs = tuple((names.index(left), names.index(right)) for left, right in sides)
     edges = [tuple(int(i) - 1 for i in edge) for edge in annotator.category.get("skeleton") or ()]
     limbs = tuple((e[0], e[1]) for e in edges if len(e) == 2 and all(0 <= i < len(names) for i in e))
     label = re.sub(r"\W+", "_", str(annotator.category.get("name", "body"))).strip("_").lower()
-    return Skeleton(f"{label}{len(names)}", names, tuple(pairs), (1.0,) * len(names), limbs)
+    return Skeleton(f"{label}{len(names)}", names, pairs, (1.0,) * len(names), limbs)

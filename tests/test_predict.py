@@ -505,6 +505,10 @@ def test_crowds_are_no_boxes(tmp_path: Path) -> None:
             "1 ids stand more than once in 'images': 1",
         ),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}', "have an image_id"),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]}',
+            "images 1 and 2 have one file_name, 'a'",
+        ),
         ('{"images": [], "annotations": []}', "it is empty"),
         ('{"a.jpg": [', "not valid JSON at byte 11 of 11"),
     ],

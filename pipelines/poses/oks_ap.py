@@ -99,28 +99,17 @@ def _pycocotools(
 def coco_dataset(truth: GroundTruth) -> dict[str, Any]:
     """The ground truth as COCO's own fields: ids from 1 in order, keypoints counted."""
     people = truth.people
-    columns = zip(
-        people.image_id.tolist(),
-        people.crowd.tolist(),
-        people.keypoints.reshape(len(people), -1).tolist(),
-        (people.keypoints[..., 2] > 0).sum(axis=1).tolist(),
-        people.area.tolist(),
-        people.stated_xywh.tolist(),
-        strict=True,
-    )
-    annotations = [
-        {
-            "id": number,
-            "image_id": image_id,
-            "category_id": truth.category_id,
-            "iscrowd": int(crowd),
-            "keypoints": keypoints,
-            "num_keypoints": labelled,
-            "area": area,
-            "bbox": bbox,
-        }
-        for number, (image_id, crowd, keypoints, labelled, area, bbox) in enumerate(columns, start=1)
-    ]
+    columns = {
+        "id": range(1, len(people) + 1),
+        "image_id": people.image_id.tolist(),
+        "iscrowd": people.crowd.astype(int).tolist(),
+        "keypoints": people.keypoints.reshape(len(people), -1).tolist(),
+        "num_keypoints": (people.keypoints[..., 2] > 0).sum(axis=1).tolist(),
+        "area": people.area.tolist(),
+        "bbox": people.stated_xywh.tolist(),
+    }
+    rows = zip(*columns.values(), strict=True)
+    annotations = [dict(zip(columns, row, strict=True), category_id=truth.category_id) for row in rows]
     return {
         "images": [{"id": image_id} for image_id in truth.image_ids.tolist()],
         "annotations": annotations,
@@ -134,8 +123,7 @@ def _by_crowding(truth: GroundTruth, found: list[dict[str, Any]], skeleton: Skel
     figures = {}
     for name, (low, high) in bounds.items():
         ids = truth.image_ids[(low <= truth.crowd_index) & (truth.crowd_index < high)]
-        some = [r for r in found if r["image_id"] in set(ids.tolist())]
-        _, precision = _pycocotools(truth, some, skeleton, ids)
+        _, precision = _pycocotools(truth, found, skeleton, ids)
         figures[name] = round(float(np.mean(precision[:, :, :, 0, :])), 4) if len(ids) else -1.0
     return figures
 
@@ -151,31 +139,29 @@ def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skelet
     numbers = 3 * skeleton.num_keypoints
     boxed = bool(found) and bool(found[0].get("bbox"))
 
-    def refuse(index: int, why: str) -> DataError:
-        return DataError(f"{name}: result {index} (counted from 0) {why}.")
-
-    for index, result in enumerate(found):
+    def problem(result: dict[str, Any]) -> str | None:
         missing = [k for k in ("image_id", "category_id", "keypoints", "score") if k not in result]
         if missing:
-            raise refuse(index, f"has no {', '.join(missing)}")
-        if result["image_id"] not in images:
-            raise refuse(index, f"is of image {result['image_id']!r}, which {truth.name} does not have")
-        if result["category_id"] != truth.category_id:
-            raise refuse(
-                index,
-                f"is of category {result['category_id']!r}; people are {truth.category_id} in {truth.name}",
-            )
-        points = result["keypoints"]
+            return f"has no {', '.join(missing)}"
+        image_id, category_id, points = result["image_id"], result["category_id"], result["keypoints"]
+        if image_id not in images:
+            return f"is of image {image_id!r}, which {truth.name} does not have"
+        if category_id != truth.category_id:
+            return f"is of category {category_id!r}; people are {truth.category_id} in {truth.name}"
         if not isinstance(points, list) or len(points) != numbers:
             got = f"{len(points)} numbers" if isinstance(points, list) else type(points).__name__
-            raise refuse(
-                index,
-                f"has {got} in keypoints; {skeleton.num_keypoints} keypoints of skeleton "
-                f"{skeleton.name!r} are {numbers} numbers x, y, score (another skeleton: --skeleton)",
+            return (
+                f"has {got} in keypoints; {skeleton.num_keypoints} keypoints of skeleton {skeleton.name!r} "
+                f"are {numbers} numbers x, y, score (another skeleton: --skeleton)"
             )
         if bool(result.get("bbox")) != boxed:
-            raise refuse(index, "has a bbox and others have none (or the other way round)")
+            return "has a bbox and others have none (or the other way round)"
         values = [*points, result["score"], *(result["bbox"] if boxed else ())]
         if not all(isinstance(v, int | float) for v in values) or not np.isfinite(values).all():
-            raise refuse(index, "has a keypoint, score or bbox entry that is not a finite number")
+            return "has a keypoint, score or bbox entry that is not a finite number"
+        return None
+
+    for index, result in enumerate(found):
+        if why := problem(result):
+            raise DataError(f"{name}: result {index} (counted from 0) {why}.")
     return found

@@ -99,14 +99,19 @@ def read_boxes(file: str | Path, score_threshold: float = 0.0) -> BoxesFile:
 
 def _annotations(file: str, content: Any) -> dict[str, Entry]:
     """People of a COCO annotation file; crowds are none."""
-    entries = {}
+    entries: dict[str, Entry] = {}
     for image, people in people_of_images(file, content):
-        if not isinstance(image.file_name, str):
+        name, size = image.file_name, (image.width, image.height)
+        if not isinstance(name, str):
             raise _other_kind(file, f"image {image.id} has no file_name")
-        size = (image.width, image.height)
+        if name in entries:
+            raise DataError(
+                f"{file}: images {entries[name].image_id} and {image.id} have one file_name, {name!r}, by "
+                f"which boxes find their picture: give each its own, with its folder if need be."
+            )
         known = size if all(type(side) is int for side in size) else None
         pairs = ((person.bbox, 1.0) for person in people)
-        entries[image.file_name] = _entry(pairs, 0.0, image_id=image.id, size=known)
+        entries[name] = _entry(pairs, 0.0, image_id=image.id, size=known)
     return entries
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ def read_detections(
             f"{file}: {len(unknown)} image ids are not in {split.annotation_file}: {listed(unknown)}. These "
             f"detections are of other pictures: give the file made for split {split.name!r}."
         )
-    category, kept, rejected = split.truth.category_id, list[int](), list[Rejection]()
+    category, kept, rejected = split.truth.category_id, [], list[Rejection]()
     for index, row in enumerate(rows):
         image_id, box = row["image_id"], row["bbox"]
         if row["category_id"] != category or row["score"] < score_threshold or image_id in gone:
             continue
         if is_box(box):
-            kept.append(index)
+            kept.append((image_id, index, box, row["score"]))
         else:
             detail = f"bbox {box} of entry {index} is not x, y and a positive w, h"
             rejected.append(Rejection("bbox_invalid", names[image_id], image_id, index, detail))
@@ -51,27 +50,25 @@ def read_detections(
             f"{file}: no box is left of {len(rows)} entries (category {category}, score at least "
             f"{score_threshold:g}). Lower --evaluate.score-threshold, or give a file with person detections."
         )
-    kept.sort(key=lambda index: (rows[index]["image_id"], index))
-    return _table(rows, kept, split), rejected
-
-
-def _table(rows: Sequence[dict[str, Any]], kept: Sequence[int], split: Split) -> People:
-    boxes = np.array([rows[index]["bbox"] for index in kept], np.float64)
-    return People(
-        image_id=np.array([rows[index]["image_id"] for index in kept], np.int64),
-        ann_id=np.array(kept, np.int64),
+    image_ids, indices, boxes, scores = zip(*sorted(kept), strict=True)
+    stated = np.array(boxes, np.float64)
+    people = People(
+        image_id=np.array(image_ids, np.int64),
+        ann_id=np.array(indices, np.int64),
         keypoints=np.zeros((len(kept), *split.people.keypoints.shape[1:])),
-        bbox_xywh=boxes.astype(np.float32),
-        stated_xywh=boxes,
-        area=boxes[:, 2] * boxes[:, 3],
-        score=np.array([rows[index]["score"] for index in kept], np.float64),
+        bbox_xywh=stated.astype(np.float32),
+        stated_xywh=stated,
+        area=stated[:, 2] * stated[:, 3],
+        score=np.array(scores, np.float64),
         crowd=np.zeros(len(kept), bool),
     )
+    return people, rejected
 
 
 def _check_detections(file: Path, rows: Any) -> None:
     """DataError unless `rows` is a list of detection entries; boxes are looked at one by one later."""
-    wanted = 'a detection file is a JSON list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}'
+    entry = '{"image_id", "category_id", "bbox": [x, y, w, h], "score": a finite number}'
+    wanted = f"a detection file is a JSON list of {entry}"
     if not isinstance(rows, list):
         hint = ": an annotation file" if isinstance(rows, dict) and "annotations" in rows else ""
         raise DataError(f"{file}: {wanted}, this is a {type(rows).__name__}{hint}.")
@@ -82,10 +79,7 @@ def _check_detections(file: Path, rows: Any) -> None:
         if not isinstance(row, dict):
             raise DataError(f"{file}: entry {index} is a {type(row).__name__}; {wanted}.")
         for key, types in kinds.items():
-            if type(row.get(key)) not in types:
+            value = row.get(key)
+            if type(value) not in types or (key == "score" and not is_number(value)):
                 hint = " (these are keypoint results?)" if key == "bbox" and "keypoints" in row else ""
-                raise DataError(f"{file}: entry {index}, field {key!r} is {row.get(key)!r}{hint}; {wanted}.")
-        if not is_number(row["score"]):
-            raise DataError(
-                f"{file}: entry {index}, field 'score' is {row['score']!r}; a finite number is needed."
-            )
+                raise DataError(f"{file}: entry {index}, field {key!r} is {value!r}{hint}; {wanted}.")

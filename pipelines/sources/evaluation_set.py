@@ -36,8 +36,7 @@ class EvaluationSet:
     @property
     def photos(self) -> list[tuple[Photo, slice]]:
         """Photographs that are asked about, by image_id, and their rows in `asked`."""
-        rows = self.asked.by_image()
-        return [(photo, rows[photo.image_id]) for photo in self.split.photos if photo.image_id in rows]
+        return list(replace(self.split, people=self.asked).by_photo())
 
 
 def read_evaluation_set(
@@ -64,10 +63,8 @@ def read_evaluation_set(
     refuse_unusable([(r.file, f"{r.reason}, {r.detail}") for r in labelled.rejected if r.ann_id is None])
     if boxes is not None:
         asked, rejected = read_detections(boxes, labelled, settings.score_threshold)
-        left_out = tuple(r.reason for r in rejected)
-        return EvaluationSet(
-            labelled, asked, left_out, (Path(boxes).name, sha256_of(LocalFileSystem(), str(boxes)))
-        )
+        detector = Path(boxes).name, sha256_of(LocalFileSystem(), str(boxes))
+        return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector)
     asked = labelled.people
     if settings.preset == "mmpose":
         asked = replace(asked, bbox_xywh=_mmpose_boxes(labelled))

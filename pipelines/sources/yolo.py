@@ -27,8 +27,9 @@ import numpy as np
 import yaml
 
 from hrnet_core.errors import DataError, ImageError
-from hrnet_core.images import ImageHeader, read_header
+from hrnet_core.images import read_header
 from hrnet_core.skeleton import Skeleton
+from pipelines.sources.media import PICTURES
 from pipelines.sources.records import GroundTruth, Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import Annotation, ImageEntry, judge, name_difference, printable
 from pipelines.storage import absolute, is_folder, join, list_files, read_file
@@ -36,7 +37,6 @@ from pipelines.storage import absolute, is_folder, join, list_files, read_file
 DESCRIPTION = "data.yaml"
 FLAT = "all"
 """The split of the pictures that lie in images/ itself."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HEADER = 1 << 16
 """Bytes that hold nearly every picture's header."""
 
@@ -64,11 +64,10 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> Split:
         digest.update(f"{printable(one.name)}\0{len(content)}\0".encode() + content)
         lines = _lines(content.decode(errors="replace"), person, passed)
         if one.problem:
-            reason, detail = one.problem
-            name = printable(one.name)
-            rejected.append(Rejection(reason, name, one.image_id, None, printable(detail), len(lines)))
+            name, detail = printable(one.name), printable(one.problem)
+            rejected.append(Rejection(one.problem.reason, name, one.image_id, None, detail, len(lines)))
             continue
-        images[one.image_id] = ImageEntry(one.image_id, one.name, one.width, one.height)
+        images[one.image_id] = ImageEntry(one.image_id, one.name, *one.size)
         if not content.strip():
             reason, detail = ("no_label", "no file") if one.content is None else ("empty_label", "no line")
             rejected.append(Rejection(reason, one.name, one.image_id, None, f"{one.label}: {detail}", 0))
@@ -127,26 +126,27 @@ def _description(root: str, skeleton: Skeleton) -> tuple[dict[str, Any], bytes]:
                 f"{file}: kpt_names is not skeleton {skeleton.name!r}: {difference}. Every number would go "
                 f"to the wrong joint: give the skeleton of these labels with --data.skeleton FILE.json."
             )
-    _check_mirror(file, fields.get("flip_idx"), skeleton)
+    # flip_idx is all that most label sets say about the order of their keypoints.
+    ours = skeleton.flip_order.tolist()
+    theirs = fields.get("flip_idx", ours)
+    if theirs not in (None, ours):
+        raise DataError(
+            f"{file}: flip_idx is not the mirror image of skeleton {skeleton.name!r}: "
+            f"{_mirror_difference(theirs, ours, skeleton)}. The labels have another order of keypoints: give "
+            f"their skeleton with --data.skeleton FILE.json."
+        )
     return fields, raw
 
 
-def _check_mirror(file: str, theirs: Any, skeleton: Skeleton) -> None:
-    """flip_idx is all that most label sets say about the order of their keypoints."""
-    ours = skeleton.flip_order.tolist()
-    if theirs is None or theirs == ours:
-        return
+def _mirror_difference(theirs: Any, ours: list[int], skeleton: Skeleton) -> str:
+    if not isinstance(theirs, list) or len(theirs) != len(ours):
+        return f"not {len(ours)} indices"
     names = dict(enumerate(skeleton.keypoints))
-    same_length = isinstance(theirs, list) and len(theirs) == len(ours)
-    differing = [
+    pairs = enumerate(zip(theirs, ours, strict=True))
+    return ", ".join(
         f"{names[i]} ({i}) becomes {names.get(a, a)} ({a}) instead of {names[b]} ({b})"
-        for i, (a, b) in enumerate(zip(theirs if same_length else ours, ours, strict=True))
+        for i, (a, b) in pairs
         if a != b
-    ]
-    raise DataError(
-        f"{file}: flip_idx is not the mirror image of skeleton {skeleton.name!r}: "
-        f"{', '.join(differing) or f'not {len(ours)} indices'}. The labels have another order of keypoints: "
-        f"give their skeleton with --data.skeleton FILE.json."
     )
 
 
@@ -207,18 +207,18 @@ class _Picture:
     """The label file's name."""
     content: bytes | None
     """What is in it; None where there is no such file."""
-    width: int
-    height: int
-    problem: tuple[str, str] | None
-    """(reason, detail) where the picture as a whole cannot be used."""
+    size: tuple[int, int] = (0, 0)
+    """(width, height)"""
+    problem: ImageError | None = None
+    """Where the picture as a whole cannot be used."""
 
 
 def _read_pictures(pictures: str, labels: str) -> tuple[list[_Picture], list[Rejection]]:
     """Pictures in the order of their names, and a rejection for each label file without one."""
-    names = sorted(name for name in list_files(pictures) if name.lower().endswith(SUFFIXES))
+    names = sorted(name for name in list_files(pictures) if name.lower().endswith(PICTURES))
     if not names:
         raise DataError(
-            f"{pictures}: no pictures ({', '.join(SUFFIXES)}) lie in it. Name the folder below it with "
+            f"{pictures}: no pictures ({', '.join(PICTURES)}) lie in it. Name the folder below it with "
             f"--data.train-split and --data.val-split, or put the pictures there."
         )
     there = {name for name in list_files(labels) if name.endswith(".txt")}
@@ -227,11 +227,11 @@ def _read_pictures(pictures: str, labels: str) -> tuple[list[_Picture], list[Rej
     def look(image_id: int, name: str) -> _Picture:
         label = _label_name(name)
         content = read_file(join(labels, label)) if label in there else None
-        header = _header(join(pictures, name))
-        if not isinstance(header, ImageHeader):
-            return _Picture(image_id, name, label, content, 0, 0, header)
-        problem = _problem(label, content, header, uses[label] > 1)
-        return _Picture(image_id, name, label, content, header.width, header.height, problem)
+        try:
+            size = _size(join(pictures, name), label, content, uses[label] > 1)
+        except ImageError as error:
+            return _Picture(image_id, name, label, content, problem=error)
+        return _Picture(image_id, name, label, content, size)
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(look, range(1, len(names) + 1), names))
@@ -243,37 +243,33 @@ def _read_pictures(pictures: str, labels: str) -> tuple[list[_Picture], list[Rej
     return found, orphans
 
 
-def _problem(label: str, content: bytes | None, header: ImageHeader, shared: bool) -> tuple[str, str] | None:
-    """(reason, detail) where a picture with a good header cannot be used."""
-    if printable(label) != label:
-        return "path_outside_root", "the file's name is no text: rename it"
-    if shared:
-        return "label_shared", f"another picture has the label file {label} too"
-    if header.orientation != 1:
-        return "exif_rotated", f"EXIF orientation {header.orientation}: turn the pixels themselves"
-    try:
-        (content or b"").decode()
-    except UnicodeDecodeError as error:
-        return "label_unreadable", f"{label}: not text at byte {error.start}"
-    return None
-
-
 def _label_name(picture: str) -> str:
     return f"{picture.rpartition('.')[0]}.txt"
 
 
-def _header(path: str) -> ImageHeader | tuple[str, str]:
+def _size(path: str, label: str, content: bytes | None, shared: bool) -> tuple[int, int]:
+    """(width, height) by the header. ImageError where the picture or its whole label cannot be used."""
     try:
         try:
-            return read_header(read_file(path, HEADER))
+            header = read_header(read_file(path, HEADER))
         except ImageError as error:
             if error.reason != "truncated":
                 raise
-        return read_header(read_file(path))  # a long one
-    except ImageError as error:
-        return error.reason, str(error)
+            header = read_header(read_file(path))  # a long one
     except OSError as error:
-        return "unreadable", str(error.strerror)
+        raise ImageError("unreadable", str(error.strerror)) from None
+    if printable(label) != label:
+        raise ImageError("path_outside_root", "the file's name is no text: rename it")
+    if shared:
+        raise ImageError("label_shared", f"another picture has the label file {label} too")
+    if header.orientation != 1:
+        turned = f"EXIF orientation {header.orientation}: turn the pixels themselves"
+        raise ImageError("exif_rotated", turned)
+    try:
+        (content or b"").decode()
+    except UnicodeDecodeError as error:
+        raise ImageError("label_unreadable", f"{label}: not text at byte {error.start}") from None
+    return header.width, header.height
 
 
 def _lines(text: str, person: int, passed: Counter[str]) -> list[tuple[int, list[str]]]:
@@ -281,12 +277,13 @@ def _lines(text: str, person: int, passed: Counter[str]) -> list[tuple[int, list
     repeated ones are counted in `passed`."""
     found: dict[tuple[str, ...], int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        fields = tuple(line.split())
+        if not (fields := tuple(line.split())):
+            continue
         if fields in found:
             passed["duplicates"] += 1
-        elif fields and _number(fields[0]) != person and isinstance(_number(fields[0]), float):
+        elif _number(fields[0]) != person and isinstance(_number(fields[0]), float):
             passed["other_category"] += 1
-        elif fields:
+        else:
             found[fields] = number
     return [(number, list(fields)) for fields, number in found.items()]
 
@@ -304,8 +301,7 @@ def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> tuple[list
     box, points = fields[1:5], fields[5:]
     if len(points) != 3 * skeleton.num_keypoints:
         return box, points
-    size = (picture.width, picture.height)
-    bbox = [_px(text, side) for text, side in zip(box, 2 * size, strict=True)]
+    bbox = [_px(text, side) for text, side in zip(box, 2 * picture.size, strict=True)]
     x, y, w, h = bbox
     if not any(isinstance(value, str) for value in bbox):
         bbox = [x - w / 2, y - h / 2, w, h]  # type: ignore[operator]
@@ -313,7 +309,7 @@ def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> tuple[list
     for start in range(0, len(points), 3):
         *place, shown = points[start : start + 3]
         visible = _number(shown)
-        keypoints += [_px(text, side, visible != 0) for text, side in zip(place, size, strict=True)]
+        keypoints += [_px(text, side, visible != 0) for text, side in zip(place, picture.size, strict=True)]
         keypoints.append(visible)
     return bbox, keypoints
 
