@@ -108,7 +108,7 @@ def sheet(file: Path) -> None:
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a.json": lambda file: write_json(file, {"AP": 0.5, "AR": 0.6}),
     "a.txt": lambda file: write_whole(file, "a text of some length"),
-    "a.html": lambda file: write_page(file, "a page", "of some length"),
+    "a.html": lambda file: write_page(file, "a page", "of some", "length"),
     "a.csv": findings,
     "curves.png": curves,
     "sheet.jpg": sheet,

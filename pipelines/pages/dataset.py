@@ -9,22 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.pages.frame import (
-    definitions,
-    embedded,
-    figure,
-    header,
-    save_figure,
-    section,
-    table,
-    tiles,
-    write_page,
-)
+from pipelines.pages.frame import definitions, embedded, figure, section, table, tiles, write_page
 from pipelines.shards.figures import ANGLES, FACTORS, LENGTHS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SEEN, HIDDEN, UNLABELLED = "#2f6fde", "#a9c4f3", "#e6e9ee"
 COLORS = (SEEN, "#ff8000", "#3a9e5c", "#8a5bd1")
@@ -51,58 +40,60 @@ def write_figures(card: Mapping[str, Any], folder: Path) -> list[tuple[str, Path
 def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
     """Of each keypoint the share of people where it is seen, hidden, not labelled."""
     names = list(next(iter(splits.values()))["keypoints"])
-    drawn, axes = figure(1, len(splits), (WIDTH, 0.9 + 0.22 * len(names)))
-    for ax, (split, card) in zip(axes, splits.items(), strict=True):
-        left = np.zeros(len(names))
-        for kind, color in (("seen", SEEN), ("hidden", HIDDEN), ("not_labelled", UNLABELLED)):
-            counts = np.array([card["keypoints"][name][kind] for name in names])
-            share = 100 * counts / max(card["people"], 1)
-            ax.barh(np.arange(len(names)), share, left=left, color=color, label=kind.replace("_", " "))
-            left += share
-        ax.set(title=f"{split}: {card['people']:,} people", xlim=(0, 100), xlabel="% of people")
-        ax.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
-        ax.invert_yaxis()
-    return _saved(drawn, axes[0], file)
+    with figure(file, 1, len(splits), (WIDTH, 0.9 + 0.22 * len(names))) as axes:
+        for ax, (split, card) in zip(axes, splits.items(), strict=True):
+            left = np.zeros(len(names))
+            for kind, color in (("seen", SEEN), ("hidden", HIDDEN), ("not_labelled", UNLABELLED)):
+                counts = np.array([card["keypoints"][name][kind] for name in names])
+                share = 100 * counts / max(card["people"], 1)
+                ax.barh(np.arange(len(names)), share, left=left, color=color, label=kind.replace("_", " "))
+                left += share
+            ax.set(title=f"{split}: {card['people']:,} people", xlim=(0, 100), xlabel="% of people")
+            ax.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
+            ax.invert_yaxis()
+        _legend(axes[0])
+    return file
 
 
 def _people(splits: Mapping[str, Any], file: Path) -> Path:
     """Box heights, people of one photo, labelled keypoints of a person: shares, one line a split."""
-    drawn, axes = figure(1, 3, (WIDTH, 3.2))
-    for color, (split, card) in zip(COLORS, splits.items(), strict=False):
-        _bars(axes[0], [card["box_height"]], LENGTHS[::10], color, split)
-        photos = np.array(card["people_per_photo"]["photos_with"])
-        photos = np.append(photos[1:MOST], photos[MOST:].sum())
-        _steps(axes[1], photos, 1, color, split)
-        _steps(axes[2], np.array(card["labelled_keypoints"]["people_with"]), 0, color, split)
-    axes[0].set(title="height of the box", xscale="log", xlabel="px of the photo", ylabel="% of people")
-    axes[1].set(title="people in one photo", xlabel=f"people ({MOST}: or more)", ylabel="% of photos")
-    axes[2].set(title="labelled keypoints", xlabel="of one person", ylabel="% of people")
-    for ax in axes[1:]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    _plain_numbers(axes[0])
-    return _saved(drawn, axes[0], file)
+    with figure(file, 1, 3, (WIDTH, 3.2)) as axes:
+        for color, (split, card) in zip(COLORS, splits.items(), strict=False):
+            _bars(axes[0], [card["box_height"]], LENGTHS[::10], color, split)
+            photos = np.array(card["people_per_photo"]["photos_with"])
+            photos = np.append(photos[1:MOST], photos[MOST:].sum())
+            _steps(axes[1], photos, 1, color, split)
+            _steps(axes[2], np.array(card["labelled_keypoints"]["people_with"]), 0, color, split)
+        axes[0].set(title="height of the box", xscale="log", xlabel="px of the photo", ylabel="% of people")
+        axes[1].set(title="people in one photo", xlabel=f"people ({MOST}: or more)", ylabel="% of photos")
+        axes[2].set(title="labelled keypoints", xlabel="of one person", ylabel="% of people")
+        for ax in axes[1:]:
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        _plain_numbers(axes[0])
+        _legend(axes[0])
+    return file
 
 
 def _views(splits: Mapping[str, Any], file: Path) -> Path:
     """Rotation and zoom of the augmented views together, and what they lose of the keypoints."""
-    drawn, axes = figure(1, 3, (WIDTH, 3.2))
-    for color, (split, card) in zip(COLORS, splits.items(), strict=False):
-        views = card["views"]
-        _bars(axes[0], [view["rotation_deg"] for view in views[1:]], ANGLES[::5], color, split)
-        _bars(axes[1], [view["zoom"] for view in views[1:]], FACTORS[::4], color, split)
-        lost = [100 * (1 - view["targets"] / max(view["labelled"], 1)) for view in views]
-        axes[2].bar([str(v["variant"] or "plain") for v in views], lost, color=color, label=split)
-    axes[0].set(title="rotation, where rotated", xlabel="degrees", ylabel="% of rotated views")
-    axes[1].set(title="scale against the plain view", xscale="log", xlabel="factor", ylabel="% of views")
-    axes[2].set(title="labelled keypoints without heatmap", xlabel="view", ylabel="%")
-    _plain_numbers(axes[1])
-    return _saved(drawn, axes[1], file)
+    with figure(file, 1, 3, (WIDTH, 3.2)) as axes:
+        for color, (split, card) in zip(COLORS, splits.items(), strict=False):
+            views = card["views"]
+            _bars(axes[0], [view["rotation_deg"] for view in views[1:]], ANGLES[::5], color, split)
+            _bars(axes[1], [view["zoom"] for view in views[1:]], FACTORS[::4], color, split)
+            lost = [100 * (1 - view["targets"] / max(view["labelled"], 1)) for view in views]
+            axes[2].bar([str(v["variant"] or "plain") for v in views], lost, color=color, label=split)
+        axes[0].set(title="rotation, where rotated", xlabel="degrees", ylabel="% of rotated views")
+        axes[1].set(title="scale against the plain view", xscale="log", xlabel="factor", ylabel="% of views")
+        axes[2].set(title="labelled keypoints without heatmap", xlabel="view", ylabel="%")
+        _plain_numbers(axes[1])
+        _legend(axes[1])
+    return file
 
 
-def _saved(drawn: Figure, ax: Axes, file: Path) -> Path:
-    """With the legend of `ax` under the figure, where it covers nothing."""
-    drawn.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    return save_figure(drawn, file)
+def _legend(ax: Axes) -> None:
+    """Under the figure, where it covers nothing."""
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
 def _bars(ax: Axes, histograms: Sequence[Mapping[str, Any]], edges: Any, color: str, label: str) -> None:
@@ -152,7 +143,8 @@ def write_dataset_page(
     write_page(
         file,
         title,
-        header(title, _splits_line(splits), f"digest {card['digest']}"),
+        _splits_line(splits),
+        f"digest {card['digest']}",
         tiles(tile for name, split in splits.items() for tile in _tiles(name, split)),
         section(
             "Keypoints and people",

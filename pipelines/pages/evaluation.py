@@ -14,7 +14,7 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, 
 from hrnet_core.images import encode_jpeg
 from hrnet_core.overlays import draw_poses, tile
 from hrnet_core.skeleton import Skeleton
-from pipelines.pages.frame import definitions, embedded, header, section, tiles, write_page
+from pipelines.pages.frame import definitions, embedded, section, tiles, write_page
 from pipelines.poses.protocol import Evaluation, Matched, protocol_line, work_line
 from pipelines.sources.photos import open_picture
 from pipelines.storage import write_whole
@@ -98,7 +98,8 @@ def write_report(
     write_page(
         file,
         title,
-        header(title, protocol_line(protocol), work_line(evaluation.figures)),
+        protocol_line(protocol),
+        work_line(evaluation.figures),
         tiles((f"{stats[name]:.3f}", name, meaning) for name, meaning in MEANINGS.items() if name in stats),
         section(
             "People by OKS",

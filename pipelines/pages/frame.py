@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,13 @@ from pipelines.storage import write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
-def write_page(file: str | Path, title: str, *parts: str) -> None:
-    """One page without any other file or address. title: text; parts: HTML."""
-    write_whole(file, PAGE.format(title=html.escape(title), body="\n".join(parts)))
-
-
-def header(title: str, line: str, quiet: str) -> str:
-    """The title, what it is about, and a line in small."""
+def write_page(file: str | Path, title: str, line: str, quiet: str, *parts: str) -> None:
+    """One page without any other file or address. Text: its title, what it is about, a line in small. parts:
+    HTML."""
     title, line, quiet = map(html.escape, (title, line, quiet))
-    return f'<header><h1>{title}</h1><p>{line}</p><p class="quiet">{quiet}</p></header>'
+    write_whole(file, PAGE.format(title=title, line=line, quiet=quiet, body="\n".join(parts)))
 
 
 def section(heading: str, about: str, *parts: str) -> str:
@@ -64,8 +60,10 @@ def definitions(fields: Mapping[str, Any]) -> str:
     return table([(name, value) for name, value in fields.items() if value is not None])
 
 
-def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Axes in rows, of a figure of (width, height) x 100 px; no pyplot, whose state is the process's."""
+@contextlib.contextmanager
+def figure(file: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
+    """Axes in rows, of a figure of (width, height) x 100 px; `file` is its PNG once the block has ended well.
+    No pyplot, whose state is the process's."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=size, dpi=100, layout="constrained")
@@ -73,14 +71,9 @@ def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
-    return drawn, axes
-
-
-def save_figure(drawn: Figure, file: Path) -> Path:
-    """A PNG file."""
+    yield axes
     with writing(file) as part:
         drawn.savefig(part, format="png")
-    return file
 
 
 PAGE = """<!doctype html>
@@ -112,6 +105,7 @@ td, th {{ text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid va
 .fields td {{ overflow-wrap: anywhere }} .bar {{ width: 45% }}
 .bar i {{ display: block; height: 10px; border-radius: 5px; background: var(--fill) }}
 </style></head><body>
+<header><h1>{title}</h1><p>{line}</p><p class="quiet">{quiet}</p></header>
 {body}
 </body></html>
 """

@@ -13,7 +13,7 @@ from hrnet_core.geometry import apply_affine
 from hrnet_core.images import encode_png
 from hrnet_core.oks import oks
 from hrnet_core.overlays import draw_poses, tile
-from pipelines.pages.frame import figure, save_figure
+from pipelines.pages.frame import figure
 from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import write_whole
@@ -46,21 +46,21 @@ def draw_pictures(run: Training, found: Predictions) -> None:
 
 def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Loss, AP, learning rate, images/s and data wait over steps, as one PNG. rows: of a MetricLog."""
-    drawn, panels = figure(2, 3, (11, 6))
-    drawn.suptitle(title)
-    panels[-1].set_axis_off()  # five of six
-    for axes, (name, metrics) in zip(panels, PANELS.items(), strict=False):
-        axes.set_title(name, fontsize=10)
-        for metric in metrics:
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=metric, marker="." if len(points) < 30 else None)
-        if len(metrics) > 1 and axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-        axes.set_xlabel("step", fontsize=8)
-    if any(row.get("train/loss", 0) > 0 for row in rows):
-        panels[0].set_yscale("log")
-    save_figure(drawn, file)
+    with figure(file, 2, 3, (11, 6)) as panels:
+        panels[0].figure.suptitle(title)
+        panels[-1].set_axis_off()  # five of six
+        for axes, (name, metrics) in zip(panels, PANELS.items(), strict=False):
+            axes.set_title(name, fontsize=10)
+            for metric in metrics:
+                points = [(row["step"], row[metric]) for row in rows if metric in row]
+                if points:
+                    marker = "." if len(points) < 30 else None
+                    axes.plot(*zip(*points, strict=True), label=metric, marker=marker)
+            if len(metrics) > 1 and axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
+            axes.set_xlabel("step", fontsize=8)
+        if any(row.get("train/loss", 0) > 0 for row in rows):
+            panels[0].set_yscale("log")
 
 
 def people_sheet(manifest: Manifest, split: str, found: Predictions) -> NDArray[np.uint8]:
