@@ -177,7 +177,6 @@ def place_views(
     augmentation: Augmentation = OFFICIAL,
 ) -> tuple[View, Float64]:
     """From people to their views and image_to_crop (P, 2, 3): the one way for stored and for fresh ones.
-    `view_targets` goes on from there.
 
     draws (P, 6): the numbers that decide each view, None for the plain ones. center, scale (P, 2) of the
     plain view and keypoints (P, K, 3) with v, in px of the photo, whose width is image_width (P,).

@@ -127,10 +127,6 @@ class CheckpointSpec:
         }
 
 
-FIELDS = ("schema_version", "input_size", "channels", *CheckpointSpec.__dataclass_fields__)
-"""Of checkpoint.json."""
-
-
 def save_checkpoint(
     folder: str | Path,
     model: nn.Module | Mapping[str, Tensor],
@@ -159,8 +155,7 @@ def save_checkpoint(
     _refuse_other_files(folder)
     with replacing(folder) as temporary:
         write_whole(temporary / WEIGHTS, content)
-        selftest = {"crops": crops, "heatmaps": heatmaps}
-        write_whole(temporary / SELFTEST, safetensors.torch.save(selftest))
+        write_whole(temporary / SELFTEST, safetensors.torch.save({"crops": crops, "heatmaps": heatmaps}))
         if trainer_state is not None:
             torch.save(trainer_state, temporary / TRAINER)
             read_trainer_state(temporary)
@@ -218,25 +213,21 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
             f"{file}: schema_version is {fields.get('schema_version')!r}, this program reads "
             f"{SCHEMA_VERSION}. Use the version of hrnet-ray that wrote it, or export it anew."
         )
-    missing, unknown = sorted(set(FIELDS) - set(fields)), sorted(set(fields) - set(FIELDS))
-    if missing or unknown:
-        raise CheckpointError(
-            f"{file}: missing fields {missing}, unknown fields {unknown}. A checkpoint states every field; "
-            f"none is guessed, because a wrong codec or mean gives wrong poses without an error."
+    # Every field is stated and none is guessed: a wrong codec or mean gives wrong poses without an error.
+    checked_here = ("schema_version", "input_size", "channels")
+    given = {name: value for name, value in fields.items() if name not in checked_here}
+    for name, kind in (("architecture", HRNetConfig), ("codec", HeatmapCodec), ("skeleton", Skeleton)):
+        given[name] = from_json(
+            kind, given.get(name), f"{file}: {name}", CheckpointError, COPY_IT, whole=True
         )
-    built = {
-        name: from_json(kind, fields[name], f"{file}: {name}", CheckpointError, COPY_IT)
-        for name, kind in (("architecture", HRNetConfig), ("codec", HeatmapCodec), ("skeleton", Skeleton))
-    }
-    given = {name: fields[name] for name in CheckpointSpec.__dataclass_fields__}
-    spec = from_json(CheckpointSpec, {**given, **built}, str(file), CheckpointError, COPY_IT)
+    spec = from_json(CheckpointSpec, given, str(file), CheckpointError, COPY_IT, whole=True)
     problems = []
-    if not {"name", "input_size", "sigma"} <= set(fields["codec"]) or fields["codec"]["sigma"] is None:
-        problems.append("codec must state name, input_size and sigma")
-    if fields["input_size"] != list(spec.input_size):
-        problems.append(f"input_size {fields['input_size']} is not codec.input_size {list(spec.input_size)}")
-    if fields["channels"] != "RGB":
-        problems.append(f"channels must be 'RGB', got {fields['channels']!r}")
+    if fields["codec"]["sigma"] is None:
+        problems.append("codec must state its sigma")
+    if (size := fields.get("input_size")) != list(spec.input_size):
+        problems.append(f"input_size {size} is not codec.input_size {list(spec.input_size)}")
+    if fields.get("channels") != "RGB":
+        problems.append(f"channels must be 'RGB', got {fields.get('channels')!r}")
     if absent := sorted(set(PROVENANCE) - set(spec.provenance)):
         problems.append(f"provenance leaves out {absent}")
     if problems:
@@ -312,8 +303,7 @@ def read_trainer_state(folder: str | Path) -> dict[str, Any]:
 def _build(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> HRNet:
     """The network with exactly these weights, in eval mode; CheckpointError names what does not fit."""
     model = untrained(architecture)
-    problems = what_does_not_fit(state, model.state_dict())
-    if problems:
+    if problems := what_does_not_fit(state, model.state_dict()):
         raise CheckpointError(f"{source}: {'; '.join(problems)}.")
     model.load_state_dict(state)
     return model.eval()
@@ -343,8 +333,7 @@ def _refuse_other_files(folder: Path) -> None:
     """Overwriting replaces the whole folder: it must be a checkpoint and nothing else."""
     if folder.is_dir():
         ours = {WEIGHTS, DESCRIPTION, SELFTEST, ONNX, TRAINER}
-        others = sorted({entry.name for entry in folder.iterdir()} - ours)
-        if others:
+        if others := sorted({entry.name for entry in folder.iterdir()} - ours):
             raise CheckpointError(
                 f"{folder}: holds other files ({first_names(others)}), which saving a checkpoint there would "
                 f"delete. Name a new folder."

@@ -230,8 +230,7 @@ def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, Float32, Flo
 def _read_boxes(outputs: Outputs, declared: Declaration, name: str) -> tuple[Float32, Float32]:
     """Corners float32 (N, 4) in input px and the scores (N,) of people, 0 for other classes."""
     for role in ("boxes", "scores", "labels"):
-        wanted = getattr(declared, role)
-        if wanted and wanted not in outputs:
+        if (wanted := getattr(declared, role)) and wanted not in outputs:
             raise ConfigError(
                 f"{name}: {role} is declared as output {wanted!r}, but its outputs are "
                 f"{', '.join(sorted(outputs))}."

@@ -1,10 +1,4 @@
-"""What a user can fix, as exceptions.
-
-    PoseError            its text is one paragraph: the file, the field, the way out
-    |- ImageError        bytes that are not a picture we read; .reason is a short code
-    |- CheckpointError   a checkpoint folder or weights file that does not fit
-    |- DataError         COCO files, skeletons, shards, boxes, results
-    `- ConfigError       a setting, or a machine that cannot give what a setting asks
+"""What a user can fix, as exceptions: PoseError and its kinds.
 
 The command line prints a PoseError's text and exits with 2; the server answers 4xx. Anything else
 that is raised is our defect and keeps its traceback.
@@ -19,7 +13,7 @@ def first_line(error: Exception) -> str:
 
 
 class PoseError(Exception):
-    """Something the user can fix. The text names the file, the field and the way out."""
+    """Something the user can fix. Its text is one paragraph: the file, the field and the way out."""
 
 
 class ImageError(PoseError):

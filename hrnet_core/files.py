@@ -61,9 +61,8 @@ def replacing(folder: Path) -> Iterator[Path]:
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # where it is still there, it failed
 
 
 def read_object(file: Path, error: type[PoseError], way_out: str) -> dict[str, Any]:
@@ -77,13 +76,20 @@ def read_object(file: Path, error: type[PoseError], way_out: str) -> dict[str, A
     return content
 
 
-def from_json(kind: Callable[..., T], content: Any, source: str, error: type[PoseError], way_out: str) -> T:
-    """A dataclass from the JSON object with its fields, lists as tuples; else `error`, with the source, the
-    field and the way out."""
+def from_json(
+    kind: Callable[..., T],
+    content: Any,
+    source: str,
+    error: type[PoseError],
+    way_out: str,
+    whole: bool = False,
+) -> T:
+    """A dataclass from the JSON object with its fields, `whole`: those with a default too; lists as tuples.
+    Else `error`, with the source, the field and the way out."""
     if not isinstance(content, dict):
         raise error(f"{source} must be an object, got {content!r}. {way_out}")
     known = inspect.signature(kind).parameters
-    needed = {name for name, field in known.items() if field.default is field.empty}
+    needed = {name for name, field in known.items() if whole or field.default is field.empty}
     missing, unknown = sorted(needed - set(content)), sorted(set(content) - set(known))
     if missing or unknown:
         raise error(f"{source}: missing fields {missing}, unknown fields {unknown}. {way_out}")

@@ -52,8 +52,7 @@ def build_network(
     """
     if mode not in MODES:
         raise ConfigError(f"mode {mode!r} is unknown: choose auto or one of {', '.join(MODES)}.")
-    why = unusable(mode, device.type, onnx_file is not None)
-    if why:
+    if why := unusable(mode, device.type, onnx_file is not None):
         raise ConfigError(f"mode {mode!r} cannot run here: {why}.")
     if mode == "onnx":
         return _onnx(str(onnx_file) if onnx_file else export_onnx(model, spec), spec)
@@ -74,8 +73,7 @@ def unusable(mode: str, device_type: str, with_file: bool = False) -> str:
     """
     if mode == "onnx":
         needed = ONNX_PACKAGES[:1] if with_file else ONNX_PACKAGES
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
-        if missing:
+        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             return f"{', '.join(missing)} is not installed (pip install 'hrnet-ray[onnx]')"
         if device_type != "cpu":
             return "it runs on the CPU; name device cpu, or another mode"
@@ -195,8 +193,7 @@ def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:
     N is free. The metadata entry "hrnet" is checkpoint.json without measurements: mean, std, codec, skeleton,
     the weights' sha256. Neither decoding nor the flip test is part of it. ConfigError: packages are missing.
     """
-    why = unusable("onnx", "cpu")
-    if why:
+    if why := unusable("onnx", "cpu"):
         raise ConfigError(f"an ONNX file cannot be made here: {why}.")
     network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     fold_batch_norms(network)

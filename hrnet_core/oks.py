@@ -39,11 +39,7 @@ def oks(
 
 
 def oks_nms(
-    keypoints: ArrayLike,
-    scores: ArrayLike,
-    areas: ArrayLike,
-    oks_sigmas: ArrayLike,
-    threshold: float = 0.9,
+    keypoints: ArrayLike, scores: ArrayLike, areas: ArrayLike, oks_sigmas: ArrayLike, threshold: float = 0.9
 ) -> Indices:
     """keypoints (P, K, 2), scores (P,), areas (P,) of one image -> indices int64 of the kept, best first.
 

@@ -38,7 +38,9 @@ def draw_poses(
     shown = np.asarray((np.abs(points) < FARTHEST).all(axis=-1))  # False for NaN
     if scores is not None:
         shown &= np.asarray(scores).reshape(shown.shape) > threshold
-    sizes = np.array([_extent(person[seen]) for person, seen in zip(points, shown, strict=True)])
+    # The longer side of the box of what is seen, px.
+    seen = (person[some] for person, some in zip(points, shown, strict=True))
+    sizes = np.array([np.ptp(places, axis=0).max() if len(places) else 0.0 for places in seen])
     if boxes_xywh is not None:
         boxes = np.asarray(boxes_xywh, np.float64).reshape(-1, 4)
         _draw_boxes(canvas, boxes)
@@ -92,11 +94,6 @@ def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = ()) -> U
             text = _shorten(labels[i], width, font)
             pen.text((left, top + heights[row] + line // 5), text, fill=INK, font=font)
     return np.array(sheet)
-
-
-def _extent(points: Float64) -> float:
-    """The longer side of the points' box, px; 0 for none."""
-    return float(np.ptp(points, axis=0).max()) if len(points) else 0.0
 
 
 def _draw_person(

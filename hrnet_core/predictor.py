@@ -188,11 +188,7 @@ class PosePredictor:
         return self.spec.codec.image_to_crop_matrix(center, scale)
 
     def predict_crops(
-        self,
-        crops: UInt8,
-        flip_test: bool | None = None,
-        batch_size: int = 32,
-        border: Border = "official",
+        self, crops: UInt8, flip_test: bool | None = None, batch_size: int = 32, border: Border = "official"
     ) -> tuple[Float32, Float32]:
         """Crops uint8 (P, h, w, 3) RGB -> keypoints float32 (P, K, 2) in crop px, scores float32 (P, K)."""
         keypoints = np.zeros((len(crops), self.spec.skeleton.num_keypoints, 2), np.float32)
@@ -231,7 +227,11 @@ class PosePredictor:
         spec = self.spec
         # np.array copies: torch wants writable memory, and arrays that come from Ray are read-only.
         pixels = torch.from_numpy(np.array(crops, order="C")).to(self.device)
-        with torch.inference_mode(), self._precision():
+        with torch.inference_mode(), contextlib.ExitStack() as exact:
+            if self.device.type == "cuda":  # float32 that is float32, also on a GPU that would take TF32
+                exact.enter_context(_cudnn)
+                flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+                exact.enter_context(flags)
             images = normalize(pixels, spec.mean, spec.std, self._format)
             heatmaps: Float32 = self._network(images).float().cpu().numpy()
             if not flip:
@@ -239,15 +239,6 @@ class PosePredictor:
             mirrored = self._network(images.flip(3).contiguous(memory_format=self._format))
             back = spec.codec.flip_back(mirrored.float().cpu().numpy(), spec.skeleton.flip_order)
         return (heatmaps + back) * np.float32(0.5)
-
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        """float32 that is float32, also on a GPU that would take TF32."""
-        if self.device.type == "cuda":
-            with _cudnn, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-                yield
-        else:
-            yield
 
 
 def _one_each(values: Any, count: int, name: str) -> list[Any]:

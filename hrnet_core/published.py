@@ -127,8 +127,7 @@ def read_weights(file: str | Path) -> PublishedWeights:
             raise CheckpointError(f"{path}: two tensors claim the name {name!r}; take one network out of it.")
         state[name] = content[key]
     notes: tuple[str, ...] = (f"taken from its {container!r} entry",) if container else ()
-    halves = sorted({str(v.dtype) for v in state.values() if v.is_floating_point()} - {"torch.float32"})
-    if halves:
+    if halves := sorted({str(v.dtype) for v in state.values() if v.is_floating_point()} - {"torch.float32"}):
         notes += (f"{', '.join(halves)} widened to float32",)
         state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
     return PublishedWeights(str(path), scheme, state, dropped, notes)
@@ -157,8 +156,7 @@ def fit_weights(
                 dropped[key] = f"a head of {count} keypoints, this network has {architecture.num_keypoints}"
             missing[key] = "the head starts untrained"
             expected.pop(key)
-    problems = what_does_not_fit(state, expected)
-    if problems:
+    if problems := what_does_not_fit(state, expected):
         raise CheckpointError(
             f"{published.file} ({published.scheme} key names) does not fit width {architecture.width} with "
             f"{architecture.num_keypoints} keypoints: {'; '.join(problems)}. Nothing was loaded."

@@ -206,29 +206,22 @@ class Poses(_OnHost):
         DataError for a skeleton that has not COCO's 17 names.
         """
         names = self.skeleton.keypoints
-        absent = sorted(set(OPENPOSE18) - {"neck"} - set(names))
-        if absent:
+        if absent := sorted(set(OPENPOSE18) - {"neck"} - set(names)):
             raise DataError(
                 f"skeleton {self.skeleton.name!r} has no {', '.join(absent)}: OpenPose's layout is for the "
                 f"17 keypoints of COCO. Use to_coco or to_dict."
             )
-        data = self.keypoints.data
-        left, right = data[:, names.index("left_shoulder")], data[:, names.index("right_shoulder")]
-        neck = np.concatenate([(left + right)[:, :2] / 2, np.minimum(left, right)[:, 2:]], axis=1)
-        columns = [neck if name == "neck" else data[:, names.index(name)] for name in OPENPOSE18]
-        people = np.stack(columns, axis=1).reshape(-1, 3 * len(OPENPOSE18)).astype(np.float64)
+        columns = dict(zip(names, self.keypoints.data.swapaxes(0, 1), strict=True))  # (P, 3) each
+        left, right = columns["left_shoulder"], columns["right_shoulder"]
+        columns["neck"] = np.c_[(left + right)[:, :2] / 2, np.minimum(left, right)[:, 2:]]
+        people = np.stack([columns[name] for name in OPENPOSE18], axis=1).reshape(-1, 3 * len(OPENPOSE18))
+        others = ("face_keypoints_2d", "hand_left_keypoints_2d", "hand_right_keypoints_2d")
         return {
             "version": 1.3,
             "converted": {"from": self.skeleton.name, "layout": "COCO_18", "synthetic": ["neck"]},
             "people": [
-                {
-                    "person_id": [-1],
-                    "pose_keypoints_2d": person.tolist(),
-                    "face_keypoints_2d": [],
-                    "hand_left_keypoints_2d": [],
-                    "hand_right_keypoints_2d": [],
-                }
-                for person in people
+                {"person_id": [-1], "pose_keypoints_2d": person, **{name: [] for name in others}}
+                for person in people.tolist()
             ],
         }
 

@@ -38,15 +38,13 @@ def read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 f"{path}: reading it would run code of its own ({code[1]}), which is never done. If you "
                 f"trust the file, open it where it was made and save its state_dict alone, as safetensors."
             ) from None
-        raise CheckpointError(
-            f"{path}: not a whole torch file ({first_line(error)}). Download or copy it again."
-        ) from None
+        why = first_line(error)
+        raise CheckpointError(f"{path}: not a whole torch file ({why}). Download or copy it again.") from None
 
 
 class _StandIn:

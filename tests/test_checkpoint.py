@@ -22,7 +22,6 @@ from torch import Tensor
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import (
-    FIELDS,
     CheckpointSpec,
     load_checkpoint,
     read_spec,
@@ -39,6 +38,7 @@ from hrnet_core.skeleton import COCO17, Skeleton
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 SPEC = CheckpointSpec(SMALL, HeatmapCodec("udp", (64, 96)), provenance={"run_id": "r1", "note": "x"})
+FIELDS = tuple(SPEC.as_dict())
 REFERENCE = Path(__file__).parent / "reference"
 
 
@@ -145,7 +145,9 @@ def test_a_field_left_out_is_refused_by_name(folder: Path, field: str) -> None:
         ("num_keypoints is 16, but .* has 17", lambda f: f["architecture"].update(num_keypoints=16)),
         ("architecture", lambda f: f["architecture"].update(depth=3)),
         ("codec", lambda f: f["codec"].update(name="simcc")),
-        ("codec must state", lambda f: f["codec"].pop("sigma")),
+        ("codec: missing fields .'sigma'", lambda f: f["codec"].pop("sigma")),
+        ("codec must state its sigma", lambda f: f["codec"].update(sigma=None)),
+        ("architecture: missing fields .'blocks'", lambda f: f["architecture"].pop("blocks")),
         ("codec must be an object", lambda f: f.update(codec="udp")),
         ("multiples of 32", lambda f: [d.update(input_size=[64, 100]) for d in (f["codec"], f)]),
         ("skeleton", lambda f: f["skeleton"].pop("oks_sigmas")),
