@@ -70,9 +70,8 @@ def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skelet
     # The tile is not rotated: a box stays a box.
     start, end = apply_affine(image_to_tile, box.reshape(2, 2).cumsum(axis=0))
     boxes = [[*start, *(end - start)]]
-    labelled = (truth[:, 2] > 0).astype(np.float32)
     places = apply_affine(image_to_tile, truth[:, :2])
-    left = draw_poses(crop, places[None], labelled[None], skeleton, boxes_xywh=boxes)
+    left = draw_poses(crop, places[None], truth[None, :, 2] > 0, skeleton, boxes_xywh=boxes)
     # NaN points are not drawn: where nothing was predicted the box stands alone.
     predicted = apply_affine(image_to_tile, matched.predicted[row])
     right = draw_poses(crop, predicted[None], matched.scores[row][None], skeleton, 0.2, boxes_xywh=boxes)
