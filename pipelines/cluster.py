@@ -57,17 +57,14 @@ def quiet_ray_data() -> Iterator[None]:
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    consoles = [h for h in logging.getLogger("ray.data").handlers if h.name == "console"]
-    bars, levels = context.enable_progress_bars, [handler.level for handler in consoles]
-    context.enable_progress_bars = False
-    for handler in consoles:
-        handler.setLevel(logging.ERROR)
-    try:
+    with contextlib.ExitStack() as restored:
+        restored.callback(setattr, context, "enable_progress_bars", context.enable_progress_bars)
+        context.enable_progress_bars = False
+        for handler in logging.getLogger("ray.data").handlers:
+            if handler.name == "console":
+                restored.callback(handler.setLevel, handler.level)
+                handler.setLevel(logging.ERROR)
         yield
-    finally:
-        context.enable_progress_bars = bars
-        for handler, level in zip(consoles, levels, strict=True):
-            handler.setLevel(level)
 
 
 def quiet_worker() -> None:

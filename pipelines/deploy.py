@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
     from hrnet_core.skeleton import Skeleton
 
-
 APP = "hrnet"
 SAMPLES = 8
 # Serve's own limit must not come before the application's: its answer is plain text.
@@ -290,16 +289,11 @@ def _wait_ready(url: str, seconds: float = 60) -> None:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell's background job ignored SIGINT."""
-    if threading.current_thread() is not threading.main_thread():
+    with contextlib.ExitStack() as restored:
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGINT, signal.SIGTERM):
+                restored.callback(signal.signal, which, signal.signal(which, signal.default_int_handler))
         yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {which: signal.signal(which, signal.default_int_handler) for which in signals}
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
 
 
 def _wait_for_signal() -> None:

@@ -25,7 +25,6 @@ from pipelines.code_version import code_version
 from pipelines.config import TrackSettings
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 log = logging.getLogger("hrnet.tracking")
@@ -38,17 +37,11 @@ def quiet_mlflow() -> Iterator[None]:
     """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block."""
     import mlflow  # noqa: F401 - its import sets the levels of its loggers
 
-    names = ("mlflow", "alembic")
-    levels = [logging.getLogger(name).level for name in names]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in zip(names, levels, strict=True):
-                logging.getLogger(name).setLevel(level)
+    with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as restored:
+        for logger in (logging.getLogger("mlflow"), logging.getLogger("alembic")):
+            restored.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 class Tracker:
@@ -77,10 +70,10 @@ class Tracker:
         self.local = not named
         self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
         self.shown = without_credentials(self.uri)
-        self.client = self._connect()
+        self._connect()
 
     @quiet_mlflow()
-    def _connect(self) -> MlflowClient:
+    def _connect(self) -> None:
         import mlflow
 
         with contextlib.ExitStack() as stack:
@@ -90,15 +83,14 @@ class Tracker:
                 fcntl.flock(stack.enter_context((self.storage / "mlflow.db.lock").open("w")), fcntl.LOCK_EX)
             try:
                 self.select()
-                client = mlflow.MlflowClient(self.uri, self.uri)
-                client.search_experiments(max_results=1)
+                self.client = mlflow.MlflowClient(self.uri, self.uri)
+                self.client.search_experiments(max_results=1)
             except Exception as error:
                 why = without_credentials(one_line(error))
                 raise ConfigError(
                     f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
                     f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
                 ) from None
-            return client
 
     def select(self) -> None:
         """This store for MLflow's functions that take none."""
@@ -189,16 +181,13 @@ class Tracker:
         import mlflow
 
         name = self.settings.experiment
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        place = (self.storage / "mlartifacts").as_uri() if self.local else None
-        try:
+        if self.client.get_experiment_by_name(name) is None:
+            place = (self.storage / "mlartifacts").as_uri() if self.local else None
             # Without it MLflow's page opens in its view for language models.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(self.client.create_experiment(name, artifact_location=place, tags=kind))
-        except mlflow.MlflowException:  # another driver was faster
-            return str(self.client.get_experiment_by_name(name).experiment_id)
+            with contextlib.suppress(mlflow.MlflowException):  # another driver was faster
+                self.client.create_experiment(name, artifact_location=place, tags=kind)
+        return str(self.client.get_experiment_by_name(name).experiment_id)
 
 
 @quiet_mlflow()
@@ -233,8 +222,5 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"lr": 1}} -> {"train.lr": 1}."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat

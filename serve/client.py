@@ -34,8 +34,7 @@ class ServerError(Exception):
     def __init__(self, status: int, problem: dict[str, Any]) -> None:
         title, detail = problem.get("title", "error"), problem.get("detail", "")
         super().__init__(f"{status} {title}: {detail}")
-        self.status = status
-        self.problem = problem
+        self.status, self.problem = status, problem
 
 
 def poses(

@@ -315,7 +315,6 @@ function fillTable() {
 
 $("threshold").addEventListener("input", () => {
   $("level").textContent = lowest().toFixed(2);
-  if (!state.answer) return;
   fillTable();
   hint();
   draw();

@@ -22,7 +22,6 @@ from serve.body import REQUEST_BODY
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
 from serve.service import Metrics, PoseService, logger
 
-PAGE = Path(__file__).parent
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
@@ -157,7 +156,7 @@ def _add_page(app: FastAPI, service: PoseService) -> None:
     policy = {"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"}
 
     def add(path: str, file: str, media_type: str) -> None:
-        content = (PAGE / file).read_bytes()
+        content = Path(__file__).with_name(file).read_bytes()
 
         @app.get(path, include_in_schema=False)
         async def static() -> Response:

@@ -40,14 +40,8 @@ def load_samples(uri: str) -> dict[str, Sample]:
             for name in names:
                 boxes_of_json(boxes[name], name)
             fetch(uri, folder, names)
-            return {
-                name: Sample(
-                    (folder / name).read_bytes(),
-                    mimetypes.guess_type(name)[0] or "application/octet-stream",
-                    boxes[name],
-                )
-                for name in names
-            }
+            kinds = {name: mimetypes.guess_type(name)[0] or "application/octet-stream" for name in names}
+            return {name: Sample((folder / name).read_bytes(), kinds[name], boxes[name]) for name in names}
         except (OSError, ValueError, Problem) as error:
             raise ConfigError(
                 f"{uri}/boxes.json: {error}. A samples folder holds pictures and a boxes.json with "

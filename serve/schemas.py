@@ -93,7 +93,6 @@ class ProblemAnswer(Answer):
 
 # --- problems ----------------------------------------------------------------------------------
 
-
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed-body": (400, "The body cannot be read"),
     "not-found": (404, "There is nothing at this address"),
@@ -123,11 +122,9 @@ class Problem(Exception):
         self, slug: str, detail: str, *, headers: dict[str, str] | None = None, **members: Any
     ) -> None:
         super().__init__(detail)
-        self.slug = slug
+        self.slug, self.detail, self.members = slug, detail, members
         self.status, self.title = PROBLEMS[slug]
-        self.detail = detail
         self.headers = headers or {}
-        self.members = members
 
     @classmethod
     def of_field(cls, field: str, slug: str, what: str, **members: Any) -> Problem:

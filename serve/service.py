@@ -137,13 +137,10 @@ class PoseService:
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
         self.metrics.answered(sum(len(r.persons) for r in results), stages)
-        timings = {name: round(1000 * seconds, 2) for name, seconds in stages.items()}
-        answer = PosesAnswer(
-            request_id=request.state.request_id,
-            model=model.info(),
-            results=results,
-            timings_ms={**timings, "total": round(1000 * (ended - clock[0]), 2)},
-        )
+        seconds = {**stages, "total": ended - clock[0]}
+        timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
+        request_id = request.state.request_id
+        answer = PosesAnswer(request_id=request_id, model=model.info(), results=results, timings_ms=timings)
         return answer, pictures
 
     async def _infer_people(self, model: ServedModel, crops: NDArray[np.uint8]) -> Inferred:
