@@ -180,10 +180,7 @@ class PersonDetector:
             raise ConfigError(f"{self.name}: not a model that ONNX Runtime opens ({why}).") from None
         if len(session.get_inputs()) != 1:
             names = ", ".join(i.name for i in session.get_inputs())
-            raise ConfigError(
-                f"{self.name}: has the inputs {names}, but one image is all there is to give. "
-                f"Export it without the others."
-            )
+            raise ConfigError(f"{self.name}: has the inputs {names}. Export it with one, the image.")
         return session
 
 

@@ -211,8 +211,7 @@ def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:
     assert program is not None
     told = {name: value for name, value in spec.as_dict().items() if name != "modes"}
     program.model.metadata_props[METADATA] = json.dumps(told)
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+    return bytes(program.model_proto.SerializeToString())
 
 
 @contextlib.contextmanager

@@ -84,8 +84,7 @@ class Skeleton:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types; `skeleton_from_dict` gives the same skeleton back."""
-        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists
-        return fields
+        return dict(json.loads(json.dumps(asdict(self))))  # tuples become lists
 
 
 def skeleton_from_dict(fields: dict[str, Any], source: str = "skeleton") -> Skeleton:

@@ -21,10 +21,9 @@ from hrnet_core.model import HRNet
 def parse_safetensors(content: bytes, file: Path) -> dict[str, Tensor]:
     """Tensors by name; `file` is for the CheckpointError of a damaged one."""
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
+        return dict(safetensors.torch.load(content))
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}). Copy it again.") from None
-    return tensors
 
 
 def read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
