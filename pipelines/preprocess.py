@@ -52,8 +52,6 @@ from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
 LONG_ANNOTATIONS = 16_000_000
 """Bytes of an annotation file above which it is read while Ray starts."""
-
-
 Built = dict[tuple[str, int], BuiltShard]
 """By ShardWork.key."""
 
@@ -64,8 +62,8 @@ def preprocess(config: RunConfig) -> Manifest:
     DataError for a COCO folder that is not one, a target that holds another plan or foreign files, and,
     with data.strict, for any picture or person left out. Prints progress, and a table at the end.
     """
-    manifest, tasks = run_preprocess(config)
-    print(summary(manifest, tasks), flush=True)
+    manifest, log = run_preprocess(config)
+    print(summary(manifest, log), flush=True)
     return manifest
 
 
@@ -78,28 +76,27 @@ def run_preprocess(config: RunConfig) -> tuple[Manifest, TaskLog]:
             session.enter_context(ray_session(config.ray))
         splits, works, built = planned.result()
         pending = [work for work in works if work.key not in built]
-        tasks = TaskLog(pending)
+        log = TaskLog(pending)
         if pending:
             import ray
 
             session.enter_context(ray_session(config.ray))
             require(config.ray, 1, 1, 0, "preprocess")
-            tasks.begin(int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 1)
+            log.begin(int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 1)
             for task in _on_ray(pending):
                 built[task.key] = task.built
-                tasks.done(task)
+                log.done(task)
                 if data.strict:
                     refuse_rejected(task.built.rejected)
-    return finish(splits, works, built, data), tasks
+    return finish(splits, works, built, data), log
 
 
 def _takes_long(data: DataSettings) -> bool:
     """Whether reading the annotations takes about as long as Ray's start, and Ray is sure to be needed: else
     a mistake is better told, and a finished dataset recognised, without it. A bucket is not asked: it would
     be one request more that can fail, beside those of the reading."""
-    if data.format != "coco" or is_uri(data.root) or is_uri(data.shards):
-        return False
-    if is_file(join(absolute(data.shards), MANIFEST)):
+    far = is_uri(data.root) or is_uri(data.shards)
+    if data.format != "coco" or far or is_file(join(absolute(data.shards), MANIFEST)):
         return False
     (size,) = file_sizes([annotations_of(data.root, data.train_split)])
     return size > LONG_ANNOTATIONS
@@ -170,10 +167,11 @@ def _build_batch(batch: pa.Table) -> pa.Table:
 
 
 def build_timed(work: ShardWork) -> Task:
-    start, built, worker = time.time(), build_shard(work), f"{platform.node()}:{os.getpid()}"
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Task(work.key, len(work.people), built, start, time.time(), worker, peak_bytes)
+    start = time.time()
+    built = build_shard(work)
+    worker = f"{platform.node()}:{os.getpid()}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Task(work.key, len(work.people), built, start, time.time(), worker, peak)
 
 
 class TaskLog:
@@ -185,7 +183,7 @@ class TaskLog:
 
     def __init__(self, pending: Sequence[ShardWork], clock: Clock = time.monotonic) -> None:
         self.shards, self._all_people = len(pending), sum(len(work.people) for work in pending)
-        self._tasks: list[Task] = []
+        self.tasks: list[Task] = []
         self._line = ProgressLine("preprocess", len(pending), "shards", "people", clock=clock)
         self._slots = 1
 
@@ -195,40 +193,30 @@ class TaskLog:
         print(f"preprocess: {self._all_people:,} people in {self.shards} shards to make", flush=True)
 
     def done(self, task: Task) -> None:
-        self._tasks.append(task)
+        self.tasks.append(task)
         self._line.add(task.people, self.seconds, self.seconds_left())
 
     @property
     def people(self) -> int:
         """People in the shards that were made."""
-        return sum(task.people for task in self._tasks)
+        return sum(task.people for task in self.tasks)
 
     @property
     def seconds(self) -> float:
         """From the first task's start to the last one's end; Ray's own start is not in it."""
-        starts, ends = [task.start for task in self._tasks], [task.end for task in self._tasks]
+        starts, ends = [task.start for task in self.tasks], [task.end for task in self.tasks]
         return max(ends, default=0) - min(starts, default=0)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Resident memory of the largest process, at its largest."""
-        return max((task.peak_bytes for task in self._tasks), default=0)
-
-    @property
-    def workers(self) -> int:
-        """Processes that made them."""
-        return len({task.worker for task in self._tasks})
 
     @property
     def at_once(self) -> int:
         """Most shards in work at one moment."""
-        moments = sorted(moment for task in self._tasks for moment in ((task.start, 1), (task.end, -1)))
+        moments = sorted(moment for task in self.tasks for moment in ((task.start, 1), (task.end, -1)))
         return max(itertools.accumulate(step for _, step in moments), default=0)
 
     def seconds_left(self) -> float:
         """Until the last shard, from what the finished ones took; what is in work counts as not begun."""
-        busy = sum(task.end - task.start for task in self._tasks)
-        at_once = min(self._slots, max(1, self.shards - len(self._tasks)))
+        busy = sum(task.end - task.start for task in self.tasks)
+        at_once = min(self._slots, max(1, self.shards - len(self.tasks)))
         return (self._all_people - self.people) * busy / max(1, self.people) / at_once
 
 
@@ -279,7 +267,7 @@ def finish(splits: Sequence[Split], works: Sequence[ShardWork], built: Built, da
         raise DataError(cannot_write(data.shards, error)) from None
 
 
-def summary(manifest: Manifest, tasks: TaskLog) -> str:
+def summary(manifest: Manifest, log: TaskLog) -> str:
     """The table at the end of a run."""
     lines = [f"{'split':<14}{'people':>9}{'photos':>9}{'views':>7}{'shards':>8}{'MB':>9}  left out"]
     for name in manifest.splits:
@@ -290,12 +278,12 @@ def summary(manifest: Manifest, tasks: TaskLog) -> str:
         lines.append(f"{name:<14}{counts}{size:>9.1f}  {reasons or 'none'}")
         if "area_from_box" in split["repaired"]:
             lines.append("  the annotations have no areas: 0.53 x box instead, for training, not for an AP")
-    if tasks.shards:
-        rate = tasks.people / max(tasks.seconds, 1e-9)
+    if log.tasks:
+        rate = log.people / max(log.seconds, 1e-9)
+        workers, peak = {task.worker for task in log.tasks}, max(task.peak_bytes for task in log.tasks)
         lines.append(
-            f"made {tasks.shards} shards in {tasks.seconds:.1f} s: {rate:,.0f} people/s, up to "
-            f"{tasks.at_once} shards at once in {tasks.workers} processes of at most "
-            f"{tasks.peak_bytes / 1e6:,.0f} MB"
+            f"made {log.shards} shards in {log.seconds:.1f} s: {rate:,.0f} people/s, up to {log.at_once} "
+            f"shards at once in {len(workers)} processes of at most {peak / 1e6:,.0f} MB"
         )
     lines += [f"digest {manifest.digest}", f"in {manifest.folder} (left out: rejected.parquet)"]
     return "\n".join(lines)

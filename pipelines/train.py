@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hrnet_core.choices import Augmentation
-from hrnet_core.errors import ConfigError, DataError, PoseError
+from hrnet_core.errors import ConfigError, PoseError
 from hrnet_core.locations import without_credentials
 from pipelines.cluster import ray_session, require
 from pipelines.code_version import code_version
@@ -152,6 +152,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: Path, result: TrainRes
             tracker.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     result = replace(result, run_id=run_id, version=_hand_over(tracker, run_id, result))
+    tracker.close_run(run_id, "FAILED" if result.version is None else "FINISHED")
     result.write()
     print(
         f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
@@ -161,7 +162,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: Path, result: TrainRes
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
-    """ConfigError where the recipe asks for other data than the shards are; DataError for no people."""
+    """ConfigError where the recipe asks for other data than the shards are."""
     wanted, have = Recipe.of(config.data).as_dict(), manifest.recipe.as_dict()
     views = Augmentation.__dataclass_fields__
     names = ("input_size", "codec", "sigma", "padding", "context", "variants", *views)
@@ -184,9 +185,6 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
             f"{manifest.folder} has the crops of its stored views only. Preprocess with --data.context 2.0 "
             f"into another folder, or train with --train.views stored."
         )
-    for split in (config.data.train_split, config.data.val_split):
-        if manifest.people(split) == 0:
-            raise DataError(f"{manifest.folder}: split {split!r} has no people; hrnet inspect shows why.")
 
 
 def _open_run(tracker: Tracker, config: RunConfig, manifest: Manifest, folder: Path) -> str:
@@ -216,8 +214,7 @@ def _fit(config: RunConfig, manifest: Manifest, folder: Path, uri: str, run_id: 
     """Ray Train until the loop is through. What comes before it needs no torch."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig, WorkerGroupError
-    from ray.train import RunConfig as RayRunConfig
+    import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.training.loop import Diverged, train_worker
@@ -228,20 +225,20 @@ def _fit(config: RunConfig, manifest: Manifest, folder: Path, uri: str, run_id: 
     trainer = TorchTrainer(
         functools.partial(train_worker, Job(config, manifest.folder, folder, uri, run_id)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
         ),
-        run_config=RayRunConfig(
+        run_config=ray.train.RunConfig(
             name="ray",
             storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            failure_config=ray.train.FailureConfig(settings.max_failures, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
         outcome = trainer.fit().return_value
-    except WorkerGroupError as error:
+    except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
                 if isinstance(cause, PoseError):
@@ -269,17 +266,14 @@ def _hand_over(tracker: Tracker, run_id: str, result: TrainResult) -> int | None
             "codec": result.codec,
             "input_size": result.input_size,
         }
-        version = Registry(tracker).register(run_id, result.best_checkpoint, tags)
+        return Registry(tracker).register(run_id, result.best_checkpoint, tags)
     except Exception as error:
         why = without_credentials(str(error))
         print(
             f"MLflow {tracker.shown} did not take the results ({why}). The run is whole in {folder}; the "
             f"same command again sends them."
         )
-        tracker.close_run(run_id, "FAILED")
         return None
-    tracker.close_run(run_id, "FINISHED")
-    return version
 
 
 # --- the run's folder -----------------------------------------------------------------------------

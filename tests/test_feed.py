@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from small_coco import write_coco
+from test_shards import make, whole_table
 
 from hrnet_core.augment import draw, keypoints_in_view, plain_view, random_view, view_to_crop
 from hrnet_core.errors import DataError
@@ -21,13 +22,10 @@ from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps
 from hrnet_core.images import decode_image
 from hrnet_core.skeleton import COCO17
 from pipelines.config import DataSettings, TrainSettings
-from pipelines.preprocess import finish
 from pipelines.shards import build as build_module
-from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest, write_manifest
-from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.recipe import Recipe
-from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.shards.rows import decode_rows
 from pipelines.shards.schema import shard_name, shard_schema
 from pipelines.shards.writer import writing_shard
 from pipelines.sources.coco import read_coco
@@ -220,12 +218,7 @@ def test_epoch_e_reads_variant_e_plus_ann_id(manifest: Manifest) -> None:
 
 def test_batches_hold_the_rows_of_their_people(manifest: Manifest) -> None:
     """Against the shard's own columns, read without the feed."""
-    tables = [
-        read_row_group(manifest, "train2017", shard, group)
-        for shard, s in enumerate(manifest.shards("train2017"))
-        for group in range(len(s.row_groups))
-    ]
-    columns = decode_rows(pa.concat_tables(tables), manifest)
+    columns = decode_rows(whole_table(manifest, "train2017"), manifest)
     row_of = {ann_id: row for row, ann_id in enumerate(columns["ann_id"].tolist())}
     batch = next(Feed(manifest, "train2017", SETTINGS, 0, 2).batches(7))
     rows = [row_of[ann_id] for ann_id in batch.ann_ids.tolist()]
@@ -288,21 +281,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cut_shards(coco: Path, folder: Path, **data: Any) -> Manifest:
     """Eight people stored as cuts of their photos, without loss, in two views."""
-    data = DataSettings(
-        root=str(coco),
-        shards=str(folder),
-        input_size=(64, 96),
-        image_format="png",
-        context=2.0,
-        variants=2,
-        people_per_shard=5,
-        row_group_people=3,
-        **data,
-    )
-    splits = [read_coco(data.root, name, COCO17) for name in ("train2017", "val2017")]
-    works = [work for split in splits for work in plan_shards(split, data)]
-    finished_shards(works, data.shards)
-    return finish(splits, works, {work.key: build_shard(work) for work in works}, data)
+    return make(coco, folder, context=2.0, variants=2, people_per_shard=5, row_group_people=3, **data)
 
 
 @pytest.fixture(scope="module")
@@ -316,14 +295,7 @@ FRESH = TrainSettings(batch_size=4, lanes=4, shuffle_row_groups=2, seed=5, views
 def test_stored_views_are_cropped_from_cuts(cuts: Manifest) -> None:
     stored = TrainSettings(batch_size=4, lanes=4, seed=5)
     for variant in range(2):
-        table = pa.concat_tables(
-            [
-                read_row_group(cuts, "train2017", s, g, variant=variant)
-                for s, shard in enumerate(cuts.shards("train2017"))
-                for g in range(len(shard.row_groups))
-            ]
-        )
-        columns = decode_rows(table, cuts)
+        columns = decode_rows(whole_table(cuts, "train2017", variant), cuts)
         row_of = {ann_id: row for row, ann_id in enumerate(columns["ann_id"].tolist())}
         for batch in Feed(cuts, "train2017", stored).batches(epoch=variant):
             for i, ann_id in enumerate(batch.ann_ids.tolist()):
@@ -392,10 +364,7 @@ def test_the_same_draws_are_the_same_view_stored_and_fresh(
     monkeypatch.setattr(feed_module, "draw_fresh", lambda seed, epoch, ann_ids: draws[ann_ids])
     how = {"scale_factor": 0.5, "rotation_factor": 30.0, "half_body_probability": 0.6}
     manifest = cut_shards(coco, tmp_path / "s", codec=codec, padding=1.4, **how)
-    tables = [
-        read_row_group(manifest, "train2017", *group, variant=1) for group in manifest.row_groups("train2017")
-    ]
-    stored = decode_rows(pa.concat_tables(tables), manifest, heatmap_dtype=np.float16)
+    stored = decode_rows(whole_table(manifest, "train2017", 1), manifest, heatmap_dtype=np.float16)
     assert 0 < stored["flipped"].sum() < 8
     assert len(np.unique(stored["rotation_deg"])) > 4
     plain = box_to_center_scale(stored["bbox_xywh"], (64, 96), 1.4)[0]

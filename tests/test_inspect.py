@@ -14,24 +14,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_coco import edited, write_coco
+from test_shards import make
 
 from hrnet_core.images import decode_image
 from hrnet_core.skeleton import COCO17
 from pipelines import inspect_shards
 from pipelines.cli import main
-from pipelines.config import DataSettings, TrackSettings
+from pipelines.config import TrackSettings
 from pipelines.inspect_shards import make_card, output_folder
 from pipelines.pages import gallery
 from pipelines.pages.dataset import write_figures
 from pipelines.pages.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
-from pipelines.preprocess import finish
 from pipelines.progress import ProgressLine
-from pipelines.shards.build import build_shard
 from pipelines.shards.figures import Histogram, figures_of
 from pipelines.shards.manifest import Manifest
-from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.rows import decode_rows
-from pipelines.sources.coco import read_coco
 from pipelines.tracking import Tracker
 
 TRAIN, VAL = "train2017", "val2017"
@@ -54,12 +51,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pristine(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """9 people with three views in two shards, and 3 people in one."""
     folder = tmp_path_factory.mktemp("shards") / "set"
-    sizes = {"input_size": (64, 96), "people_per_shard": 5, "row_group_people": 3, "variants": 3}
-    data = DataSettings(root=str(coco), shards=str(folder), image_format="png", **sizes)
-    splits = [read_coco(data.root, name, COCO17) for name in (TRAIN, VAL)]
-    works = [work for split in splits for work in plan_shards(split, data)]
-    finished_shards(works, data.shards)
-    return finish(splits, works, {work.key: build_shard(work) for work in works}, data)
+    return make(coco, folder, people_per_shard=5, row_group_people=3, variants=3)
 
 
 @pytest.fixture

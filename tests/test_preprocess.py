@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_coco import annotation_file, edited, write_coco
+from test_shards import rows, whole_table
 
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, invert_affine
@@ -35,7 +36,7 @@ from pipelines.preprocess import Task, TaskLog, build_timed, preprocess, run_pre
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import BuiltShard, plan_shards
-from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
+from pipelines.shards.rows import decode_pictures, decode_rows
 from pipelines.sources import photos
 from pipelines.sources.coco import read_coco
 
@@ -76,15 +77,6 @@ def without_ray(patch: pytest.MonkeyPatch) -> list[str]:
 
 def config(coco: Path, shards: Path, **data: Any) -> RunConfig:
     return RunConfig(data=DataSettings(root=str(coco), shards=str(shards), **{**SMALL, **data}))
-
-
-def rows(manifest: Manifest, split: str = TRAIN, variant: int = 0) -> dict[str, Any]:
-    parts = [
-        read_row_group(manifest, split, s, g, variant=variant)
-        for s, shard in enumerate(manifest.shards(split, variant))
-        for g in range(len(shard.row_groups))
-    ]
-    return decode_rows(pa.concat_tables(parts), manifest)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,17 +126,16 @@ def test_the_published_loaders_samples(
 
 def test_on_ray_and_again(coco: Path, tmp_path: Path, ray_local: None, capsys: Any) -> None:
     """Ray's tasks write what the plain loop writes; a second run finds it all and starts nothing."""
-    manifest, tasks = run_preprocess(config(coco, tmp_path / "ray", variants=2))
-    assert (tasks.shards, tasks.people) == (5, 16)
-    assert tasks.at_once >= 1
-    assert tasks.workers >= 1
-    assert 50e6 < tasks.peak_bytes < 2e9
+    manifest, log = run_preprocess(config(coco, tmp_path / "ray", variants=2))
+    assert (len(log.tasks), log.people) == (5, 16)
+    assert log.at_once >= 1
+    assert all(50e6 < task.peak_bytes < 2e9 for task in log.tasks)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preprocess:")]
     assert lines[0] == "preprocess: 16 people in 5 shards to make"
     manifest.verify()
 
     again, nothing = run_preprocess(config(coco, tmp_path / "ray", variants=2))
-    assert (nothing.shards, nothing.people) == (0, 0)
+    assert (nothing.tasks, nothing.people) == ([], 0)
     assert "preprocess: 5 of 5 shards are there already" in capsys.readouterr().out
     assert again == manifest
     with pytest.MonkeyPatch.context() as patch:
@@ -249,8 +240,8 @@ def test_most_at_once_is_counted_from_starts_and_ends() -> None:
     log = TaskLog([])
     for start, end, worker in [(0, 4, "a"), (1, 2, "b"), (2, 5, "b"), (6, 7, "c")]:
         log.done(Task((TRAIN, 0), 1, BuiltShard((), ()), start, end, worker, 0))
-    assert (log.at_once, log.workers, log.seconds) == (2, 3, 7)
-    assert (TaskLog([]).at_once, TaskLog([]).workers, TaskLog([]).seconds) == (0, 0, 0)
+    assert (log.at_once, log.seconds) == (2, 7)
+    assert (TaskLog([]).at_once, TaskLog([]).seconds) == (0, 0)
 
 
 # ---------------------------------------------------------------------------------- recovery
@@ -578,12 +569,7 @@ def inside_the_cut(row: dict[str, Any], i: int, size: tuple[int, int]) -> Any:
 
 
 def rows_with_cuts(manifest: Manifest, split: str, variant: int) -> dict[str, Any]:
-    tables = [
-        read_row_group(manifest, split, s, g, variant=variant)
-        for s, shard in enumerate(manifest.shards(split, variant))
-        for g in range(len(shard.row_groups))
-    ]
-    table = pa.concat_tables(tables)
+    table = whole_table(manifest, split, variant)
     pictures = decode_pictures(table["image"].combine_chunks())
     return {**decode_rows(table, manifest), "pictures": pictures}
 

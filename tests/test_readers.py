@@ -18,15 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small_coco import annotation_file, write_coco
+from test_shards import make
 
 from hrnet_core.geometry import box_to_center_scale, sanitize_boxes
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.skeleton import COCO17
-from pipelines.config import DataSettings
-from pipelines.preprocess import finish
-from pipelines.shards.build import build_shard
-from pipelines.shards.plan import finished_shards, plan_shards
-from pipelines.sources.coco import read_coco
 
 TRAIN, VAL = "train2017", "val2017"
 SIZE = (64, 96)
@@ -42,12 +37,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six people with two views each in two shards, lossless; two people in one."""
     folder = tmp_path_factory.mktemp("shards") / "set"
-    sizes = {"input_size": SIZE, "people_per_shard": 4, "row_group_people": 2, "variants": 2}
-    data = DataSettings(root=str(coco), shards=str(folder), image_format="png", **sizes)
-    splits = [read_coco(data.root, name, COCO17) for name in (TRAIN, VAL)]
-    works = [work for split in splits for work in plan_shards(split, data)]
-    finished_shards(works, data.shards)
-    finish(splits, works, {work.key: build_shard(work) for work in works}, data)
+    make(coco, folder, input_size=SIZE, people_per_shard=4, row_group_people=2, variants=2)
     return folder
 
 

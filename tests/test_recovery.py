@@ -127,9 +127,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_kill_9_of_the_command_and_again(coco: Path, tmp_path: Path, plain: list[str]) -> None:
-    """The real command on Ray, killed with all its processes as its first shard appears."""
-    whole = preprocess(config(coco, tmp_path / "whole"))
-    process = command(coco, tmp_path / "s")
+    """The real command on Ray, killed with all its processes as its first shard, of one file, appears."""
+    one = SMALL + " --data.variants 1"
+    whole = preprocess(config(coco, tmp_path / "whole", one))
+    process = command(coco, tmp_path / "s", one)
     wait_for_shard(process, tmp_path / "s")
     told = kill(process)
     there = [f"data/{path.name}" for path in shards(tmp_path / "s")]
@@ -137,7 +138,7 @@ def test_kill_9_of_the_command_and_again(coco: Path, tmp_path: Path, plain: list
     check_whole(tmp_path / "s")
     before = {name: os.stat(tmp_path / "s" / name).st_mtime_ns for name in there}
     plain.clear()
-    assert preprocess(config(coco, tmp_path / "s")).digest == whole.digest
+    assert preprocess(config(coco, tmp_path / "s", one)).digest == whole.digest
     assert set(plain) & set(there) == set(), "finished shards are used as they are"
     assert {name: os.stat(tmp_path / "s" / name).st_mtime_ns for name in there} == before
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")

@@ -68,12 +68,12 @@ def copy(pristine: Manifest, tmp_path: Path) -> Path:
 
 def rows(manifest: Manifest, split: str = TRAIN, variant: int = 0) -> dict[str, Any]:
     """All rows of a split as arrays."""
-    parts = [
-        read_row_group(manifest, split, s, g, variant=variant)
-        for s, shard in enumerate(manifest.shards(split, variant))
-        for g in range(len(shard.row_groups))
-    ]
-    return decode_rows(pa.concat_tables(parts), manifest)
+    return decode_rows(whole_table(manifest, split, variant), manifest)
+
+
+def whole_table(manifest: Manifest, split: str, variant: int = 0) -> pa.Table:
+    groups = manifest.row_groups(split)
+    return pa.concat_tables([read_row_group(manifest, split, *group, variant=variant) for group in groups])
 
 
 # ---------------------------------------------------------------------------------- what is written

@@ -79,27 +79,23 @@ class SplitFigures:
 
     visibility: NDArray[np.int64]
     """(K, 3): people whose keypoint is not labelled, hidden, seen."""
-    heights: Histogram
-    widths: Histogram
-    areas: dict[str, int]
     labelled: NDArray[np.int64]
     """(K + 1,): people with so many labelled keypoints."""
-    crowding: NDArray[np.int64]
-    """Photos with so many people in the dataset; grows as needed."""
     views: list[ViewFigures]
+    crowding: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    """Photos with so many people in the dataset; grows as needed."""
+    heights: Histogram = field(default_factory=lambda: Histogram(LENGTHS))
+    widths: Histogram = field(default_factory=lambda: Histogram(LENGTHS))
+    areas: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AREAS, 0))
 
 
 def figures_of(manifest: Manifest, split: str) -> SplitFigures:
     """Figures of all rows of a split, added up a row group at a time."""
     num_keypoints = manifest.recipe.skeleton.num_keypoints
     figures = SplitFigures(
-        visibility=np.zeros((num_keypoints, 3), np.int64),
-        heights=Histogram(LENGTHS),
-        widths=Histogram(LENGTHS),
-        areas=dict.fromkeys(AREAS, 0),
-        labelled=np.zeros(num_keypoints + 1, np.int64),
-        crowding=np.zeros(1, np.int64),
-        views=[ViewFigures() for _ in range(manifest.variants(split))],
+        np.zeros((num_keypoints, 3), np.int64),
+        np.zeros(num_keypoints + 1, np.int64),
+        [ViewFigures() for _ in range(manifest.variants(split))],
     )
     for index, shard in enumerate(manifest.shards(split)):
         image_ids = []  # a photo's people share a shard, not always a row group

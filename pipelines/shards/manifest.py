@@ -1,9 +1,4 @@
-"""The preprocessed dataset: columns, schema metadata, manifest; write, read, verify.
-
-    SHARDS/manifest.json                      written last: no manifest, no dataset
-    SHARDS/data/<split>[-v<variant>]-00000-of-000NN.parquet
-    SHARDS/rejected.parquet                   what was left out, and why
-    SHARDS/README.md, croissant.json          for readers without our code
+"""The preprocessed dataset as a whole (its files and columns: docs/contracts.md): write, read, verify.
 
 A row is one view of one person. The files of a split's variants hold the same people in the same order:
 row i of row group g of shard s is one person in every variant.
@@ -60,9 +55,6 @@ def dataset_digest(fields: Mapping[str, Any]) -> str:
     shards = sorted(shard["sha256"] for split in splits.values() for shard in split["shards"])
     text = canonical_json([SCHEMA_VERSION, fields["config"], annotations, shards])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------- read
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,12 +106,11 @@ def finished_shards(works: Sequence[ShardWork], folder: str) -> dict[tuple[str, 
 
     DataError where the folder holds something that this plan would not write: nothing of it is touched.
     """
-    files, root = open_folder(folder)
     try:
         with answering(folder):
             check_target(folder, works)
         if not is_uri(folder):  # a bucket has no folders, only names
-            files.create_dir(f"{root}/data", recursive=True)
+            os.makedirs(f"{absolute(folder)}/data", exist_ok=True)
         remove_leftovers(folder)
     except OSError as error:
         raise DataError(cannot_write(folder, error)) from None
@@ -145,7 +145,7 @@ def check_target(folder: str, works: Sequence[ShardWork]) -> None:
             raise DataError(f"data.shards: {folder}: no bucket {bucket!r}. Make it, or check the name.")
         return
     if files.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
-        _check_same_plan(join(folder, MANIFEST), folder, works)
+        _check_same_plan(folder, works)
     inside = {i.base_name for i in files.get_file_info(fs.FileSelector(root))}
     shards = files.get_file_info(fs.FileSelector(f"{root}/data", allow_not_found=True))
     inside |= {f"data/{i.base_name}" for i in shards}
@@ -158,7 +158,8 @@ def check_target(folder: str, works: Sequence[ShardWork]) -> None:
         )
 
 
-def _check_same_plan(path: str, folder: str, works: Sequence[ShardWork]) -> None:
+def _check_same_plan(folder: str, works: Sequence[ShardWork]) -> None:
+    path = join(folder, MANIFEST)
     try:
         theirs = json.loads(read_file(path))
         plans = {name: split["plan"] for name, split in theirs["splits"].items()}

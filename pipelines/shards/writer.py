@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from pipelines.shards.schema import COLUMNS, REJECTED, Shard, canonical_json
 from pipelines.sources.records import Rejection
-from pipelines.storage import join, read_file, sha256_of, write_whole, writing
+from pipelines.storage import join, read_file, sha256_of, writing
 
 
 @contextlib.contextmanager
@@ -104,8 +104,6 @@ def inspect_shard(folder: str, path: str, variant: int) -> tuple[str, tuple[Reje
 
 def write_rejected(file: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """rejected.parquet from rows with the fields of REJECTED. Returns its sha256."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=REJECTED), buffer, compression="zstd")
-    content = buffer.getvalue().to_pybytes()
-    write_whole(file, content)
-    return hashlib.sha256(content).hexdigest()
+    with writing(file) as part:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=REJECTED), part, compression="zstd")
+        return hashlib.sha256(part.read_bytes()).hexdigest()

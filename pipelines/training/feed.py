@@ -57,10 +57,6 @@ class EpochOrder:
     window_groups: int
     """A lane is shuffled in windows of this many row groups (of the largest size)."""
 
-    def __post_init__(self) -> None:
-        if self.batch_size % self.lanes:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
-
     @property
     def rows(self) -> int:
         return sum(self.group_rows)

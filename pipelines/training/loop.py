@@ -26,7 +26,7 @@ from hrnet_core.loss import joints_mse
 from hrnet_core.model import normalize
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import TrainSettings
-from pipelines.training.console import print_epoch, print_step
+from pipelines.progress import time_left
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
 from pipelines.training.feed import Batch
@@ -93,7 +93,8 @@ def train_epoch(run: Training) -> None:
             at.samples += batch.total
             if at.total_steps % settings.log_every == 0 or at.step == steps:
                 if log_interval(run, interval) and at.step < steps:
-                    if not all_finite(run.model):
+                    finite = [p.detach().isfinite().all() for p in run.model.parameters()]
+                    if not torch.stack(finite).all():  # the same on every rank
                         raise diverged(run, "weights")
                     save(run)
                 interval = Interval()
@@ -228,11 +229,6 @@ def _diverged_in(run: Training, interval: Interval, wrong: list[int]) -> Diverge
     return diverged(run, f"epoch {run.standing.epoch + 1}, batch {batch}", rows)
 
 
-def all_finite(model: nn.Module) -> bool:
-    """Whether every weight is a number; the same on every rank."""
-    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
-
-
 def diverged(run: Training, where: str, ann_ids: Sequence[int] = ()) -> Diverged:
     rows = f" The rows of that batch: ann_id {', '.join(map(str, ann_ids))}." if ann_ids else ""
     return Diverged(
@@ -268,3 +264,41 @@ def score_epoch(run: Training) -> dict[str, float]:
         draw_pictures(run, found)
         run.log.flush()
     return figures
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def print_epoch(run: Training, figures: dict[str, float]) -> None:
+    """One line an epoch, from rank 0; figures: of score_epoch, empty where the epoch was not scored."""
+    if run.log is None:
+        return
+    at = run.standing
+    rows = [r for r in run.log.rows if "train/loss" in r and r["step"] > at.total_steps - run.feed.steps]
+    loss, speed, wait = (
+        sum(row[f"train/{name}"] for row in rows) / max(1, len(rows))
+        for name in ("loss", "samples_per_s", "data_wait")
+    )
+    ap = f"AP {figures['val_gt/AP']:.3f} (best {at.best_ap:.3f})  " if figures else ""
+    _say(run, f"epoch {at.epoch}/{run.config.train.epochs}  loss {loss:.6f}  {ap}", speed, wait)
+
+
+def print_step(run: Training, figures: dict[str, float]) -> None:
+    """A line inside a long epoch; figures: the row of metrics just written."""
+    at = run.standing
+    if at.step == run.feed.steps or not run.line_due():
+        return
+    _say(
+        run,
+        f"  epoch {at.epoch + 1}, batch {at.step}/{run.feed.steps}  loss {figures['train/loss']:.6f}  ",
+        figures["train/samples_per_s"],
+        figures["train/data_wait"],
+    )
+
+
+def _say(run: Training, head: str, speed: float, wait: float) -> None:
+    """The line with its end: speed, data wait, and the time that is left at the speed so far."""
+    at = run.standing
+    steps = run.config.train.epochs * run.feed.steps - at.total_steps
+    left = f"  {time_left(at.seconds / max(1, at.total_steps) * steps)}" if steps else ""
+    print(f"{head}{speed:.0f} images/s  data wait {wait:.0%}{left}", flush=True)

@@ -361,7 +361,7 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     from hrnet_core import images
     from hrnet_core.heatmaps import HeatmapCodec
     from hrnet_core.skeleton import COCO17
-    from pipelines import preprocess
+    from pipelines import preprocess, storage
     from pipelines.config import DataSettings
     from pipelines.shards import build, writer
     from pipelines.shards.plan import finished_shards, plan_shards
@@ -384,20 +384,20 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
         (images, "_decode", "imdecode"),
         (build, "crop_people", "warpAffine"),
         (build, "_encode", "imencode"),
-        (build, "_person_columns", "boxes, matrices, places"),
-        (build, "_view_columns", "boxes, matrices, places"),
-        (build, "keypoints_in_view", "boxes, matrices, places"),
+        (build, "_placed", "boxes, matrices, places"),
+        (build, "_columns", "boxes, matrices, places"),
         (HeatmapCodec, "factors", "Gaussians"),
         (build, "float16_heatmaps", "Gaussians"),
         (writer.ShardWriter, "write", "Parquet"),
         (writer.ShardWriter, "finish", "hash and publish the shard"),
+        (storage, "put_in_place", "hash and publish the shard"),
         (build, "build_shard", "the rest"),
     ):
         watch.watch(owner, name, step)
     figures = {shard.key: build.build_shard(shard) for shard in works}
     mine = watch.stop()
     preprocess.finish(splits, works, figures, data)
-    people = sum(shard.people for shard in works)
+    people = sum(len(shard.people) for shard in works)
 
     (work / "limit").mkdir(exist_ok=True)
     files = plans(coco, work / "shards", work)
