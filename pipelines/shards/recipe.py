@@ -46,5 +46,4 @@ class Recipe:
     @cached_property
     def augmentation(self) -> Augmentation:
         """How far the views may differ from the plain one."""
-        names = Augmentation.__dataclass_fields__
-        return Augmentation(**{name: getattr(self.settings, name) for name in names})
+        return Augmentation(**self.settings.model_dump(include=set(Augmentation.__dataclass_fields__)))
