@@ -199,8 +199,7 @@ def _read(file: str | Path, use_area: bool) -> _Annotator:
 
 def match_people(read: Sequence[_Annotator]) -> Repeated:
     """The people of the first file with their partners in the others; those without any are left out."""
-    first = read[0].people
-    others = [annotator.people for annotator in read[1:]]
+    first, *others = (annotator.people for annotator in read)
     by_id = all(_same_ids(first, other) for other in others)
     own = np.arange(len(first))
     partners = np.array([own, *(own if by_id else _by_box(first, other) for other in others)])

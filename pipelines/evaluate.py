@@ -18,8 +18,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,9 @@ from pipelines.storage import write_json, write_whole
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
     from hrnet_core.predictor import PosePredictor
+
+PhotoGroup = tuple[tuple[Photo, ...], People]
+"""A work unit: some photographs and the people that are asked about, in order."""
 
 
 def evaluate(
@@ -90,12 +93,8 @@ def evaluate(
         "median_oks": float(np.median(matched.oks)) if len(matched.oks) else 0.0,
         "left_out": dict(Counter(of.left_out)),
     }
-    metric = "eval_gt" if of.boxes is None else "eval_det"
-    protocol = protocol_of(of, spec, settings, done.mode)
-    evaluation = Evaluation(stats, metric, protocol, figures, Path(out))
-    paths = {photo.image_id: photo.path for photo in of.split.photos}
-    sheets = contact_sheets(matched, paths, spec.skeleton, Path(out) / "overlays", settings.max_pixels)
-    files = _write(evaluation, results, matched, sheets, spec, str(checkpoint), report)
+    evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, Path(out))
+    files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)
     shutil.rmtree(Path(out) / UNFINISHED, ignore_errors=True)
     if track is None:
         return evaluation
@@ -103,23 +102,15 @@ def evaluate(
 
     # An alias may have moved meanwhile; a folder is known by its weights.
     ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
-    version = record_evaluation(ref, stats, protocol, files, track=track, storage=storage)
+    version = record_evaluation(ref, stats, evaluation.protocol, files, track=track, storage=storage)
     return replace(evaluation, version=version)
-
-
-@dataclass(frozen=True, eq=False)
-class PhotoGroup:
-    """A work unit: some photographs and the people that are asked about, in order."""
-
-    photos: tuple[Photo, ...]
-    people: People
 
 
 def group_photos(of: EvaluationSet, people: int) -> list[PhotoGroup]:
     """Photographs in order, cut into work units of at most `people` boxes (or one photo that has more)."""
     groups = cut(of.photos, lambda asked: asked[1].stop - asked[1].start, people)
     return [
-        PhotoGroup(tuple(photo for photo, _ in group), of.asked[group[0][1].start : group[-1][1].stop])
+        (tuple(photo for photo, _ in group), of.asked[group[0][1].start : group[-1][1].stop])
         for group in groups
     ]
 
@@ -130,7 +121,8 @@ def answer(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettin
 
     COCO's annotations live on stored pixels: EXIF orientation is ignored, as published.
     """
-    people, opened = group.people, [open_photo(photo, settings.max_pixels) for photo in group.photos]
+    photos, people = group
+    opened = [open_photo(photo, settings.max_pixels) for photo in photos]
     if rejected := [one for one in opened if isinstance(one, Rejection)]:
         return Outcome(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in rejected))
     # A clipped box may have lost its width or height; the crop follows from the other side.
@@ -198,12 +190,13 @@ def _write(
     evaluation: Evaluation,
     results: list[dict[str, Any]],
     matched: Matched,
-    sheets: Mapping[str, Path],
+    of: EvaluationSet,
     spec: CheckpointSpec,
+    max_pixels: int,
     checkpoint: str,
     report: str | Path | None,
 ) -> list[Path]:
-    """results.json, evaluation.json and the page; returns all files of the evaluation."""
+    """results.json, evaluation.json, overlays and the page; returns the files."""
     content, summary = json.dumps(results, allow_nan=False), evaluation.folder / "evaluation.json"
     made = {
         "checkpoint": checkpoint,
@@ -215,6 +208,8 @@ def _write(
     found = {key: getattr(evaluation, key) for key in ("metric", "stats", "protocol", "figures")}
     write_whole(evaluation.results_file, content)
     write_json(summary, {**found, **made, "results_sha256": hashlib.sha256(content.encode()).hexdigest()})
+    paths = {photo.image_id: photo.path for photo in of.split.photos}
+    sheets = contact_sheets(matched, paths, spec.skeleton, evaluation.folder / "overlays", max_pixels)
     files = [evaluation.results_file, summary, *sheets.values()]
     if report is not None:
         write_report(report, evaluation, matched, sheets, spec.skeleton, made)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +138,9 @@ def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
 
 
 def _by_image(file: Path) -> dict[int, list[list[float]]]:
-    people: dict[int, list[list[float]]] = defaultdict(list)
-    for result in json.loads(file.read_text()):
-        people[result["image_id"]].append(result["keypoints"])
-    return people
+    """Keypoints of the people of each image: results are in order of their images."""
+    groups = itertools.groupby(json.loads(file.read_text()), key=itemgetter("image_id"))
+    return {image_id: [result["keypoints"] for result in results] for image_id, results in groups}
 
 
 def _timed_on_ray(

@@ -30,7 +30,7 @@ from pipelines.poses.plan import Plan, make_plan
 from pipelines.poses.units import UNFINISHED, Outcomes, run_units
 from pipelines.poses.worker import Worker
 from pipelines.sources.boxes import read_boxes
-from pipelines.sources.media import Listing, list_media
+from pipelines.sources.media import Media, list_media
 from pipelines.storage import write_json
 
 if TYPE_CHECKING:
@@ -101,21 +101,21 @@ def predict(
     with local_checkpoint(checkpoint, track, storage) as found:
         spec = read_spec(found.folder)
         check_formats(settings.formats, spec.skeleton)
-        listing = list_media(sources, exclude=out or Path(storage) / "predictions")
+        media, passed_over = list_media(sources, exclude=out or Path(storage) / "predictions")
         given = read_boxes(boxes, settings.score_threshold or 0.0) if boxes is not None else None
         people = None
         if detector is not None:
             people = PersonDetector.load(detector, settings.cpus_per_worker, settings.use_gpu)
-        plan = make_plan(listing, given, people, settings, spec)
-        out = Path(out) if out is not None else _default_folder(storage, listing, plan)
+        plan = make_plan(media, given, people, settings, spec)
+        out = Path(out) if out is not None else _default_folder(storage, media[0], plan)
         if (done := _finished(out, plan)) is not None:
             return done
         start, store = time.monotonic(), out / UNFINISHED / plan.digest
         work = Worker(settings, people)
         outcomes = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
     rows = _rows(plan.rejected, outcomes.answers)
-    counts, rejected = write_all(rows, listing.media, out, settings, spec.skeleton)
-    summary = _summary(plan, listing, settings, spec, outcomes) | {
+    counts, rejected = write_all(rows, media, out, settings, spec.skeleton)
+    summary = _summary(plan, passed_over, settings, spec, outcomes) | {
         "checkpoint": found.name,
         "counts": dict(+counts),
         "rejected": dict(rejected),
@@ -126,9 +126,9 @@ def predict(
     return Prediction(out, summary, outcomes.people_per_second)
 
 
-def _default_folder(storage: str | Path, listing: Listing, plan: Plan) -> Path:
-    first = Path(listing.media[0].name).parts[0]
-    return Path(storage) / "predictions" / f"{Path(first).stem}-{plan.digest[:8]}"
+def _default_folder(storage: str | Path, first: Media, plan: Plan) -> Path:
+    name = Path(first.name).parts[0]
+    return Path(storage) / "predictions" / f"{Path(name).stem}-{plan.digest[:8]}"
 
 
 def _finished(out: Path, plan: Plan) -> Prediction | None:
@@ -147,7 +147,7 @@ def _finished(out: Path, plan: Plan) -> Prediction | None:
 
 
 def _summary(
-    plan: Plan, listing: Listing, settings: PredictSettings, spec: CheckpointSpec, outcomes: Outcomes
+    plan: Plan, passed_over: int, settings: PredictSettings, spec: CheckpointSpec, outcomes: Outcomes
 ) -> dict[str, Any]:
     """What decides the poses, and what made them."""
     return {
@@ -162,7 +162,7 @@ def _summary(
         "exif": "applied" if settings.exif else "ignored",
         "image_ids": plan.image_ids,
         "formats": list(settings.formats),
-        "passed_over": listing.passed_over,
+        "passed_over": passed_over,
         "predicted": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code_version": code_version(),
         "plan": plan.digest,

@@ -26,7 +26,7 @@ from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines import evaluate as module
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
-from pipelines.evaluate import PhotoGroup, answer, evaluate, group_photos, read_answers
+from pipelines.evaluate import answer, evaluate, group_photos, read_answers
 from pipelines.poses.oks_ap import STATS, evaluate_results
 from pipelines.poses.protocol import _preset, match_people, score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
@@ -240,8 +240,8 @@ def set_of(
 def test_units_hold_whole_photographs_and_at_most_so_many_people() -> None:
     of = set_of(asked({1: [1, 2], 2: [3], 3: [4, 5, 6, 7, 8], 4: [9], 5: [10, 11]}))
     groups = group_photos(of, 3)
-    assert [[p.image_id for p in group.photos] for group in groups] == [[1, 2], [3], [4, 5]]
-    assert [g.people.ann_id.tolist() for g in groups] == [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
+    assert [[p.image_id for p in photos] for photos, _ in groups] == [[1, 2], [3], [4, 5]]
+    assert [people.ann_id.tolist() for _, people in groups] == [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
 
 
 def test_every_box_is_answered_exactly_once_or_it_is_an_error() -> None:
@@ -274,7 +274,7 @@ def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> No
     exif[0x0112] = 6
     stored = Image.open(dots["root"] / "val2017" / "picture-0.png")
     stored.save(tmp_path / "0.jpg", quality=100, subsampling=0, exif=exif)
-    group = PhotoGroup((Photo(1, "0.jpg", str(tmp_path / "0.jpg"), 200, 160),), asked({1: [1]}))
+    group = (Photo(1, "0.jpg", str(tmp_path / "0.jpg"), 200, 160),), asked({1: [1]})
     seen = []
 
     class Spy:

@@ -636,13 +636,13 @@ def test_folders_globs_and_uris_name_their_files(dots: dict[str, Any], tmp_path:
         (folder / name).write_bytes(b"x")
 
     def names(*sources: Any, exclude: Any = None) -> list[str]:
-        return [m.name for m in list_media([str(s) for s in sources], exclude).media]
+        return [m.name for m in list_media([str(s) for s in sources], exclude)[0]]
 
     everything = ["100%.jpg", "a.png", "b.JPG", "deep/c.webp", "deep/d.mp4"]
     uri = f"file://{folder}".replace(" ", "%20")
     assert names(folder) == names(uri) == everything
-    assert list_media([str(folder)]).passed_over == 1
-    assert [m.kind for m in list_media([str(folder)]).media][-2:] == ["picture", "video"]
+    assert list_media([str(folder)])[1] == 1
+    assert [m.kind for m in list_media([str(folder)])[0]][-2:] == ["picture", "video"]
     assert names(f"{folder}/*.png", f"{folder}/**/*.webp") == ["a.png", "c.webp"]
     assert names(f"{uri}/*.*g", f"{uri}/**/*.webp") == ["100%.jpg", "a.png", "deep/c.webp"]
     assert names(f"{uri}/a.png", folder / "x.txt") == ["a.png", "x.txt"]

@@ -88,12 +88,22 @@ def write_all(
     Returns how many pictures, frames and people were answered, and how many rejected, by reason. DataError,
     once all is written, where no picture was usable.
     """
-    counts, left_out = Counter[str](), Counter[str]()
+    counts, left_out, writers = Counter[str](), Counter[str](), list[Write]()
     remove_leftovers(out)
     with contextlib.ExitStack() as files:
         images = files.enter_context(json_list(out / "images.json"))
         rejected = files.enter_context(json_list(out / "rejected.json"))
-        writers = list(_writers(files, media, out, settings, skeleton))
+        if "coco" in settings.formats:
+            results = files.enter_context(json_list(out / "poses.json"))
+            writers.append(lambda image_id, row, poses: results(*poses.to_coco(image_id)))
+        if "parquet" in settings.formats:
+            writers.append(files.enter_context(_table(out / "poses.parquet", skeleton)))
+        if "openpose" in settings.formats:
+            writers.append(_openpose(out / "openpose", media))
+        if "overlays" in settings.formats:
+            writers.append(functools.partial(_overlay, out / "overlays"))
+        if "videos" in settings.formats:
+            writers.append(files.enter_context(_videos(out / "videos", settings)))
         for row in rows:
             if row["reason"] is not None:
                 left_out[row["reason"]] += 1
@@ -117,27 +127,6 @@ def write_all(
             f"{first['detail'].rstrip('.')}. All of them: {out / 'rejected.json'}."
         )
     return counts, left_out
-
-
-def _writers(
-    files: contextlib.ExitStack,
-    media: Sequence[Media],
-    out: Path,
-    settings: PredictSettings,
-    skeleton: Skeleton,
-) -> Iterator[Write]:
-    """One for each format; what they hold open ends with `files`."""
-    if "coco" in settings.formats:
-        results = files.enter_context(json_list(out / "poses.json"))
-        yield lambda image_id, row, poses: results(*poses.to_coco(image_id))
-    if "parquet" in settings.formats:
-        yield files.enter_context(_table(out / "poses.parquet", skeleton))
-    if "openpose" in settings.formats:
-        yield _openpose(out / "openpose", media)
-    if "overlays" in settings.formats:
-        yield functools.partial(_overlay, out / "overlays")
-    if "videos" in settings.formats:
-        yield files.enter_context(_videos(out / "videos", settings))
 
 
 @contextlib.contextmanager

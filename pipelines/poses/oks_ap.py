@@ -60,8 +60,8 @@ def _scorable(truth: GroundTruth, use_area: bool) -> GroundTruth:
     truth.refuse_unscorable()
     people = truth.people
     if not use_area:
-        width, height = people.stated_xywh[:, 2], people.stated_xywh[:, 3]
-        return replace(truth, people=replace(people, area=BOX_AREA * (width * height)))
+        areas = BOX_AREA * people.stated_xywh[:, 2:].prod(axis=1)
+        return replace(truth, people=replace(people, area=areas))
     without = np.isnan(people.area) & ~people.crowd & (people.keypoints[..., 2] > 0).any(axis=1)
     if without.any() or not truth.has_areas:
         who = f"annotation {people.ann_id[without][0]}" if without.any() else "every annotation"

@@ -19,7 +19,7 @@ from pipelines.config import PredictSettings
 from pipelines.poses.formats import Row, rejected_row
 from pipelines.poses.units import cut, digest_of
 from pipelines.sources.boxes import BoxesFile, Entry, number_in
-from pipelines.sources.media import Listing, Media, Video
+from pipelines.sources.media import Media, Video
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -77,37 +77,37 @@ class Plan:
 
 
 def make_plan(
-    listing: Listing,
+    media: Sequence[Media],
     given: BoxesFile | None,
     detector: PersonDetector | None,
     settings: PredictSettings,
     spec: CheckpointSpec,
 ) -> Plan:
     """Pictures and stretches of videos with their boxes, in work units."""
-    entries, unmatched = given.match(listing.media) if given else ({}, [])
-    ids, id_source = _image_ids(listing.media, entries)
+    entries, unmatched = given.match(media) if given else ({}, [])
+    ids, id_source = _image_ids(media, entries)
     rejected: list[Row] = []
     asked: list[Asked] = []
-    for media in listing.media:
-        entry = entries.get(media.name)
+    for one in media:
+        entry = entries.get(one.name)
         if given is not None and entry is None:
             if given.complete:
-                rejected.append(rejected_row(media, "not_in_boxes_file", f"{given.path} does not list it"))
+                rejected.append(rejected_row(one, "not_in_boxes_file", f"{given.path} does not list it"))
                 continue
             entry = Entry()  # a detector that found nobody leaves no trace
         if entry is not None:
-            rejected += [rejected_row(media, "bbox_invalid", why) for why in entry.invalid]
+            rejected += [rejected_row(one, "bbox_invalid", why) for why in entry.invalid]
         boxes, size = (entry.boxes, entry.size) if entry else (None, None)
-        if media.kind == "picture":
-            asked.append(Still(media, boxes, ids.get(media.name), size))
+        if one.kind == "picture":
+            asked.append(Still(one, boxes, ids.get(one.name), size))
             continue
         try:
-            asked += _stretches(media, entry, settings)
+            asked += _stretches(one, entry, settings)
         except ImageError as error:
-            rejected.append(rejected_row(media, error.reason, str(error)))
+            rejected.append(rejected_row(one, error.reason, str(error)))
     source = _boxes_source(given, detector)
     made_by = settings.model_dump(exclude={"num_workers"})
-    digest = digest_of(spec.as_dict(), asked, listing.media, source, made_by)
+    digest = digest_of(spec.as_dict(), asked, media, source, made_by)
     most = 2 * settings.batch_size
 
     def people_of(one: Asked) -> int:

@@ -58,8 +58,6 @@ class Evaluation:
 
     stats: dict[str, float]
     """STATS by name; -1 where the ground truth has no such person."""
-    metric: str
-    """ "eval_gt" (ground-truth boxes) or "eval_det" (a detector's)."""
     protocol: dict[str, Any]
     """What decides the figures. Two evaluations compare where data_digest, boxes, flip_test and preset
     are equal."""
@@ -71,27 +69,26 @@ class Evaluation:
     """The registered model that the figures were recorded with, "hrnet-pose/3"."""
 
     @property
+    def metric(self) -> str:
+        """ "eval_gt" (ground-truth boxes) or "eval_det" (a detector's)."""
+        return "eval_gt" if self.protocol["boxes"] == "gt" else "eval_det"
+
+    @property
     def results_file(self) -> Path:
         return self.folder / "results.json"
 
     def table(self) -> str:
         """The ten figures under their names, the protocol above them and the work below."""
-        return "\n".join(
-            [
-                protocol_line(self.protocol),
-                "  ".join(f"{name:>6}" for name in STATS),
-                "  ".join(f"{self.stats[name]:6.3f}" for name in STATS),
-                work_line(self.figures),
-            ]
-        )
+        names = "  ".join(f"{name:>6}" for name in STATS)
+        values = "  ".join(f"{self.stats[name]:6.3f}" for name in STATS)
+        return "\n".join([protocol_line(self.protocol), names, values, work_line(self.figures)])
 
 
 def protocol_line(protocol: dict[str, Any]) -> str:
     """One line that says what the figures are of."""
-    p = protocol
+    p, (width, height) = protocol, protocol["input_size"]
     boxes = "ground-truth boxes" if p["boxes"] == "gt" else f"detector boxes {p['boxes_file']}"
     flip = "flip test" if p["flip_test"] else "no flip test"
-    width, height = p["input_size"]
     nms = "soft OKS-NMS" if p["soft_nms"] else "OKS-NMS"
     return (
         f"{p['split']}, {boxes}, {flip}, {nms} {p['oks_nms']:g}, preset {p['preset']}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +36,7 @@ class Worker:
 
     settings: PredictSettings
     detector: PersonDetector | None = None
-    _video: Video | None = field(default=None, repr=False)
+    _video: Video | None = None
 
     def __call__(self, unit: Sequence[Asked], predictor: PosePredictor) -> Outcome:
         rows: list[Row] = []
@@ -85,10 +85,7 @@ class Worker:
     def _read(self, unit: Sequence[Asked]) -> Iterator[_Seen]:
         """Pictures and frames one after the other, decoded; those that cannot be used without an image."""
         for asked in unit:
-            if isinstance(asked, Stretch):
-                yield from self._read_frames(asked)
-            else:
-                yield self._read_picture(asked)
+            yield from self._read_frames(asked) if isinstance(asked, Stretch) else [self._read_picture(asked)]
 
     def _read_picture(self, asked: Still) -> _Seen:
         media, settings = asked.media, self.settings
@@ -106,11 +103,14 @@ class Worker:
     def _read_frames(self, asked: Stretch) -> Iterator[_Seen]:
         """Frames of a stretch. A video that ends too early says so once."""
         media, start, stop, expected = asked.media, asked.start, asked.stop, asked.expected
-        try:
-            video = self._open(media.uri, start)
-        except ImageError as error:
-            yield _Seen(rejected_row(media, error.reason, str(error)))
-            return
+        video = self._video
+        if video is None or video.uri != media.uri or video.position > start:  # else it goes on there
+            self._video = video = None  # the next may not open
+            try:
+                self._video = video = Video(media.uri, self.settings.max_pixels)
+            except ImageError as error:
+                yield _Seen(rejected_row(media, error.reason, str(error)))
+                return
         if not video.skip_to(start):
             return  # it ended in an earlier stretch, which told
         row: Row = {"name": media.name, "uri": media.uri, "exif_rotated": False}
@@ -122,13 +122,6 @@ class Worker:
         if video.position == 0 or video.position < wanted - tolerated:
             detail = f"no frame can be read after {video.position}, its header promises {expected}"
             yield _Seen(rejected_row(media, "video_cut_off", detail, video.position))
-
-    def _open(self, uri: str, start: int) -> Video:
-        """The video at or before a frame; the one that is open, if it goes on there."""
-        if self._video is None or self._video.uri != uri or self._video.position > start:
-            self._video = None  # the next may not open
-            self._video = Video(uri, self.settings.max_pixels)
-        return self._video
 
     def _seen(self, row: Row, image: NDArray[np.uint8], boxes: NDArray[np.float32] | None) -> _Seen:
         """A decoded picture with its boxes: given, found, or none."""

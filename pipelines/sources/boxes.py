@@ -61,10 +61,9 @@ class BoxesFile:
         found: dict[str, Entry] = {}
         used = set()
         for one in media:
-            keys = [one.name]
-            keys += [base] if last[base := posixpath.basename(one.name)] == 1 else []
-            keys += [digits] if number[digits := number_in(one.name)] == 1 else []
-            key = next((k for k in keys if k in self.entries), None)
+            base, digits = posixpath.basename(one.name), number_in(one.name)
+            keys = ((one.name, 1), (base, last[base]), (digits, number[digits]))
+            key = next((key for key, uses in keys if uses == 1 and key in self.entries), None)
             if key is not None:
                 found[one.name] = self.entries[key]
                 used.add(key)

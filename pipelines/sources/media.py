@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import itertools
 import os
 import posixpath
 import re
@@ -48,16 +49,9 @@ class Media:
     modified_ns: int
 
 
-@dataclass(frozen=True)
-class Listing:
-    media: tuple[Media, ...]
-    """In the order of the sources, each folder and glob by name; every file once."""
-    passed_over: int
-    """Files of folders that are neither pictures nor videos by name."""
-
-
-def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> Listing:
-    """What the sources name. DataError for a source that names nothing.
+def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> tuple[tuple[Media, ...], int]:
+    """What the sources name, in their order, each folder and glob by name and every file once; and how many
+    files of folders are neither pictures nor videos by name. DataError for a source that names nothing.
 
     exclude: a folder whose files do not count: the one that is written into.
     """
@@ -77,7 +71,7 @@ def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> Lis
         passed_over += passed
         for media in some:
             found.setdefault(media.uri, media)
-    return Listing(_with_unique_names(found.values()), passed_over)
+    return _with_unique_names(found.values()), passed_over
 
 
 def _of_path(source: str) -> tuple[list[Media], int]:
@@ -137,10 +131,8 @@ def _with_unique_names(media: Iterable[Media]) -> tuple[Media, ...]:
     unique = []
     for one in media:
         stem, suffix = os.path.splitext(one.name)
-        name, count = one.name, 1
-        while name in taken:
-            count += 1
-            name = f"{stem}-{count}{suffix}"
+        others = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([one.name], others) if name not in taken)
         taken.add(name)
         unique.append(replace(one, name=name))
     return tuple(unique)

@@ -60,7 +60,7 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> Split:
     origin: dict[int, str] = {}
     passed: Counter[str] = Counter()
     for one in found:
-        content = one.content or b""
+        content, label = one.content or b"", _label_name(one.name)
         digest.update(f"{printable(one.name)}\0{len(content)}\0".encode() + content)
         lines = _lines(content.decode(errors="replace"), person, passed)
         if one.problem:
@@ -70,10 +70,10 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton) -> Split:
         images[one.image_id] = ImageEntry(one.image_id, one.name, *one.size)
         if not content.strip():
             reason, detail = ("no_label", "no file") if one.content is None else ("empty_label", "no line")
-            rejected.append(Rejection(reason, one.name, one.image_id, None, f"{one.label}: {detail}", 0))
+            rejected.append(Rejection(reason, one.name, one.image_id, None, f"{label}: {detail}", 0))
         for number, fields in lines:
             identity = len(origin) + 1
-            origin[identity] = f"{one.label} line {number}"
+            origin[identity] = f"{label} line {number}"
             if _number(fields[0]) == person:
                 bbox, keypoints = _row(fields, one, skeleton)
                 rows.append(Annotation(identity, one.image_id, bbox=bbox, keypoints=keypoints))
@@ -203,10 +203,8 @@ class _Picture:
 
     image_id: int
     name: str
-    label: str
-    """The label file's name."""
     content: bytes | None
-    """What is in it; None where there is no such file."""
+    """What is in the label file; None where there is none."""
     size: tuple[int, int] = (0, 0)
     """(width, height)"""
     problem: ImageError | None = None
@@ -230,8 +228,8 @@ def _read_pictures(pictures: str, labels: str) -> tuple[list[_Picture], list[Rej
         try:
             size = _size(join(pictures, name), label, content, uses[label] > 1)
         except ImageError as error:
-            return _Picture(image_id, name, label, content, problem=error)
-        return _Picture(image_id, name, label, content, size)
+            return _Picture(image_id, name, content, problem=error)
+        return _Picture(image_id, name, content, size)
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(look, range(1, len(names) + 1), names))
@@ -301,16 +299,15 @@ def _row(fields: list[str], picture: _Picture, skeleton: Skeleton) -> tuple[list
     box, points = fields[1:5], fields[5:]
     if len(points) != 3 * skeleton.num_keypoints:
         return box, points
-    bbox = [_px(text, side) for text, side in zip(box, 2 * picture.size, strict=True)]
+    width, height = picture.size
+    bbox = [_px(text, side) for text, side in zip(box, (width, height) * 2, strict=True)]
     x, y, w, h = bbox
     if not any(isinstance(value, str) for value in bbox):
         bbox = [x - w / 2, y - h / 2, w, h]  # type: ignore[operator]
     keypoints: list[float | str] = []
-    for start in range(0, len(points), 3):
-        *place, shown = points[start : start + 3]
+    for px, py, shown in zip(points[::3], points[1::3], points[2::3], strict=True):
         visible = _number(shown)
-        keypoints += [_px(text, side, visible != 0) for text, side in zip(place, picture.size, strict=True)]
-        keypoints.append(visible)
+        keypoints += [_px(px, width, visible != 0), _px(py, height, visible != 0), visible]
     return bbox, keypoints
 
 

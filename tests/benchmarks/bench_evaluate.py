@@ -9,7 +9,6 @@ machine meets both alike. One thread. Exit code 1 where a limit is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -33,11 +32,10 @@ from hrnet_core.model import HRNet
 from hrnet_core.modes import EXACT_ENOUGH, MODES, unusable
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import EvaluateSettings
-from pipelines.evaluate import answer_unit, plan_units
+from pipelines.evaluate import answer, group_photos
 from pipelines.export import _answers
-from pipelines.poses.oks_ap import evaluate_results
-from pipelines.poses.protocol import to_results
-from pipelines.sources.evaluation_set import read_people
+from pipelines.poses.protocol import score_poses
+from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
 
 W32 = HRNetConfig()
 SIZE = (192, 256)
@@ -176,9 +174,8 @@ def whole_evaluation(root: Path, network: HRNet, batch: int = 8, units_timed: in
     """People/s from file bytes to answers, as an actor works, against the bare forward of as many crops."""
     spec = CheckpointSpec(W32, HeatmapCodec("official", SIZE))
     settings = EvaluateSettings(batch_size=batch)
-    people = read_people(root, "val2017", None, settings, spec.skeleton)
-    unit = plan_units(people.photos, 2 * batch)[0]
-    count = sum(len(photo["ids"]) for photo in unit)
+    unit = group_photos(read_evaluation_set(root, "val2017", None, settings, spec.skeleton), 2 * batch)[0]
+    count = len(unit[1])
     for mode in ("float32", "bfloat16"):
         predictor = PosePredictor(network, spec, "cpu", mode)
         images = torch.randn(batch, 3, SIZE[1], SIZE[0]).to(memory_format=predictor._format)
@@ -189,7 +186,7 @@ def whole_evaluation(root: Path, network: HRNet, batch: int = 8, units_timed: in
                     predictor._network(images)
 
         def whole(predictor: PosePredictor = predictor) -> None:
-            answer_unit(unit, predictor, settings)
+            answer(unit, predictor, settings)
 
         ratio, ours, alone = compare(mode, whole, bare, units_timed)
         print(f"{mode}: {count / ours:.2f} people/s with flip test, {count / alone:.2f} in the bare forward")
@@ -207,13 +204,13 @@ def modes(root: Path, network: HRNet, rounds: int, measured: Path | None) -> Non
     known = read_spec(measured).modes["cpu"] if measured else {}
     spec = CheckpointSpec(W32, HeatmapCodec("official", SIZE))
     settings = EvaluateSettings(flip_test=False, batch_size=8)
-    people = read_people(root, "val2017", None, settings, spec.skeleton)
+    people = read_evaluation_set(root, "val2017", None, settings, spec.skeleton)
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (16, SIZE[1], SIZE[0], 3), dtype=np.uint8)
     eager = PosePredictor(network, spec, "cpu", "float32")
     exact = ap_of(people, eager, settings)
     print(
-        f"AP of W32 with a fitted head on {people.split.people} drawn people, float32: {exact:.4f}",
+        f"AP of W32 with a fitted head on {len(people.asked)} drawn people, float32: {exact:.4f}",
         flush=True,
     )
     ratios: dict[int, dict[str, float]] = {1: {}, 16: {}}
@@ -246,9 +243,10 @@ def modes(root: Path, network: HRNet, rounds: int, measured: Path | None) -> Non
         judge(f"W32, best exact-enough mode ({best}) / eager float32, batch {batch}", value, limit)
 
 
-def ap_of(people: Any, predictor: PosePredictor, settings: EvaluateSettings) -> float:
-    results = to_results(_answers(people, predictor, settings), people, predictor.spec, settings)
-    return evaluate_results(json.loads(json.dumps(results)), people.truth)["AP"]
+def ap_of(people: EvaluationSet, predictor: PosePredictor, settings: EvaluateSettings) -> float:
+    found = _answers(people, predictor, settings)
+    answers = found["keypoints"], found["scores"], people.asked, people.split.truth
+    return score_poses(*answers, predictor.spec, settings)[0]["AP"]
 
 
 if __name__ == "__main__":
