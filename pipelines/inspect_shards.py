@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import is_uri, open_folder
+from hrnet_core.locations import is_uri
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
 from pipelines.progress import ProgressLine
 from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, figures_of
 from pipelines.shards.manifest import REPAIR, Manifest
-from pipelines.storage import sha256_of, write_json
+from pipelines.storage import join, sha256_of, write_json
 
 
 def inspect_shards(
@@ -95,9 +95,8 @@ def verify(manifest: Manifest) -> None:
     line = ProgressLine("inspect", len(shards), "shards", "MB")
     manifest.verify(progress=lambda shard: line.add(shard.bytes / 1e6))
     expected = manifest.fields["rejected"]["sha256"]
-    files, root = open_folder(manifest.folder)
     try:
-        found = sha256_of(files, f"{root}/rejected.parquet")
+        found = sha256_of(join(manifest.folder, "rejected.parquet"))
     except OSError:
         found = "missing"
     if found != expected:

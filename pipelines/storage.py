@@ -51,9 +51,10 @@ def answering(place: str) -> Iterator[None]:
         ) from None
 
 
-def sha256_of(files: fs.FileSystem, path: str) -> str:
-    """Hex sha256 of a stored file, read in pieces."""
-    with files.open_input_stream(path) as stream:
+def sha256_of(file: str | Path) -> str:
+    """Hex sha256 of a file (path or URI), read in pieces. Errors as of `read_file`."""
+    files, path = open_folder(str(file))
+    with answering(str(file)), files.open_input_stream(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -29,6 +29,7 @@ from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import storage as files
 from pipelines.config import TrainSettings
+from pipelines.inspect_shards import verify
 from pipelines.preprocess import preprocess
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import read_row_group
@@ -268,6 +269,8 @@ def test_what_goes_on_failing_is_named(bucket: str, server: Bucket, coco: Path, 
     server.faults.append(Fault("GET", shard, 503, "SlowDown"))
     refused(lambda: read_row_group(manifest, TRAIN, 0, 0), shard, "bucket")
     refused(run, shard, "bucket")  # not made again: it may well be whole
+    server.faults[:] = [Fault("GET", "rejected.parquet", 503, "SlowDown")]
+    refused(lambda: verify(manifest), "rejected.parquet: the bucket did not give it")  # nor called missing
     assert is_file(f"{target}/{shard}")
 
 

@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import open_folder
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, SCHEMA_VERSION, Shard, canonical_json
 from pipelines.storage import (
     absolute,
-    answering,
     join,
     list_files,
     read_file,
@@ -154,13 +152,11 @@ class Manifest:
 
         `progress` is called in this thread for each shard in order. DataError names each that differs.
         """
-        files, root = open_folder(self.folder)
         shards = [s for name in (self.splits if splits is None else splits) for s in self.all_shards(name)]
 
         def differs(shard: Shard) -> bool:
             try:
-                with answering(join(self.folder, shard.path)):
-                    return sha256_of(files, f"{root}/{shard.path}") != shard.sha256
+                return sha256_of(join(self.folder, shard.path)) != shard.sha256
             except FileNotFoundError:
                 return True
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from pipelines.shards.schema import COLUMNS, REJECTED, Shard, canonical_json
 from pipelines.sources.records import Rejection
@@ -62,7 +61,7 @@ class ShardWriter:
         self._parquet.add_key_value_metadata({"hrnet_figures": canonical_json(figures)})
         self._parquet.close()
         self._stream.close()
-        digest, rows = sha256_of(fs.LocalFileSystem(), str(self._part)), sum(self._row_groups)
+        digest, rows = sha256_of(self._part), sum(self._row_groups)
         return Shard(path, variant, rows, rows, self._part.stat().st_size, digest, tuple(self._row_groups))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow.fs import LocalFileSystem
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri
@@ -63,7 +62,7 @@ def read_evaluation_set(
     refuse_unusable([(r.file, f"{r.reason}, {r.detail}") for r in labelled.rejected if r.ann_id is None])
     if boxes is not None:
         asked, rejected = read_detections(boxes, labelled, settings.score_threshold)
-        detector = Path(boxes).name, sha256_of(LocalFileSystem(), str(boxes))
+        detector = Path(boxes).name, sha256_of(boxes)
         return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector)
     asked = labelled.people
     if settings.preset == "mmpose":
