@@ -93,11 +93,11 @@ class Evaluate(Section):
     """For `results`: OKS by the annotations' area; without it by the box, for sets that have none."""
     measure_modes: bool = False
     """Evaluate in every execution mode and write the differences into checkpoint.json, for mode auto."""
+    report: str | None = None
+    """Also write one HTML file with figures and pictures here."""
     out: str | None = None
     """Folder for results, report and pictures; default: beside the checkpoint. For `results`: for
     figures.json with all digits."""
-    report: str | None = None
-    """Also write one HTML file with figures and pictures here."""
     evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()

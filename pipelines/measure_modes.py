@@ -64,12 +64,12 @@ def measure_modes(
     checkpoint: str | Path,
     coco_root: str | Path,
     *,
+    modes: Sequence[str] = MODES,
     out: str | Path,
     split: str = "val2017",
     boxes: str | Path | None = None,
     settings: EvaluateSettings = EvaluateSettings(),
     ray: RaySettings = RaySettings(),
-    modes: Sequence[str] = MODES,
 ) -> Measured:
     """Evaluate the checkpoint in every mode that runs here and write the differences into checkpoint.json.
 

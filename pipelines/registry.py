@@ -114,10 +114,10 @@ class Registry:
             if len(found) != 1:
                 raise FileNotFoundError(f"{len(found)} checkpoint.json in it")
         except Exception as error:
-            why = without_credentials(one_line(error))
             raise CheckpointError(
-                f"{name}: the MLflow store {self.tracker.shown} gives no checkpoint folder ({why}). Where "
-                f"its files are gone, name the folder that was registered, runs/NAME/best."
+                f"{name}: the MLflow store {self.tracker.shown} gives no checkpoint folder "
+                f"({without_credentials(one_line(error))}). Where its files are gone, name the folder that "
+                f"was registered, runs/NAME/best."
             ) from None
         return found[0].parent
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import load_checkpoint
+from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, save_checkpoint
 from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
@@ -78,6 +78,13 @@ def write_coco(root: Path, photos: int = 6, people: int = 2, split: str = "val20
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
     return root
+
+
+def write_solved(folder: Path, codec: HeatmapCodec, photos: int = 6) -> tuple[Path, Path]:
+    """FOLDER/coco of 2 people a picture, and FOLDER/checkpoint that finds most of them."""
+    root, checkpoint = write_coco(folder / "coco", photos), folder / "checkpoint"
+    save_checkpoint(checkpoint, fitted_network(root, codec), CheckpointSpec(SMALL, codec))
+    return root, checkpoint
 
 
 def truth_of(root: Path, split: str = "val2017") -> dict[str, Any]:

@@ -268,6 +268,16 @@ def test_every_box_is_answered_exactly_once_or_it_is_an_error() -> None:
         read(answers)
 
 
+class Spy:
+    """A predictor that keeps what it is asked, and answers nothing."""
+
+    spec = SPEC
+
+    def __call__(self, images: Any, **arguments: Any) -> list[Any]:
+        self.images, self.arguments = list(images), arguments
+        raise StopIteration
+
+
 def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> None:
     """COCO's annotations live on stored pixels: turned by 90 degrees the photograph would not fit them."""
     exif = Image.Exif()
@@ -275,18 +285,10 @@ def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> No
     stored = Image.open(dots["root"] / "val2017" / "picture-0.png")
     stored.save(tmp_path / "0.jpg", quality=100, subsampling=0, exif=exif)
     group = (Photo(1, "0.jpg", str(tmp_path / "0.jpg"), 200, 160),), asked({1: [1]})
-    seen = []
-
-    class Spy:
-        spec = SPEC
-
-        def __call__(self, images: Any, **_: Any) -> list[Any]:
-            seen.extend(images)
-            raise StopIteration
-
+    spy = Spy()
     with pytest.raises(StopIteration):
-        answer(group, Spy(), EvaluateSettings())
-    assert np.abs(seen[0].astype(int) - np.asarray(stored.convert("RGB"))).mean() < 3
+        answer(group, spy, EvaluateSettings())
+    assert np.abs(spy.images[0].astype(int) - np.asarray(stored.convert("RGB"))).mean() < 3
 
 
 # --- from answers to results --------------------------------------------------------------------------
@@ -347,17 +349,10 @@ def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) ->
     assert boxes["official"] == [[0, 20, 49, 59], [150, 100, width - 151, height - 101]]
     assert boxes["mmpose"] == [[0, 20, 45, 60], [150, 100, width - 151, height - 101]]
 
-    seen: dict[str, Any] = {}
-
-    class Spy:
-        spec = SPEC
-
-        def __call__(self, images: Any, **arguments: Any) -> list[Any]:
-            seen.update(arguments)
-            raise StopIteration
-
+    spy = Spy()
     with pytest.raises(StopIteration):
-        answer(group_photos(of, 4)[0], Spy(), EvaluateSettings(preset="mmpose", batch_size=5))
+        answer(group_photos(of, 4)[0], spy, EvaluateSettings(preset="mmpose", batch_size=5))
+    seen = spy.arguments
     assert (seen["border"], seen["batch_size"], seen["flip_test"]) == ("mmpose", 5, True)
 
 

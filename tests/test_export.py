@@ -13,9 +13,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from dots import SMALL, fitted_network, rows_here, truth_of, write_coco
+from dots import SMALL, rows_here, truth_of, write_solved
 
-from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_spec, save_checkpoint
+from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_spec
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.modes import MODES, export_onnx
@@ -35,10 +35,7 @@ CODEC = HeatmapCodec("official", (96, 128))
 @pytest.fixture(scope="module")
 def dots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A COCO root with 12 people and a checkpoint that finds most of them."""
-    folder = tmp_path_factory.mktemp("dots")
-    root = write_coco(folder / "coco")
-    save_checkpoint(folder / "checkpoint", fitted_network(root, CODEC), CheckpointSpec(SMALL, CODEC))
-    return root, folder / "checkpoint"
+    return write_solved(tmp_path_factory.mktemp("dots"), CODEC)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ FILES = {
 CALLED_IN: dict[str, set[str]] = {
     "COCOeval": {"pipelines/poses/oks_ap.py"},
     "rescore": {"pipelines/poses/protocol.py", "hrnet_core/results.py"},
-    "to_results": {"pipelines/poses/protocol.py"},
+    "poses_to_results": {"pipelines/poses/protocol.py"},
     "random_view": {"hrnet_core/augment.py"},
     "view_to_crop": {"hrnet_core/augment.py"},
     "judge": {"pipelines/sources/coco.py", "pipelines/sources/yolo.py"},

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from dots import SMALL, cut_short, fitted_network, rows_here, truth_of, write_coco
+from dots import SMALL, cut_short, rows_here, truth_of, write_solved
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,16 +43,14 @@ CODEC = HeatmapCodec("official", (96, 128))
 @pytest.fixture(scope="module")
 def dots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A COCO root of 6 pictures with 2 people each, and a network that finds most of them."""
-    folder = tmp_path_factory.mktemp("dots")
-    root = write_coco(folder / "coco")
-    save_checkpoint(folder / "checkpoint", fitted_network(root, CODEC), CheckpointSpec(SMALL, CODEC))
+    root, checkpoint = write_solved(tmp_path_factory.mktemp("dots"), CODEC)
     annotations = root / "annotations" / "person_keypoints_val2017.json"
     return {
         "pictures": root / "val2017",
         "annotations": annotations,
         "truth": truth_of(root),
-        "checkpoint": folder / "checkpoint",
-        "predictor": PosePredictor.load(folder / "checkpoint", device="cpu", mode="float32", threads=1),
+        "checkpoint": checkpoint,
+        "predictor": PosePredictor.load(checkpoint, device="cpu", mode="float32", threads=1),
     }
 
 

@@ -61,6 +61,7 @@ class ViewFigures:
     """Of one stored view of all people of a split."""
 
     rows: int = 0
+    """One of each person."""
     flipped: int = 0
     rotated: int = 0
     labelled: int = 0

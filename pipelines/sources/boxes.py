@@ -43,6 +43,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class BoxesFile:
+    """A boxes file, read."""
+
     path: str
     sha256: str
     entries: dict[str, Entry]
