@@ -37,7 +37,7 @@ class RunSettings(Section):
     """Folder for checkpoints, pictures, reports and, without a tracking server, MLflow's database."""
 
 
-SOURCES = ("root", "format", "shards", "strict")
+SOURCES = ("root", "format", "category", "shards", "strict")
 """Settings of DataSettings that say where the data is, not what it becomes."""
 
 
@@ -47,6 +47,9 @@ class DataSettings(Section):
     format: Literal["coco", "yolo_pose"] = "coco"
     """coco: annotations/person_keypoints_SPLIT.json beside SPLIT/ with the pictures. yolo_pose: images/ and
     labels/ with a text file a picture; for training, not for AP."""
+    category: str | None = None
+    """Name of the category that is read; "all" joins those with the skeleton's keypoints. Default: person, or
+    the only one that lists keypoints."""
     shards: str = ""
     """Folder or URI of the preprocessed dataset (manifest.json, data/)."""
     train_split: str = "train2017"
@@ -205,6 +208,10 @@ class EvaluateSettings(WorkerSettings):
     """Average with the mirror image, shifted as the codec wants."""
     preset: Literal["official", "mmpose"] = "official"
     """Where the two protocols differ: the box rule and the border of the quarter offset."""
+    category: str | None = None
+    """Name of the category that is scored; "all" joins those of the skeleton. Default: as data.category."""
+    boxes_category: int | None = None
+    """category_id that people have in the detector's file. Default: that of the annotations."""
     score_threshold: float = 0.0
     """Detector boxes below this are left out."""
     keypoint_threshold: float = 0.2
@@ -221,6 +228,8 @@ class PredictSettings(WorkerSettings):
     """Average with the mirror image: twice the work. Default: what the checkpoint says."""
     exif: bool = True
     """Turn pictures as their EXIF says, as viewers do. Off for boxes of stored pixels: COCO's annotations."""
+    boxes_category: int = 1
+    """category_id that people have where --boxes is a list of detections."""
     score_threshold: float | None = None
     """Boxes scoring less are left out. Default: what the detector's declaration says; 0 for a boxes file."""
     draw_threshold: float = 0.3

@@ -179,10 +179,10 @@ def _samples(settings: ServeSettings, skeleton: Skeleton, storage: str) -> str |
 def samples_from_coco(pictures: Path, skeleton: Skeleton, max_pixels: int, into: Path) -> None:
     """ROOT/SPLIT with its annotations -> a samples folder of up to 8 pictures whose people are well seen."""
     from pipelines.sources.coco import read_coco
-    from pipelines.sources.layout import annotations_of
+    from pipelines.sources.layout import locate
     from pipelines.sources.photos import Picture, check_photo
 
-    annotations = annotations_of(pictures.parent, pictures.name)
+    annotations, _ = locate(pictures.parent, pictures.name)
     if not is_file(annotations):
         raise ConfigError(
             f"samples {pictures}: neither boxes.json in it nor {annotations} beside it. Name a folder of "

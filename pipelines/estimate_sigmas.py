@@ -23,7 +23,7 @@ from pycocotools import mask
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton, load_skeleton
-from pipelines.sources.coco import read_annotations
+from pipelines.sources.annotations import read_annotations
 from pipelines.sources.records import BOX_AREA, People
 from pipelines.storage import write_json
 
@@ -188,11 +188,10 @@ def _read(file: str | Path, use_area: bool) -> _Annotator:
         people = replace(people, area=BOX_AREA * people.stated_xywh[:, 2] * people.stated_xywh[:, 3])
     elif not truth.has_areas:
         raise DataError(f"{file}: no annotation has an area. Without areas: --no-use-area.")
-    without = people.ann_id[~(people.area > 0)]
-    if len(without):
+    elif without := read.judged.repaired.get("area_from_box"):
         raise DataError(
-            f"{file}: {len(without)} people have no area above 0, the first is annotation {without[0]}: "
-            f"distances are measured by it. Correct it, or take the person out."
+            f"{file}: {without} people have no area above 0: distances are measured by it. Correct it, take "
+            f"them out, or measure everyone's by the box with --no-use-area."
         )
     return _Annotator(str(file), read.category, people)
 

@@ -92,6 +92,8 @@ def evaluate(
         "people_per_second": round(done.people_per_second, 3),
         "median_oks": float(np.median(matched.oks)) if len(matched.oks) else 0.0,
         "left_out": dict(Counter(of.left_out)),
+        "repaired": dict(of.split.repaired),
+        "doubts": dict(of.doubts),
     }
     evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, Path(out))
     files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)

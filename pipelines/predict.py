@@ -102,7 +102,9 @@ def predict(
         spec = read_spec(found.folder)
         check_formats(settings.formats, spec.skeleton)
         media, passed_over = list_media(sources, exclude=out or Path(storage) / "predictions")
-        given = read_boxes(boxes, settings.score_threshold or 0.0) if boxes is not None else None
+        given = None
+        if boxes is not None:
+            given = read_boxes(boxes, settings.score_threshold or 0.0, settings.boxes_category)
         people = None
         if detector is not None:
             people = PersonDetector.load(detector, settings.cpus_per_worker, settings.use_gpu)

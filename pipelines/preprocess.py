@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from hrnet_core.errors import DataError, PoseError
 from hrnet_core.locations import is_uri
+from hrnet_core.skeleton import load_skeleton
 from pipelines.cluster import quiet_ray_data, ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
@@ -45,7 +46,8 @@ from pipelines.shards.plan import (
 )
 from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
-from pipelines.sources.layout import annotations_of
+from pipelines.sources.doubts import doubts_of, refuse_misread, seen_of
+from pipelines.sources.layout import locate
 from pipelines.sources.records import Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
 from pipelines.storage import absolute, file_sizes, is_file, join, relative
@@ -98,13 +100,15 @@ def _takes_long(data: DataSettings) -> bool:
     far = is_uri(data.root) or is_uri(data.shards)
     if data.format != "coco" or far or is_file(join(absolute(data.shards), MANIFEST)):
         return False
-    (size,) = file_sizes([annotations_of(data.root, data.train_split)])
+    (size,) = file_sizes([locate(data.root, data.train_split)[0]])
     return size > LONG_ANNOTATIONS
 
 
 def _plan(data: DataSettings) -> tuple[list[Split], list[ShardWork], Built]:
     """Both splits, their shards, and those that are there."""
     splits = [read_split(data.root, name, data) for name in split_names(data)]
+    for split in splits:
+        refuse_misread(split.annotation_file, doubts_of(seen_of(split), load_skeleton(data.skeleton)))
     if data.strict:
         refuse_rejected([r for split in splits for r in split.rejected])
     works = [work for split in splits for work in plan_shards(split, data)]

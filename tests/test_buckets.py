@@ -281,7 +281,9 @@ def test_a_missing_bucket_and_a_missing_root(bucket: str, coco: Path, plain: lis
     refused(lambda: Manifest.load(f"{missing}/s"), f"{missing}/s", "no manifest.json")
     upload(coco, f"{bucket}/coco")
     refused(
-        lambda: read_coco(f"{bucket}/coco", "test2017", COCO17), "test2017.json", "person_keypoints_train"
+        lambda: read_coco(f"{bucket}/coco", "test2017", COCO17),
+        "test2017.json",
+        "Splits with annotations here: train2017",
     )
     assert plain == []
 

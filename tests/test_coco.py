@@ -143,7 +143,9 @@ def _put(field: str, index: int, value: Any) -> Edit:
         ("crowd", _set(iscrowd=1)),
         ("no_keypoints", _set(keypoints=[0] * 51, num_keypoints=0)),
         ("keypoints_length", _set(keypoints=[1, 1, 2] * 16)),
-        ("keypoints_length", _drop("keypoints")),
+        ("no_keypoints", _drop("keypoints")),
+        ("no_keypoints", _set(keypoints=[])),
+        ("no_keypoints", _set(keypoints=None)),
         ("keypoints_length", _set(keypoints="1 1 2")),
         ("keypoints_invalid", _put("keypoints", 3, "12")),
         ("keypoints_invalid", _put("keypoints", 3, None)),
@@ -162,11 +164,6 @@ def _put(field: str, index: int, value: Any) -> Edit:
         ("bbox_invalid", _set(bbox=[50, 20, 10, 0])),
         ("bbox_degenerate", _set(bbox=[500, 20, 10, 30])),
         ("bbox_degenerate", _set(bbox=[50.0, 20.0, 0.5, 0.5])),
-        ("area_not_positive", _set(area=0)),
-        ("area_not_positive", _set(area=-3.5)),
-        ("area_not_positive", _set(area=float("nan"))),
-        ("area_not_positive", _set(area="large")),
-        ("area_not_positive", _drop("area")),
     ],
 )
 def test_one_bad_annotation_costs_one_person(root: Path, reason: str, edit: Edit) -> None:
@@ -179,6 +176,26 @@ def test_one_bad_annotation_costs_one_person(root: Path, reason: str, edit: Edit
     assert rejection.file == f"{TRAIN}-0.jpg"
     assert rejection.detail
     assert rejection.is_defect == (reason not in ("crowd", "no_keypoints"))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _set(area=0),
+        _set(area=-3.5),
+        _set(area=float("nan")),
+        _set(area="large"),
+        _set(area=None),
+        _drop("area"),
+    ],
+)
+def test_without_an_area_above_0_it_is_the_boxs(root: Path, edit: Edit) -> None:
+    with edited(root) as data:
+        edit(data["annotations"][1])
+        box = data["annotations"][1]["bbox"]
+    split = read_coco(root, TRAIN, COCO17)
+    assert split.people.area[1] == 0.53 * (box[2] * box[3])
+    assert split.repaired == {"area_from_box": 1}
 
 
 def test_a_box_partly_outside_is_clipped(root: Path) -> None:
@@ -282,7 +299,7 @@ def test_what_is_not_there_is_named(root: Path) -> None:
     fails(
         root,
         "person_keypoints_val2017.json",
-        "person_keypoints_train2017.json",
+        "Splits with annotations here: train2017",
         "--data.root",
         split="val2017",
     )

@@ -204,7 +204,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused("have no person in common", one, other({**moved, "box": [100, 100, 9, 9], "id": 5}))
     refused("b: nobody's was labelled by two", one, other({**moved, "visible": [2, 0]}))
     refused("have no person in common", one, other({**moved, "iscrowd": 1}))
-    refused(r"1 people have no area above 0, the first is annotation 1", one, other({**moved, "area": 0}))
+    refused("no annotation has an area", one, other({**moved, "area": 0}))
+    nobody = {**moved, "image_id": 3, "area": 0, "id": 9}
+    refused("1 people have no area above 0: distances are measured by it", one, other(moved, nobody))
     refused("cannot be read", one, tmp_path / "gone.json")
     refused("keypoints is 3 entries, not 6 numbers", one, other({**moved, "points": [[1, 2]]}))
     bare = json.loads(one.read_text())

@@ -180,13 +180,11 @@ def test_crowdpose_annotations_are_read(real_data: Path, tmp_path: Path) -> None
     boxes = {a["id"]: a["bbox"] for a in data["annotations"]}
     for ann_id, area in zip(split.people.ann_id.tolist(), split.people.area, strict=True):
         assert area == pytest.approx(0.53 * boxes[ann_id][2] * boxes[ann_id][3])
-    # One that has an area: then its absence is a defect of the others, as before.
+    # One that has an area: the others' are from their boxes all the same.
     labelled[0]["area"] = 100.0
     split = read_coco(root_of(tmp_path / "b", data), "train2017", load_skeleton("crowdpose14"))
-    assert (len(split.people), {r.reason for r in split.rejected}) == (
-        1,
-        {"area_not_positive", "no_keypoints"},
-    )
+    assert (len(split.people), split.repaired["area_from_box"]) == (9, 8)
+    assert [r.reason for r in split.rejected] == ["no_keypoints"]
 
 
 def root_of(root: Path, data: dict[str, Any]) -> Path:

@@ -46,8 +46,8 @@ def texts(file: Path) -> Iterator[str]:
 
 def test_where_annotations_lie_is_stated_once() -> None:
     found = {file.stem for file in MODULES if any("person_keypoints_" in text for text in texts(file))}
-    # coco.py tells users in two messages what such a file is called.
-    assert found - {"coco"} == {"layout"}
+    # annotations.py tells users in a message what such a file is called.
+    assert found - {"annotations"} == {"layout"}
 
 
 @pytest.mark.parametrize(

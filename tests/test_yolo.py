@@ -17,6 +17,7 @@ from test_preprocess import TRAIN, VAL, config, rows, without_ray
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg
 from hrnet_core.skeleton import COCO17, load_skeleton
+from pipelines.config import EvaluateSettings
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.sources.evaluation_set import read_evaluation_set
@@ -135,7 +136,7 @@ def _field(index: int, text: str) -> Callable[[str], str]:
     ("reason", "change"),
     [
         ("keypoints_length", lambda first: " ".join(first.split()[:-3])),
-        ("keypoints_length", lambda first: " ".join(first.split()[:5])),
+        ("no_keypoints", lambda first: " ".join(first.split()[:5])),
         ("keypoints_length", lambda first: "0"),
         ("keypoints_invalid", _field(5, "abc")),
         ("keypoints_invalid", _field(5, "nan")),
@@ -256,7 +257,7 @@ def test_data_yaml_as_ultralytics_writes_it(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("kpt_shape: [17, 2]", ["kpt_shape is [17, 2]", "[17, 3]"]),
+        ("kpt_shape: [17, 4]", ["kpt_shape is [17, 4]", "[17, 3]"]),
         ("kpt_shape: [14, 3]", ["[14, 3]", "--data.skeleton"]),
         ("flip_idx: [0, 1]", ["flip_idx", "not 17 indices"]),
         (
@@ -268,7 +269,7 @@ def test_data_yaml_as_ultralytics_writes_it(root: Path) -> None:
         ("names: 3", ["names is 3"]),
         ("train: [images/a, images/b]", ["train is", "no list"]),
         ("train: train.txt", ["train.txt", "no list"]),
-        ("train: /data/images/train", ["/data/images/train", "inside it"]),
+        ("train: /data/images/other", ["/data/images/other", "inside it"]),
         ("train: images/../../secret", ["inside it"]),
         ("train: pictures", ["'images'", "'labels'"]),
         ("train: images/other", ["images/other: no such folder"]),
@@ -330,7 +331,7 @@ def test_preprocess_says_where_the_area_is_from(
 def test_no_ap_on_such_labels(root: Path) -> None:
     for read in (
         lambda: read_coco(root, "val", COCO17),
-        lambda: read_evaluation_set(root, "val", None, None, COCO17),  # type: ignore[arg-type]
+        lambda: read_evaluation_set(root, "val", None, EvaluateSettings(), COCO17),
     ):
         with pytest.raises(DataError, match=r"YOLO-pose labels.*--data\.format yolo_pose.*AP"):
             read()

@@ -28,8 +28,8 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_dataset_page, write_figures
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
-from pipelines.sources.coco import read_annotations
-from pipelines.sources.layout import annotations_of
+from pipelines.sources.annotations import read_annotations
+from pipelines.sources.layout import locate
 from pipelines.sources.photos import open_picture
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
 from pipelines.storage import is_file, write_whole
@@ -271,7 +271,7 @@ def _annotated_boxes(
     boxes = {}
     for split in {row["split"] for row in rejected if row["ann_id"] is not None}:
         wanted = [row["ann_id"] for row in rejected if row["split"] == split and row["ann_id"] is not None]
-        file = annotations_of(coco, split)
+        file = locate(coco, split)[0]
         if is_file(file):
             people = read_annotations(file, skeleton).judged.people
             size = np.abs(people.stated_xywh).max(axis=1)

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17, Skeleton
-from pipelines.sources.coco import TO_SCORE, Annotations, load, read_annotations
+from pipelines.sources.annotations import TO_SCORE, Annotations, load, read_annotations
+from pipelines.sources.doubts import doubts_of, refuse_misread
 from pipelines.sources.records import BOX_AREA, GroundTruth
+from pipelines.sources.rows import is_number, whole
 
 STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 """The ten figures of COCO's keypoint task, in pycocotools' order."""
@@ -43,7 +45,9 @@ def evaluate_results(
     """
     truth = ground_truth
     if not isinstance(truth, GroundTruth):
-        truth = read_annotations(truth, skeleton, TO_SCORE).truth
+        read = read_annotations(truth, skeleton, TO_SCORE)
+        refuse_misread(read.name, doubts_of(read.seen, skeleton))
+        truth = read.truth
     truth = _scorable(truth, use_area)
     name, found = "the results", results
     if isinstance(results, str | Path):
@@ -66,8 +70,8 @@ def _scorable(truth: GroundTruth, use_area: bool) -> GroundTruth:
     if without.any() or not truth.has_areas:
         who = f"annotation {people.ann_id[without][0]}" if without.any() else "every annotation"
         raise DataError(
-            f"{truth.name}: {who} has no area, which OKS is measured by. Write the area of the segment in "
-            f"px, or score by the boxes with --no-use-area."
+            f"{truth.name}: {who} has no area, which OKS is measured by. Write the area of the outline in "
+            f"px, or score by {BOX_AREA} x width x height of the boxes with --no-use-area."
         )
     return replace(truth, people=replace(people, area=np.nan_to_num(people.area)))
 
@@ -144,10 +148,10 @@ def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skelet
         if missing:
             return f"has no {', '.join(missing)}"
         image_id, category_id, points = result["image_id"], result["category_id"], result["keypoints"]
-        if image_id not in images:
-            return f"is of image {image_id!r}, which {truth.name} does not have"
-        if category_id != truth.category_id:
-            return f"is of category {category_id!r}; people are {truth.category_id} in {truth.name}"
+        if type(whole(image_id)) is not int or image_id not in images:
+            return f"is of image {image_id!r:.60}, which {truth.name} does not have"
+        if type(whole(category_id)) is not int or category_id != truth.category_id:
+            return f"is of category {category_id!r:.60}; people are {truth.category_id} in {truth.name}"
         if not isinstance(points, list) or len(points) != numbers:
             got = f"{len(points)} numbers" if isinstance(points, list) else type(points).__name__
             return (
@@ -156,12 +160,15 @@ def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skelet
             )
         if bool(result.get("bbox")) != boxed:
             return "has a bbox and others have none (or the other way round)"
-        values = [*points, result["score"], *(result["bbox"] if boxed else ())]
-        if not all(isinstance(v, int | float) for v in values) or not np.isfinite(values).all():
-            return "has a keypoint, score or bbox entry that is not a finite number"
+        fields = {"keypoints": points, "score": [result["score"]], "bbox": result["bbox"] if boxed else []}
+        if boxed and not (isinstance(fields["bbox"], list) and len(fields["bbox"]) == 4):
+            return f"has {fields['bbox']!r:.60} as bbox, not four numbers"
+        for key, values in fields.items():
+            if strange := [repr(value) for value in values if not is_number(value)]:
+                return f"has {strange[0]:.60} in {key}, which is not a finite number"
         return None
 
     for index, result in enumerate(found):
         if why := problem(result):
             raise DataError(f"{name}: result {index} (counted from 0) {why}.")
-    return found
+    return [r | {key: whole(r[key]) for key in ("image_id", "category_id")} for r in found]

@@ -63,7 +63,8 @@ class Evaluation:
     are equal."""
     figures: dict[str, Any]
     """people, photos, results, seconds, people_per_second (0 where all was there), median_oks, and
-    left_out: annotations or boxes not predicted, by reason."""
+    left_out: annotations or boxes not predicted, by reason; repaired, doubts: people of the annotations by
+    kind (docs/bad-data.md)."""
     folder: Path
     version: str | None = None
     """The registered model that the figures were recorded with, "hrnet-pose/3"."""
@@ -99,9 +100,14 @@ def protocol_line(protocol: dict[str, Any]) -> str:
 def work_line(figures: dict[str, Any]) -> str:
     f = figures
     speed = f", {f['people_per_second']:.1f} people/s" if f["people_per_second"] else ""
+    notes = [
+        f"; {said}: " + ", ".join(f"{kind} {number:,}" for kind, number in sorted(f[key].items()))
+        for key, said in (("repaired", "repaired"), ("doubts", "hrnet validate shows what looks wrong"))
+        if f[key]
+    ]
     return (
         f"{f['people']} people in {f['photos']} photographs, {f['results']} results after OKS-NMS"
-        f"{speed}; median OKS of a labelled person {f['median_oks']:.3f}"
+        f"{speed}; median OKS of a labelled person {f['median_oks']:.3f}{''.join(notes)}"
     )
 
 

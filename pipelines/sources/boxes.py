@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from pipelines.sources.coco import AnnotationFile, load, people_of_images
+from pipelines.sources.annotations import AnnotationFile, load, people_of_images
 from pipelines.sources.media import Media
-from pipelines.sources.rows import is_box, is_number
+from pipelines.sources.rows import is_box, is_number, listed, not_a_box, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +79,9 @@ class BoxesFile:
         return found, [key for key in self.entries if key not in used]
 
 
-def read_boxes(file: str | Path, score_threshold: float = 0.0) -> BoxesFile:
-    """A boxes file of any of the three kinds. DataError says which field does not fit."""
+def read_boxes(file: str | Path, score_threshold: float = 0.0, category: int = 1) -> BoxesFile:
+    """A boxes file of any of the three kinds. category: that people have in COCO's results. DataError says
+    which field does not fit."""
     name = str(file)
     content, sha256 = load(name, AnnotationFile)
     fields = content if isinstance(content, dict) else {}
@@ -88,7 +89,7 @@ def read_boxes(file: str | Path, score_threshold: float = 0.0) -> BoxesFile:
     if complete:
         entries = _annotations(name, content)
     elif isinstance(content, list):
-        entries = _detections(name, content, score_threshold)
+        entries = _detections(name, content, score_threshold, category)
     elif isinstance(content, dict):
         entries = {key: _named(name, key, value, score_threshold) for key, value in content.items()}
     else:
@@ -116,19 +117,20 @@ def _annotations(file: str, content: Any) -> dict[str, Entry]:
     return entries
 
 
-def _detections(file: str, rows: Sequence[Any], score_threshold: float) -> dict[str, Entry]:
-    """People of a COCO results file: category 1, or none given."""
+def _detections(file: str, rows: Sequence[Any], score_threshold: float, category: int) -> dict[str, Entry]:
+    """People of a COCO results file: of the category, or where none is given."""
     pairs: dict[str, list[tuple[Any, Any]]] = {}
     ids: dict[str, int] = {}
     for index, row in enumerate(rows):
-        key = row.get("image_id", row.get("file_name")) if isinstance(row, dict) else None
+        key = whole(row.get("image_id", row.get("file_name"))) if isinstance(row, dict) else None
         if type(key) not in (int, str) or "bbox" not in row:
             raise _other_kind(file, f"entry {index} has no image_id and bbox: {row!r:.80}")
         here = pairs.setdefault(str(key), [])
         if type(key) is int:
             ids[str(key)] = key
-        if row.get("category_id", 1) == 1:
-            here.append((row["bbox"], row.get("score", 1.0)))
+        if whole(row.get("category_id", category)) == category:
+            here.append(box_and_score(row))
+    refuse_other_category(file, rows, category, "--predict.boxes-category")
     return {key: _entry(here, score_threshold, image_id=ids.get(key)) for key, here in pairs.items()}
 
 
@@ -147,6 +149,26 @@ def _named(file: str, name: str, value: Any, score_threshold: float) -> Entry:
     return Entry(frames={number: entry.boxes for number, entry in frames.items()}, invalid=invalid)
 
 
+def box_and_score(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The bbox of a detection and its score, which may stand as a fifth number in the bbox. Where both are
+    there and differ the fifth is something else: the bbox stays as it is, and is none."""
+    box, score = row["bbox"], row.get("score")
+    if isinstance(box, list) and len(box) == 5 and score in (None, box[4]):
+        return box[:4], box[4]
+    return box, 1.0 if score is None else score
+
+
+def refuse_other_category(file: str, rows: Sequence[Any], category: int, flag: str) -> None:
+    """DataError where no detection is of the category that people should have."""
+    counts = Counter(str(row.get("category_id", category)) for row in rows)
+    if rows and str(category) not in counts and f"{category}.0" not in counts:
+        there = listed([f"{name} ({number:,} entries)" for name, number in counts.most_common()])
+        raise DataError(
+            f"{file}: no entry has category_id {category}, which people should have; there is {there}. Where "
+            f"people have another, as with detectors that count from 0, name it with {flag} NUMBER."
+        )
+
+
 def _with_score(box: Any) -> tuple[Any, Any]:
     """[x, y, w, h] or [x, y, w, h, score] -> box, score"""
     return (box[:4], box[4]) if isinstance(box, list) and len(box) == 5 else (box, 1.0)
@@ -157,7 +179,7 @@ def _entry(pairs: Iterable[tuple[Any, Any]], score_threshold: float, **known: An
     boxes, invalid = [], []
     for box, score in pairs:
         if not is_box(box):
-            invalid.append(f"box {box!r:.80} is not [x, y, w, h] with w and h above 0")
+            invalid.append(f"box {box!r:.80} {not_a_box(box)}")
         elif not is_number(score):
             invalid.append(f"the score {score!r:.40} of box {box} is no finite number")
         elif score >= score_threshold:

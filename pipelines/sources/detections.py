@@ -8,42 +8,45 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from pipelines.sources.coco import load
+from pipelines.sources.annotations import load
+from pipelines.sources.boxes import box_and_score, refuse_other_category
 from pipelines.sources.records import People, Rejection, Split
-from pipelines.sources.rows import is_box, is_number, listed
+from pipelines.sources.rows import is_box, is_number, listed, not_a_box, whole
 
 
 def read_detections(
-    file: str | Path, split: Split, score_threshold: float = 0.0
+    file: str | Path, split: Split, score_threshold: float = 0.0, category: int | None = None
 ) -> tuple[People, list[Rejection]]:
     """The people of a detector: a JSON list of {image_id, category_id, bbox xywh, score}; and why others of
     its entries are out.
 
-    Kept are entries of the split's category with score >= score_threshold, boxes as given (never
-    sanitised), keypoints zero; ann_id is the index in the file (official coco.py:246-287). Entries whose
-    box is no box are rejected. DataError where the file is of another kind, names images that the split
-    does not have, or leaves no box.
+    category: that people have in the file; None: the annotations'. Kept are entries of it with
+    score >= score_threshold, boxes as given (never sanitised), keypoints zero; ann_id is the index in the
+    file (official coco.py:246-287). Entries whose box is no box are rejected. DataError where the file is
+    of another kind, names images that the split does not have, or leaves no box.
     """
     file = Path(file)
     rows, _ = load(file)
     _check_detections(file, rows)
+    category = split.truth.category_id if category is None else category
+    refuse_other_category(str(file), rows, category, "--evaluate.boxes-category")
     names = {photo.image_id: photo.file_name for photo in split.photos}
     gone = {r.image_id for r in split.rejected if r.ann_id is None}
-    unknown = sorted({r["image_id"] for r in rows} - names.keys() - gone)
+    unknown = sorted({whole(r["image_id"]) for r in rows} - names.keys() - gone)
     if unknown:
         raise DataError(
             f"{file}: {len(unknown)} image ids are not in {split.annotation_file}: {listed(unknown)}. These "
             f"detections are of other pictures: give the file made for split {split.name!r}."
         )
-    category, kept, rejected = split.truth.category_id, [], list[Rejection]()
+    kept, rejected = [], list[Rejection]()
     for index, row in enumerate(rows):
-        image_id, box = row["image_id"], row["bbox"]
-        if row["category_id"] != category or row["score"] < score_threshold or image_id in gone:
+        image_id, (box, score) = whole(row["image_id"]), box_and_score(row)
+        if row["category_id"] != category or score < score_threshold or image_id in gone:
             continue
         if is_box(box):
-            kept.append((image_id, index, box, row["score"]))
+            kept.append((image_id, index, box, score))
         else:
-            detail = f"bbox {box} of entry {index} is not x, y and a positive w, h"
+            detail = f"bbox {box!r:.80} of entry {index} {not_a_box(box)}"
             rejected.append(Rejection("bbox_invalid", names[image_id], image_id, index, detail))
     if not kept:
         raise DataError(
@@ -79,7 +82,8 @@ def _check_detections(file: Path, rows: Any) -> None:
         if not isinstance(row, dict):
             raise DataError(f"{file}: entry {index} is a {type(row).__name__}; {wanted}.")
         for key, types in kinds.items():
-            value = row.get(key)
+            scored = key == "score" and key not in row and len(row["bbox"]) == 5  # bbox was looked at before
+            value = whole(row["bbox"][4] if scored else row.get(key))
             if type(value) not in types or (key == "score" and not is_number(value)):
                 hint = " (these are keypoint results?)" if key == "bbox" and "keypoints" in row else ""
                 raise DataError(f"{file}: entry {index}, field {key!r} is {value!r}{hint}; {wanted}.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import EvaluateSettings
-from pipelines.sources.coco import Wanted, read_coco
+from pipelines.sources.annotations import Wanted
+from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
+from pipelines.sources.doubts import doubts_of, refuse_misread, seen_of
 from pipelines.sources.records import People, Photo, Split
 from pipelines.storage import sha256_of
 
@@ -31,6 +33,8 @@ class EvaluationSet:
     """The reason of each annotation or box that is not predicted."""
     boxes: tuple[str, str] | None = None
     """Name and sha256 of the detector's file; None: ground truth."""
+    doubts: Mapping[str, int] = field(default_factory=dict)
+    """Of how many people each kind looks wrong (doubts.py)."""
 
     @property
     def photos(self) -> list[tuple[Photo, slice]]:
@@ -57,21 +61,27 @@ def read_evaluation_set(
             f"{coco_root}: evaluate reads photographs from a folder. Copy the split's files to one."
         )
     way_out = f"evaluate on annotations of the skeleton that {checkpoint} was trained for"
-    labelled = read_coco(coco_root, split, skeleton, Wanted(True, way_out))
+    labelled = read_coco(
+        coco_root, split, skeleton, Wanted(True, way_out, settings.category, "--evaluate.category")
+    )
     labelled.truth.refuse_unscorable()
+    doubts = doubts_of(seen_of(labelled), skeleton)
+    refuse_misread(labelled.annotation_file, doubts)
+    told = {doubt.kind: int(doubt.who.sum()) for doubt in doubts}
     refuse_unusable([(r.file, f"{r.reason}, {r.detail}") for r in labelled.rejected if r.ann_id is None])
     if boxes is not None:
-        asked, rejected = read_detections(boxes, labelled, settings.score_threshold)
+        asked, rejected = read_detections(boxes, labelled, settings.score_threshold, settings.boxes_category)
         detector = Path(boxes).name, sha256_of(boxes)
-        return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector)
+        return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector, told)
     asked = labelled.people
     if settings.preset == "mmpose":
         asked = replace(asked, bbox_xywh=_mmpose_boxes(labelled))
     if not len(asked):
         raise DataError(
             f"{labelled.annotation_file}: no person with keypoints and a box, nothing to evaluate."
+            + "".join(f" The first: {r.file}, {r.reason}, {r.detail}." for r in labelled.rejected[:1])
         )
-    return EvaluationSet(labelled, asked, tuple(r.reason for r in labelled.rejected))
+    return EvaluationSet(labelled, asked, tuple(r.reason for r in labelled.rejected), doubts=told)
 
 
 def _mmpose_boxes(split: Split) -> NDArray[np.float32]:

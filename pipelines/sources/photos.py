@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import ImageError
-from hrnet_core.images import ImageHeader, check_image, decode_checked
+from hrnet_core.images import ImageHeader, check_image, decode_checked, read_header
 from pipelines.sources.records import Photo, Rejection
 from pipelines.storage import read_file
 
+HEAD = 1 << 12
+"""Bytes that hold most headers."""
 MAX_BYTES = 2**30
 """A larger file is not read: no picture below the limit of pixels has so many bytes."""
 
@@ -75,6 +77,23 @@ def open_picture(
     raise ImageError(
         "size_differs", f"{width} x {height} px{turned}, the annotations are for {size[0]} x {size[1]}"
     )
+
+
+def open_header(path: str) -> tuple[ImageHeader, bytes]:
+    """What the first bytes of a picture say, from as few as are needed; and the first 4 KiB. ImageError:
+    those of read_header, missing_image, unreadable."""
+    for size in (HEAD, 16 * HEAD, None):
+        try:
+            content = read_file(path, size)
+            return read_header(content), content[:HEAD]
+        except ImageError as error:
+            if error.reason != "truncated" or size is None:
+                raise
+        except FileNotFoundError:
+            raise ImageError("missing_image", "no such file") from None
+        except OSError as error:
+            raise ImageError("unreadable", str(error.strerror or error)) from None
+    raise AssertionError("the whole file is read last")
 
 
 def check_photo(photo: Photo, max_pixels: int) -> Picture | Rejection:

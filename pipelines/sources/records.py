@@ -101,7 +101,7 @@ class Rejection:
 
     reason: str
     """missing_image, path_outside_root, image_size_invalid, bbox_invalid, bbox_degenerate,
-    area_not_positive, keypoints_length, keypoints_invalid, visibility_invalid; crowd, no_keypoints
+    same_file, keypoints_length, keypoints_invalid, visibility_invalid; crowd, no_keypoints
     (LEFT_OUT_AS_PUBLISHED); of YOLO-pose labels: no_label, empty_label (as published too), class_invalid,
     label_unreadable, label_shared, exif_rotated; for pictures that were opened (photos.py): ImageError's
     reasons, unreadable, size_differs."""
@@ -165,9 +165,12 @@ class Split:
     """In order of (image_id, ann_id)."""
     repaired: Mapping[str, int] = field(default_factory=dict)
     """Count of each kind: boxes_clipped (more than a pixel beyond the picture), hidden_coordinates (v = 0
-    with a place: place dropped), num_keypoints (the field disagrees with the keypoints: not used),
-    other_category (no people: passed over), area_from_box (no annotation has an area: BOX_AREA of the box),
-    duplicates (YOLO-pose: the same line again)."""
+    with a place: place dropped), null_coordinates (null or NaN there), whole_numbers (7.0 for 7), file_names
+    (found under another spelling), byte_order_mark, sizes_read (from the picture, where the entry has none),
+    box_labels (a box alone over somebody with keypoints: passed over), num_keypoints (the field disagrees
+    with the keypoints: not used), other_category (no people: passed over), area_from_box (no area above 0:
+    BOX_AREA of the box), two_dimensions, identity_flip_idx, fractions_clipped (YOLO-pose: data_yaml.py,
+    yolo.py), duplicates (YOLO-pose: the same line again)."""
 
     def by_photo(self) -> Iterator[tuple[Photo, slice]]:
         """Photos with people, and their rows in `people`."""

@@ -91,52 +91,49 @@ class Judged:
     unscorable: list[Rejection]
     """Of those: people whose keypoints cannot be read."""
     has_areas: bool
-    """Whether any row states an area."""
+    """Whether anyone's area is the annotations' own."""
     repaired: dict[str, int]
 
 
 def judge(rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keypoints: int) -> Judged:
     """Annotations in order of (image_id, id) -> the table of people, and which of them can be used.
 
-    Where none of them has an area, the field is not part of this data: it is BOX_AREA of the box.
+    An area that is no number above 0 is BOX_AREA of the box.
     """
     problems = _Problems(rows, images)
-    crowd = np.array([bool(row.iscrowd) for row in rows], bool)
+    crowd = np.array([is_crowd(row.iscrowd) for row in rows], bool)
     problems.mark(crowd, "crowd", lambda i: "iscrowd")
-    keypoints = _numbers(
-        rows, "keypoints", 3 * num_keypoints, problems, "keypoints_length", "keypoints_invalid"
-    )
-    keypoints = keypoints.reshape(-1, num_keypoints, 3)
+    keypoints, repaired = _keypoints(rows, num_keypoints, problems)
     unscorable = problems.marked & ~crowd
-    visible = keypoints[..., 2]
-    labels = (visible > 0).sum(axis=1)
-    strange = ~np.isin(visible, (0, 1, 2))
-    problems.mark(strange.any(1), "visibility_invalid", lambda i: f"v is {visible[i][strange[i]][0]:g}")
+    labels = (keypoints[..., 2] > 0).sum(axis=1)
     problems.mark(labels == 0, "no_keypoints", lambda i: "no keypoint is labelled")
+    strange = ~np.isin(keypoints[..., 2], (0, 1, 2))
+    problems.mark(
+        strange.any(1), "visibility_invalid", lambda i: f"v is {keypoints[i, :, 2][strange[i]][0]:g}"
+    )
 
     boxes = _numbers(rows, "bbox", 4, problems, "bbox_invalid", "bbox_invalid")
     stated = boxes.tolist()
     problems.mark((boxes[:, 2:] <= 0).any(1), "bbox_invalid", lambda i: f"bbox {stated[i]} is empty")
     sizes = _sizes(rows, images)
     clean, inside = sanitize_boxes(boxes, *sizes.T)
-    problems.mark(~inside, "bbox_degenerate", lambda i: f"bbox {stated[i]} has no pixel in the picture")
-    areas, from_box = [row.area for row in rows], all(row.area is None for row in rows)
-    if from_box:
-        areas = (BOX_AREA * (boxes[:, 2] * boxes[:, 3])).tolist()
-    readable = np.array([is_number(area) for area in areas], bool)
-    area = np.array([a if good else np.nan for a, good in zip(areas, readable, strict=True)], np.float64)
-    problems.mark(~(area > 0), "area_not_positive", lambda i: f"area is {areas[i]!r}")
-
-    usable, hidden = ~problems.marked, visible == 0
-    repaired = {
-        "boxes_clipped": _reach_beyond(boxes, sizes),
-        "hidden_coordinates": (hidden & (keypoints[..., :2] != 0).any(axis=2)).any(axis=1),
-        "num_keypoints": np.array(
-            [r.num_keypoints not in (None, n) for r, n in zip(rows, labels, strict=True)]
+    problems.mark(
+        ~inside,
+        "bbox_degenerate",
+        lambda i: (
+            f"bbox {stated[i]} has no pixel in the picture"
+            + (": fractions from 0 to 1? Write px" if max(stated[i]) <= 1.5 else "")
         ),
-        "area_from_box": np.full(len(rows), from_box),
+    )
+    stated_area = np.array([is_number(row.area) and row.area > 0 for row in rows], bool)
+    area = BOX_AREA * (boxes[:, 2] * boxes[:, 3])
+    area[stated_area] = [row.area for row, good in zip(rows, stated_area, strict=True) if good]
+    miscounted = [r.num_keypoints not in (None, n) for r, n in zip(rows, labels.tolist(), strict=True)]
+    repaired |= {
+        "boxes_clipped": _reach_beyond(boxes, sizes),
+        "num_keypoints": np.array(miscounted, bool),
+        "area_from_box": ~stated_area,
     }
-    keypoints[hidden] = 0
     people = People(
         image_id=np.array([row.image_id for row in rows], np.int64),
         ann_id=np.array([row.id for row in rows], np.int64),
@@ -147,11 +144,58 @@ def judge(rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keyp
         score=np.ones(len(rows)),
         crowd=crowd,
     )
-    counts = {kind: int((usable & where).sum()) for kind, where in repaired.items() if len(rows)}
-    counts = {kind: number for kind, number in counts.items() if number}
+    usable = ~problems.marked
+    counts = {kind: int((usable & where).sum()) for kind, where in repaired.items()}
     return Judged(
-        people, usable, problems.rejections(~usable), problems.rejections(unscorable), not from_box, counts
+        people,
+        usable,
+        problems.rejections(~usable),
+        problems.rejections(unscorable),
+        bool(stated_area.any()),
+        {kind: number for kind, number in counts.items() if number},
     )
+
+
+def is_crowd(iscrowd: Any) -> bool:
+    """As pycocotools has it, whatever is true; but not the ways of writing no: null, NaN, "0", "false"."""
+    return bool(iscrowd) and iscrowd == iscrowd and str(iscrowd).lower() not in ("0", "false", "no", "none")
+
+
+def _keypoints(
+    rows: Sequence[Annotation], num_keypoints: int, problems: _Problems
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.bool_]]]:
+    """(N, K, 3), and the rows in which something was repaired: where v is 0 the place is zero, whatever stood
+    there; a row without any keypoints has none labelled."""
+    for row in rows:
+        if not row.keypoints:
+            row.keypoints = [0] * (3 * num_keypoints)
+    nulls = np.zeros(len(rows), bool)
+    lists = [row.keypoints if isinstance(row.keypoints, list) else () for row in rows]
+    if _matrix(lists, 3 * num_keypoints) is None:
+        for number, (row, values) in enumerate(zip(rows, lists, strict=True)):
+            if len(values) == 3 * num_keypoints:
+                row.keypoints = _without_nulls(values)
+                nulls[number] = row.keypoints is not values
+    triples = _numbers(
+        rows, "keypoints", 3 * num_keypoints, problems, "keypoints_length", "keypoints_invalid"
+    )
+    keypoints = triples.reshape(-1, num_keypoints, 3)
+    hidden = keypoints[..., 2] == 0
+    somewhere = (hidden & (keypoints[..., :2] != 0).any(axis=2)).any(axis=1)
+    keypoints[hidden] = 0
+    return keypoints, {"null_coordinates": nulls, "hidden_coordinates": somewhere}
+
+
+def _without_nulls(values: list[Any]) -> list[Any]:
+    """The same list, or a copy where a keypoint that is not labelled has null or NaN for a place."""
+    if all(value is not None and value == value for value in values):  # NaN is not itself
+        return values
+    mended = list(values)
+    for start in range(0, len(values), 3):
+        x, _, v = values[start : start + 3]
+        if v in (0, None) or (v != v and x != x):
+            mended[start : start + 3] = 0, 0, 0
+    return mended
 
 
 def _reach_beyond(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -169,16 +213,24 @@ def _numbers(
         np.logical_not(right), wrong_length, lambda i: f"{key} is {_kind(values[i])}, not {length} numbers"
     )
     values = [v if good else [0] * length for v, good in zip(values, right, strict=True)]
-    # One pass in C over all numbers; only a file with something wrong is gone through row by row.
-    if set(map(type, chain.from_iterable(values))) <= {int, float}:
-        with contextlib.suppress(OverflowError):
-            matrix = np.array(values, np.float64).reshape(len(rows), length)
-            if (np.abs(matrix) <= LARGEST).all():
-                return matrix
+    if (matrix := _matrix(values, length)) is not None:
+        return matrix
     strange = [next((repr(v) for v in row if not is_number(v)), "") for row in values]
     problems.mark([bool(s) for s in strange], no_number, lambda i: f"{key} has {strange[i]}")
     cleared = [[0] * length if s else row for row, s in zip(values, strange, strict=True)]
     return np.array(cleared, np.float64).reshape(len(rows), length)
+
+
+def _matrix(values: Sequence[Sequence[Any]], length: int) -> NDArray[np.float64] | None:
+    """float64 (rows, length), or None where not everything is a number. One pass in C over all of them: only
+    a file with something wrong is gone through row by row."""
+    kinds = set(map(type, chain.from_iterable(values)))
+    if kinds <= {int, float} and {len(row) for row in values} <= {length}:
+        with contextlib.suppress(OverflowError):
+            matrix = np.array(values, np.float64).reshape(len(values), length)
+            if (np.abs(matrix) <= LARGEST).all():
+                return matrix
+    return None
 
 
 def _kind(value: Any) -> str:
@@ -197,6 +249,18 @@ def is_box(value: Any) -> bool:
     return bool((np.abs(box) <= FARTHEST).all() and (box[2:] > 0).all())
 
 
+def not_a_box(value: Any) -> str:
+    """What to say of what is none."""
+    five = isinstance(value, list) and len(value) == 5
+    more = ": a fifth number can only be the score, and the entry has another" if five else ""
+    return f"is not [x, y, w, h] with w and h above 0{more}"
+
+
+def whole(value: Any) -> Any:
+    """1 for 1.0, as tools write that keep all numbers in one table; anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def _sizes(rows: Sequence[Annotation], images: Mapping[int, ImageEntry]) -> NDArray[np.float64]:
     """(N, 2) width and height of each row's picture; endless where the picture itself is out."""
     usable = {i: (image.width, image.height) for i, image in images.items() if not image_problem(image)}
@@ -204,16 +268,18 @@ def _sizes(rows: Sequence[Annotation], images: Mapping[int, ImageEntry]) -> NDAr
     return np.array([usable.get(row.image_id, endless) for row in rows], np.float64).reshape(-1, 2)
 
 
-def image_problem(image: ImageEntry) -> tuple[str, str] | None:
-    """(reason, detail) where the entry of `images` alone rules the picture out."""
+def image_problem(image: ImageEntry, sized: bool = True) -> tuple[str, str] | None:
+    """(reason, detail) where the entry of `images` alone rules the picture out. sized: it must say how large
+    the picture is."""
     name, width, height = image.file_name, image.width, image.height
     if not isinstance(name, str) or not name:
         return "missing_image", f"file_name is {name!r}"
     if printable(name) != name:
         return "missing_image", "file_name has half a character (a lone surrogate)"
-    if name[0] == "/" or ".." in name.split("/") or "\\" in name or "\0" in name or name[1:2] == ":":
+    parts = name.replace("\\", "/").split("/")
+    if parts[0] == "" or ".." in parts or "\0" in name or name[1:2] == ":":
         return "path_outside_root", "file_name must be a relative path inside the split's folder"
-    if not all(type(side) is int and 0 < side <= LARGEST for side in (width, height)):
+    if sized and not all(type(side) is int and 0 < side <= LARGEST for side in (width, height)):
         return "image_size_invalid", f"width and height are {width!r} and {height!r}"
     return None
 

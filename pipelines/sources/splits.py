@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
+from pipelines.sources.annotations import TO_CROP
 from pipelines.sources.coco import read_coco
 from pipelines.sources.records import Split
 from pipelines.sources.yolo import read_yolo
@@ -18,5 +19,7 @@ def split_names(data: DataSettings) -> list[str]:
 
 def read_split(root: str | Path, name: str, data: DataSettings) -> Split:
     """One split of `root`, in the format and of the skeleton of the settings. DataError as in its reader."""
-    read = read_yolo if data.format == "yolo_pose" else read_coco
-    return read(root, name, load_skeleton(data.skeleton))
+    skeleton = load_skeleton(data.skeleton)
+    if data.format == "yolo_pose":
+        return read_yolo(root, name, skeleton, data.category)
+    return read_coco(root, name, skeleton, TO_CROP._replace(category=data.category))

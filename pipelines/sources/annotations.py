@@ -1,0 +1,396 @@
+"""The one reader of COCO keypoint annotations: a file, or what it holds, becomes a table of people.
+
+fatal      the file or its index cannot be trusted: unreadable JSON, no person category, other keypoint
+           names, duplicate or dangling ids -> DataError
+rejected   one person cannot be used -> a Rejection with its reason (rows.py)
+protocol   crowds and people without keypoints take no part in training (official coco.py:158-182) ->
+           a Rejection too, but no defect
+repaired   what annotation tools write otherwise than COCO does, made plain and counted
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gc
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from hrnet_core.errors import DataError
+from hrnet_core.skeleton import Skeleton
+from pipelines.sources.doubts import Seen
+from pipelines.sources.records import GroundTruth
+from pipelines.sources.rows import (
+    Annotation,
+    ImageEntry,
+    Judged,
+    is_box,
+    is_crowd,
+    is_number,
+    judge,
+    listed,
+    name_difference,
+    whole,
+)
+from pipelines.storage import file_sizes, read_file
+
+SAME_PERSON = 0.5
+"""IoU from which a box without keypoints is of the person under it."""
+ALL = "all"
+"""As the category asked for: every category of the skeleton."""
+
+
+class AnnotationFile(msgspec.Struct, gc=False):
+    """The three sections of a COCO file that are read."""
+
+    images: list[ImageEntry]
+    annotations: list[Annotation]
+    categories: list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's search for garbage off: it walks over all objects again and again while annotations become
+    hundreds of thousands of them, none of which is garbage. Worth a quarter of the reading."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class Wanted(NamedTuple):
+    """What a caller needs of a file's category, and what to do where it is of another skeleton."""
+
+    names: bool
+    """The names of its keypoints must be stated: where they are not, only their number could be compared."""
+    way_out: str
+    category: str | None = None
+    """Its name, or ALL; None: the one called person, or the only one."""
+    flag: str = "--data.category"
+    """What chooses it on the command line."""
+
+
+TO_CROP = Wanted(
+    True,
+    "give the skeleton of this file with --data.skeleton FILE.json, or bring its keypoints into that order",
+)
+TO_SCORE = Wanted(
+    False,
+    "name the skeleton of this data (--skeleton FILE.json, docs/skeletons.md)",
+    flag="--evaluate.category",
+)
+Annotations = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotatedFile:
+    """A COCO keypoint file, read: everyone of the category that the skeleton is of."""
+
+    name: str
+    sha256: str
+    images: dict[int, ImageEntry]
+    """By id, in order."""
+    judged: Judged
+    category: Mapping[str, Any]
+    """As the file has it; of several that were joined the first."""
+
+    @property
+    def seen(self) -> Seen:
+        """The usable people, for doubts.py."""
+        people = self.judged.people[self.judged.usable]
+        images = [self.images[image_id] for image_id in people.image_id.tolist()]
+        sides = [side if is_number(side) else np.nan for i in images for side in (i.width, i.height)]
+        return Seen(people, np.array(sides, np.float64).reshape(-1, 2), self.judged.has_areas)
+
+    @property
+    def truth(self) -> GroundTruth:
+        crowding = [image.crowdIndex for image in self.images.values()]
+        known = bool(crowding) and all(map(is_number, crowding))
+        return GroundTruth(
+            name=self.name,
+            image_ids=np.array(list(self.images), np.int64),
+            people=self.judged.people,
+            category_id=int(self.category["id"]),
+            crowd_index=np.array(crowding, np.float64) if known else None,
+            has_areas=self.judged.has_areas,
+            unscorable=tuple(self.judged.unscorable),
+        )
+
+
+@collector_paused()
+def read_annotations(
+    file: Annotations,
+    skeleton: Skeleton | None,
+    wanted: Wanted = TO_CROP,
+    size_of: Callable[[ImageEntry], tuple[int, int] | None] = lambda _: None,
+) -> AnnotatedFile:
+    """The one reader of a COCO keypoint file: a path, a URI, a .json.gz, or what such a file holds.
+
+    skeleton: whose keypoints they must be; None takes those that the file's category names. size_of: asked
+    for the width and height of a picture whose entry has none.
+
+    DataError where the file or its index is wrong as a whole: people are judged one by one.
+    """
+    name, sha256, content = "the ground truth", "", file
+    repaired: Counter[str] = Counter()
+    if isinstance(file, str | Path):
+        name = str(file)
+        content, sha256, marked = _load(name, AnnotationFile)
+        repaired["byte_order_mark"] = int(marked)
+    data = content if isinstance(content, AnnotationFile) else _sections(name, content)
+    category, ids = _category(name, data.categories, skeleton, wanted)
+    images = _images(name, data, repaired)
+    for image in images.values():
+        if image.width is None and image.height is None and (size := size_of(image)):
+            image.width, image.height = size
+            repaired["sizes_read"] += 1
+    annotations = _annotations(name, data, images, repaired)
+    ours = _without_box_labels([a for a in annotations if a.category_id in ids], repaired)
+    judged = judge(ours, images, len(skeleton.keypoints if skeleton else category["keypoints"]))
+    repaired["other_category"] = sum(a.category_id not in ids for a in annotations)
+    judged.repaired.update({kind: number for kind, number in repaired.items() if number})
+    return AnnotatedFile(name, sha256, dict(sorted(images.items())), judged, category)
+
+
+def people_of_images(file: str, content: Any) -> list[tuple[ImageEntry, list[Annotation]]]:
+    """Every picture of an annotation file with its people, without crowds, in the file's order: for who asks
+    for boxes alone. Keypoints, categories and ids of annotations may be missing.
+
+    content: as `load` gave it (AnnotationFile). DataError as in `read_annotations`.
+    """
+    data = content
+    if not isinstance(content, AnnotationFile):
+        data = _sections(file, {"annotations": [], "categories": [], **content})
+    images = _images(file, data, Counter())
+    _refuse_lost(file, data.annotations, "image_id", images, Counter())
+    categories = [whole(c.get("id")) for c in _people(data.categories, names=False)]
+    people: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
+    for row in data.annotations:
+        if not is_crowd(row.iscrowd) and (not categories or whole(row.category_id) in categories):
+            people[row.image_id].append(row)
+    return [(image, people[image_id]) for image_id, image in images.items()]
+
+
+def _parsed(raw: bytes, kind: Any) -> Any:
+    """JSON as `kind`. What msgspec does not take as that is given as Python's own parser reads it: a file
+    with NaN in it (refused person by person), of another kind, or, with the place told, no JSON."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.DecodeError:
+        return json.loads(raw.decode())
+
+
+def load(file: str | Path, kind: Any = Any) -> tuple[Any, str]:
+    """Parsed JSON (`kind`, if it is of that kind) and the sha256 of the bytes. DataError says at which byte
+    it is none."""
+    content, sha256, _ = _load(str(file), kind)
+    return content, sha256
+
+
+def _load(file: str, kind: Any) -> tuple[Any, str, bool]:
+    """As `load`, and whether the text starts with a byte order mark."""
+    way_out = "The file is damaged or incomplete: copy or unpack it again."
+    try:
+        raw = read_file(file)
+        if file.endswith(".gz"):
+            raw = gzip.decompress(raw)
+        text = raw.removeprefix(codecs.BOM_UTF8)  # Windows writes it, JSON knows no such thing
+        return _parsed(text, kind), hashlib.sha256(raw).hexdigest(), text is not raw
+    except (OSError, EOFError) as error:
+        problem, way_out = (
+            f"cannot be read ({getattr(error, 'strerror', None) or error})",
+            "Check its name and its rights.",
+        )
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 text at byte {error.start:,}"
+    except json.JSONDecodeError as error:
+        place = len(error.doc[: error.pos].encode())
+        problem = f"not valid JSON at byte {place:,} of {len(text):,} ({error.msg})"
+    except (ValueError, RecursionError) as error:
+        problem = f"not JSON that can be read ({error})"
+    except MemoryError:
+        (size,) = file_sizes([file])
+        problem = f"{size:,} bytes, more than the memory here can hold (up to ten times its size is needed)"
+        way_out = "Give the machine more memory, or take out annotations that no person has."
+    raise DataError(f"{file}: {problem}. {way_out}")
+
+
+def _sections(file: str, content: Any) -> AnnotationFile:
+    """The sections of plain JSON."""
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{file}: a COCO annotation file is one JSON object with images, annotations and categories, "
+            f"this is a {type(content).__name__}. Result and detection files are not annotations."
+        )
+    for name in ("images", "annotations", "categories"):
+        rows = content.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            what = "is missing" if rows is None else "is not a list of objects"
+            raise DataError(f"{file}: field {name!r} {what}. Give a COCO keypoint annotation file.")
+    return msgspec.convert(
+        {name: content[name] for name in ("images", "annotations", "categories")}, AnnotationFile
+    )
+
+
+def _category(
+    file: str, categories: list[dict[str, Any]], skeleton: Skeleton | None, wanted: Wanted
+) -> tuple[dict[str, Any], set[int]]:
+    """The category that is read, after its keypoint names were compared with the skeleton's; and all ids that
+    are meant with it."""
+    with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list) and c["keypoints"]]
+    names = [str(c.get("name")) for c in with_keypoints]
+    if wanted.category == ALL:
+        fitting = [c for c in with_keypoints if skeleton is None or _is_of(c, skeleton)]
+    elif wanted.category is not None:
+        fitting = [c for c in with_keypoints if c.get("name") == wanted.category]
+        if not fitting:
+            raise DataError(
+                f"{file}: no category {wanted.category!r} has keypoints; {listed(names) or 'none'} have. "
+                f"Name one of them with {wanted.flag}, or {ALL} for all of them."
+            )
+    else:
+        fitting = _people(categories, wanted.names)
+        if len(fitting) > 1:
+            raise DataError(
+                f"{file}: {len(fitting)} categories list their keypoints ({listed(names)}). Choose one with "
+                f"{wanted.flag} NAME, or join those of the skeleton with {wanted.flag} {ALL}."
+            )
+    fitting = [c for c in fitting if type(whole(c.get("id"))) is int] or fitting[:0]
+    if not fitting:
+        raise DataError(
+            f"{file}: field 'categories' has no category that lists its keypoints and has an integer id. "
+            f"Give person_keypoints_*.json (instances_*.json has none), or add the list of keypoint names."
+        )
+    first = fitting[0]
+    if skeleton is not None and not _is_of(first, skeleton):
+        theirs, ours = [str(name) for name in first["keypoints"]], list(skeleton.keypoints)
+        raise DataError(
+            f"{file}: categories[{first.get('name')!r}].keypoints is not skeleton {skeleton.name!r}: "
+            f"{name_difference(theirs, ours)}. Every number would go to the wrong joint: {wanted.way_out}."
+        )
+    return first, {whole(c["id"]) for c in fitting}
+
+
+def _is_of(category: Mapping[str, Any], skeleton: Skeleton) -> bool:
+    """Whether the keypoints have the skeleton's names in its order; one that names none may be of any."""
+    ours = list(skeleton.keypoints)
+    theirs = [str(name) for name in category.get("keypoints") or ours]
+    return list(map(_plain, theirs)) == list(map(_plain, ours))
+
+
+def _people(categories: list[dict[str, Any]], names: bool) -> list[dict[str, Any]]:
+    """The categories that people are of: those named person, else those with keypoints, else all. names:
+    only such as name their keypoints."""
+    with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list) and c["keypoints"]]
+    candidates = with_keypoints if names else categories
+    people = [c for c in candidates if _plain(str(c.get("name"))) == "person"]
+    return people or with_keypoints or candidates
+
+
+def _plain(name: str) -> str:
+    """ "Left Eye", "left-eye" and "left_eye" are one name."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def _images(file: str, data: AnnotationFile, repaired: Counter[str]) -> dict[int, ImageEntry]:
+    """Entries by id, with sizes that are whole numbers where they are numbers."""
+    for image in data.images:
+        if float in (type(image.width), type(image.height)):
+            image.width, image.height = whole(image.width), whole(image.height)
+            repaired["whole_numbers"] += 1
+    return dict(zip(_ids(file, "images", data.images, repaired), data.images, strict=True))
+
+
+def _ids(
+    file: str, section: str, rows: Sequence[ImageEntry | Annotation], repaired: Counter[str]
+) -> list[int]:
+    """Unique integer ids, or DataError: COCO's own index silently keeps the last of two."""
+    for row in rows:
+        if type(row.id) is float:
+            row.id = whole(row.id)
+            repaired["whole_numbers"] += 1
+    ids = [row.id for row in rows]
+    for index, identity in enumerate(ids):
+        if type(identity) is not int or not -(2**63) <= identity < 2**63:  # they are stored as int64
+            raise DataError(
+                f"{file}: {section}[{index}].id is {identity!r}, no integer of 64 bits. Give each entry one "
+                f"of its own."
+            )
+    if len(set(ids)) != len(ids):
+        twice = sorted(i for i, n in Counter(ids).items() if n > 1)
+        raise DataError(
+            f"{file}: {len(twice)} ids stand more than once in {section!r}: {listed(twice)}. Which entry is "
+            f"meant cannot be known: make the ids unique."
+        )
+    return ids
+
+
+def _annotations(
+    file: str, data: AnnotationFile, images: Mapping[int, ImageEntry], repaired: Counter[str]
+) -> list[Annotation]:
+    """All annotations in order of (image_id, id), none without its image or category."""
+    annotations = data.annotations
+    _ids(file, "annotations", annotations, repaired)
+    _refuse_lost(file, annotations, "image_id", images, repaired)
+    categories = {whole(c.get("id")) for c in data.categories}
+    _refuse_lost(file, annotations, "category_id", categories, repaired)
+    return sorted(annotations, key=attrgetter("image_id", "id"))
+
+
+def _without_box_labels(rows: list[Annotation], repaired: Counter[str]) -> list[Annotation]:
+    """Without plain boxes over somebody who has keypoints: tools such as CVAT keep a box and a skeleton of
+    one person. pycocotools would take the box for another person, one without keypoints, and forgive
+    whatever is predicted there."""
+    plain = {a.image_id for a in rows if not a.keypoints and is_box(a.bbox)}
+    if not plain:
+        return rows
+    labelled: dict[int, list[list[float]]] = {image_id: [] for image_id in plain}
+    for row in rows:
+        if row.image_id in plain and row.keypoints and is_box(row.bbox):
+            labelled[row.image_id].append(row.bbox)
+    kept = [
+        a
+        for a in rows
+        if a.keypoints or not is_box(a.bbox) or _overlap(a.bbox, labelled[a.image_id]) < SAME_PERSON
+    ]
+    repaired["box_labels"] = len(rows) - len(kept)
+    return kept
+
+
+def _overlap(box: list[float], others: list[list[float]]) -> float:
+    """The largest intersection over union of one box and others, xywh."""
+    low, size = np.array(box)[:2], np.array(box)[2:]
+    corners, sizes = np.array(others, np.float64).reshape(-1, 2, 2).transpose(1, 0, 2)
+    shared = (np.minimum(low + size, corners + sizes) - np.maximum(low, corners)).clip(0).prod(axis=1)
+    return float((shared / (size.prod() + sizes.prod(axis=1) - shared)).max(initial=0))
+
+
+def _refuse_lost(
+    file: str, annotations: Sequence[Annotation], key: str, known: Collection[Any], repaired: Counter[str]
+) -> None:
+    """DataError where annotations refer to an image or category that is not there."""
+    of = attrgetter(key)
+    for row in annotations:
+        if type(of(row)) is float:
+            setattr(row, key, whole(of(row)))
+            repaired["whole_numbers"] += 1
+    lost = [a.id for a in annotations if type(of(a)) is not int or of(a) not in known]
+    if lost:
+        raise DataError(
+            f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
+            f"ids {listed(lost)}. Remove them, or add what they refer to."
+        )

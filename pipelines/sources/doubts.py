@@ -1,0 +1,196 @@
+"""What looks wrong in a split though it parses: each doubt with the people who have it and its evidence.
+
+Decided on the table of people alone. A doubt that most people of a split have is no doubt any more: whoever
+reads the split is refused (`refuse_misread`), with the proof; validate lists the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrnet_core.errors import DataError
+from hrnet_core.skeleton import Skeleton
+from pipelines.sources.records import BOX_AREA, People, Split
+
+FEW = 10
+"""Fewer people than this are no evidence of how a whole file was written."""
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """One thing that looks wrong."""
+
+    kind: str
+    who: Mask
+    """(N,) of the split's people"""
+    evidence: str
+    """What is seen, with figures, and what it does to training and AP."""
+    proves: bool = True
+    """Whether it is certain where most people have it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What doubts are decided on."""
+
+    people: People
+    """(N)"""
+    sizes: NDArray[np.float64]
+    """(N, 2) width and height of each person's picture; NaN where it is not known."""
+    has_areas: bool
+    """Whether the areas are the annotations' own."""
+
+
+def doubts_of(seen: Seen, skeleton: Skeleton) -> list[Doubt]:
+    """All doubts that somebody gives, the gravest first."""
+    if not len(seen.people):
+        return []
+    found = [
+        _box_is_corners(seen),
+        _coordinates_scaled(seen),
+        _outside_picture(seen),
+        _visible_at_origin(seen),
+        _same_person_twice(seen),
+        _left_right_exchanged(seen, skeleton),
+        _area_is_box(seen),
+    ]
+    return [doubt for doubt in found if doubt.who.any()]
+
+
+def seen_of(split: Split) -> Seen:
+    """A split's usable people."""
+    sizes = {photo.image_id: (photo.width, photo.height) for photo in split.photos}
+    of_people = [sizes[image_id] for image_id in split.people.image_id.tolist()]
+    return Seen(split.people, np.array(of_people, np.float64).reshape(-1, 2), split.truth.has_areas)
+
+
+def refuse_misread(file: str, doubts: Sequence[Doubt]) -> None:
+    """DataError where most people prove that the file says something else than COCO's fields do."""
+    for doubt in doubts:
+        if doubt.proves and doubt.who.mean() > 0.5:
+            raise DataError(f"{file}: {doubt.evidence} (hrnet validate shows who.)")
+
+
+def _box_is_corners(seen: Seen) -> Doubt:
+    """x, y, w, h leaves the picture and x, y, x2, y2 holds the person. Where many do, those count too whose
+    x, y, w, h stays inside: they stand up and left in their picture."""
+    people = seen.people
+    start, rest = people.stated_xywh[:, :2], people.stated_xywh[:, 2:]
+    sizes = seen.sizes
+    points, labelled = people.keypoints[..., :2], people.keypoints[..., 2] > 0
+    near = (points >= start[:, None] - 1) & (points <= rest[:, None] + 1)
+    held = (near.all(axis=2) | ~labelled).mean(axis=1) > 0.8
+    corners = (rest > start).all(1) & (rest <= sizes + 1).all(1) & held
+    who = corners & (start + rest > sizes + 1).any(1)
+    beyond = int(who.sum())
+    if who.mean() > 0.25:
+        who = corners
+    return Doubt(
+        "box_is_corners",
+        who,
+        f"{who.sum():,} of {len(who):,} boxes hold their person as x, y, x2, y2, and {beyond:,} of them end "
+        f"beyond the picture as x, y, width, height. Read as they stand, crops show too much and every AP "
+        f"is too low: write width and height.",
+    )
+
+
+def _outside_picture(seen: Seen) -> Doubt:
+    points, labelled = seen.people.keypoints[..., :2], seen.people.keypoints[..., 2] > 0
+    sizes = seen.sizes[:, None]
+    far = ((points < -0.02 * sizes) | (points > 1.02 * sizes)).any(axis=2) & labelled
+    who = far.any(axis=1)
+    return Doubt(
+        "keypoints_outside_picture",
+        who,
+        f"{who.sum():,} of {len(who):,} people have labelled keypoints beyond their picture, "
+        f"{far.sum():,} in all. No heatmap is drawn there and AP counts them as missed; where many do, the "
+        f"coordinates are of a larger picture: multiply them to px of the stored one.",
+    )
+
+
+def _coordinates_scaled(seen: Seen) -> Doubt:
+    """Nobody of many reaches beyond a part of the pictures: fractions, percent, or another size."""
+    people = seen.people
+    places = np.where(people.keypoints[..., 2:] > 0, people.keypoints[..., :2], 0).max(axis=1)
+    reach = float((places / seen.sizes).max())
+    few = len(people) < FEW or len(np.unique(people.image_id)) < 3
+    who = np.full(len(people), reach < 0.6 and not few)
+    most = float(places.max())
+    unit = "px of a smaller picture"
+    if most <= 100:
+        unit = "fractions from 0 to 1" if most <= 1.5 else "percent or px of a smaller picture"
+    return Doubt(
+        "coordinates_scaled",
+        who,
+        f"none of {len(people):,} people reaches beyond {reach:.0%} of the width or height of the picture; "
+        f"the largest coordinate is {most:g}, as if they were {unit}. Crops would show the wrong place: "
+        f"multiply keypoints, boxes and areas to px of the stored picture.",
+    )
+
+
+def _visible_at_origin(seen: Seen) -> Doubt:
+    keypoints = seen.people.keypoints
+    who = ((keypoints[..., 2] > 0) & (keypoints[..., :2] == 0).all(axis=2)).any(axis=1)
+    return Doubt(
+        "visible_at_origin",
+        who,
+        f"{who.sum():,} of {len(who):,} people have keypoints at exactly (0, 0) that are marked as labelled. "
+        f"A network learns to look for them in the corner, and AP counts them as missed: write v = 0 there.",
+    )
+
+
+def _same_person_twice(seen: Seen) -> Doubt:
+    people = seen.people
+    rows = np.column_stack([people.image_id, people.keypoints.reshape(len(people), -1)])
+    _, group, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    who = counts[group.ravel()] > 1
+    return Doubt(
+        "same_person_twice",
+        who,
+        f"{who.sum():,} of {len(who):,} people stand more than once, with the keypoints of another of their "
+        f"picture to the digit: {int((counts - 1).sum()):,} copies. They weigh more in training, and AP "
+        f"counts all but one as missed: remove the copies.",
+    )
+
+
+def _left_right_exchanged(seen: Seen, skeleton: Skeleton) -> Doubt:
+    """Of people who face us the left shoulder is on the right of the picture. Who shows the nose and both
+    shoulders and hips faces us, nearly always; of real COCO four in five do by this rule."""
+    nobody = Doubt("left_right_exchanged", np.zeros(len(seen.people), bool), "")
+    names = list(skeleton.keypoints)
+    pair = [n for n in ("left_shoulder", "right_shoulder", "left_hip", "right_hip", "nose") if n in names]
+    if len(pair) < 5:
+        return nobody
+    left, right, left_hip, right_hip, nose = (seen.people.keypoints[:, names.index(n)] for n in pair)
+    facing = np.all([point[:, 2] == 2 for point in (left, right, left_hip, right_hip, nose)], axis=0)
+    wrong = facing & (left[:, 0] < right[:, 0]) & (left_hip[:, 0] < right_hip[:, 0])
+    if facing.sum() < 2 * FEW or wrong.sum() < 0.8 * facing.sum():
+        return nobody
+    return Doubt(
+        "left_right_exchanged",
+        wrong,
+        f"{wrong.sum():,} of {facing.sum():,} people who show nose, shoulders and hips have their left ones "
+        f"on the left of the picture, as nobody who faces us has: left and right seem exchanged. A flip then "
+        f"teaches the wrong side. Exchange the pairs, or the order of the names.",
+        proves=False,
+    )
+
+
+def _area_is_box(seen: Seen) -> Doubt:
+    people = seen.people
+    box = people.stated_xywh[:, 2] * people.stated_xywh[:, 3]
+    same = np.abs(people.area - box) <= 0.01 * box
+    who = same if same.mean() > 0.95 and seen.has_areas else np.zeros(len(people), bool)
+    return Doubt(
+        "area_is_box",
+        who,
+        f"{who.sum():,} of {len(who):,} areas are width x height of the box. OKS divides by the area, and "
+        f"that of a person's outline is about half of it: AP comes out too high (.71 where .62 is true, on "
+        f"drawn people). Take the areas out: {BOX_AREA} x width x height is used then, and is near.",
+        proves=False,
+    )
