@@ -51,12 +51,17 @@ class Validate(Section):
     decode: bool = True
     """Decode every picture, as preprocess will. Without: header and end only, several times faster; damage
     in between is not seen."""
+    read: int = Field(default=2000, ge=0)
+    """Pictures of a split that are read to their end, spread evenly; of the others the header is judged.
+    0: all. A checksum list needs all."""
     checksums: str | None = None
     """File as sha256sum writes it, with paths relative to COCO: names pictures with other bytes."""
     examples: int = Field(default=3, ge=0)
     """Rows shown of each kind."""
     out: str | None = None
     """Also write every finding into this CSV file."""
+    page: str | None = None
+    """Also write an HTML page of the findings, with an example of each drawn into its picture."""
     workers: int = Field(default=os.cpu_count() or 1, ge=1)
     """Threads that open pictures."""
     data: DataSettings = DataSettings()

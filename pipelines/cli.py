@@ -103,18 +103,25 @@ def draw(args: arguments.Draw) -> None:
 
 
 def validate(args: arguments.Validate) -> int:
-    """what is wrong with a COCO folder, and the way out; fails if training on it would be wrong"""
+    """what is wrong with a COCO folder, and the way out; fails if training or an AP on it would be wrong"""
     if args.data.root not in ("", args.coco):
         raise ConfigError(
             f"--data.root {args.data.root}: the folder to check is the first argument, {args.coco}."
         )
     from pipelines.validate import validate, write_csv
 
-    found = validate(args.coco, args.data, decode=args.decode, checksums=args.checksums, workers=args.workers)
+    how = {"decode": args.decode, "most": args.read, "checksums": args.checksums, "workers": args.workers}
+    found = validate(args.coco, args.data, **how)
     print(found.table(args.examples))
     if args.out:
         write_csv(found, args.out)
         print(f"every finding: {args.out}")
+    if args.page:
+        from hrnet_core.skeleton import load_skeleton
+        from pipelines.pages.findings import write_findings
+
+        write_findings(args.page, found, load_skeleton(args.data.skeleton), args.data.max_pixels)
+        print(f"page: {args.page}")
     return found.exit_code
 
 

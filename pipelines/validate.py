@@ -1,8 +1,8 @@
 """Validate: what is wrong with a COCO folder, before any work is put into it.
 
-    read_split (both) -> each picture with people is opened -> a table by kind, with the way out
+    read_split (both) -> doubts -> each picture with people is looked at -> findings by kind, with the way out
 
-Annotations are judged by coco.py and pictures by photos.py, for preprocess and here: what the table calls
+Annotations are judged by rows.py and pictures by photos.py, for preprocess and here: what the table calls
 left out is what rejected.parquet will list. Added is only what no stage would notice: people whose keypoints
 lie outside their box, pictures that both splits have, bytes that are not those of a checksum list.
 """
@@ -12,124 +12,26 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
 from pipelines.progress import ProgressLine
-from pipelines.sources.photos import check_photo, left_out, open_photo
-from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
+from pipelines.sources.doubts import Doubt, doubts_of, seen_of
+from pipelines.sources.examine import Look, equal_files, examine
+from pipelines.sources.findings import CheckedSplit, Validation
+from pipelines.sources.photos import left_out
+from pipelines.sources.records import People, Rejection, Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
 from pipelines.storage import writing
-
-WAY_OUT = {
-    "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",
-    "path_outside_root": "put the picture into the split's folder and name it relative to that",
-    "image_size_invalid": "write the picture's width and height into its entry of 'images'",
-    "bbox_invalid": "write the box as four numbers x, y, width, height with a positive size",
-    "bbox_degenerate": "the box has no pixel in the picture: mend it, or remove the annotation",
-    "area_not_positive": "write the segment's area in px, or width x height of the box",
-    "keypoints_length": "write x, y, v for every keypoint of the skeleton; 0, 0, 0 where none is labelled",
-    "keypoints_invalid": "write finite numbers",
-    "visibility_invalid": "v is 0 (not labelled), 1 (hidden) or 2 (seen)",
-    "empty": "copy or download the picture again",
-    "not_an_image": "often the web page of a failed download: download the picture again",
-    "unsupported_format": "convert it to JPEG or PNG, and mend file_name",
-    "too_large": "scale the picture and its annotations down, or raise --data.max-pixels",
-    "truncated": "copy or download the picture again",
-    "decode_failed": "copy or download the picture again, or save it anew as 8-bit JPEG or PNG",
-    "unreadable": "check the rights of the file and the disk",
-    "size_differs": "the picture was scaled or turned after it was annotated: bring back the original",
-    "class_invalid": "write the number of the class as the first field of the line",
-    "label_unreadable": "write the label file as text, a line a person",
-    "label_shared": "two pictures of one name have one label file: rename one of them",
-    "exif_rotated": "YOLO-pose labels are of the picture as displayed: turn the pixels, drop the EXIF tag",
-    "no_label": "YOLO-pose pictures without a label file count as pictures without people",
-    "empty_label": "YOLO-pose pictures with an empty label file are pictures without people",
-    "crowd": "the published protocol trains on no crowds; they stay in the ground truth of evaluation",
-    "no_keypoints": "the published protocol trains on no one without a labelled keypoint",
-    "hidden_coordinates": "v = 0 with a place: the place is not used",
-    "num_keypoints": "the field disagrees with the keypoints, which are counted instead",
-    "other_category": "annotations of other categories are passed over",
-    "area_from_box": "no annotation has an area: 0.53 x box instead; for training, an AP is not COCO's",
-    "duplicates": "lines of YOLO-pose labels that stand twice are read once",
-    "boxes_clipped": "boxes beyond the picture are cut at its border; if many: are they x, y, x2, y2?",
-    "keypoints_outside_box": "more than half of the keypoints lie outside the box: in px, of this picture?",
-    "in_both_splits": "the same bytes are in both splits: take the picture out of one of them",
-    "checksum_differs": "the file is not the one that the list describes: copy or download it again",
-}
-"""Every kind that a table may have, with what to do."""
-
-Verdict = Rejection | bytes
-"""Of a picture: why it is left out, or its sha256."""
-
-
-@dataclass(frozen=True)
-class CheckedSplit:
-    """One split after its pictures were opened."""
-
-    split: Split
-    rejected: tuple[Rejection, ...]
-    """Of annotations and pictures, in order of (image_id, ann_id)."""
-    suspicious: tuple[Rejection, ...]
-    """Kept by preprocess, and probably wrong."""
-    photos: int
-    """Usable pictures with people."""
-    people: int
-    """Usable people."""
-    sha256: Mapping[bytes, str]
-    """file_name of each usable picture by its content."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What `validate` found."""
-
-    splits: tuple[CheckedSplit, ...]
-    fatal: tuple[str, ...]
-    """Why training on the set would be wrong, a paragraph each."""
-
-    @property
-    def exit_code(self) -> int:
-        return 2 if self.fatal else 0
-
-    def table(self, examples: int = 3) -> str:
-        """By split and kind: rows, people, what becomes of them, the first examples, the way out."""
-        lines = [line for checked in self.splits for line in _split_lines(checked, examples)]
-        if self.fatal:
-            return "\n".join(
-                [*lines, "Training on this set would be wrong:", *(f"- {t}" for t in self.fatal)]
-            )
-        lost = sum(r.people for c in self.splits for r in c.rejected if r.is_defect)
-        rest = (
-            f"{lost:,} people are left out and listed in rejected.parquet" if lost else "nothing is left out"
-        )
-        return "\n".join(
-            [*lines, f"This set can be trained on: {rest}, beside what the protocol leaves out."]
-        )
-
-    def rows(self) -> list[dict[str, object]]:
-        """Every finding: split, kind, file, image_id, ann_id, people, detail."""
-        return [
-            {
-                "split": checked.split.name,
-                "kind": r.reason,
-                "file": r.file,
-                "image_id": r.image_id,
-                "ann_id": "" if r.ann_id is None else r.ann_id,
-                "people": r.people,
-                "detail": r.detail,
-            }
-            for checked in self.splits
-            for r in (*checked.rejected, *checked.suspicious)
-        ]
 
 
 def validate(
@@ -137,12 +39,14 @@ def validate(
     data: DataSettings,
     *,
     decode: bool = True,
+    most: int = 0,
     checksums: str | Path | None = None,
     workers: int = 1,
 ) -> Validation:
     """Both splits of the COCO folder `root`, to the end, whatever is found in the first.
 
-    decode=False judges pictures by header and end alone, several times faster: damage in between is not
+    most: pictures of a split that are read to their end, spread evenly (0: all); of the others the header is
+    judged. decode=False judges those by header and end alone, several times faster: damage in between is not
     seen. checksums: a file as sha256sum writes it, with paths relative to the root. With data.strict
     whatever is left out is fatal, as it is for preprocess. Prints progress. DataError for the list itself.
     """
@@ -155,7 +59,9 @@ def validate(
         except DataError as error:
             fatal[str(error)] = None  # once, where both splits have it
             continue
-        splits.append(_check_split(split, data, decode, known, workers))
+        splits.append(
+            _check_split(split, data, known, decode=decode, most=0 if known else most, workers=workers)
+        )
     if known is not None and splits and not any(_paths(c.split) & known.keys() for c in splits):
         raise DataError(
             f"{checksums}: no line is of a picture of {root}. Paths are relative to that folder: in it, run "
@@ -164,6 +70,9 @@ def validate(
     if len(splits) == 2:
         splits[1] = _with_shared_pictures(*splits)
     fatal |= dict.fromkeys(text for checked in splits for text in _fatal(checked))
+    if data.format == "coco":  # the only one that evaluate takes
+        scored = [checked for checked in splits if checked.split.name == data.val_split]
+        fatal |= dict.fromkeys(text for checked in scored for text in _unscorable(checked))
     if data.strict:
         try:
             refuse_rejected([r for checked in splits for r in checked.rejected])
@@ -189,66 +98,64 @@ def write_csv(found: Validation, file: str | Path) -> None:
 
 
 def _check_split(
-    split: Split, data: DataSettings, decode: bool, known: Mapping[str, str] | None, workers: int
+    split: Split, data: DataSettings, known: Mapping[str, str] | None, **depth: Any
 ) -> CheckedSplit:
-    photos = list(split.by_photo())  # preprocess opens no others
-
-    def look(photo: Photo) -> Verdict:
-        opened = open_photo(photo, data.max_pixels) if decode else check_photo(photo, data.max_pixels)
-        if isinstance(opened, Rejection):
-            return opened
-        return opened[1] if isinstance(opened, tuple) else opened.sha256
-
-    verdicts = list(
-        _told(split.name, len(photos), _in_threads(look, [photo for photo, _ in photos], workers))
-    )
-    rejected, usable, suspicious = list(split.rejected), {}, []
-    for (photo, rows), verdict in zip(photos, verdicts, strict=True):
-        if isinstance(verdict, Rejection):
-            rejected.append(replace(verdict, people=rows.stop - rows.start))
-            continue
-        usable[photo.image_id] = photo.file_name, verdict
-        suspicious += _suspicions(split, photo, split.people[rows], verdict.hex(), known or {})
+    rejected, looks = list(split.rejected), []
+    counts = {photo.image_id: rows.stop - rows.start for photo, rows in split.by_photo()}
+    line = ProgressLine(f"validate {split.name}", len(counts), "pictures")
+    for found in examine(split, data.max_pixels, **depth):
+        line.add()
+        if isinstance(found, Rejection):
+            rejected.append(replace(found, people=counts[found.image_id]))
+        else:
+            looks.append(found)
+    doubts = doubts_of(seen_of(split), load_skeleton(data.skeleton))
+    suspicious = [r for look in looks for r in _of_picture(split, look, known or {})]
+    suspicious += [r for look in looks for r in _of_people(split, look, doubts)]
+    for one, other in equal_files(looks, looks):
+        if one.photo.image_id > other.photo.image_id:
+            detail = f"the bytes of {other.photo.file_name}"
+            suspicious.append(left_out(one.photo, "same_picture_twice", detail, counts[one.photo.image_id]))
     return CheckedSplit(
         split=split,
         rejected=tuple(sorted(rejected, key=attrgetter("order"))),
         suspicious=tuple(suspicious),
-        photos=len(usable),
-        people=int(np.isin(split.people.image_id, list(usable)).sum()),
-        sha256={content: name for name, content in usable.values()},
+        doubts=tuple(doubts),
+        looks=tuple(looks),
+        people=sum(counts[look.photo.image_id] for look in looks),
     )
 
 
-def _in_threads(look: Callable[[Photo], Verdict], photos: Sequence[Photo], workers: int) -> Iterator[Verdict]:
-    """In the photos' order. Reading, decoding and hashing all let other threads run."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield from pool.map(look, photos)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for 100,000 pictures
+def _of_picture(split: Split, look: Look, known: Mapping[str, str]) -> Iterator[Rejection]:
+    """What is odd about a file."""
+    photo, people = look.photo, look.people.stop - look.people.start
+    if look.sha256 is not None:
+        sha256 = look.sha256.hex()
+        listed = known.get(f"{split.name}/{photo.file_name}", sha256)
+        if listed != sha256:
+            detail = f"sha256 {sha256[:12]}... instead of {listed[:12]}..."
+            yield left_out(photo, "checksum_differs", detail, people)
+    if look.orientation != 1:
+        detail = f"EXIF orientation {look.orientation}; stored {photo.width} x {photo.height} px"
+        yield left_out(photo, "exif_turned", detail, people)
 
 
-def _told(name: str, total: int, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
-    """The same verdicts, with a line now and then that says how far it is."""
-    line = ProgressLine(f"validate {name}", total, "pictures")
-    for verdict in verdicts:
-        line.add()
-        yield verdict
+def _of_people(split: Split, look: Look, doubts: Sequence[Doubt]) -> Iterator[Rejection]:
+    """What is odd about the people of a picture."""
+    photo, people = look.photo, split.people[look.people]
 
+    def odd(kind: str, row: int, detail: str) -> Rejection:
+        return Rejection(kind, photo.file_name, photo.image_id, int(people.ann_id[row]), detail)
 
-def _suspicions(
-    split: Split, photo: Photo, people: People, sha256: str, known: Mapping[str, str]
-) -> Iterator[Rejection]:
-    listed = known.get(f"{split.name}/{photo.file_name}", sha256)
-    if listed != sha256:
-        detail = f"sha256 {sha256[:12]}... instead of {listed[:12]}..."
-        yield left_out(photo, "checksum_differs", detail, len(people))
+    boxes = [", ".join(f"{v:g}" for v in box) for box in people.stated_xywh.round(1).tolist()]
     outside, labelled = _outside_box(people)
     for row in np.flatnonzero(outside > labelled / 2).tolist():
-        box = ", ".join(f"{v:.1f}" for v in people.bbox_xywh[row].tolist())
-        detail = f"{outside[row]} of {labelled[row]} labelled keypoints, box [{box}]"
-        ann_id = int(people.ann_id[row])
-        yield Rejection("keypoints_outside_box", photo.file_name, photo.image_id, ann_id, detail)
+        detail = f"{outside[row]} of {labelled[row]} labelled keypoints, box [{boxes[row]}]"
+        yield odd("keypoints_outside_box", row, detail)
+    for doubt in doubts:
+        for row in np.flatnonzero(doubt.who[look.people]).tolist():
+            size = f"{photo.width} x {photo.height} px"
+            yield odd(doubt.kind, row, f"box [{boxes[row]}], area {people.area[row]:g}, picture {size}")
 
 
 def _outside_box(people: People) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -264,13 +171,15 @@ def _outside_box(people: People) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _with_shared_pictures(train: CheckedSplit, val: CheckedSplit) -> CheckedSplit:
     """`val` with a suspicion for each picture whose bytes the training split has too."""
-    photos = {photo.file_name: (photo, rows) for photo, rows in val.split.by_photo()}
-    shared = []
-    for content, name in val.sha256.items():
-        if content in train.sha256:
-            photo, rows = photos[name]
-            detail = f"the bytes of {train.split.name}/{train.sha256[content]}"
-            shared.append(left_out(photo, "in_both_splits", detail, rows.stop - rows.start))
+    shared = [
+        left_out(
+            mine.photo,
+            "in_both_splits",
+            f"the bytes of {train.split.name}/{theirs.photo.file_name}",
+            mine.people.stop - mine.people.start,
+        )
+        for mine, theirs in equal_files(val.looks, train.looks)
+    ]
     return replace(val, suspicious=(*val.suspicious, *shared))
 
 
@@ -280,11 +189,21 @@ def _fatal(checked: CheckedSplit) -> Iterator[str]:
     lost = sum(r.people for r in checked.rejected if r.is_defect)
     count = Counter(r.reason for r in checked.suspicious)
     if not checked.people:
-        yield f"{file}: no person of {name} can be used. The table says why."
+        first = next((f" The first: {r.file}, {r.reason}, {r.detail}." for r in checked.rejected), "")
+        yield f"{file}: no person of {name} can be used.{first}"
     elif lost > checked.people:
         yield (
             f"{file}: {lost:,} people of {name} are left out for defects and only {checked.people:,} are "
             f"kept. Pictures and annotations hardly belong together: mend what the table lists first."
+        )
+    for doubt in checked.doubts:
+        if doubt.proves and count[doubt.kind] > checked.people / 2:
+            yield f"{file}: {doubt.evidence}"
+    if (turned := count["exif_turned"]) > checked.photos / 2:
+        yield (
+            f"{file}: EXIF turns {turned:,} of {checked.photos:,} pictures of {name}. Crops are cut from the "
+            f"stored pixels, as COCO's loaders do: labels made on the displayed picture then lie elsewhere "
+            f"(--page draws some). If they do, turn the pixels themselves; in any case drop the EXIF tag."
         )
     if (outside := count["keypoints_outside_box"]) > checked.people / 2:
         yield (
@@ -301,6 +220,21 @@ def _fatal(checked: CheckedSplit) -> Iterator[str]:
         yield (
             f"{name}: {differing:,} pictures are not those of the checksum list. They decode, so nothing "
             f"else would notice: copy them again."
+        )
+
+
+def _unscorable(checked: CheckedSplit) -> Iterator[str]:
+    """Why evaluate refuses the split."""
+    try:
+        checked.split.truth.refuse_unscorable()
+    except DataError as error:
+        yield str(error)
+    if without := [r for r in checked.rejected if r.is_defect and r.ann_id is None]:
+        yield (
+            f"{checked.split.annotation_file}: {len(without):,} pictures of {checked.split.name} cannot be "
+            f"used, the first is {without[0].file} ({without[0].reason}). Training could go on without them, "
+            f"evaluation is refused: its AP would be comparable with none. Mend them, or take them and their "
+            f"annotations out."
         )
 
 
@@ -329,39 +263,3 @@ def read_checksums(file: str | Path) -> dict[str, str]:
 
 def _paths(split: Split) -> set[str]:
     return {f"{split.name}/{photo.file_name}" for photo in split.photos}
-
-
-# ---------------------------------------------------------------------------------- the table
-
-
-def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
-    split = checked.split
-    pictures = len(split.photos) + sum(1 for r in split.rejected if r.ann_id is None)
-    yield (
-        f"{split.name}: {pictures:,} pictures in {split.annotation_file}; {checked.people:,} people on "
-        f"{checked.photos:,} of them can be used"
-    )
-    groups: dict[tuple[int, str, str], list[Rejection]] = {}
-    for rows, order, fate in (
-        ([r for r in checked.rejected if r.is_defect], 0, "left out"),
-        (checked.suspicious, 1, "kept, look at it"),
-        ([r for r in checked.rejected if not r.is_defect], 2, "left out by the protocol"),
-    ):
-        for row in rows:
-            groups.setdefault((order, row.reason, fate), []).append(row)
-    if groups or split.repaired:
-        yield f"  {'kind':<24}{'rows':>8}{'people':>8}  what becomes of it"
-    for (order, reason, fate), rows in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
-        yield f"  {reason:<24}{len(rows):>8,}{sum(r.people for r in rows):>8,}  {fate}: {WAY_OUT[reason]}"
-        shown = 0 if order == 2 else examples
-        for row in rows[:shown]:
-            who = "" if row.ann_id is None else f", annotation {row.ann_id}"
-            yield f"      {row.file}{who}: {row.detail}"
-        if 0 < shown < len(rows):
-            yield f"      and {len(rows) - shown:,} more"
-    for kind, number in sorted(split.repaired.items()):
-        yield f"  {kind:<24}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
-    unusable = sum(1 for r in checked.rejected if r.is_defect and r.ann_id is None)
-    if unusable:
-        yield f"  hrnet evaluate refuses {split.name} while pictures cannot be used ({unusable:,})"
-    yield ""

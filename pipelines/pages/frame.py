@@ -40,8 +40,12 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
 
 def embedded(path: Path, alt: str) -> str:
     """A picture file inside the page itself."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    kind = {".png": "png", ".jpg": "jpeg"}[path.suffix]
+    return picture(path.read_bytes(), {".png": "png", ".jpg": "jpeg"}[path.suffix], alt)
+
+
+def picture(content: bytes, kind: str, alt: str) -> str:
+    """An encoded picture inside the page itself."""
+    data = base64.b64encode(content).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
