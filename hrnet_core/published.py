@@ -15,7 +15,14 @@ from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import load_checkpoint, read_file
 from hrnet_core.errors import CheckpointError
 from hrnet_core.model import HRNet
-from hrnet_core.weights import first_names, parse_safetensors, read_torch, untrained, what_does_not_fit
+from hrnet_core.weights import (
+    first_names,
+    parse_safetensors,
+    read_torch,
+    refuse_other_kinds,
+    untrained,
+    what_does_not_fit,
+)
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "best_state_dict")
 NOT_OURS = {
@@ -24,6 +31,8 @@ NOT_OURS = {
     r"(incre_modules|downsamp_modules)\.": "classification head",
     r"final_layer\.\d+\.": "classification head (not the keypoint head of the same name)",
 }
+WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|model|net|network)\.)+")
+"""What torch.compile, DataParallel, Lightning and the like put before every name."""
 # Metadata in mmpose's files names these; they are read as empty stand-ins, and none of their code runs.
 HARMLESS_METADATA = (
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -103,9 +112,9 @@ class MatchReport:
 def read_weights(file: str | Path) -> PublishedWeights:
     """Weights in any published layout, or a checkpoint folder of ours, under our key names.
 
-    Reads torch files (weights_only=True) and safetensors: official, `module.` prefixes, mmpose 0.x and 1.x,
-    timm, the ImageNet file of the HRNet authors, WZM's container, simple-HRNet. Half precision becomes
-    float32. CheckpointError: unreadable, or needs code to be run.
+    Reads torch files (weights_only=True) and safetensors: official, mmpose 0.x and 1.x, timm, the ImageNet
+    file of the HRNet authors, WZM's container, simple-HRNet. Names may have a prefix of WRAPPERS, which is
+    taken off. Half precision becomes float32. CheckpointError: unreadable, or needs code to be run.
     """
     path = Path(file)
     if path.is_dir():
@@ -187,17 +196,24 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
             entries = entry.items() if isinstance(entry, dict) else ()
             if tensors := {str(k): v.detach() for k, v in entries if isinstance(v, Tensor)}:
                 return tensors, name
+    refuse_other_kinds(path)
     raise CheckpointError(f"{path}: no weights in it: neither tensors nor one of {CONTAINERS}, but {holds}.")
 
 
 def _our_name(key: str) -> str:
-    name = key.removeprefix("module.").removeprefix("backbone.")
+    name = _bare(_bare(key).removeprefix("backbone."))
     return re.sub(r"^(keypoint_head|head)\.final_layer\.(?=weight$|bias$)", "final_layer.", name)
 
 
+def _bare(key: str) -> str:
+    wrapper = WRAPPERS.match(key)
+    return key[wrapper.end() :] if wrapper else key
+
+
 def _scheme(keys: set[str], container: str) -> str:
-    wrapped = "module. prefixed " if any(key.startswith("module.") for key in keys) else ""
-    keys = {key.removeprefix("module.") for key in keys}
+    prefixes = sorted({found[0] for key in keys if (found := WRAPPERS.match(key))})
+    wrapped = "".join(f"{prefix} prefixed " for prefix in prefixes)
+    keys = set(map(_bare, keys))
     if "backbone.conv1.weight" in keys:
         old = any(key.startswith("keypoint_head.") for key in keys)
         return wrapped + ("mmpose 0.x" if old else "mmpose 1.x")

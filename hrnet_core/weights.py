@@ -37,13 +37,36 @@ def read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
+        refuse_other_kinds(path)
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path}: reading it would run code of its own ({code[1]}), which is never done. If you "
-                f"trust the file, open it where it was made and save its state_dict alone, as safetensors."
+                f"{path}: reading it would run code of its own ({code[1]}), which is never done. Ask "
+                f"who made it for the state_dict alone, as safetensors."
             ) from None
         why = first_line(error)
         raise CheckpointError(f"{path}: not a whole torch file ({why}). Download or copy it again.") from None
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """CheckpointError where a file that is no torch file can be called by its name."""
+    content = path.read_bytes()
+    start = content[:512].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, not the file it stands for: run git lfs pull there."
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise CheckpointError(
+            f"{path}: a web page, as a download leaves that was refused or asked for a click. Open its "
+            f"address in a browser and download the file itself."
+        )
+    if b"StructuredToParameterName@@" in content:
+        raise CheckpointError(
+            f"{path}: weights of PaddlePaddle, whose layers have other names. Take the PyTorch file of "
+            f"the same model."
+        )
+    if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
+        raise CheckpointError(f"{path}: a safetensors file: name it .safetensors.")
 
 
 class _StandIn:

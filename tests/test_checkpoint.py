@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
 import types
@@ -337,6 +338,19 @@ LAYOUTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str, int]] = {
         0,
     ),
     "module": (lambda s: {f"module.{k}": v for k, v in s.items()}, "module. prefixed official", 0),
+    "compiled": (
+        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+        "module._orig_mod. prefixed official",
+        0,
+    ),
+    "Lightning": (
+        lambda s: {
+            "pytorch-lightning_version": "2.4.0",
+            "state_dict": {f"model.{k}": v for k, v in mmpose(s, "head").items()},
+        },
+        "model. prefixed mmpose 1.x",
+        0,
+    ),
     "mmpose 1.x": (
         lambda s: {"state_dict": mmpose(s, "head"), "meta": {"epoch": 210}, "message_hub": {}},
         "mmpose 1.x",
@@ -447,6 +461,25 @@ def test_mmpose_metadata_is_read_without_its_classes(
         torch.save(content, tmp_path / "w.pth")
     assert "mmengine" not in sys.modules
     fit_weights(read_weights(tmp_path / "w.pth"), SMALL)
+
+
+PADDLE = {"StructuredToParameterName@@": {"conv1.weight": "conv2d_0.w_0"}, "conv1.weight": np.zeros((2, 2))}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html>\n<html><title>Sign in</title>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "git lfs pull"),
+        (pickle.dumps(PADDLE, protocol=2), "PaddlePaddle"),
+        (safetensors.torch.save({"conv1.weight": torch.zeros(2)}), r"name it \.safetensors"),
+        (b"PK\x03\x04 and no more", "not a whole torch file"),
+    ],
+)
+def test_other_files_under_this_name_are_called_by_theirs(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"w\.pth: .*{words}"):
+        read_weights(tmp_path / "w.pth")
 
 
 class Canary:
