@@ -1,0 +1,439 @@
+"""Annotation files as people really have them (docs/bad-data.md): each kind with the AP that is owed to it.
+
+The figures of a drawn set under a small network are taken once; whatever annotation tools change about it
+that is neither a photograph, nor a person, nor a pose must leave them equal to the last digit.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dots import SMALL, fitted_network, rows_here, truth_of, write_coco
+from PIL import Image
+
+from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+from hrnet_core.errors import DataError
+from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.skeleton import COCO17
+from pipelines.config import DataSettings, EvaluateSettings
+from pipelines.evaluate import evaluate
+from pipelines.poses.oks_ap import evaluate_results
+from pipelines.sources.findings import Validation
+from pipelines.sources.yolo import read_yolo
+from pipelines.validate import validate
+
+CODEC = HeatmapCodec("official", (96, 128))
+VAL = "val2017"
+Content = dict[str, Any]
+Edit = Callable[[Content], Any]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A root of 4 pictures and 8 people, a checkpoint, its figures and its results there."""
+    folder = tmp_path_factory.mktemp("base")
+    root = write_coco(folder / "coco", photos=4)
+    save_checkpoint(folder / "checkpoint", fitted_network(root, CODEC), CheckpointSpec(SMALL, CODEC))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
+        found = evaluate(folder / "checkpoint", root, out=folder / "out")
+    assert 0.1 < found.stats["AP"] < 0.95
+    return {"root": root, "checkpoint": folder / "checkpoint", "found": found}
+
+
+@pytest.fixture
+def coco(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to change; actors work in this process."""
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
+    return Path(shutil.copytree(base["root"], tmp_path / "coco"))
+
+
+def changed(coco: Path, edit: Edit) -> Path:
+    content = truth_of(coco)
+    edit(content)
+    file = coco / "annotations" / f"person_keypoints_{VAL}.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def stats(base: dict[str, Any], root: Path, split: str = VAL, **settings: Any) -> dict[str, float]:
+    out = root.parent / "out"
+    return evaluate(
+        base["checkpoint"], root, out=out, split=split, settings=EvaluateSettings(**settings)
+    ).stats
+
+
+def checked(root: Path, split: str = VAL, **settings: Any) -> Validation:
+    return validate(root, DataSettings(train_split=split, val_split=split, **settings))
+
+
+def kinds(found: Validation) -> set[str]:
+    return {str(row["kind"]) for row in found.rows()}
+
+
+def everyone(**fields: Any) -> Edit:
+    return lambda content: [person.update(fields) for person in content["annotations"]]
+
+
+def without(*names: str, section: str = "annotations") -> Edit:
+    return lambda content: [row.pop(name) for row in content[section] for name in names]
+
+
+# ---------------------------------------------------------------------------------- what decides nothing
+
+
+def _ids_from_zero(content: Content) -> None:
+    for number, person in enumerate(content["annotations"]):
+        person["id"] = number
+
+
+def _float_ids(content: Content) -> None:
+    for row in (*content["annotations"], *content["images"], *content["categories"]):
+        row.update({key: float(value) for key, value in row.items() if key.endswith("id")})
+
+
+def _float_sizes(content: Content) -> None:
+    for image in content["images"]:
+        image.update(width=float(image["width"]), height=float(image["height"]))
+
+
+def _second_category(content: Content) -> None:
+    """A dog with a skeleton of 17 where each person is, and no person would be found by it."""
+    content["categories"].append({"id": 2, "name": "dog", "keypoints": list(COCO17.keypoints)})
+    for person in list(content["annotations"]):
+        dog = {**person, "id": person["id"] + 1000, "category_id": 2, "keypoints": person["keypoints"][::-1]}
+        content["annotations"].append({**dog, "keypoints": [5.0, 5.0, 2] * 17})
+
+
+def _plain_boxes(content: Content) -> None:
+    content["categories"].append({"id": 7, "name": "car"})
+    for image in content["images"]:
+        car = {"id": 5000 + image["id"], "image_id": image["id"], "category_id": 7, "bbox": [1, 1, 9, 9]}
+        content["annotations"].append(car)
+
+
+def _box_labels(content: Content) -> None:
+    """CVAT: a rectangle beside each skeleton."""
+    for person in list(content["annotations"]):
+        box = {key: person[key] for key in ("image_id", "category_id", "bbox", "area")}
+        content["annotations"].append({**box, "id": person["id"] + 1000, "keypoints": [], "num_keypoints": 0})
+
+
+def _hidden(value: Any) -> Edit:
+    """What stands for a place where v = 0."""
+
+    def edit(content: Content) -> None:
+        for person in content["annotations"]:
+            for start in range(0, 51, 3):
+                if person["keypoints"][start + 2] == 0:
+                    person["keypoints"][start : start + 2] = [value, value]
+
+    return edit
+
+
+def _renamed(change: Callable[[str], str]) -> Edit:
+    return lambda content: [image.update(file_name=change(image["file_name"])) for image in content["images"]]
+
+
+@pytest.mark.parametrize(
+    ("edit", "repaired"),
+    [
+        (_ids_from_zero, None),
+        (lambda content: content["annotations"].reverse(), None),
+        (without("num_keypoints"), None),
+        (everyone(num_keypoints=0), "num_keypoints"),
+        (everyone(num_keypoints=17), "num_keypoints"),
+        (without("iscrowd"), None),
+        (everyone(iscrowd=None), None),
+        (everyone(iscrowd=float("nan")), None),
+        (everyone(iscrowd="0"), None),
+        (_second_category, "other_category"),
+        (_plain_boxes, "other_category"),
+        (_box_labels, "box_labels"),
+        (_hidden(None), "null_coordinates"),
+        (_hidden(float("nan")), "null_coordinates"),
+        (_hidden(3.5), "hidden_coordinates"),
+        (_float_ids, "whole_numbers"),
+        (_float_sizes, "whole_numbers"),
+        (without("width", "height", section="images"), "sizes_read"),
+        (_renamed(lambda name: f"images\\{name}"), "file_names"),
+        (_renamed(lambda name: f"{VAL}/{name}"), "file_names"),
+        (_renamed(lambda name: f"home/me/set/{name}"), "file_names"),
+    ],
+)
+def test_ap_is_of_photographs_people_and_poses(
+    base: dict[str, Any], coco: Path, edit: Edit, repaired: str | None
+) -> None:
+    file = changed(coco, edit)
+    found = checked(coco)
+    assert found.fatal == ()
+    assert repaired is None or found.splits[0].split.repaired[repaired] > 0
+    assert repaired is None or f"\n  {repaired} " in found.table()
+    found_here = evaluate(base["checkpoint"], coco, out=coco.parent / "out")
+    assert found_here.stats == base["found"].stats
+    assert repaired is None or f"{repaired} " in found_here.table()
+    images = {image["id"]: image["id"] for image in truth_of(coco)["images"]}
+    results = json.loads(base["found"].results_file.read_text())
+    assert {row["image_id"] for row in results} <= set(images)
+    assert evaluate_results(results, file) == base["found"].stats, "foreign results likewise"
+
+
+def test_a_byte_order_mark(base: dict[str, Any], coco: Path) -> None:
+    file = coco / "annotations" / f"person_keypoints_{VAL}.json"
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert checked(coco).splits[0].split.repaired == {"byte_order_mark": 1}
+    assert stats(base, coco) == base["found"].stats
+
+
+def test_composed_and_decomposed_names(base: dict[str, Any], coco: Path) -> None:
+    """macOS unpacks é as e and an accent, JSON has it as one character."""
+    changed(coco, _renamed(lambda name: unicodedata.normalize("NFC", f"é{name}")))
+    for picture in list((coco / VAL).iterdir()):
+        picture.rename(picture.with_name(unicodedata.normalize("NFD", f"é{picture.name}")))
+    assert checked(coco).splits[0].split.repaired == {"file_names": 4}
+    assert stats(base, coco) == base["found"].stats
+
+
+@pytest.mark.parametrize(
+    ("annotations", "pictures", "split"),
+    [
+        ("valid/_annotations.coco.json", "valid", "valid"),  # Roboflow
+        ("annotations/person_keypoints_default.json", "images/default", "default"),  # CVAT
+        ("annotations/default.json", "images", "default"),
+        ("result.json", "images", "result"),  # Label Studio
+    ],
+)
+def test_layouts(base: dict[str, Any], coco: Path, annotations: str, pictures: str, split: str) -> None:
+    root = coco.parent / "root"
+    (root / annotations).parent.mkdir(parents=True, exist_ok=True)
+    (root / pictures).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(coco / VAL, root / pictures, dirs_exist_ok=True)
+    shutil.copy(coco / "annotations" / f"person_keypoints_{VAL}.json", root / annotations)
+    assert stats(base, root, split) == base["found"].stats
+    assert checked(root, split).fatal == ()
+    with pytest.raises(DataError, match=rf"Splits with annotations here: {split}\b.*--split"):
+        stats(base, root, "train2017")
+
+
+# ---------------------------------------------------------------------------------- area
+
+
+@pytest.mark.parametrize("edit", [everyone(area=0), everyone(area=None), without("area")])
+def test_without_areas_it_is_053_of_the_box(base: dict[str, Any], coco: Path, edit: Edit) -> None:
+    """The same as if the file said so."""
+    changed(coco, edit)
+    found = checked(coco)
+    assert (found.fatal, found.splits[0].split.repaired) == ((), {"area_from_box": 8})
+    computed = stats(base, coco)
+    stated = changed(
+        coco, lambda c: [p.update(area=0.53 * (p["bbox"][2] * p["bbox"][3])) for p in c["annotations"]]
+    )
+    assert computed == stats(base, coco)
+    results = json.loads((coco.parent / "out" / "results.json").read_text())
+    assert computed == evaluate_results(results, stated)
+
+
+def test_areas_of_the_box_are_told(base: dict[str, Any], coco: Path) -> None:
+    changed(coco, lambda c: [p.update(area=p["bbox"][2] * p["bbox"][3]) for p in c["annotations"]])
+    found = checked(coco)
+    assert found.fatal == ()
+    assert kinds(found) == {"area_is_box"}
+    assert "8 of 8 areas are width x height" in found.table()
+    assert stats(base, coco)["AP"] > base["found"].stats["AP"], "which is why"
+
+
+# ---------------------------------------------------------------------------------- refused with the proof
+
+
+def _corners(content: Content) -> None:
+    for person in content["annotations"]:
+        x, y, w, h = person["bbox"]
+        person["bbox"] = [x, y, x + w, y + h]
+
+
+def _scaled(factor: float | None) -> Edit:
+    """Coordinates times `factor`; None: percent of the picture."""
+
+    def edit(content: Content) -> None:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for person in content["annotations"]:
+            by = [factor or 100 / side for side in sizes[person["image_id"]]]
+            triples = np.array(person["keypoints"]).reshape(-1, 3) * [*by, 1]
+            person["keypoints"] = triples.ravel().tolist()
+            person["bbox"] = (np.array(person["bbox"]) * (by * 2)).tolist()
+
+    return edit
+
+
+def _twice(content: Content) -> None:
+    content["annotations"] += [{**p, "id": p["id"] + 1000} for p in content["annotations"]]
+
+
+def _origin(content: Content) -> None:
+    for person in content["annotations"]:
+        person["keypoints"][:3] = [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "words"),
+    [
+        (_corners, "box_is_corners", "8 of 8 boxes hold their person as x, y, x2, y2"),
+        (_scaled(None), "coordinates_scaled", "percent"),
+        (_scaled(1 / 300), "bbox_degenerate", "fractions from 0 to 1"),
+        (_scaled(0.5), "coordinates_scaled", "px of a smaller picture"),
+        (_scaled(2), "keypoints_outside_picture", "people have labelled keypoints beyond their picture"),
+        (_twice, "same_person_twice", "8 copies"),
+        (_origin, "visible_at_origin", "8 of 8 people"),
+    ],
+)
+def test_what_most_people_prove_is_refused(
+    base: dict[str, Any], coco: Path, edit: Edit, kind: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By validate, and by evaluate before its first forward pass."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+    changed(coco, edit)
+    found = checked(coco)
+    assert kind in kinds(found)
+    assert [words in text for text in found.fatal].count(True) == 1, found.fatal
+    monkeypatch.delattr("pipelines.poses.units.rows_on_ray")
+    with pytest.raises(DataError, match=words):
+        stats(base, coco)
+
+
+def test_one_of_them_is_told_and_kept(base: dict[str, Any], coco: Path) -> None:
+    def one(content: Content) -> None:
+        first, second = content["annotations"][:2]
+        content["annotations"].append({**first, "id": 999})
+        second["keypoints"][:3] = [0, 0, 2]
+
+    changed(coco, one)
+    found = checked(coco)
+    assert found.fatal == ()
+    assert kinds(found) == {"same_person_twice", "visible_at_origin"}
+    told = evaluate(base["checkpoint"], coco, out=coco.parent / "out").table()
+    assert "hrnet validate shows what looks wrong: same_person_twice 2, visible_at_origin 1" in told
+    assert stats(base, coco)["AP"] < base["found"].stats["AP"]
+
+
+def test_left_and_right_exchanged(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 1)
+    assert kinds(checked(coco)) == set()
+    order = COCO17.flip_order.tolist()
+
+    def exchanged(content: Content) -> None:
+        for person in content["annotations"]:
+            person["keypoints"] = np.array(person["keypoints"]).reshape(-1, 3)[order].ravel().tolist()
+
+    changed(coco, exchanged)
+    found = checked(coco)
+    assert (kinds(found), found.fatal) == ({"left_right_exchanged"}, ())
+
+
+def test_pictures_that_exif_turns(coco: Path) -> None:
+    """Orientation 3 keeps the size, so nothing else would notice."""
+    for picture in (coco / VAL).iterdir():
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        with Image.open(picture) as opened:
+            opened.save(picture, exif=exif)
+    found = checked(coco)
+    assert kinds(found) == {"exif_turned"}
+    assert "EXIF turns 4 of 4 pictures" in found.fatal[0]
+
+
+def test_the_same_picture_twice(coco: Path) -> None:
+    first, second = sorted((coco / VAL).iterdir())[:2]
+    size = Image.open(first).size
+    shutil.copy(first, second)
+    changed(coco, lambda c: c["images"][1].update(width=size[0], height=size[1]))
+    assert kinds(checked(coco)) == {"same_picture_twice"}
+
+
+# ---------------------------------------------------------------------------------- several categories
+
+
+def test_several_categories_of_one_skeleton(base: dict[str, Any], coco: Path) -> None:
+    """Animals: every second of them is of another species."""
+
+    def species(content: Content) -> None:
+        content["categories"] = [
+            {"id": number, "name": name, "keypoints": list(COCO17.keypoints)}
+            for number, name in ((1, "bison"), (2, "buffalo"))
+        ]
+        for animal in content["annotations"]:
+            animal["category_id"] = 1 + animal["id"] % 2
+
+    changed(coco, species)
+    (text,) = checked(coco).fatal
+    assert "bison, buffalo" in text
+    assert "--data.category NAME" in text
+    with pytest.raises(DataError, match=r"--evaluate\.category all"):
+        stats(base, coco)
+    assert stats(base, coco, category="all") == base["found"].stats
+    assert checked(coco, category="all").splits[0].people == 8
+    assert checked(coco, category="bison").splits[0].people == 4
+    with pytest.raises(DataError, match="no category 'cow'"):
+        stats(base, coco, category="cow")
+
+
+# ---------------------------------------------------------------------------------- YOLO-pose
+
+
+def _yolo(coco: Path, *, dimensions: int = 3, first: str = "0", stretch: float = 0) -> Path:
+    """The set as labels: a person a line."""
+    root = coco.parent / "yolo"
+    shutil.copytree(coco / VAL, root / "images" / "val")
+    (root / "labels" / "val").mkdir(parents=True)
+    content = truth_of(coco)
+    for image in content["images"]:
+        sides = np.array([image["width"], image["height"]])
+        lines = []
+        for person in (p for p in content["annotations"] if p["image_id"] == image["id"]):
+            corner, size = np.array(person["bbox"]).reshape(2, 2) / sides
+            triples = np.array(person["keypoints"]).reshape(-1, 3) / [*sides, 1]
+            box = np.concatenate([corner + size / 2, size])
+            box[0] = 1 + stretch if stretch else box[0]
+            numbers = [*box, *triples[:, :dimensions].ravel()]
+            lines.append(" ".join([first, *(f"{number:.6f}" for number in numbers)]))
+        label = root / "labels" / "val" / Path(image["file_name"]).with_suffix(".txt").name
+        label.write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("labels", "description", "repaired"),
+    [
+        ({}, "val: images\\val", "file_names"),
+        ({}, "val: C:\\data\\set\\images\\val", "file_names"),
+        ({}, "val: /home/me/set/images/val", None),
+        ({}, f"flip_idx: {list(range(17))}", "identity_flip_idx"),
+        ({"dimensions": 2}, "kpt_shape: [17, 2]", "two_dimensions"),
+        ({"stretch": 1e-6}, "names: [people]", "fractions_clipped"),
+        ({"first": "1"}, "names: {0: dog, 1: person}", None),
+        ({"first": "2"}, "names: [cat, dog, horse]\n# all", None),
+    ],
+)
+def test_yolo_labels_as_tools_write_them(
+    coco: Path, labels: dict[str, Any], description: str, repaired: str | None
+) -> None:
+    root = _yolo(coco, **labels)
+    (root / "data.yaml").write_text(description)
+    split = read_yolo(root, "val", COCO17, "all" if description.endswith("all") else None)
+    assert len(split.people) == 8
+    assert split.rejected == ()
+    assert set(split.repaired) - {"area_from_box", "boxes_clipped"} == ({repaired} if repaired else set())
+    stated = np.array([p["keypoints"] for p in truth_of(coco)["annotations"]]).reshape(-1, 17, 3)
+    np.testing.assert_allclose(split.people.keypoints[..., :2], stated[..., :2], atol=2e-4)
+
+
+def test_classes_counted_from_1(coco: Path) -> None:
+    with pytest.raises(DataError, match=r"no line is of class 0.*8 lines of class 1.*count from 0"):
+        read_yolo(_yolo(coco, first="1"), "val", COCO17)
