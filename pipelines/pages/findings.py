@@ -52,7 +52,7 @@ def _finding(checked: CheckedSplit, group: Finding, skeleton: Skeleton, max_pixe
     more = f"and {len(group.rows) - LISTED:,} more" if len(group.rows) > LISTED else ""
     return section(
         f"{checked.split.name}: {group.kind}",
-        f"{len(group.rows):,} rows, {group.people:,} people; {group.fate}. Way out: {WAY_OUT[group.kind]}.",
+        f"{len(group.rows):,} rows, {group.people:,} people; {group.fate}. Way out: {WAY_OUT[group.kind]}",
         f"<p>{html.escape(group.evidence)}</p>",
         *drawn,
         table(rows, ("file", "annotation", "people", "detail")),
