@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
 from pipelines.progress import ProgressLine
-from pipelines.sources.doubts import Doubt, doubts_of, seen_of
+from pipelines.sources.doubts import Doubt, doubts_of, outside_box, seen_of
 from pipelines.sources.examine import Look, equal_files, examine
 from pipelines.sources.findings import CheckedSplit, Validation
 from pipelines.sources.photos import left_out
-from pipelines.sources.records import People, Rejection, Split, refuse_rejected
+from pipelines.sources.records import Rejection, Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
 from pipelines.storage import writing
 
@@ -148,22 +147,13 @@ def _of_people(split: Split, look: Look, doubts: Sequence[Doubt]) -> Iterator[Re
         return Rejection(kind, photo.file_name, photo.image_id, int(people.ann_id[row]), detail)
 
     boxes = [", ".join(f"{v:g}" for v in box) for box in people.stated_xywh.round(1).tolist()]
-    outside, labelled = _outside_box(people)
-    for row in np.flatnonzero(outside > labelled / 2).tolist():
-        detail = f"{outside[row]} of {labelled[row]} labelled keypoints, box [{boxes[row]}]"
-        yield odd("keypoints_outside_box", row, detail)
+    outside, labelled = outside_box(people)
     for doubt in doubts:
         for row in np.flatnonzero(doubt.who[look.people]).tolist():
-            size = f"{photo.width} x {photo.height} px"
-            yield odd(doubt.kind, row, f"box [{boxes[row]}], area {people.area[row]:g}, picture {size}")
-
-
-def _outside_box(people: People) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(P,) labelled keypoints further than a tenth of the box outside of it; all labelled ones."""
-    corner, size = people.bbox_xywh[:, None, :2], people.bbox_xywh[:, None, 2:]
-    labelled = people.keypoints[..., 2] > 0
-    outside = (np.abs(people.keypoints[..., :2] - corner - size / 2) > 0.6 * size).any(axis=2)
-    return (outside & labelled).sum(axis=1), labelled.sum(axis=1)
+            detail = f"area {people.area[row]:g}, picture {photo.width} x {photo.height} px"
+            if doubt.kind == "keypoints_outside_box":
+                detail = f"{outside[row]} of {labelled[row]} labelled keypoints"
+            yield odd(doubt.kind, row, f"{detail}, box [{boxes[row]}]")
 
 
 # ---------------------------------------------------------------------------------- the set as a whole
@@ -204,12 +194,6 @@ def _fatal(checked: CheckedSplit) -> Iterator[str]:
             f"{file}: EXIF turns {turned:,} of {checked.photos:,} pictures of {name}. Crops are cut from the "
             f"stored pixels, as COCO's loaders do: labels made on the displayed picture then lie elsewhere "
             f"(--page draws some). If they do, turn the pixels themselves; in any case drop the EXIF tag."
-        )
-    if (outside := count["keypoints_outside_box"]) > checked.people / 2:
-        yield (
-            f"{file}: most keypoints of {outside:,} of {checked.people:,} people of {name} lie outside their "
-            f"boxes. Keypoints and boxes are px of the stored picture, boxes x, y, width, height; relative "
-            f"numbers from 0 to 1 must be multiplied first."
         )
     if (shared := count["in_both_splits"]) > checked.photos / 2:
         yield (

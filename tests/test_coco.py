@@ -336,7 +336,12 @@ SWAPPED = ["nose", "right_eye", "left_eye", *COCO17.keypoints[3:]]
         (lambda data: data.update(annotations={}), ["'annotations'", "list"]),
         (lambda data: data.update(categories=[]), ["'categories'", "person_keypoints"]),
         (lambda data: data["categories"][0].pop("keypoints"), ["'categories'", "keypoint names"]),
-        (lambda data: data["categories"].append({**CATEGORY, "id": 2}), ["2 categories"]),
+        (
+            lambda data: data["categories"].append(
+                {**CATEGORY, "id": 2, "name": "person", "keypoints": SWAPPED}
+            ),
+            ["2 categories"],
+        ),
         (_renamed(SWAPPED), ["another order", "position 1 has 'right_eye' instead of 'left_eye'", "coco17"]),
         (_renamed(list(COCO17.keypoints[:14])), ["14 keypoints instead of 17", "right_knee"]),
         (_renamed(["snout", *COCO17.keypoints[1:]]), ["position 0 has 'snout'"]),

@@ -26,6 +26,7 @@ from hrnet_core.skeleton import COCO17
 from pipelines.config import DataSettings, EvaluateSettings
 from pipelines.evaluate import evaluate
 from pipelines.poses.oks_ap import evaluate_results
+from pipelines.sources.coco import read_coco
 from pipelines.sources.findings import Validation
 from pipelines.sources.yolo import read_yolo
 from pipelines.validate import validate
@@ -437,3 +438,95 @@ def test_yolo_labels_as_tools_write_them(
 def test_classes_counted_from_1(coco: Path) -> None:
     with pytest.raises(DataError, match=r"no line is of class 0.*8 lines of class 1.*count from 0"):
         read_yolo(_yolo(coco, first="1"), "val", COCO17)
+
+
+# ---------------------------------------------------------------------------------- what a stranger tried
+
+
+def _centers(content: Content) -> None:
+    for person in content["annotations"]:
+        x, y, w, h = person["bbox"]
+        person["bbox"] = [x + w, y + h, w / 2, h / 2]
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind"),
+    [
+        (lambda c: [p.update(area=p["area"] * 100) for p in c["annotations"]], "area_impossible"),
+        (everyone(area=1.0), "area_impossible"),
+        (_centers, "keypoints_outside_box"),
+    ],
+)
+def test_what_nobody_can_mean(base: dict[str, Any], coco: Path, edit: Edit, kind: str) -> None:
+    """AP 1.000 or .000 whatever the poses, before this was asked."""
+    changed(coco, edit)
+    found = checked(coco)
+    assert kind in kinds(found)
+    assert found.exit_code == 2
+    with pytest.raises(DataError, match="of 8"):
+        stats(base, coco)
+
+
+def test_one_box_for_all_of_a_picture(coco: Path) -> None:
+    changed(coco, everyone(bbox=[0, 0, 200, 160]))
+    assert "8 of 8 people have the box of another of their picture" in " ".join(checked(coco).fatal)
+
+
+@pytest.mark.parametrize("unit", ["x, y, x2, y2", "fractions from 0 to 1"])
+def test_boxes_of_a_detector_that_are_none(base: dict[str, Any], coco: Path, unit: str) -> None:
+    content, rows = truth_of(coco), []
+    sizes = {image["id"]: np.array([image["width"], image["height"]]) for image in content["images"]}
+    for person in content["annotations"]:
+        corner, size = np.array(person["bbox"]).reshape(2, 2)
+        box = np.concatenate([corner, corner + size])
+        if unit.startswith("fractions"):
+            box = np.concatenate([corner, size]) / np.tile(sizes[person["image_id"]], 2)
+        row = {"image_id": person["image_id"], "category_id": 1, "score": 0.9}
+        rows.append({**row, "bbox": box.tolist()})
+    file = coco.parent / "boxes.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=f"boxes.json: .* boxes are {unit}"):
+        evaluate(base["checkpoint"], coco, out=coco.parent / "out", boxes=file)
+
+
+def test_who_is_not_asked_about_is_told(base: dict[str, Any], coco: Path) -> None:
+    changed(coco, lambda c: c["annotations"][0].update(bbox=[90, 90, -70, -70]))
+    told = evaluate(base["checkpoint"], coco, out=coco.parent / "out").table()
+    assert "not asked about, counted as missed: bbox_invalid 1" in told
+
+
+def test_nested_keypoints_and_two_names_for_people(base: dict[str, Any], coco: Path) -> None:
+    def edit(content: Content) -> None:
+        content["categories"] = [
+            {**content["categories"][0], "name": "Person", "id": number} for number in (1, 2)
+        ]
+        for person in content["annotations"]:
+            person["keypoints"] = np.array(person["keypoints"]).reshape(-1, 3).tolist()
+            person["category_id"] = 1 + person["id"] % 2
+
+    changed(coco, edit)
+    assert stats(base, coco) == base["found"].stats
+    assert stats(base, coco, category="person") == base["found"].stats
+
+
+def test_nobody_to_score_against(base: dict[str, Any], coco: Path) -> None:
+    file = changed(coco, everyone(iscrowd=1))
+    with pytest.raises(DataError, match="nobody in it has labelled keypoints"):
+        evaluate_results(json.loads(base["found"].results_file.read_text()), file)
+
+
+def test_annotations_without_their_pictures_folder(coco: Path) -> None:
+    """labelme2coco: annotations.json beside JPEGImages/."""
+    root = coco.parent / "root"
+    shutil.copytree(coco / VAL, root / "JPEGImages")
+    shutil.copy(coco / "annotations" / f"person_keypoints_{VAL}.json", root / "annotations.json")
+    with pytest.raises(
+        DataError, match="'annotations' has annotations here, but no folder with its pictures"
+    ):
+        read_coco(root, "annotations", COCO17)
+
+
+def test_the_description_of_yolo_labels_under_another_name(coco: Path) -> None:
+    root = _yolo(coco, first="1")
+    (root / "dataset.yml").write_text("names: [dog, person]\nflip_idx: []\n")
+    assert len(read_yolo(root, "val", COCO17).people) == 8

@@ -49,6 +49,11 @@ def evaluate_results(
         refuse_misread(read.name, doubts_of(read.seen, skeleton))
         truth = read.truth
     truth = _scorable(truth, use_area)
+    people = truth.people
+    if not (~people.crowd & (people.keypoints[..., 2] > 0).any(axis=1)).any():
+        raise DataError(
+            f"{truth.name}: nobody in it has labelled keypoints and is no crowd, so there is no AP."
+        )
     name, found = "the results", results
     if isinstance(results, str | Path):
         name, (found, _) = str(results), load(results)

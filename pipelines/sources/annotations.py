@@ -256,7 +256,7 @@ def _category(
     if wanted.category == ALL:
         fitting = [c for c in with_keypoints if skeleton is None or _is_of(c, skeleton)]
     elif wanted.category is not None:
-        fitting = [c for c in with_keypoints if c.get("name") == wanted.category]
+        fitting = [c for c in with_keypoints if _plain(str(c.get("name"))) == _plain(wanted.category)]
         if not fitting:
             raise DataError(
                 f"{file}: no category {wanted.category!r} has keypoints; {listed(names) or 'none'} have. "
@@ -264,7 +264,8 @@ def _category(
             )
     else:
         fitting = _people(categories, wanted.names)
-        if len(fitting) > 1:
+        kinds = {(_plain(str(c.get("name"))), str(c.get("keypoints"))) for c in fitting}
+        if len(kinds) > 1:  # two of one name and skeleton are one, as merged files have them
             raise DataError(
                 f"{file}: {len(fitting)} categories list their keypoints ({listed(names)}). Choose one with "
                 f"{wanted.flag} NAME, or join those of the skeleton with {wanted.flag} {ALL}."

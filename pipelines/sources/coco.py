@@ -88,6 +88,11 @@ def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -
                 f"with --data.format yolo_pose. They have no areas and no crowds: an AP on them would not "
                 f"be COCO's, so evaluate wants COCO annotations."
             )
+        if split in there:
+            raise DataError(
+                f"{root}: split {split!r} has annotations here, but no folder with its pictures: {split}/, "
+                f"images/{split}/ and images/ are looked for (docs/sources.md). Move or link them there."
+            )
         raise DataError(
             f"{annotation_file}: no such file. Splits with annotations here: {listed(there) or 'none'}. Name "
             f"one with --data.train-split, --data.val-split (evaluate: --split), or check --data.root."

@@ -13,7 +13,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
 from pipelines.sources.annotations import ALL
 from pipelines.sources.rows import listed, name_difference
-from pipelines.storage import is_folder, join, read_file
+from pipelines.storage import is_file, is_folder, join, list_files, read_file
 
 DESCRIPTION = "data.yaml"
 FLAT = "all"
@@ -39,6 +39,9 @@ def read_description(root: str, split: str, skeleton: Skeleton, category: str | 
     """category: the name of the class that is read, or ALL; None: the one called person, or the only one.
     DataError where it contradicts the skeleton, or leads nowhere."""
     file = join(root, DESCRIPTION)
+    if not is_file(file):  # another name, where only one can be meant
+        named = [name for name in list_files(root) if name.endswith((".yaml", ".yml"))]
+        file = join(root, named[0]) if len(named) == 1 else file
     fields, raw = _parsed(file)
     repaired: dict[str, int] = {}
     dimensions = _dimensions(file, fields.get("kpt_shape", [skeleton.num_keypoints, 3]), skeleton)
@@ -94,7 +97,7 @@ def _check_mirror(file: str, theirs: Any, skeleton: Skeleton) -> bool:
     """flip_idx is all that most label sets say about the order of their keypoints. True where it exchanges
     nothing, as Roboflow writes it for every set: then it says nothing."""
     ours = skeleton.flip_order.tolist()
-    if theirs is None or theirs == ours:
+    if theirs in (None, [], ours):
         return False
     if theirs == list(range(len(ours))):
         return True
@@ -120,7 +123,7 @@ def _classes(file: str, names: Any, category: str | None) -> frozenset[int]:
         raise DataError(f"{file}: names is {names!r}, not the names of the classes by their numbers from 0.")
     if category == ALL:
         return frozenset(named)
-    people = [number for number, name in named.items() if name == (category or "person")]
+    people = [number for number, name in named.items() if str(name).lower() == (category or "person").lower()]
     people = people or (list(named) if category is None else [])
     if len(people) != 1:
         raise DataError(

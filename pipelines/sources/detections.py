@@ -48,6 +48,8 @@ def read_detections(
         else:
             detail = f"bbox {box!r:.80} of entry {index} {not_a_box(box)}"
             rejected.append(Rejection("bbox_invalid", names[image_id], image_id, index, detail))
+    if not kept and rejected:
+        raise DataError(f"{file}: none of {len(rows)} boxes can be used. The first: {rejected[0].detail}.")
     if not kept:
         raise DataError(
             f"{file}: no box is left of {len(rows)} entries (category {category}, score at least "

@@ -57,16 +57,20 @@ def doubts_of(seen: Seen, skeleton: Skeleton) -> list[Doubt]:
         _visible_at_origin(seen),
         _same_person_twice(seen),
         _left_right_exchanged(seen, skeleton),
+        _outside_box(seen),
+        _same_box(seen),
+        _area_impossible(seen),
         _area_is_box(seen),
     ]
     return [doubt for doubt in found if doubt.who.any()]
 
 
-def seen_of(split: Split) -> Seen:
-    """A split's usable people."""
+def seen_of(split: Split, people: People | None = None) -> Seen:
+    """A split's usable people, or others on its photographs."""
+    people = split.people if people is None else people
     sizes = {photo.image_id: (photo.width, photo.height) for photo in split.photos}
-    of_people = [sizes[image_id] for image_id in split.people.image_id.tolist()]
-    return Seen(split.people, np.array(of_people, np.float64).reshape(-1, 2), split.truth.has_areas)
+    of_people = [sizes[image_id] for image_id in people.image_id.tolist()]
+    return Seen(people, np.array(of_people, np.float64).reshape(-1, 2), split.truth.has_areas)
 
 
 def refuse_misread(file: str, doubts: Sequence[Doubt]) -> None:
@@ -179,6 +183,67 @@ def _left_right_exchanged(seen: Seen, skeleton: Skeleton) -> Doubt:
         f"teaches the wrong side. Exchange the pairs, or the order of the names.",
         proves=False,
     )
+
+
+def outside_box(people: People) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N,) labelled keypoints further than a tenth of the box outside of it; all labelled ones."""
+    corner, size = people.bbox_xywh[:, None, :2], people.bbox_xywh[:, None, 2:]
+    labelled = people.keypoints[..., 2] > 0
+    outside = (np.abs(people.keypoints[..., :2] - corner - size / 2) > 0.6 * size).any(axis=2)
+    return (outside & labelled).sum(axis=1), labelled.sum(axis=1)
+
+
+def _outside_box(seen: Seen) -> Doubt:
+    outside, labelled = outside_box(seen.people)
+    who = outside > labelled / 2
+    return Doubt(
+        "keypoints_outside_box",
+        who,
+        f"most keypoints of {who.sum():,} of {len(who):,} people lie outside their boxes: crops show "
+        f"something else. Keypoints and boxes are px of the stored picture, boxes x, y, width, height of the "
+        f"upper left corner; relative numbers from 0 to 1 must be multiplied first.",
+    )
+
+
+def _same_box(seen: Seen) -> Doubt:
+    people = seen.people
+    rows = np.column_stack([people.image_id, people.stated_xywh])
+    _, group, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    twins = counts[group.ravel()] > 1
+    keypoints = np.column_stack([people.image_id, people.keypoints.reshape(len(people), -1)])
+    _, same, copies = np.unique(keypoints, axis=0, return_inverse=True, return_counts=True)
+    who = twins & (copies[same.ravel()] == 1)
+    return Doubt(
+        "same_box",
+        who,
+        f"{who.sum():,} of {len(who):,} people have the box of another of their picture and other keypoints. "
+        f"A box is all that says who is meant: write each person's own.",
+    )
+
+
+def _area_impossible(seen: Seen) -> Doubt:
+    people = seen.people
+    box = people.stated_xywh[:, 2] * people.stated_xywh[:, 3]
+    who = (people.area > 1.1 * box + 4) | (people.area < 0.005 * box)
+    return Doubt(
+        "area_impossible",
+        who,
+        f"{who.sum():,} of {len(who):,} areas are larger than the box, or less than 0.5 % of it. OKS divides "
+        f"by the area: too large an area forgives every error, too small a one forgives none. Write the "
+        f"outline's in px, or take the areas out: {BOX_AREA} x width x height is used then.",
+    )
+
+
+def refuse_misread_boxes(file: str, seen: Seen, flag: str) -> None:
+    """DataError where most of a detector's boxes are corners, or fractions of the picture."""
+    corners = _box_is_corners(seen).who
+    fractions = (seen.people.stated_xywh <= 1.5).all(axis=1)
+    for who, what in ((corners, "x, y, x2, y2"), (fractions, "fractions from 0 to 1")):
+        if who.mean() > 0.5:
+            raise DataError(
+                f"{file}: {who.sum():,} of {len(who):,} boxes are {what}, as they lie in their pictures. "
+                f"{flag} takes x, y, width, height in px of the stored picture."
+            )
 
 
 def _area_is_box(seen: Seen) -> Doubt:

@@ -16,7 +16,7 @@ from pipelines.config import EvaluateSettings
 from pipelines.sources.annotations import Wanted
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
-from pipelines.sources.doubts import doubts_of, refuse_misread, seen_of
+from pipelines.sources.doubts import doubts_of, refuse_misread, refuse_misread_boxes, seen_of
 from pipelines.sources.records import People, Photo, Split
 from pipelines.storage import sha256_of
 
@@ -71,6 +71,8 @@ def read_evaluation_set(
     refuse_unusable([(r.file, f"{r.reason}, {r.detail}") for r in labelled.rejected if r.ann_id is None])
     if boxes is not None:
         asked, rejected = read_detections(boxes, labelled, settings.score_threshold, settings.boxes_category)
+        if len(asked):
+            refuse_misread_boxes(str(boxes), replace(seen_of(labelled, asked), has_areas=False), "--boxes")
         detector = Path(boxes).name, sha256_of(boxes)
         return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector, told)
     asked = labelled.people
@@ -103,5 +105,6 @@ def refuse_unusable(problems: Sequence[tuple[str, str]]) -> None:
     more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
     raise DataError(
         f"{len(problems)} photographs cannot be used, so its AP would not be comparable: "
-        f"{listed}{more}. Copy the photographs again, or take them and their annotations out of the set."
+        f"{listed}{more}. Mend what is said of each (copy again what is missing or damaged), or take "
+        f"them and their annotations out of the set."
     )

@@ -56,6 +56,8 @@ WAY_OUT = {
     "visible_at_origin": "write v = 0 for a keypoint that is not labelled",
     "same_person_twice": "remove the copies: AP counts all but one as missed",
     "left_right_exchanged": "exchange left and right of the pairs, or the order of the names",
+    "same_box": "write each person's own box",
+    "area_impossible": "write the area of the outline in px, or leave area out",
     "area_is_box": "AP on width x height is too high; take the areas out, then 0.53 of it is used",
     "same_picture_twice": "remove the copy: its people weigh twice",
     "exif_turned": "are labels of the stored pixels? If not, turn the pixels; then drop the EXIF tag",

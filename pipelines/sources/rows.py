@@ -167,6 +167,8 @@ def _keypoints(
     """(N, K, 3), and the rows in which something was repaired: where v is 0 the place is zero, whatever stood
     there; a row without any keypoints has none labelled."""
     for row in rows:
+        if isinstance(row.keypoints, list) and row.keypoints and all(map(_is_triple, row.keypoints)):
+            row.keypoints = list(chain.from_iterable(row.keypoints))
         if not row.keypoints:
             row.keypoints = [0] * (3 * num_keypoints)
     nulls = np.zeros(len(rows), bool)
@@ -184,6 +186,11 @@ def _keypoints(
     somewhere = (hidden & (keypoints[..., :2] != 0).any(axis=2)).any(axis=1)
     keypoints[hidden] = 0
     return keypoints, {"null_coordinates": nulls, "hidden_coordinates": somewhere}
+
+
+def _is_triple(value: Any) -> bool:
+    """[x, y, v], as tools write that nest what COCO has flat."""
+    return isinstance(value, list) and len(value) == 3
 
 
 def _without_nulls(values: list[Any]) -> list[Any]:
