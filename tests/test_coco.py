@@ -351,7 +351,7 @@ SWAPPED = ["nose", "right_eye", "left_eye", *COCO17.keypoints[3:]]
         (lambda data: data["images"][2].update(id="30"), ["images[2].id", "'30'"]),
         (lambda data: data["annotations"][2].update(image_id=77), ["image_id", "ids 3"]),
         (lambda data: data["annotations"][2].update(category_id=7), ["category_id", "ids 3"]),
-        (lambda data: data["annotations"][2].pop("category_id"), ["category_id", "ids 3"]),
+        (lambda data: data["annotations"][2].pop("category_id"), ["category_id", "annotation 3 has None"]),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused(root: Path, edit: Edit, words: list[str]) -> None:

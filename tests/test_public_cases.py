@@ -278,6 +278,15 @@ def _twice(content: Content) -> None:
     content["annotations"] += [{**p, "id": p["id"] + 1000} for p in content["annotations"]]
 
 
+def _two_annotators(content: Content) -> None:
+    rng = np.random.default_rng(0)
+    for person in list(content["annotations"]):
+        moved = np.array(person["keypoints"]).reshape(-1, 3)
+        moved[:, :2] += rng.uniform(-0.6, 0.6, (17, 2)) * (moved[:, 2:] > 0)
+        other = {**person, "id": person["id"] + 1000, "keypoints": moved.ravel().tolist()}
+        content["annotations"].append(other)
+
+
 def _origin(content: Content) -> None:
     for person in content["annotations"]:
         person["keypoints"][:3] = [0, 0, 2]
@@ -292,6 +301,7 @@ def _origin(content: Content) -> None:
         (_scaled(0.5), "coordinates_scaled", "px of a smaller picture"),
         (_scaled(2), "keypoints_outside_picture", "people have labelled keypoints beyond their picture"),
         (_twice, "same_person_twice", "8 copies"),
+        (_two_annotators, "same_person_twice", "16 of 16 people stand more than once"),
         (_origin, "visible_at_origin", "8 of 8 people"),
     ],
 )

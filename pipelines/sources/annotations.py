@@ -271,6 +271,11 @@ def _category(
                 f"{wanted.flag} NAME, or join those of the skeleton with {wanted.flag} {ALL}."
             )
     fitting = [c for c in fitting if type(whole(c.get("id"))) is int] or fitting[:0]
+    if not fitting and with_keypoints:
+        raise DataError(
+            f"{file}: the id of category {names[0]!r} is {with_keypoints[0].get('id')!r}, no integer. Write "
+            f"ids as whole numbers, in annotations and images too."
+        )
     if not fitting:
         raise DataError(
             f"{file}: field 'categories' has no category that lists its keypoints and has an integer id. "
@@ -390,6 +395,12 @@ def _refuse_lost(
             setattr(row, key, whole(of(row)))
             repaired["whole_numbers"] += 1
     lost = [a.id for a in annotations if type(of(a)) is not int or of(a) not in known]
+    strange = [a for a in annotations if type(of(a)) is not int]
+    if strange:
+        raise DataError(
+            f"{file}: {len(strange)} annotations have an {key} that is no integer: annotation "
+            f"{strange[0].id} has {of(strange[0])!r:.60}. Write ids as whole numbers."
+        )
     if lost:
         raise DataError(
             f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
