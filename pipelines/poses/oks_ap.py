@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17, Skeleton
-from pipelines.sources.annotations import TO_SCORE, Annotations, load, read_annotations
+from pipelines.sources.annotations import TO_SCORE, Annotations, read_annotations
 from pipelines.sources.doubts import doubts_of, refuse_misread
+from pipelines.sources.json_file import load
 from pipelines.sources.records import BOX_AREA, GroundTruth
 from pipelines.sources.rows import is_number, whole
 

@@ -10,12 +10,8 @@ repaired   what annotation tools write otherwise than COCO does, made plain and 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import gc
-import gzip
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,6 +26,7 @@ import numpy as np
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
 from pipelines.sources.doubts import Seen
+from pipelines.sources.json_file import load_marked
 from pipelines.sources.records import GroundTruth
 from pipelines.sources.rows import (
     Annotation,
@@ -43,7 +40,6 @@ from pipelines.sources.rows import (
     name_difference,
     whole,
 )
-from pipelines.storage import file_sizes, read_file
 
 SAME_PERSON = 0.5
 """IoU from which a box without keypoints is of the person under it."""
@@ -149,7 +145,7 @@ def read_annotations(
     repaired: Counter[str] = Counter()
     if isinstance(file, str | Path):
         name = str(file)
-        content, sha256, marked = _load(name, AnnotationFile)
+        content, sha256, marked = load_marked(name, AnnotationFile)
         repaired["byte_order_mark"] = int(marked)
     data = content if isinstance(content, AnnotationFile) else _sections(name, content)
     category, ids = _category(name, data.categories, skeleton, wanted)
@@ -183,50 +179,6 @@ def people_of_images(file: str, content: Any) -> list[tuple[ImageEntry, list[Ann
         if not is_crowd(row.iscrowd) and (not categories or whole(row.category_id) in categories):
             people[row.image_id].append(row)
     return [(image, people[image_id]) for image_id, image in images.items()]
-
-
-def _parsed(raw: bytes, kind: Any) -> Any:
-    """JSON as `kind`. What msgspec does not take as that is given as Python's own parser reads it: a file
-    with NaN in it (refused person by person), of another kind, or, with the place told, no JSON."""
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError:
-        return json.loads(raw.decode())
-
-
-def load(file: str | Path, kind: Any = Any) -> tuple[Any, str]:
-    """Parsed JSON (`kind`, if it is of that kind) and the sha256 of the bytes. DataError says at which byte
-    it is none."""
-    content, sha256, _ = _load(str(file), kind)
-    return content, sha256
-
-
-def _load(file: str, kind: Any) -> tuple[Any, str, bool]:
-    """As `load`, and whether the text starts with a byte order mark."""
-    way_out = "The file is damaged or incomplete: copy or unpack it again."
-    try:
-        raw = read_file(file)
-        if file.endswith(".gz"):
-            raw = gzip.decompress(raw)
-        text = raw.removeprefix(codecs.BOM_UTF8)  # Windows writes it, JSON knows no such thing
-        return _parsed(text, kind), hashlib.sha256(raw).hexdigest(), text is not raw
-    except (OSError, EOFError) as error:
-        problem, way_out = (
-            f"cannot be read ({getattr(error, 'strerror', None) or error})",
-            "Check its name and its rights.",
-        )
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 text at byte {error.start:,}"
-    except json.JSONDecodeError as error:
-        place = len(error.doc[: error.pos].encode())
-        problem = f"not valid JSON at byte {place:,} of {len(text):,} ({error.msg})"
-    except (ValueError, RecursionError) as error:
-        problem = f"not JSON that can be read ({error})"
-    except MemoryError:
-        (size,) = file_sizes([file])
-        problem = f"{size:,} bytes, more than the memory here can hold (up to ten times its size is needed)"
-        way_out = "Give the machine more memory, or take out annotations that no person has."
-    raise DataError(f"{file}: {problem}. {way_out}")
 
 
 def _sections(file: str, content: Any) -> AnnotationFile:

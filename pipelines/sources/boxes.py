@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from pipelines.sources.annotations import AnnotationFile, load, people_of_images
+from pipelines.sources.annotations import AnnotationFile, people_of_images
+from pipelines.sources.json_file import load
 from pipelines.sources.media import Media
 from pipelines.sources.rows import is_box, is_number, listed, not_a_box, whole
 

@@ -213,8 +213,9 @@ def _outside_box(seen: Seen) -> Doubt:
         "keypoints_outside_box",
         who,
         f"most keypoints of {who.sum():,} of {len(who):,} people lie outside their boxes: crops show "
-        f"something else. Keypoints and boxes are px of the stored picture, boxes x, y, width, height of the "
-        f"upper left corner; relative numbers from 0 to 1 must be multiplied first.",
+        f"something else. Keypoints and boxes are px of the stored picture, a box is x, y of its upper left "
+        f"corner, width and height. Numbers from 0 to 1, or of the box, must be multiplied or moved first; "
+        f"a center must become a corner.",
     )
 
 
