@@ -48,10 +48,10 @@ class BoxesFile:
 
     path: str
     sha256: str
-    entries: dict[str, Entry]
-    """By file name, or by number for COCO's results."""
     complete: bool
     """The file lists its pictures (annotations): one that is not listed is not its."""
+    entries: dict[str, Entry]
+    """By file name, or by number for COCO's results."""
 
     def match(self, media: Sequence[Media]) -> tuple[dict[str, Entry], list[str]]:
         """Entries by Media.name, and the keys that no picture has.
@@ -97,7 +97,7 @@ def read_boxes(file: str | Path, score_threshold: float = 0.0, category: int = 1
         raise _other_kind(name, f"it is a {type(content).__name__}")
     if not entries:
         raise _other_kind(name, "it is empty")
-    return BoxesFile(name, sha256, entries, complete)
+    return BoxesFile(name, sha256, complete, entries)
 
 
 def _annotations(file: str, content: Any) -> dict[str, Entry]:
