@@ -31,7 +31,8 @@ def write_coco(root: Path, people: dict[str, Sequence[int]], size: tuple[int, in
             picture = cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC)
             data["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
             for _ in range(count):
-                box = [rng.uniform(0, 60), rng.uniform(0, 30), rng.uniform(60, 90), rng.uniform(70, 85)]
+                box = [rng.uniform(0, width - 100), rng.uniform(0, height - 90)]
+                box += [rng.uniform(60, 90), rng.uniform(70, 85)]
                 places = rng.uniform(0.1, 0.9, (17, 2)) * box[2:] + box[:2]
                 for x, y in places:
                     cv2.circle(picture, (int(x), int(y)), 2, (0, 0, 255), -1)
