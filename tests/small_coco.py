@@ -16,12 +16,16 @@ from hrnet_core.skeleton import COCO17
 CATEGORY = {"id": 1, "name": "person", "supercategory": "person", "keypoints": list(COCO17.keypoints)}
 
 
-def write_coco(root: Path, people: dict[str, Sequence[int]], size: tuple[int, int] = (160, 120)) -> Path:
+def write_coco(
+    root: Path, people: dict[str, Sequence[int]], size: tuple[int, int] = (160, 120), spread: bool = False
+) -> Path:
     """`people`: for each split the number of people in each picture. Image ids are 10, 20, ..., annotation
-    ids 1, 2, ... in their order; all keypoints are labelled, v = 1 where the index is a multiple of 5."""
+    ids 1, 2, ... in their order; all keypoints are labelled, v = 1 where the index is a multiple of 5.
+    spread: people stand all over a larger picture."""
     (root / "annotations").mkdir(parents=True)
     rng = np.random.default_rng(0)
     width, height = size
+    right, down = (width - 100, height - 90) if spread else (60, 30)
     for split, counts in people.items():
         (root / split).mkdir()
         data: dict[str, Any] = {"images": [], "annotations": [], "categories": [CATEGORY]}
@@ -31,7 +35,7 @@ def write_coco(root: Path, people: dict[str, Sequence[int]], size: tuple[int, in
             picture = cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC)
             data["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
             for _ in range(count):
-                box = [rng.uniform(0, width - 100), rng.uniform(0, height - 90)]
+                box = [rng.uniform(0, right), rng.uniform(0, down)]
                 box += [rng.uniform(60, 90), rng.uniform(70, 85)]
                 places = rng.uniform(0.1, 0.9, (17, 2)) * box[2:] + box[:2]
                 for x, y in places:

@@ -47,7 +47,9 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 people in 40 pictures, 6 in 2: with LARGER 21 shards of 4 files, some seconds of work."""
-    return write_coco(tmp_path_factory.mktemp("larger") / "root", {TRAIN: [3] * 40, VAL: [3, 3]}, (640, 480))
+    return write_coco(
+        tmp_path_factory.mktemp("larger") / "root", {TRAIN: [3] * 40, VAL: [3, 3]}, (640, 480), spread=True
+    )
 
 
 def arguments(coco: Path, target: Path, settings: str = SMALL) -> list[str]:
