@@ -28,7 +28,7 @@ from pipelines.sources.doubts import Doubt, doubts_of, outside_box, seen_of
 from pipelines.sources.examine import Look, equal_files, examine
 from pipelines.sources.findings import CheckedSplit, Validation
 from pipelines.sources.photos import left_out
-from pipelines.sources.records import Rejection, Split, refuse_rejected
+from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
 from pipelines.storage import writing
 
@@ -141,19 +141,19 @@ def _of_picture(split: Split, look: Look, known: Mapping[str, str]) -> Iterator[
 
 def _of_people(split: Split, look: Look, doubts: Sequence[Doubt]) -> Iterator[Rejection]:
     """What is odd about the people of a picture."""
-    photo, people = look.photo, split.people[look.people]
-
-    def odd(kind: str, row: int, detail: str) -> Rejection:
-        return Rejection(kind, photo.file_name, photo.image_id, int(people.ann_id[row]), detail)
-
-    boxes = [", ".join(f"{v:g}" for v in box) for box in people.stated_xywh.round(1).tolist()]
-    outside, labelled = outside_box(people)
     for doubt in doubts:
-        for row in np.flatnonzero(doubt.who[look.people]).tolist():
-            detail = f"area {people.area[row]:g}, picture {photo.width} x {photo.height} px"
-            if doubt.kind == "keypoints_outside_box":
-                detail = f"{outside[row]} of {labelled[row]} labelled keypoints"
-            yield odd(doubt.kind, row, f"{detail}, box [{boxes[row]}]")
+        for row in (look.people.start + np.flatnonzero(doubt.who[look.people])).tolist():
+            yield _odd(look.photo, split.people[row : row + 1], doubt.kind)
+
+
+def _odd(photo: Photo, person: People, kind: str) -> Rejection:
+    """person: a table of one."""
+    box = ", ".join(f"{v:g}" for v in person.stated_xywh[0].round(1).tolist())
+    detail = f"area {person.area[0]:g}, picture {photo.width} x {photo.height} px"
+    if kind == "keypoints_outside_box":
+        (outside,), (labelled,) = outside_box(person)
+        detail = f"{outside} of {labelled} labelled keypoints"
+    return Rejection(kind, photo.file_name, photo.image_id, int(person.ann_id[0]), f"{detail}, box [{box}]")
 
 
 # ---------------------------------------------------------------------------------- the set as a whole
@@ -187,7 +187,7 @@ def _fatal(checked: CheckedSplit) -> Iterator[str]:
             f"kept. Pictures and annotations hardly belong together: mend what the table lists first."
         )
     for doubt in checked.doubts:
-        if doubt.proves and count[doubt.kind] > checked.people / 2:
+        if doubt.proven:
             yield f"{file}: {doubt.evidence}"
     if (turned := count["exif_turned"]) > checked.photos / 2:
         yield (

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dots import SMALL, fitted_network, rows_here, truth_of, write_coco
+from dots import rows_here, truth_of, write_solved
 from PIL import Image
 
-from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
 from hrnet_core.errors import DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17
@@ -41,13 +40,12 @@ Edit = Callable[[Content], Any]
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A root of 4 pictures and 8 people, a checkpoint, its figures and its results there."""
     folder = tmp_path_factory.mktemp("base")
-    root = write_coco(folder / "coco", photos=4)
-    save_checkpoint(folder / "checkpoint", fitted_network(root, CODEC), CheckpointSpec(SMALL, CODEC))
+    root, checkpoint = write_solved(folder, CODEC, photos=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
-        found = evaluate(folder / "checkpoint", root, out=folder / "out")
+        found = evaluate(checkpoint, root, out=folder / "out")
     assert 0.1 < found.stats["AP"] < 0.95
-    return {"root": root, "checkpoint": folder / "checkpoint", "found": found}
+    return {"root": root, "checkpoint": checkpoint, "found": found}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import picture, section, table, tiles, write_page
 from pipelines.sources.findings import WAY_OUT, CheckedSplit, Finding, Validation
 from pipelines.sources.photos import open_photo
-from pipelines.sources.records import Rejection, Split
+from pipelines.sources.records import People, Photo, Rejection
 
 DRAWN = 2
 """Pictures shown of each kind."""
@@ -44,10 +45,13 @@ def write_findings(page: str | Path, found: Validation, skeleton: Skeleton, max_
 
 def _finding(checked: CheckedSplit, group: Finding, skeleton: Skeleton, max_pixels: int) -> str:
     """A section: how many, what it does, the way out, examples drawn, rows."""
-    drawn: list[str] = []
-    for row in group.rows:
-        if len(drawn) < DRAWN and (picture := _drawn(checked.split, row, skeleton, max_pixels)):
-            drawn.append(picture)
+    photos = {photo.image_id: photo for photo in checked.split.photos}
+    shown = (
+        _drawn(photos[row.image_id], checked.split.people, row, skeleton, max_pixels)
+        for row in group.rows[:LISTED]
+        if row.image_id in photos
+    )
+    drawn = itertools.islice(filter(None, shown), DRAWN)
     rows = [(r.file, r.ann_id, f"{r.people:,}", r.detail) for r in group.rows[:LISTED]]
     more = f"and {len(group.rows) - LISTED:,} more" if len(group.rows) > LISTED else ""
     return section(
@@ -60,19 +64,16 @@ def _finding(checked: CheckedSplit, group: Finding, skeleton: Skeleton, max_pixe
     )
 
 
-def _drawn(split: Split, row: Rejection, skeleton: Skeleton, max_pixels: int) -> str:
+def _drawn(photo: Photo, people: People, row: Rejection, skeleton: Skeleton, max_pixels: int) -> str:
     """The picture of a row as HTML, with the person, or everyone where the row is of the picture; nothing
     where it cannot be opened."""
-    photo = next((photo for photo in split.photos if photo.image_id == row.image_id), None)
-    if photo is None:
-        return ""
     opened = open_photo(photo, max_pixels)
     if isinstance(opened, Rejection):
         return ""
     image = opened[0]
     factor = min(1.0, LONGEST / max(image.shape[:2]))
     small = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-    people = split.people[split.people.image_id == photo.image_id]
+    people = people[people.image_id == photo.image_id]
     if row.ann_id is not None:
         people = people[people.ann_id == row.ann_id]
     labelled = (people.keypoints[..., 2] > 0).astype(float)

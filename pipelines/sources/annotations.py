@@ -203,10 +203,10 @@ def _category(
 ) -> tuple[dict[str, Any], set[int]]:
     """The category that is read, after its keypoint names were compared with the skeleton's; and all ids that
     are meant with it."""
-    with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list) and c["keypoints"]]
+    with_keypoints = _with_keypoints(categories)
     names = [str(c.get("name")) for c in with_keypoints]
     if wanted.category == ALL:
-        fitting = [c for c in with_keypoints if skeleton is None or _is_of(c, skeleton)]
+        fitting = [c for c in with_keypoints if skeleton is None or _is_of(c, skeleton)] or with_keypoints[:1]
     elif wanted.category is not None:
         fitting = [c for c in with_keypoints if _plain(str(c.get("name"))) == _plain(wanted.category)]
         if not fitting:
@@ -222,16 +222,16 @@ def _category(
                 f"{file}: {len(fitting)} categories list their keypoints ({listed(names)}). Choose one with "
                 f"{wanted.flag} NAME, or join those of the skeleton with {wanted.flag} {ALL}."
             )
-    fitting = [c for c in fitting if type(whole(c.get("id"))) is int] or fitting[:0]
-    if not fitting and with_keypoints:
-        raise DataError(
-            f"{file}: the id of category {names[0]!r} is {with_keypoints[0].get('id')!r}, no integer. Write "
-            f"ids as whole numbers, in annotations and images too."
-        )
     if not fitting:
         raise DataError(
-            f"{file}: field 'categories' has no category that lists its keypoints and has an integer id. "
-            f"Give person_keypoints_*.json (instances_*.json has none), or add the list of keypoint names."
+            f"{file}: field 'categories' has no category that lists its keypoints. Give "
+            f"person_keypoints_*.json (instances_*.json has none), or add the list of keypoint names."
+        )
+    strange = [c for c in fitting if type(whole(c.get("id"))) is not int]
+    if strange:
+        raise DataError(
+            f"{file}: the id of category {strange[0].get('name')!r} is {strange[0].get('id')!r}, no integer. "
+            f"Write ids as whole numbers, in annotations and images too."
         )
     first = fitting[0]
     if skeleton is not None and not _is_of(first, skeleton):
@@ -241,6 +241,11 @@ def _category(
             f"{name_difference(theirs, ours)}. Every number would go to the wrong joint: {wanted.way_out}."
         )
     return first, {whole(c["id"]) for c in fitting}
+
+
+def _with_keypoints(categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that name their keypoints."""
+    return [c for c in categories if isinstance(c.get("keypoints"), list) and c["keypoints"]]
 
 
 def _is_of(category: Mapping[str, Any], skeleton: Skeleton) -> bool:
@@ -253,7 +258,7 @@ def _is_of(category: Mapping[str, Any], skeleton: Skeleton) -> bool:
 def _people(categories: list[dict[str, Any]], names: bool) -> list[dict[str, Any]]:
     """The categories that people are of: those named person, else those with keypoints, else all. names:
     only such as name their keypoints."""
-    with_keypoints = [c for c in categories if isinstance(c.get("keypoints"), list) and c["keypoints"]]
+    with_keypoints = _with_keypoints(categories)
     candidates = with_keypoints if names else categories
     people = [c for c in candidates if _plain(str(c.get("name"))) == "person"]
     return people or with_keypoints or candidates
@@ -266,21 +271,24 @@ def _plain(name: str) -> str:
 
 def _images(file: str, data: AnnotationFile, repaired: Counter[str]) -> dict[int, ImageEntry]:
     """Entries by id, with sizes that are whole numbers where they are numbers."""
-    for image in data.images:
-        if float in (type(image.width), type(image.height)):
-            image.width, image.height = whole(image.width), whole(image.height)
-            repaired["whole_numbers"] += 1
+    _make_whole(data.images, repaired, "width", "height")
     return dict(zip(_ids(file, "images", data.images, repaired), data.images, strict=True))
+
+
+def _make_whole(rows: Sequence[ImageEntry | Annotation], repaired: Counter[str], *names: str) -> None:
+    """Whole numbers for floats in some fields; a row that had any is counted once."""
+    for row in rows:
+        floats = [name for name in names if type(getattr(row, name)) is float]
+        for name in floats:
+            setattr(row, name, whole(getattr(row, name)))
+        repaired["whole_numbers"] += bool(floats)
 
 
 def _ids(
     file: str, section: str, rows: Sequence[ImageEntry | Annotation], repaired: Counter[str]
 ) -> list[int]:
     """Unique integer ids, or DataError: COCO's own index silently keeps the last of two."""
-    for row in rows:
-        if type(row.id) is float:
-            row.id = whole(row.id)
-            repaired["whole_numbers"] += 1
+    _make_whole(rows, repaired, "id")
     ids = [row.id for row in rows]
     for index, identity in enumerate(ids):
         if type(identity) is not int or not -(2**63) <= identity < 2**63:  # they are stored as int64
@@ -342,18 +350,14 @@ def _refuse_lost(
 ) -> None:
     """DataError where annotations refer to an image or category that is not there."""
     of = attrgetter(key)
-    for row in annotations:
-        if type(of(row)) is float:
-            setattr(row, key, whole(of(row)))
-            repaired["whole_numbers"] += 1
-    lost = [a.id for a in annotations if type(of(a)) is not int or of(a) not in known]
+    _make_whole(annotations, repaired, key)
     strange = [a for a in annotations if type(of(a)) is not int]
     if strange:
         raise DataError(
             f"{file}: {len(strange)} annotations have an {key} that is no integer: annotation "
             f"{strange[0].id} has {of(strange[0])!r:.60}. Write ids as whole numbers."
         )
-    if lost:
+    if lost := [a.id for a in annotations if of(a) not in known]:
         raise DataError(
             f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
             f"ids {listed(lost)}. Remove them, or add what they refer to."

@@ -161,8 +161,8 @@ def box_and_score(row: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def refuse_other_category(file: str, rows: Sequence[Any], category: int, flag: str) -> None:
     """DataError where no detection is of the category that people should have."""
-    counts = Counter(str(row.get("category_id", category)) for row in rows)
-    if rows and str(category) not in counts and f"{category}.0" not in counts:
+    counts = Counter(str(whole(row.get("category_id", category))) for row in rows)
+    if rows and str(category) not in counts:
         there = listed([f"{name} ({number:,} entries)" for name, number in counts.most_common()])
         raise DataError(
             f"{file}: no entry has category_id {category}, which people should have; there is {there}. Where "
@@ -172,7 +172,7 @@ def refuse_other_category(file: str, rows: Sequence[Any], category: int, flag: s
 
 def _with_score(box: Any) -> tuple[Any, Any]:
     """[x, y, w, h] or [x, y, w, h, score] -> box, score"""
-    return (box[:4], box[4]) if isinstance(box, list) and len(box) == 5 else (box, 1.0)
+    return box_and_score({"bbox": box})
 
 
 def _entry(pairs: Iterable[tuple[Any, Any]], score_threshold: float, **known: Any) -> Entry:

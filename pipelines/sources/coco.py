@@ -10,6 +10,7 @@ import contextlib
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
@@ -58,12 +59,13 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted =
         else:
             mended += found != image.file_name
             photos.append(Photo(image_id, found, join(pictures, found), image.width, image.height))
-    twice = Counter(photo.path for photo in photos)
-    for photo in [photo for photo in photos if twice[photo.path] > 1]:
-        detail = f"{twice[photo.path]} entries of 'images' lead to this file"
-        lost = counts.get(photo.image_id, 0)
-        rejected.append(Rejection("same_file", photo.file_name, photo.image_id, None, detail, lost))
-        photos.remove(photo)
+    entries = Counter(photo.path for photo in photos)
+    for photo in photos:
+        if entries[photo.path] > 1:
+            detail = f"{entries[photo.path]} entries of 'images' lead to this file"
+            lost = counts.get(photo.image_id, 0)
+            rejected.append(Rejection("same_file", photo.file_name, photo.image_id, None, detail, lost))
+    photos = [photo for photo in photos if entries[photo.path] == 1]
     repaired = {**judged.repaired, **({"file_names": mended} if mended else {})}
     return Split(
         name=split,
@@ -104,6 +106,18 @@ def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -
         )
 
 
+def _spellings(file_name: str) -> Iterator[str]:
+    """A name as it stands; with slashes for backslashes (Windows); with composed characters for decomposed
+    ones and the other way round; without its first folders (the split's own, or those of the machine that
+    wrote it)."""
+    yield file_name
+    plain = file_name.replace("\\", "/")
+    yield plain
+    yield from (unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))
+    parts = plain.split("/")
+    yield from ("/".join(parts[start:]) for start in range(1, len(parts)))
+
+
 class _Listing:
     """What lies in the split's folder, listed once a folder: 118,000 single looks would take longer."""
 
@@ -114,17 +128,8 @@ class _Listing:
 
     def find(self, file_name: str, needed: bool) -> str | tuple[str, str]:
         """The name under which a picture lies here, or (reason, detail) where it is needed and not there, or
-        is a link that leads elsewhere.
-
-        A name is first taken as it stands. Where nothing lies there: with slashes for backslashes (Windows),
-        composed characters for decomposed ones and the other way round, and without its first folders (the
-        split's own, or those of the machine that wrote it).
-        """
-        spellings = [file_name, file_name.replace("\\", "/")]
-        spellings += [unicodedata.normalize(form, spellings[1]) for form in ("NFC", "NFD")]
-        parts = spellings[1].split("/")
-        spellings += ["/".join(parts[start:]) for start in range(1, len(parts))]
-        for spelling in spellings:
+        is a link that leads elsewhere."""
+        for spelling in _spellings(file_name):
             folder, _, name = spelling.rpartition("/")
             listing = self._listing(folder)
             if listing is None or (listing.get(name) and not self._is_inside(f"{self._pictures}/{spelling}")):
@@ -133,7 +138,7 @@ class _Listing:
                 return spelling
         if not needed:
             return file_name
-        folder, _, name = spellings[1].rpartition("/")
+        folder, _, name = file_name.replace("\\", "/").rpartition("/")
         twin = next((other for other in self._listing(folder) or () if other.lower() == name.lower()), None)
         return "missing_image", f"upper and lower case differ: there is {twin!r}" if twin else "no such file"
 

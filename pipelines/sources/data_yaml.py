@@ -52,7 +52,7 @@ def read_description(root: str, split: str, skeleton: Skeleton, category: str | 
         repaired["identity_flip_idx"] = 1
     classes = _classes(file, fields.get("names", ["person"]), category)
     entry = fields.get(split, "images" if split == FLAT else f"images/{split}")
-    pictures, labels = _folders(root, split, entry)
+    pictures, labels = _folders(root, file, split, entry)
     if isinstance(entry, str) and entry.replace("\\", "/") != entry:
         repaired["file_names"] = 1
     return Description(raw, classes, dimensions, pictures, labels, repaired)
@@ -134,9 +134,8 @@ def _classes(file: str, names: Any, category: str | None) -> frozenset[int]:
     return frozenset(people)
 
 
-def _folders(root: str, split: str, entry: Any) -> tuple[str, str]:
+def _folders(root: str, file: str, split: str, entry: Any) -> tuple[str, str]:
     """Folder of the pictures and of the labels: as data.yaml says, else images/SPLIT and labels/SPLIT."""
-    file = join(root, DESCRIPTION)
     if not isinstance(entry, str) or entry.endswith(".txt"):
         raise DataError(
             f"{file}: {split} is {entry!r}; a folder of pictures is read, no list. Take {split} out of it "

@@ -35,6 +35,11 @@ class Doubt:
     proves: bool = True
     """Whether it is certain where most people have it."""
 
+    @property
+    def proven(self) -> bool:
+        """Whether it is: whoever reads the split is refused."""
+        return self.proves and bool(self.who.mean() > 0.5)
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -47,20 +52,26 @@ class Seen:
     has_areas: bool
     """Whether the areas are the annotations' own."""
 
+    @property
+    def box_area(self) -> NDArray[np.float64]:
+        """(N,) px²"""
+        return self.people.stated_xywh[:, 2] * self.people.stated_xywh[:, 3]
+
 
 def doubts_of(seen: Seen, skeleton: Skeleton) -> list[Doubt]:
     """All doubts that somebody gives, the gravest first."""
     if not len(seen.people):
         return []
+    twice = _same_person_twice(seen)
     found = [
         _box_is_corners(seen),
         _coordinates_scaled(seen),
         _outside_picture(seen),
         _visible_at_origin(seen),
-        _same_person_twice(seen),
+        twice,
         _left_right_exchanged(seen, skeleton),
         _outside_box(seen),
-        _same_box(seen),
+        _same_box(seen, twice.who),
         _area_impossible(seen),
         _area_is_box(seen),
     ]
@@ -70,15 +81,13 @@ def doubts_of(seen: Seen, skeleton: Skeleton) -> list[Doubt]:
 def seen_of(split: Split, people: People | None = None) -> Seen:
     """A split's usable people, or others on its photographs."""
     people = split.people if people is None else people
-    sizes = {photo.image_id: (photo.width, photo.height) for photo in split.photos}
-    of_people = [sizes[image_id] for image_id in people.image_id.tolist()]
-    return Seen(people, np.array(of_people, np.float64).reshape(-1, 2), split.truth.has_areas)
+    return Seen(people, split.sizes_of(people), split.truth.has_areas)
 
 
 def refuse_misread(file: str, doubts: Sequence[Doubt]) -> None:
     """DataError where most people prove that the file says something else than COCO's fields do."""
     for doubt in doubts:
-        if doubt.proves and doubt.who.mean() > 0.5:
+        if doubt.proven:
             raise DataError(f"{file}: {doubt.evidence} (hrnet validate shows who.)")
 
 
@@ -156,7 +165,7 @@ def _same_person_twice(seen: Seen) -> Doubt:
     points, labelled = people.keypoints[..., :2], people.keypoints[..., 2] > 0
     mean = (points * labelled[..., None]).sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)[:, None]
     order = np.lexsort((mean[:, 0], people.image_id))
-    reach = NEAR * np.sqrt(np.maximum(people.stated_xywh[:, 2] * people.stated_xywh[:, 3], 1))
+    reach = NEAR * np.sqrt(np.maximum(seen.box_area, 1))
     who, copies = np.zeros(len(people), bool), np.zeros(len(people), bool)
     for step in (1, 2, 3):
         one, other = order[:-step], order[step:]
@@ -219,12 +228,12 @@ def _outside_box(seen: Seen) -> Doubt:
     )
 
 
-def _same_box(seen: Seen) -> Doubt:
+def _same_box(seen: Seen, twice: Mask) -> Doubt:
+    """twice: people who are copies, whose boxes are no news."""
     people = seen.people
     rows = np.column_stack([people.image_id, people.stated_xywh])
     _, group, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
-    twins = counts[group.ravel()] > 1
-    who = twins & ~_same_person_twice(seen).who
+    who = (counts[group.ravel()] > 1) & ~twice
     return Doubt(
         "same_box",
         who,
@@ -234,9 +243,8 @@ def _same_box(seen: Seen) -> Doubt:
 
 
 def _area_impossible(seen: Seen) -> Doubt:
-    people = seen.people
-    box = people.stated_xywh[:, 2] * people.stated_xywh[:, 3]
-    who = (people.area > 1.1 * box + 4) | (people.area < 0.005 * box)
+    area, box = seen.people.area, seen.box_area
+    who = (area > 1.1 * box + 4) | (area < 0.005 * box)
     return Doubt(
         "area_impossible",
         who,
@@ -259,10 +267,9 @@ def refuse_misread_boxes(file: str, seen: Seen, flag: str) -> None:
 
 
 def _area_is_box(seen: Seen) -> Doubt:
-    people = seen.people
-    box = people.stated_xywh[:, 2] * people.stated_xywh[:, 3]
-    same = np.abs(people.area - box) <= 0.01 * box
-    who = same if same.mean() > 0.95 and seen.has_areas else np.zeros(len(people), bool)
+    box = seen.box_area
+    same = np.abs(seen.people.area - box) <= 0.01 * box
+    who = same if same.mean() > 0.95 and seen.has_areas else np.zeros(len(same), bool)
     return Doubt(
         "area_is_box",
         who,

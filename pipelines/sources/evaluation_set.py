@@ -72,7 +72,7 @@ def read_evaluation_set(
     if boxes is not None:
         asked, rejected = read_detections(boxes, labelled, settings.score_threshold, settings.boxes_category)
         if len(asked):
-            refuse_misread_boxes(str(boxes), replace(seen_of(labelled, asked), has_areas=False), "--boxes")
+            refuse_misread_boxes(str(boxes), seen_of(labelled, asked), "--boxes")
         detector = Path(boxes).name, sha256_of(boxes)
         return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector, told)
     asked = labelled.people
@@ -89,8 +89,7 @@ def read_evaluation_set(
 def _mmpose_boxes(split: Split) -> NDArray[np.float32]:
     """(N, 4) ground-truth boxes by mmpose's rule: both corners clipped to the image, no pixel taken off the
     size (base_coco_style_dataset.py:283-290)."""
-    sizes = {photo.image_id: (photo.width, photo.height) for photo in split.photos}
-    last = np.array([sizes[image_id] for image_id in split.people.image_id.tolist()]).reshape(-1, 2) - 1
+    last = split.sizes_of(split.people) - 1
     start, size = split.people.stated_xywh[:, :2], split.people.stated_xywh[:, 2:]
     low, high = np.clip(start, 0, last), np.clip(start + size, 0, last)
     return np.concatenate([low, high - low], axis=1).astype(np.float32)

@@ -172,6 +172,12 @@ class Split:
     BOX_AREA of the box), two_dimensions, identity_flip_idx, fractions_clipped (YOLO-pose: data_yaml.py,
     yolo.py), duplicates (YOLO-pose: the same line again)."""
 
+    def sizes_of(self, people: People) -> NDArray[np.float64]:
+        """(N, 2) width and height of the photo of each of N people on `photos`."""
+        sizes = {photo.image_id: (photo.width, photo.height) for photo in self.photos}
+        of_people = [sizes[image_id] for image_id in people.image_id.tolist()]
+        return np.array(of_people, np.float64).reshape(-1, 2)
+
     def by_photo(self) -> Iterator[tuple[Photo, slice]]:
         """Photos with people, and their rows in `people`."""
         rows = self.people.by_image()
