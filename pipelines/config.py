@@ -202,6 +202,11 @@ class WorkerSettings(Section):
     use_gpu: bool = False
     """One GPU for each actor."""
 
+    @property
+    def device(self) -> str:
+        """Where an actor's network runs: "cuda" or "cpu"."""
+        return "cuda" if self.use_gpu else "cpu"
+
 
 class EvaluateSettings(WorkerSettings):
     flip_test: bool = True

@@ -87,7 +87,7 @@ def measure_modes(
             f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
             f"the checkpoint folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."
         )
-    device = "cuda" if settings.use_gpu else "cpu"
+    device = settings.device
     wanted = dict.fromkeys(["float32", *modes])
     left_out = {mode: why for mode in wanted if (why := unusable(mode, device))}
     usable = [mode for mode in wanted if mode not in left_out]
@@ -154,7 +154,7 @@ def _timed_on_ray(
     task = ray.remote(time_modes).options(
         num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_retries=0
     )
-    device = "cuda" if settings.use_gpu else "cpu"
+    device = settings.device
     return ray.get(task.remote(model, spec, modes, device, settings.cpus_per_worker))
 
 

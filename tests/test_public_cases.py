@@ -391,6 +391,9 @@ def test_several_categories_of_one_skeleton(base: dict[str, Any], coco: Path) ->
     assert checked(coco, category="bison").splits[0].people == 4
     with pytest.raises(DataError, match="no category 'cow'"):
         stats(base, coco, category="cow")
+    changed(coco, lambda c: [kind.update(keypoints=["head", "tail"]) for kind in c["categories"]])
+    with pytest.raises(DataError, match="2 keypoints instead of 17"):
+        stats(base, coco, category="all")
 
 
 # ---------------------------------------------------------------------------------- YOLO-pose
@@ -515,6 +518,7 @@ def test_nested_keypoints_and_two_names_for_people(base: dict[str, Any], coco: P
     changed(coco, edit)
     assert stats(base, coco) == base["found"].stats
     assert stats(base, coco, category="person") == base["found"].stats
+    assert checked(coco).splits[0].split.repaired == {"nested_keypoints": 8}
 
 
 def test_nobody_to_score_against(base: dict[str, Any], coco: Path) -> None:

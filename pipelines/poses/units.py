@@ -85,7 +85,7 @@ class Actor:
         # Threads decide the order of float additions: fixed, so that any number of actors agrees.
         cv2.setNumThreads(1)
         torch.set_num_threads(settings.cpus_per_worker)
-        device = "cuda" if settings.use_gpu else "cpu"
+        device = settings.device
         self.predictor = PosePredictor(*load(), device, settings.mode)
         self.work = work
 
@@ -181,7 +181,7 @@ def rows_on_ray(
     from hrnet_core.modes import unusable
 
     # On a cluster the actors' machines decide, not this one.
-    why = "" if on_cluster() else unusable(settings.mode, "cuda" if settings.use_gpu else "cpu")
+    why = "" if on_cluster() else unusable(settings.mode, settings.device)
     if why:
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     model_and_spec = load_checkpoint(checkpoint)

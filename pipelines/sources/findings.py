@@ -35,6 +35,7 @@ WAY_OUT = {
     "crowd": "the published protocol trains on no crowds; they stay in the ground truth of evaluation",
     "no_keypoints": "the published protocol trains on no one without a labelled keypoint",
     "hidden_coordinates": "v = 0 with a place: the place is not used",
+    "nested_keypoints": "a list of [x, y, v] is read as the flat list of COCO",
     "null_coordinates": "null or NaN where v = 0: read as not labelled",
     "whole_numbers": "ids and sizes such as 7.0 are read as 7",
     "sizes_read": "no width and height in the entry of 'images': read from the picture",

@@ -165,12 +165,12 @@ class Split:
     """In order of (image_id, ann_id)."""
     repaired: Mapping[str, int] = field(default_factory=dict)
     """Count of each kind: boxes_clipped (more than a pixel beyond the picture), hidden_coordinates (v = 0
-    with a place: place dropped), null_coordinates (null or NaN there), whole_numbers (7.0 for 7), file_names
-    (found under another spelling), byte_order_mark, sizes_read (from the picture, where the entry has none),
-    box_labels (a box alone over somebody with keypoints: passed over), num_keypoints (the field disagrees
-    with the keypoints: not used), other_category (no people: passed over), area_from_box (no area above 0:
-    BOX_AREA of the box), two_dimensions, identity_flip_idx, fractions_clipped (YOLO-pose: data_yaml.py,
-    yolo.py), duplicates (YOLO-pose: the same line again)."""
+    with a place: place dropped), null_coordinates (null or NaN there), nested_keypoints ([x, y, v] each),
+    whole_numbers (7.0 for 7), file_names (found under another spelling), byte_order_mark, sizes_read (from
+    the picture, where the entry has none), box_labels (a box alone over somebody with keypoints: passed
+    over), num_keypoints (the field disagrees with the keypoints: not used), other_category (no people:
+    passed over), area_from_box (no area above 0: BOX_AREA of the box), two_dimensions, identity_flip_idx,
+    fractions_clipped (YOLO-pose: data_yaml.py, yolo.py), duplicates (YOLO-pose: the same line again)."""
 
     def sizes_of(self, people: People) -> NDArray[np.float64]:
         """(N, 2) width and height of the photo of each of N people on `photos`."""

@@ -166,9 +166,11 @@ def _keypoints(
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.bool_]]]:
     """(N, K, 3), and the rows in which something was repaired: where v is 0 the place is zero, whatever stood
     there; a row without any keypoints has none labelled."""
-    for row in rows:
+    nested = np.zeros(len(rows), bool)
+    for number, row in enumerate(rows):
         if isinstance(row.keypoints, list) and row.keypoints and all(map(_is_triple, row.keypoints)):
             row.keypoints = list(chain.from_iterable(row.keypoints))
+            nested[number] = True
         if not row.keypoints:
             row.keypoints = [0] * (3 * num_keypoints)
     nulls = np.zeros(len(rows), bool)
@@ -185,7 +187,8 @@ def _keypoints(
     hidden = keypoints[..., 2] == 0
     somewhere = (hidden & (keypoints[..., :2] != 0).any(axis=2)).any(axis=1)
     keypoints[hidden] = 0
-    return keypoints, {"null_coordinates": nulls, "hidden_coordinates": somewhere}
+    repaired = {"nested_keypoints": nested, "null_coordinates": nulls, "hidden_coordinates": somewhere}
+    return keypoints, repaired
 
 
 def _is_triple(value: Any) -> bool:
