@@ -280,8 +280,12 @@ def summary(manifest: Manifest, log: TaskLog) -> str:
         reasons = ", ".join(f"{count['rows']} {reason}" for reason, count in split["rejected"].items())
         counts = f"{split['people']:>9,}{split['photos']:>9,}{split['variants']:>7}{len(split['shards']):>8}"
         lines.append(f"{name:<14}{counts}{size:>9.1f}  {reasons or 'none'}")
-        if "area_from_box" in split["repaired"]:
+        without_area = split["repaired"].get("area_from_box", 0)
+        if without_area >= split["people"]:
             lines.append("  the annotations have no areas: 0.53 x box instead, for training, not for an AP")
+        if split["repaired"]:
+            repairs = ", ".join(f"{kind} {number:,}" for kind, number in sorted(split["repaired"].items()))
+            lines.append(f"  repaired: {repairs} (hrnet validate says how)")
     if log.tasks:
         rate = log.people / max(log.seconds, 1e-9)
         workers, peak = {task.worker for task in log.tasks}, max(task.peak_bytes for task in log.tasks)

@@ -329,6 +329,12 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     (tmp_path / "no").touch()
     assert main(["validate", str(coco), "--out", str(tmp_path / "no" / "where.csv")]) == 2
     assert "where.csv" in capfd.readouterr().err
+    assert main(["validate", str(coco), "--page", str(tmp_path / "no" / "page.html")]) == 2
+    assert "page.html: the page cannot be written" in capfd.readouterr().err
+    page = tmp_path / "page.html"
+    main([*argv, "--page", str(page)])
+    assert "train2017: empty" in page.read_text()
+    capfd.readouterr()
     assert main(["validate", str(coco), "--data.root", "elsewhere"]) == 2
     assert "first argument" in capfd.readouterr().err
     assert main(["validate", str(coco), "--data.skeleton", "nobody"]) == 2

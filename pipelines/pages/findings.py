@@ -25,7 +25,7 @@ LONGEST = 800
 
 
 def write_findings(page: str | Path, found: Validation, skeleton: Skeleton, max_pixels: int) -> None:
-    """One HTML file. OSError where it cannot be written."""
+    """One HTML file."""
     verdict = "This set is not good as it is" if found.fatal else "This set is good"
     people = "; ".join(f"{c.split.name}: {c.people:,} people on {c.photos:,} pictures" for c in found.splits)
     files = "; ".join(c.split.annotation_file for c in found.splits)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hrnet_core.errors import DataError
 from pipelines.storage import write_whole, writing
 
 if TYPE_CHECKING:
@@ -17,9 +18,14 @@ if TYPE_CHECKING:
 
 def write_page(file: str | Path, title: str, line: str, quiet: str, *parts: str) -> None:
     """One page without any other file or address. Text: its title, what it is about, a line in small. parts:
-    HTML."""
+    HTML. DataError where it cannot be written."""
     title, line, quiet = map(html.escape, (title, line, quiet))
-    write_whole(file, PAGE.format(title=title, line=line, quiet=quiet, body="\n".join(parts)))
+    try:
+        write_whole(file, PAGE.format(title=title, line=line, quiet=quiet, body="\n".join(parts)))
+    except OSError as error:
+        raise DataError(
+            f"{file}: the page cannot be written ({error.strerror}). Name another file."
+        ) from None
 
 
 def section(heading: str, about: str, *parts: str) -> str:
