@@ -48,7 +48,7 @@ from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
 from pipelines.sources.doubts import doubts_of, refuse_misread, seen_of
 from pipelines.sources.layout import locate
-from pipelines.sources.records import Split, refuse_rejected
+from pipelines.sources.records import Split, counted, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
 from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
@@ -284,8 +284,7 @@ def summary(manifest: Manifest, log: TaskLog) -> str:
         if without_area >= split["people"]:
             lines.append("  the annotations have no areas: 0.53 x box instead, for training, not for an AP")
         if split["repaired"]:
-            repairs = ", ".join(f"{kind} {number:,}" for kind, number in sorted(split["repaired"].items()))
-            lines.append(f"  repaired: {repairs} (hrnet validate says how)")
+            lines.append(f"  repaired: {counted(split['repaired'])} (hrnet validate says how)")
     if log.tasks:
         rate = log.people / max(log.seconds, 1e-9)
         workers, peak = {task.worker for task in log.tasks}, max(task.peak_bytes for task in log.tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines.sources.annotations import TO_SCORE, Annotations, read_annotations
 from pipelines.sources.doubts import doubts_of, refuse_misread
 from pipelines.sources.json_file import load
-from pipelines.sources.records import BOX_AREA, GroundTruth
+from pipelines.sources.records import BOX_AREA, GroundTruth, counted
 from pipelines.sources.rows import is_number, whole
 
+logger = logging.getLogger(__name__)
 STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 """The ten figures of COCO's keypoint task, in pycocotools' order."""
 MAX_DETS = 20
@@ -47,7 +49,12 @@ def evaluate_results(
     truth = ground_truth
     if not isinstance(truth, GroundTruth):
         read = read_annotations(truth, skeleton, TO_SCORE)
-        refuse_misread(read.name, doubts_of(read.seen, skeleton))
+        doubts = doubts_of(read.seen, skeleton)
+        refuse_misread(read.name, doubts)
+        for doubt in doubts:
+            logger.info("%s: %s", read.name, doubt.evidence)
+        if read.judged.repaired:
+            logger.info("%s: repaired: %s", read.name, counted(read.judged.repaired))
         truth = read.truth
     truth = _scorable(truth, use_area)
     people = truth.people

@@ -18,7 +18,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.config import EvaluateSettings
 from pipelines.poses.oks_ap import MAX_DETS, STATS, evaluate_results
 from pipelines.sources.evaluation_set import EvaluationSet
-from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, GroundTruth, People
+from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, GroundTruth, People, counted
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -100,15 +100,16 @@ def protocol_line(protocol: dict[str, Any]) -> str:
 def work_line(figures: dict[str, Any]) -> str:
     f = figures
     speed = f", {f['people_per_second']:.1f} people/s" if f["people_per_second"] else ""
-    notes = [
-        f"; {said}: " + ", ".join(f"{kind} {number:,}" for kind, number in sorted(f[key].items()))
-        for key, said in (("repaired", "repaired"), ("doubts", "hrnet validate shows what looks wrong"))
-        if f[key]
-    ]
     lost = {reason: n for reason, n in f["left_out"].items() if reason not in LEFT_OUT_AS_PUBLISHED}
-    if lost:
-        told = ", ".join(f"{reason} {number:,}" for reason, number in sorted(lost.items()))
-        notes.append(f"; not asked about, counted as missed: {told}")
+    notes = [
+        f"; {said}: {counted(kinds)}"
+        for said, kinds in (
+            ("repaired", f["repaired"]),
+            ("hrnet validate shows what looks wrong", f["doubts"]),
+            ("not asked about, counted as missed", lost),
+        )
+        if kinds
+    ]
     return (
         f"{f['people']} people in {f['photos']} photographs, {f['results']} results after OKS-NMS"
         f"{speed}; median OKS of a labelled person {f['median_oks']:.3f}{''.join(notes)}"

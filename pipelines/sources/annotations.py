@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
 from pipelines.sources.doubts import Seen
 from pipelines.sources.json_file import load_marked
-from pipelines.sources.records import GroundTruth
+from pipelines.sources.records import GroundTruth, counted
 from pipelines.sources.rows import (
     Annotation,
     ImageEntry,
@@ -41,6 +42,7 @@ from pipelines.sources.rows import (
     whole,
 )
 
+logger = logging.getLogger(__name__)
 SAME_PERSON = 0.5
 """IoU from which a box without keypoints is of the person under it."""
 ALL = "all"
@@ -171,8 +173,11 @@ def people_of_images(file: str, content: Any) -> list[tuple[ImageEntry, list[Ann
     data = content
     if not isinstance(content, AnnotationFile):
         data = _sections(file, {"annotations": [], "categories": [], **content})
-    images = _images(file, data, Counter())
-    _refuse_lost(file, data.annotations, "image_id", images, Counter())
+    repaired: Counter[str] = Counter()
+    images = _images(file, data, repaired)
+    _refuse_lost(file, data.annotations, "image_id", images, repaired)
+    if repaired.total():
+        logger.info("%s: repaired: %s", file, counted(repaired))
     categories = [whole(c.get("id")) for c in _people(data.categories, names=False)]
     people: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
     for row in data.annotations:

@@ -184,6 +184,11 @@ class Split:
         return ((photo, rows[photo.image_id]) for photo in self.photos if photo.image_id in rows)
 
 
+def counted(kinds: Mapping[str, int]) -> str:
+    """ "area_from_box 3, whole_numbers 1,024" """
+    return ", ".join(f"{kind} {number:,}" for kind, number in sorted(kinds.items()))
+
+
 def refuse_rejected(rejected: Sequence[Rejection]) -> None:
     """DataError with the first 20 names where anything but crowds and unlabelled people is left out."""
     names = [
