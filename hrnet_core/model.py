@@ -6,10 +6,12 @@ The state_dict has the published keys in the published order, so weights move bo
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hrnet_core.architecture import HRNetConfig
 
@@ -190,6 +192,15 @@ def _grow(transition: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
 def _layers(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), *([nn.ReLU(inplace=True)] if relu else []))
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """In place: a BatchNorm that follows a convolution becomes part of it; in eval mode the same."""
+    for parent in list(network.modules()):
+        for (first, convolution), (second, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, first, fuse_conv_bn_eval(convolution, norm))
+                setattr(parent, second, nn.Identity())
 
 
 def normalize(

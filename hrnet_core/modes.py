@@ -12,33 +12,25 @@ Which of them is exact enough is measured on an evaluation set (docs/modes.md), 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.util
-import itertools
-import json
-import logging
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hrnet_core.choices import MODES
-from hrnet_core.errors import CheckpointError, ConfigError, first_line
+from hrnet_core.errors import ConfigError, first_line
+from hrnet_core.model import fold_batch_norms
+from hrnet_core.onnx_file import ONNX_PACKAGES, export_onnx, missing_packages, open_onnx
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
 
 EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
-ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
-METADATA = "hrnet"
-"""Entry of model.onnx's metadata: checkpoint.json without what was measured."""
 Network = Callable[[Tensor], Tensor]
 """Normalised images float32 (N, 3, h, w) -> heatmaps float32 (N, K, h/4, w/4)."""
 
@@ -55,7 +47,7 @@ def build_network(
     if why := unusable(mode, device.type, onnx_file is not None):
         raise ConfigError(f"mode {mode!r} cannot run here: {why}.")
     if mode == "onnx":
-        return _onnx(str(onnx_file) if onnx_file else export_onnx(model, spec), spec)
+        return open_onnx(str(onnx_file) if onnx_file else export_onnx(model, spec), spec)
     network = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     if mode == "float32":
         return network
@@ -73,8 +65,8 @@ def unusable(mode: str, device_type: str, with_file: bool = False) -> str:
     """
     if mode == "onnx":
         needed = ONNX_PACKAGES[:1] if with_file else ONNX_PACKAGES
-        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-            return f"{', '.join(missing)} is not installed (pip install 'hrnet-ray[onnx]')"
+        if why := missing_packages(needed):
+            return why
         if device_type != "cpu":
             return "it runs on the CPU; name device cpu, or another mode"
     if mode.startswith("compiled") and device_type == "cpu" and compiler() is None:
@@ -118,15 +110,6 @@ def has_bfloat16() -> bool:
 # --- in torch -------------------------------------------------------------------------------------------
 
 
-def fold_batch_norms(network: nn.Module) -> None:
-    """In place: a BatchNorm that follows a convolution becomes part of it; in eval mode the same."""
-    for parent in list(network.modules()):
-        for (first, convolution), (second, norm) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, first, fuse_conv_bn_eval(convolution, norm))
-                setattr(parent, second, nn.Identity())
-
-
 def _to_bfloat16(network: nn.Module) -> None:
     """In place. The last layer stays float32: rounded to 8 bits, neighbouring cells of a heatmap become
     equal, and the maximum and the quarter step are read from their order."""
@@ -155,76 +138,3 @@ def _compiled(network: nn.Module, mode: str) -> Network:
         return heatmaps
 
     return run
-
-
-# --- ONNX -----------------------------------------------------------------------------------------------
-
-
-def _onnx(model: str | bytes, spec: CheckpointSpec) -> Network:
-    """A model.onnx, by its path or content, in ONNX Runtime, on as many threads as torch has now."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    name = model if isinstance(model, str) else "the exported network"
-    again = "Write it again: hrnet export CHECKPOINT."
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise CheckpointError(f"{name}: ONNX Runtime cannot open it ({first_line(error)}). {again}") from None
-    told = session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
-    sha256 = json.loads(told).get("weights_sha256")
-    if sha256 != spec.weights_sha256:
-        theirs, ours = str(sha256)[:12], str(spec.weights_sha256)[:12]
-        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {again}")
-    images_name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        (heatmaps,) = session.run(None, {images_name: images.contiguous().numpy()})
-        return torch.from_numpy(heatmaps)
-
-    return run
-
-
-def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:
-    """The network as an ONNX file: images float32 (N, 3, h, w), normalised as the metadata says -> heatmaps.
-
-    N is free. The metadata entry "hrnet" is checkpoint.json without measurements: mean, std, codec, skeleton,
-    the weights' sha256. Neither decoding nor the flip test is part of it. ConfigError: packages are missing.
-    """
-    if why := unusable("onnx", "cpu"):
-        raise ConfigError(f"an ONNX file cannot be made here: {why}.")
-    network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    fold_batch_norms(network)
-    width, height = spec.input_size
-    with _quiet_exporter(), torch.inference_mode(False):
-        program = torch.onnx.export(
-            network,
-            (torch.zeros(2, 3, height, width),),
-            input_names=["images"],
-            output_names=["heatmaps"],
-            dynamic_shapes=({0: torch.export.Dim("people", min=1)},),
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    told = {name: value for name, value in spec.as_dict().items() if name != "modes"}
-    program.model.metadata_props[METADATA] = json.dumps(told)
-    return bytes(program.model_proto.SerializeToString())
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's notes about its passes, itself, and torchvision, which is not there."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

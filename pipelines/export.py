@@ -75,7 +75,7 @@ def export(
     track: TrackSettings = TrackSettings(),
     storage: str | Path = "runs",
 ) -> Parity:
-    """Write the checkpoint's network as ONNX (modes.export_onnx) and compare it with torch.
+    """Write the checkpoint's network as ONNX (onnx_file.export_onnx) and compare it with torch.
 
     out: default model.onnx in the checkpoint folder, where mode "onnx" finds it. coco_root: compare also on
     the first photographs that hold `people` people, with AP. Runs in this process.
@@ -117,7 +117,7 @@ def export(
 def _written(folder: Path, file: Path) -> tuple[PosePredictor, PosePredictor]:
     """The checkpoint in torch's float32 and from `file`, which is written first."""
     from hrnet_core.checkpoint import load_checkpoint
-    from hrnet_core.modes import export_onnx
+    from hrnet_core.onnx_file import export_onnx
     from hrnet_core.predictor import PosePredictor
 
     model, spec = load_checkpoint(folder)

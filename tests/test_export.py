@@ -18,7 +18,8 @@ from dots import SMALL, rows_here, truth_of, write_solved
 from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_spec
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.modes import MODES, export_onnx
+from hrnet_core.modes import MODES
+from hrnet_core.onnx_file import export_onnx
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
 from pipelines import measure_modes as measure_module
@@ -86,7 +87,7 @@ def test_a_file_that_computes_something_else_is_not_left(
             model.final_layer.bias[3] -= 0.1
         return content
 
-    monkeypatch.setattr("hrnet_core.modes.export_onnx", another)
+    monkeypatch.setattr("hrnet_core.onnx_file.export_onnx", another)
     with pytest.raises(ConfigError, match="do not compute the same network"):
         export(checkpoint)
     assert not list(checkpoint.glob("*.onnx*"))

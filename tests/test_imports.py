@@ -73,11 +73,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "supervision",
     },
     "hrnet_core.detector": {"numpy", "cv2", "onnxruntime", "hrnet_core"},
-    "hrnet_core.modes": {
+    "hrnet_core.onnx_file": {
         "torch",
         "onnxruntime",
-        "hrnet_core.choices",
         "hrnet_core.errors",
+        "hrnet_core.model",
         "hrnet_core.checkpoint",
     },
     "hrnet_core": CORE,

@@ -23,8 +23,9 @@ from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, ImageError
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.model import HRNet, normalize
-from hrnet_core.modes import compiler, export_onnx, fastest_exact, fold_batch_norms, unusable
+from hrnet_core.model import HRNet, fold_batch_norms, normalize
+from hrnet_core.modes import compiler, fastest_exact, unusable
+from hrnet_core.onnx_file import export_onnx
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17, Skeleton
 
