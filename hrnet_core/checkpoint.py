@@ -3,7 +3,9 @@
     model.safetensors      the weights under the published names, float32
     checkpoint.json        everything needed to use them: CheckpointSpec, and the weights' sha256
     selftest.safetensors   a recorded input and the heatmaps that belong to it
-    model.onnx             the network for ONNX Runtime, only where `hrnet export` wrote it
+    model.onnx             the network for ONNX Runtime and OpenVINO, only where `hrnet export` wrote it
+    openvino_int8.xml      the network in int8 for OpenVINO, with openvino_int8.bin, only where `hrnet export`
+                           wrote it
     trainer.pt             optimizer and counters, only where training may go on from here
 
 A folder explains itself or is refused, and loading is strict: nothing is ever missing in silence. Bare
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +41,9 @@ from hrnet_core.weights import first_names, parse_safetensors, read_torch, untra
 SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION, SELFTEST = "model.safetensors", "checkpoint.json", "selftest.safetensors"
 ONNX, TRAINER = "model.onnx", "trainer.pt"
+INT8 = ("openvino_int8.xml", "openvino_int8.bin")
+EXPORTED = (ONNX, *INT8)
+"""What `hrnet export` adds, for the modes that run from files; saving other weights removes it."""
 PROVENANCE = ("run_id", "dataset_digest", "config", "code_version")
 COPY_IT = f"A checkpoint folder holds {WEIGHTS}, {DESCRIPTION} and {SELFTEST}; copy the whole folder."
 # Heatmaps of other machines and torch versions differ by about 1e-6 of their range in float32; other
@@ -169,7 +174,7 @@ def fetch_checkpoint(place: str, into: Path) -> Path:
     CheckpointError names what cannot be read. A path is taken as it is: loading it will tell.
     """
     try:
-        return fetch(place, into, (DESCRIPTION, WEIGHTS, SELFTEST), optional=(ONNX,))
+        return fetch(place, into, (DESCRIPTION, WEIGHTS, SELFTEST), optional=EXPORTED)
     except DataError as error:
         raise CheckpointError(f"checkpoint {error}") from None
     except OSError as error:
@@ -233,6 +238,12 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
     if problems:
         raise CheckpointError(f"{file}: {'; '.join(problems)}. {COPY_IT}")
     return spec
+
+
+def read_exported(folder: str | Path, names: Collection[str] = EXPORTED) -> dict[str, bytes]:
+    """Of the exported files of these names those that are there: name -> content."""
+    files = [Path(folder) / name for name in names]
+    return {file.name: read_file(file) for file in files if file.is_file()}
 
 
 def verify_checkpoint(folder: str | Path, device: str = "cpu") -> float:
@@ -332,7 +343,7 @@ def _describe(folder: Path, spec: CheckpointSpec) -> None:
 def _refuse_other_files(folder: Path) -> None:
     """Overwriting replaces the whole folder: it must be a checkpoint and nothing else."""
     if folder.is_dir():
-        ours = {WEIGHTS, DESCRIPTION, SELFTEST, ONNX, TRAINER}
+        ours = {WEIGHTS, DESCRIPTION, SELFTEST, *EXPORTED, TRAINER}
         if others := sorted({entry.name for entry in folder.iterdir()} - ours):
             raise CheckpointError(
                 f"{folder}: holds other files ({first_names(others)}), which saving a checkpoint there would "

@@ -10,8 +10,13 @@ from typing import Literal, get_args
 
 CodecName = Literal["official", "dark", "udp"]
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
-ModeName = Literal["float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx"]
+ModeName = Literal[
+    "float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx",
+    "openvino", "openvino_bfloat16", "openvino_int8",
+]  # fmt: skip
 MODES: tuple[ModeName, ...] = get_args(ModeName)
+FormatName = Literal["onnx", "onnx_decoded", "onnx_float16", "openvino", "openvino_int8"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 PADDING = 1.25
 """Of a crop relative to the box of the person."""
 MAX_PIXELS = 100_000_000

@@ -1,4 +1,4 @@
-"""The network as an ONNX file, and such a file in ONNX Runtime (mode "onnx")."""
+"""The network as an ONNX file, plain, in float16 or with decoding, and such files in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hrnet_core.decoder import Decoder, FlipBack
 from hrnet_core.errors import CheckpointError, ConfigError, first_line
-from hrnet_core.model import fold_batch_norms
+from hrnet_core.model import fold_batch_norms, normalize
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -26,35 +30,64 @@ METADATA = "hrnet"
 """Entry of model.onnx's metadata: checkpoint.json without what was measured."""
 
 
-def missing_packages(names: Sequence[str]) -> str:
+AGAIN = "Write it again: hrnet export CHECKPOINT."
+
+
+def missing_packages(names: Sequence[str], extra: str = "onnx") -> str:
     """Which of these packages are not installed, with the way out; "" where all are."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} is not installed (pip install 'hrnet-ray[onnx]')" if missing else ""
+    return f"{', '.join(missing)} is not installed (pip install 'hrnet-ray[{extra}]')" if missing else ""
 
 
-def open_onnx(model: str | bytes, spec: CheckpointSpec) -> Callable[[Tensor], Tensor]:
-    """A model.onnx, by its path or content, in ONNX Runtime, on as many threads as torch has now."""
-    import onnxruntime
+def told_of(spec: CheckpointSpec) -> str:
+    """What an exported file says of itself: checkpoint.json without what was measured, as JSON."""
+    return json.dumps({name: value for name, value in spec.as_dict().items() if name != "modes"})
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    name = model if isinstance(model, str) else "the exported network"
-    again = "Write it again: hrnet export CHECKPOINT."
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise CheckpointError(f"{name}: ONNX Runtime cannot open it ({first_line(error)}). {again}") from None
-    told = session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
+
+def refuse_other_weights(told: str, spec: CheckpointSpec, name: str) -> None:
+    """CheckpointError where a file's metadata says other weights than the checkpoint's, or nothing."""
     sha256 = json.loads(told).get("weights_sha256")
     if sha256 != spec.weights_sha256:
         theirs, ours = str(sha256)[:12], str(spec.weights_sha256)[:12]
-        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {again}")
+        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {AGAIN}")
+
+
+def open_onnx(content: bytes, spec: CheckpointSpec, name: str) -> Callable[[Tensor], Tensor]:
+    """An ONNX file that takes images, in ONNX Runtime, on as many threads as torch has now.
+
+    CheckpointError: a damaged file, or one of other weights.
+    """
+    session = _session(content, name)
+    refuse_other_weights(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"), spec, name)
     images_name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Tensor:
         (heatmaps,) = session.run(None, {images_name: images.contiguous().numpy()})
         return torch.from_numpy(heatmaps)
+
+    return run
+
+
+def _session(content: bytes, name: str) -> Any:
+    """On the CPU, on as many threads as torch has now."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise CheckpointError(f"{name}: ONNX Runtime cannot open it ({first_line(error)}). {AGAIN}") from None
+
+
+def open_decoding(content: bytes, name: str) -> Callable[[NDArray[np.uint8]], tuple[Any, Any]]:
+    """A file of export_decoding in ONNX Runtime: crops -> keypoints, scores. CheckpointError: damaged."""
+    session = _session(content, name)
+
+    def run(crops: NDArray[np.uint8]) -> tuple[Any, Any]:
+        keypoints, scores = session.run(None, {"crops": crops})
+        return keypoints, scores
 
     return run
 
@@ -65,24 +98,77 @@ def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:
     N is free. The metadata entry "hrnet" is checkpoint.json without measurements: mean, std, codec, skeleton,
     the weights' sha256. Neither decoding nor the flip test is part of it. ConfigError: packages are missing.
     """
+    return _export(_folded(model), spec, torch.float32, "images", ["heatmaps"])
+
+
+def export_float16(model: nn.Module, spec: CheckpointSpec) -> bytes:
+    """The same with weights and convolutions in float16, for GPUs; input, output and last layer are float32.
+
+    In float16 neighbouring cells of a heatmap become equal, and their order decides the quarter step.
+    """
+    network = _folded(model).half()
+    network.register_forward_pre_hook(lambda _, inputs: (inputs[0].half(),))
+    head = network.get_submodule("final_layer").float()
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return _export(network, spec, torch.float32, "images", ["heatmaps"])
+
+
+def export_decoding(model: nn.Module, spec: CheckpointSpec, flip_test: bool) -> bytes:
+    """All in one file: crops uint8 (N, h, w, 3) RGB -> keypoints float32 (N, K, 2) in px
+    of the crop, scores float32 (N, K). `flip_test` in the metadata is what the file does.
+    """
+    network = _Decoding(_folded(model), spec, flip_test)
+    spec = replace(spec, flip_test=flip_test)
+    return _export(network, spec, torch.uint8, "crops", ["keypoints", "scores"])
+
+
+class _Decoding(nn.Module):
+    """Normalise, network, flip test, decode."""
+
+    def __init__(self, network: nn.Module, spec: CheckpointSpec, flip_test: bool) -> None:
+        super().__init__()
+        self.network, self.mean, self.std, self.flip_test = network, spec.mean, spec.std, flip_test
+        self.flip_back = FlipBack(spec.codec, spec.skeleton.flip_order)
+        self.decode = Decoder(spec.codec)
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        images = normalize(crops, self.mean, self.std)
+        if self.flip_test:
+            both = self.network(torch.cat([images, images.flip(3)]))
+            plain, mirrored = both.unflatten(0, (2, -1))
+            heatmaps = (plain + self.flip_back(mirrored)) * 0.5
+        else:
+            heatmaps = self.network(images)
+        found = self.decode(heatmaps)
+        return found[..., :2], found[..., 2]
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, ready to be exported. ConfigError: packages are missing."""
     if why := missing_packages(ONNX_PACKAGES):
         raise ConfigError(f"an ONNX file cannot be made here: {why}.")
     network = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     fold_batch_norms(network)
+    return network
+
+
+def _export(
+    network: nn.Module, spec: CheckpointSpec, dtype: torch.dtype, input_name: str, outputs: list[str]
+) -> bytes:
     width, height = spec.input_size
+    shape = (2, height, width, 3) if dtype == torch.uint8 else (2, 3, height, width)
     with _quiet_exporter(), torch.inference_mode(False):
         program = torch.onnx.export(
             network,
-            (torch.zeros(2, 3, height, width),),
-            input_names=["images"],
-            output_names=["heatmaps"],
+            (torch.zeros(shape, dtype=dtype),),
+            input_names=[input_name],
+            output_names=outputs,
             dynamic_shapes=({0: torch.export.Dim("people", min=1)},),
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    told = {name: value for name, value in spec.as_dict().items() if name != "modes"}
-    program.model.metadata_props[METADATA] = json.dumps(told)
+    program.model.metadata_props[METADATA] = told_of(spec)
     return bytes(program.model_proto.SerializeToString())
 
 

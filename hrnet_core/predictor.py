@@ -18,22 +18,23 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from hrnet_core.checkpoint import ONNX, CheckpointSpec, load_checkpoint
+from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_exported
 from hrnet_core.errors import ConfigError, DataError, first_line
 from hrnet_core.geometry import FARTHEST, Float32, Float64, box_to_center_scale, crop_people, place_in_image
 from hrnet_core.heatmaps import Border
 from hrnet_core.images import read_image
 from hrnet_core.model import HRNet, normalize
-from hrnet_core.modes import build_network, fastest_exact
+from hrnet_core.modes import RUN_FROM, build_network, fastest_exact, files_of
 from hrnet_core.results import Boxes, Keypoints, Poses
 
 UInt8 = NDArray[np.uint8]
@@ -68,9 +69,10 @@ class PosePredictor:
     mode: one of modes.MODES, or "auto": the fastest that checkpoint.json has measured on this kind of device
         within 0.001 AP of float32 and that can run here; float32 where nothing was measured. The attribute
         `mode` says which.
-    onnx_file: for mode "onnx", a model.onnx of these weights; None: made here, which takes a while.
+    exported: files of these weights for the modes that run from files (checkpoint.read_exported); without a
+        model.onnx it is made here, which takes a while.
 
-    ConfigError: a device or mode there is not. CheckpointError: a model.onnx of other weights.
+    ConfigError: a device or mode there is not. CheckpointError: a file of other weights.
     """
 
     def __init__(
@@ -79,16 +81,16 @@ class PosePredictor:
         spec: CheckpointSpec,
         device: str = "auto",
         mode: str = "auto",
-        onnx_file: Path | None = None,
+        exported: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.spec = spec
         self.device = _find_device(device)
         self.mode = mode
         if mode == "auto":
-            self.mode = fastest_exact(spec.modes, self.device.type, onnx_file is not None)
+            self.mode = fastest_exact(spec.modes, self.device.type, exported)
             logger.info("mode auto on %s is %s", self.device.type, self.mode)
-        self._network = build_network(model, spec, self.device, self.mode, onnx_file)
-        plain = self.mode in ("float32", "onnx")
+        self._network = build_network(model, spec, self.device, self.mode, exported)
+        plain = self.mode == "float32" or self.mode in RUN_FROM
         self._format = torch.contiguous_format if plain else torch.channels_last
 
     @classmethod
@@ -102,8 +104,7 @@ class PosePredictor:
         if threads is not None:
             torch.set_num_threads(threads)
         model, spec = load_checkpoint(folder)
-        onnx_file = Path(folder) / ONNX
-        return cls(model, spec, device, mode, onnx_file if onnx_file.is_file() else None)
+        return cls(model, spec, device, mode, read_exported(folder, files_of(mode, spec.modes)))
 
     def __call__(
         self,

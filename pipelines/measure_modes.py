@@ -79,7 +79,7 @@ def measure_modes(
     ConfigError: a registered version or a URI instead of a folder: figures are written into it.
     CheckpointError, DataError: as in evaluating.
     """
-    from hrnet_core.checkpoint import read_spec, record_modes
+    from hrnet_core.checkpoint import read_exported, read_spec, record_modes
     from hrnet_core.modes import fastest_exact, unusable
 
     if not is_folder_here(checkpoint):
@@ -89,9 +89,10 @@ def measure_modes(
         )
     device = settings.device
     wanted = dict.fromkeys(["float32", *modes])
-    left_out = {mode: why for mode in wanted if (why := unusable(mode, device))}
-    usable = [mode for mode in wanted if mode not in left_out]
     read_spec(checkpoint)  # before Ray starts
+    exported = read_exported(checkpoint)
+    left_out = {mode: why for mode in wanted if (why := unusable(mode, device, exported))}
+    usable = [mode for mode in wanted if mode not in left_out]
     found: dict[str, Evaluation] = {}
     with ray_session(ray):
         for mode in usable:
@@ -117,7 +118,7 @@ def measure_modes(
         for mode, of in found.items()
     }
     spec = record_modes(checkpoint, device, figures)
-    return Measured(device, figures, left_out, fastest_exact(spec.modes, device))
+    return Measured(device, figures, left_out, fastest_exact(spec.modes, device, exported))
 
 
 def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
@@ -148,18 +149,24 @@ def _timed_on_ray(
 ) -> dict[str, dict[str, Any]]:
     import ray
 
-    from hrnet_core.checkpoint import load_checkpoint
+    from hrnet_core.checkpoint import load_checkpoint, read_exported
 
     model, spec = load_checkpoint(checkpoint)
+    exported = read_exported(checkpoint)
     task = ray.remote(time_modes).options(
         num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_retries=0
     )
     device = settings.device
-    return ray.get(task.remote(model, spec, modes, device, settings.cpus_per_worker))
+    return ray.get(task.remote(model, spec, exported, modes, device, settings.cpus_per_worker))
 
 
 def time_modes(
-    model: HRNet, spec: CheckpointSpec, modes: Sequence[str], device: str, threads: int
+    model: HRNet,
+    spec: CheckpointSpec,
+    exported: dict[str, bytes],
+    modes: Sequence[str],
+    device: str,
+    threads: int,
 ) -> dict[str, dict[str, Any]]:
     """Mode -> ms_per_crop (batches of 16), ms_per_crop_alone (of one), and the processor. The fastest of some
     rounds through all modes, so that other work on the machine does not meet one mode alone."""
@@ -170,7 +177,7 @@ def time_modes(
     torch.set_num_threads(threads)
     width, height = spec.input_size
     crops = np.random.default_rng(0).integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8)
-    predictors = {mode: PosePredictor(model, spec, device, mode) for mode in modes}
+    predictors = {mode: PosePredictor(model, spec, device, mode, exported) for mode in modes}
     for predictor in predictors.values():
         predictor.warm_up()
     best = dict.fromkeys(itertools.product(modes, (BATCH, 1)), np.inf)

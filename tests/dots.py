@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, save_checkpoint
+from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_exported, save_checkpoint
 from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
@@ -157,7 +157,7 @@ def rows_here(
     """In place of units.rows_on_ray: the same actor, in this process and on one thread."""
     before = torch.get_num_threads()
     try:
-        actor = Actor(lambda: load_checkpoint(checkpoint), work, settings)
+        actor = Actor(lambda: (*load_checkpoint(checkpoint), read_exported(checkpoint)), work, settings)
         for index, unit in pending.items():
             row = actor({"unit": np.array([index]), "work": [pickle.dumps(unit)]})
             yield {name: values[0] for name, values in row.items()}

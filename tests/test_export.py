@@ -15,7 +15,7 @@ import pytest
 import torch
 from dots import SMALL, rows_here, truth_of, write_solved
 
-from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_spec
+from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_exported, read_spec
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.modes import MODES
@@ -151,7 +151,9 @@ def test_measured_modes_stand_in_the_checkpoint(
     monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
 
     def timed(folder: Path, modes: Any, settings: EvaluateSettings) -> Any:
-        return time_modes(*load_checkpoint(folder), modes, "cpu", settings.cpus_per_worker)
+        return time_modes(
+            *load_checkpoint(folder), read_exported(folder), modes, "cpu", settings.cpus_per_worker
+        )
 
     monkeypatch.setattr(measure_module, "_timed_on_ray", timed)
     monkeypatch.setattr(measure_module, "ray_session", lambda _: contextlib.nullcontext())

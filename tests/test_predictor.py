@@ -317,6 +317,8 @@ ROUGH = 0.05  # bfloat16 keeps 8 bits; a wrong layer costs the whole range
         ("channels_last", EXACT),
         ("bfloat16", ROUGH),
         ("onnx", EXACT),
+        ("openvino", EXACT),
+        ("openvino_bfloat16", ROUGH),
         pytest.param("compiled", EXACT, marks=pytest.mark.slow),
         pytest.param("compiled_bfloat16", ROUGH, marks=pytest.mark.slow),
     ],

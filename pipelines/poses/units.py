@@ -75,7 +75,10 @@ class Actor:
     """Holds the model in a Ray Data actor. A row in is a unit, a row out its outcome."""
 
     def __init__(
-        self, load: Callable[[], tuple[HRNet, CheckpointSpec]], work: Work, settings: WorkerSettings
+        self,
+        load: Callable[[], tuple[HRNet, CheckpointSpec, dict[str, bytes]]],
+        work: Work,
+        settings: WorkerSettings,
     ) -> None:
         import cv2
         import torch
@@ -85,7 +88,8 @@ class Actor:
         # Threads decide the order of float additions: fixed, so that any number of actors agrees.
         cv2.setNumThreads(1)
         torch.set_num_threads(settings.cpus_per_worker)
-        self.predictor = PosePredictor(*load(), settings.device, settings.mode)
+        model, spec, exported = load()
+        self.predictor = PosePredictor(model, spec, settings.device, settings.mode, exported)
         self.work = work
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
@@ -176,14 +180,15 @@ def rows_on_ray(
     import ray
     import ray.data
 
-    from hrnet_core.checkpoint import load_checkpoint
-    from hrnet_core.modes import unusable
+    from hrnet_core.checkpoint import load_checkpoint, read_exported
+    from hrnet_core.modes import files_of, unusable
 
+    model, spec = load_checkpoint(checkpoint)
+    exported = read_exported(checkpoint, files_of(settings.mode, spec.modes))
     # On a cluster the actors' machines decide, not this one.
-    why = "" if on_cluster() else unusable(settings.mode, settings.device)
+    why = "" if on_cluster() else unusable(settings.mode, settings.device, exported)
     if why:
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
-    model_and_spec = load_checkpoint(checkpoint)
     rows = [{"unit": index, "work": pickle.dumps(unit)} for index, unit in pending.items()]
     with ray_session(ray_settings), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
@@ -191,8 +196,10 @@ def rows_on_ray(
         actors = ray.data.ActorPoolStrategy(
             size=min(settings.num_workers, len(rows)), max_tasks_in_flight_per_actor=2
         )
-        # The network travels through the object store: machines need not see the checkpoint folder.
-        arguments = (functools.partial(ray.get, ray.put(model_and_spec)), work, settings)
+        # The network travels through the object store, with the files that its mode runs from: machines need
+        # not see the checkpoint folder.
+        stored = ray.put((model, spec, exported))
+        arguments = (functools.partial(ray.get, stored), work, settings)
         yield from (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(

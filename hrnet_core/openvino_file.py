@@ -1,0 +1,174 @@
+"""The network in OpenVINO on the CPU (modes openvino, openvino_bfloat16, openvino_int8), and as its files.
+
+OpenVINO reads ONNX itself. Its own converter of torch modules is not used: that tells its maker of each use
+over the network, unless somebody turned it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hrnet_core.errors import CheckpointError, ConfigError, DataError
+from hrnet_core.model import normalize
+from hrnet_core.onnx_file import (
+    AGAIN,
+    METADATA,
+    ONNX_PACKAGES,
+    export_onnx,
+    missing_packages,
+    refuse_other_weights,
+    told_of,
+)
+
+if TYPE_CHECKING:
+    import openvino
+
+    from hrnet_core.checkpoint import CheckpointSpec
+
+IR_PACKAGES = ("openvino", *ONNX_PACKAGES)
+"""What writes an IR; openvino alone opens one."""
+INT8_PACKAGES = (*IR_PACKAGES, "nncf")
+BIN_SHA256 = "hrnet_bin_sha256"
+"""Entry of an IR's rt_info: which .bin belongs to the .xml."""
+
+
+def open_openvino(
+    content: Sequence[bytes], spec: CheckpointSpec, name: str, head: nn.Module | None = None
+) -> Callable[[Tensor], Tensor]:
+    """An ONNX file, or an IR (.xml and .bin), in OpenVINO, on as many threads as torch has now.
+
+    head: the network's last layer. Given, all before it computes in bfloat16 and this in torch, in float32:
+    its inputs and weights are not rounded then, and half as many keypoints move as with all in bfloat16.
+
+    CheckpointError: a damaged file, or one of other weights. ConfigError: no bfloat16 in this processor.
+    """
+    import openvino as ov
+
+    core = ov.Core()
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if head else "f32",  # else it would choose by the processor
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        # Pinned, the threads of two predictors, or of two actors, would share one core.
+        "ENABLE_CPU_PINNING": False,
+    }
+    try:
+        network = core.read_model(*content)
+        _refuse_others(network, content, spec, name)
+        if head:
+            network = ov.Model([_last_convolution(network).input_value(0)], network.get_parameters())
+        compiled = core.compile_model(network, "CPU", options)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"{name}: OpenVINO cannot open it ({reason}). {AGAIN}") from None
+    if head and compiled.get_property("INFERENCE_PRECISION_HINT") != ov.Type.bf16:
+        raise ConfigError("OpenVINO does not compute in bfloat16 on this processor. Take mode openvino.")
+
+    def run(images: Tensor) -> Tensor:
+        # A request of its own for each call (40 microseconds): threads do not meet, and nobody writes again
+        # where the answer lies.
+        request = compiled.create_infer_request()
+        (found,) = request.infer([images.contiguous().numpy()]).values()
+        answer = torch.from_numpy(found)
+        return head(answer) if head else answer
+
+    return run
+
+
+def export_ir(model: nn.Module, spec: CheckpointSpec) -> tuple[bytes, bytes]:
+    """The network as OpenVINO's IR, .xml and .bin: float32, inputs, output and metadata as of export_onnx.
+
+    ConfigError: packages are missing.
+    """
+    if why := missing_packages(IR_PACKAGES, "openvino"):
+        raise ConfigError(f"OpenVINO's files cannot be made here: {why}.")
+    import openvino as ov
+
+    return _ir(ov.Core().read_model(export_onnx(model, spec)), spec)
+
+
+def export_int8(model: nn.Module, spec: CheckpointSpec, crops: NDArray[np.uint8]) -> tuple[bytes, bytes]:
+    """The same in int8 by nncf's post-training quantisation: weights int8 by channel, activations uint8.
+
+    crops: uint8 (P, h, w, 3) RGB, a few hundred as the network will meet them; they set the ranges.
+    The last layer stays float32: its output is what is read.
+
+    ConfigError: packages are missing. DataError: no crops.
+    """
+    if why := missing_packages(INT8_PACKAGES, "openvino"):
+        raise ConfigError(f"an int8 file cannot be made here: {why}.")
+    if not len(crops):
+        raise DataError(
+            "quantisation needs crops of people to find the ranges of the activations: none given."
+        )
+    import openvino as ov
+
+    network = ov.Core().read_model(export_onnx(model, spec))
+
+    def images(crop: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return normalize(torch.from_numpy(crop[None].copy()), spec.mean, spec.std).numpy()
+
+    with _quiet_nncf() as nncf:
+        quantized = nncf.quantize(
+            network,
+            nncf.Dataset(crops, images),
+            preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations: after a ReLU
+            subset_size=len(crops),
+            ignored_scope=nncf.IgnoredScope(names=[_last_convolution(network).get_friendly_name()]),
+        )
+    return _ir(quantized, spec)
+
+
+def _last_convolution(network: openvino.Model) -> Any:
+    *_, last = (op for op in network.get_ordered_ops() if op.get_type_name() == "Convolution")
+    return last
+
+
+def _ir(model: openvino.Model, spec: CheckpointSpec) -> tuple[bytes, bytes]:
+    """Content of the .xml and .bin, with what the ONNX file says of itself in rt_info."""
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory(prefix="hrnet-openvino-") as folder:
+        file = Path(folder) / "model.xml"
+        model.set_rt_info(told_of(spec), [METADATA])
+        ov.save_model(model, file, compress_to_fp16=False)
+        weights = file.with_suffix(".bin").read_bytes()
+        model.set_rt_info(hashlib.sha256(weights).hexdigest(), [BIN_SHA256])
+        ov.save_model(model, file, compress_to_fp16=False)
+        return file.read_bytes(), weights
+
+
+def _refuse_others(model: openvino.Model, content: Sequence[bytes], spec: CheckpointSpec, name: str) -> None:
+    """CheckpointError for a file of other weights, and for a .bin that is not the .xml's."""
+    place = [METADATA] if model.has_rt_info([METADATA]) else ["framework", METADATA]  # of an ONNX file
+    refuse_other_weights(model.get_rt_info(place).value if model.has_rt_info(place) else "{}", spec, name)
+    for weights in content[1:]:
+        if model.get_rt_info([BIN_SHA256]).value != hashlib.sha256(weights).hexdigest():
+            raise CheckpointError(f"{name}: its .bin is not the one that was written with its .xml. {AGAIN}")
+
+
+@contextlib.contextmanager
+def _quiet_nncf() -> Iterator[Any]:
+    """nncf without its notes, and without its reports to its maker, which this variable stops."""
+    os.environ.setdefault("NNCF_CI", "1")
+    import nncf
+
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield nncf
+    finally:
+        logger.setLevel(level)
