@@ -11,9 +11,20 @@ from typing import Literal, get_args
 CodecName = Literal["official", "dark", "udp"]
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 ModeName = Literal[
-    "float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx",
-    "openvino", "openvino_bfloat16", "openvino_int8",
-]  # fmt: skip
+    "float32",
+    "channels_last",
+    "tf32",
+    "float16",
+    "bfloat16",
+    "compiled",
+    "compiled_tf32",
+    "compiled_float16",
+    "compiled_bfloat16",
+    "onnx",
+    "openvino",
+    "openvino_bfloat16",
+    "openvino_int8",
+]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 FormatName = Literal["onnx", "onnx_decoded", "onnx_float16", "openvino", "openvino_int8"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)

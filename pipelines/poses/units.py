@@ -89,7 +89,9 @@ class Actor:
         cv2.setNumThreads(1)
         torch.set_num_threads(settings.cpus_per_worker)
         model, spec, exported = load()
-        self.predictor = PosePredictor(model, spec, settings.device, settings.mode, exported)
+        self.predictor = PosePredictor(
+            model, spec, settings.device, settings.mode, exported, settings.compile_cache
+        )
         self.work = work
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
