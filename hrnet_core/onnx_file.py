@@ -1,4 +1,4 @@
-"""The network as an ONNX file, plain, in float16 or with decoding, and such files in ONNX Runtime."""
+"""The network as an ONNX file, and such a file in ONNX Runtime (mode onnx)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hrnet_core.decoder import Decoder, FlipBack
 from hrnet_core.errors import CheckpointError, ConfigError, first_line
-from hrnet_core.model import fold_batch_norms, normalize
+from hrnet_core.model import fold_batch_norms
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -57,7 +53,7 @@ def open_onnx(content: bytes, spec: CheckpointSpec, name: str) -> Callable[[Tens
 
     CheckpointError: a damaged file, or one of other weights.
     """
-    session = _session(content, name)
+    session = open_session(content, name)
     refuse_other_weights(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"), spec, name)
     images_name = session.get_inputs()[0].name
 
@@ -68,8 +64,8 @@ def open_onnx(content: bytes, spec: CheckpointSpec, name: str) -> Callable[[Tens
     return run
 
 
-def _session(content: bytes, name: str) -> Any:
-    """On the CPU, on as many threads as torch has now."""
+def open_session(content: bytes, name: str) -> Any:
+    """ONNX Runtime's session on the CPU, on as many threads as torch has now. CheckpointError: damaged."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -81,24 +77,13 @@ def _session(content: bytes, name: str) -> Any:
         raise CheckpointError(f"{name}: ONNX Runtime cannot open it ({first_line(error)}). {AGAIN}") from None
 
 
-def open_decoding(content: bytes, name: str) -> Callable[[NDArray[np.uint8]], tuple[Any, Any]]:
-    """A file of export_decoding in ONNX Runtime: crops -> keypoints, scores. CheckpointError: damaged."""
-    session = _session(content, name)
-
-    def run(crops: NDArray[np.uint8]) -> tuple[Any, Any]:
-        keypoints, scores = session.run(None, {"crops": crops})
-        return keypoints, scores
-
-    return run
-
-
 def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:
     """The network as an ONNX file: images float32 (N, 3, h, w), normalised as the metadata says -> heatmaps.
 
     N is free. The metadata entry "hrnet" is checkpoint.json without measurements: mean, std, codec, skeleton,
     the weights' sha256. Neither decoding nor the flip test is part of it. ConfigError: packages are missing.
     """
-    return _export(_folded(model), spec, torch.float32, "images", ["heatmaps"])
+    return write_onnx(folded_copy(model), spec, torch.float32, "images", ["heatmaps"])
 
 
 def export_float16(model: nn.Module, spec: CheckpointSpec) -> bytes:
@@ -106,44 +91,14 @@ def export_float16(model: nn.Module, spec: CheckpointSpec) -> bytes:
 
     In float16 neighbouring cells of a heatmap become equal, and their order decides the quarter step.
     """
-    network = _folded(model).half()
+    network = folded_copy(model).half()
     network.register_forward_pre_hook(lambda _, inputs: (inputs[0].half(),))
     head = network.get_submodule("final_layer").float()
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    return _export(network, spec, torch.float32, "images", ["heatmaps"])
+    return write_onnx(network, spec, torch.float32, "images", ["heatmaps"])
 
 
-def export_decoding(model: nn.Module, spec: CheckpointSpec, flip_test: bool) -> bytes:
-    """All in one file: crops uint8 (N, h, w, 3) RGB -> keypoints float32 (N, K, 2) in px
-    of the crop, scores float32 (N, K). `flip_test` in the metadata is what the file does.
-    """
-    network = _Decoding(_folded(model), spec, flip_test)
-    spec = replace(spec, flip_test=flip_test)
-    return _export(network, spec, torch.uint8, "crops", ["keypoints", "scores"])
-
-
-class _Decoding(nn.Module):
-    """Normalise, network, flip test, decode."""
-
-    def __init__(self, network: nn.Module, spec: CheckpointSpec, flip_test: bool) -> None:
-        super().__init__()
-        self.network, self.mean, self.std, self.flip_test = network, spec.mean, spec.std, flip_test
-        self.flip_back = FlipBack(spec.codec, spec.skeleton.flip_order)
-        self.decode = Decoder(spec.codec)
-
-    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        images = normalize(crops, self.mean, self.std)
-        if self.flip_test:
-            both = self.network(torch.cat([images, images.flip(3)]))
-            plain, mirrored = both.unflatten(0, (2, -1))
-            heatmaps = (plain + self.flip_back(mirrored)) * 0.5
-        else:
-            heatmaps = self.network(images)
-        found = self.decode(heatmaps)
-        return found[..., :2], found[..., 2]
-
-
-def _folded(model: nn.Module) -> nn.Module:
+def folded_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, ready to be exported. ConfigError: packages are missing."""
     if why := missing_packages(ONNX_PACKAGES):
         raise ConfigError(f"an ONNX file cannot be made here: {why}.")
@@ -152,9 +107,10 @@ def _folded(model: nn.Module) -> nn.Module:
     return network
 
 
-def _export(
+def write_onnx(
     network: nn.Module, spec: CheckpointSpec, dtype: torch.dtype, input_name: str, outputs: list[str]
 ) -> bytes:
+    """A network as ONNX, of images float32 (N, 3, h, w) or of crops uint8 (N, h, w, 3), with its metadata."""
     width, height = spec.input_size
     shape = (2, height, width, 3) if dtype == torch.uint8 else (2, 3, height, width)
     with _quiet_exporter(), torch.inference_mode(False):

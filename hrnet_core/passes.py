@@ -64,7 +64,8 @@ class CropPass(nn.Module):
             return self.network(images).float()
         mirrored = images.flip(3).contiguous(memory_format=self.layout)
         if together:
-            heatmaps, back = self.network(torch.cat([images, mirrored])).float().chunk(2)
+            both = self.network(torch.cat([images, mirrored])).float()
+            heatmaps, back = both.unflatten(0, (2, -1))  # chunk would fix their number when it is exported
         else:
             heatmaps, back = self.network(images).float(), self.network(mirrored).float()
         averaged: Tensor = (heatmaps + self.flip_back(back)) * 0.5

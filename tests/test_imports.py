@@ -74,10 +74,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "hrnet_core.detector": {"numpy", "cv2", "onnxruntime", "hrnet_core"},
     "hrnet_core.onnx_file": {
-        "numpy",
         "torch",
         "onnxruntime",
-        "hrnet_core.decoder",
         "hrnet_core.errors",
         "hrnet_core.model",
         "hrnet_core.checkpoint",
