@@ -27,7 +27,6 @@ ModeName = Literal[
 ]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 FormatName = Literal["onnx", "onnx_decoded", "onnx_float16", "openvino", "openvino_int8"]
-FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 PADDING = 1.25
 """Of a crop relative to the box of the person."""
 MAX_PIXELS = 100_000_000

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
-from hrnet_core.choices import CodecName
+from hrnet_core.choices import CodecName, FormatName
 from pipelines.config import (
     DataSettings,
     EvaluateSettings,
@@ -159,7 +159,14 @@ class Export(Section):
     checkpoint: Annotated[str, *positional("CHECKPOINT")]
     """Checkpoint folder, or models:/hrnet-pose@champion."""
     out: Annotated[str | None, *positional("OUT")] = None
-    """ONNX file to write; default: model.onnx in the checkpoint folder, where mode onnx finds it."""
+    """File to write (.onnx, or .xml with a .bin beside it); default: model.onnx or openvino_int8.xml in the
+    checkpoint folder, where modes find them; the other formats have none."""
+    format: FormatName = "onnx"
+    """onnx: images -> heatmaps. onnx_decoded: crops -> keypoints. onnx_float16: for GPUs. openvino,
+    openvino_int8: OpenVINO's own files."""
+    shards: str | None = None
+    """Preprocessed shards: int8 is calibrated on some of their crops."""
+    shards_split: str = DATA.train_split
     coco: str | None = None
     """COCO root: compare keypoints and AP on some of its people too."""
     split: str = DATA.val_split

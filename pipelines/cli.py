@@ -241,7 +241,7 @@ def import_(args: arguments.Import) -> None:
 
 
 def export(args: arguments.Export) -> None:
-    """a checkpoint as an ONNX file, with a report of how equal it is"""
+    """a checkpoint as a file of another runtime, with a report of how equal it is"""
     from pipelines.export import export
 
     print(export(**_given(args)))
@@ -274,7 +274,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {
     "promote": (promote, arguments.Promote, "Move the champion alias, if the AP allows it."),
     "deploy": (deploy, arguments.Deploy, "Serve a checkpoint over HTTP."),
     "import": (import_, arguments.Import, "Turn a published weights file into a checkpoint folder."),
-    "export": (export, arguments.Export, "Write the network as ONNX and compare it with torch."),
+    "export": (export, arguments.Export, "Write the network for other runtimes and compare it with torch."),
     "estimate-sigmas": (estimate_sigmas, arguments.EstimateSigmas, "Estimate OKS constants."),
     "reproduce": (reproduce, arguments.Reproduce, "Evaluate the published weights on COCO val2017."),
 }

@@ -1,40 +1,71 @@
-"""`hrnet export`: the network as an ONNX file, written only after ONNX Runtime gave the same answers."""
+"""`hrnet export`: the network as a file of another runtime, written only after that gave the same answers."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.choices import FormatName
+from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
 from pipelines.poses.protocol import score_poses
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.rows import decode_rows, read_row_group
+from pipelines.shards.schema import CROP_COLUMNS
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.records import on_photos
 from pipelines.storage import writing
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
+    from hrnet_core.model import HRNet
     from hrnet_core.predictor import PosePredictor
 
-TOLERANCE = 1e-3
-"""Of the heatmaps' range: what rounding in another order gives is about 1e-5."""
+
+class Format(NamedTuple):
+    """What a format is held to, before anything is left on the disk."""
+
+    runtime: str
+    """Who answers from the file."""
+    cell: float
+    """Largest difference of a heatmap cell, of a decoded file of a score, in ranges of the heatmaps."""
+    keypoint: float
+    """Mean distance of the keypoints, px of the crop."""
+
+
+FORMATS: dict[FormatName, Format] = {
+    # Rounding in another order gives about 1e-5 of the range; a keypoint jumps where two cells are equal.
+    "onnx": Format("ONNX Runtime", 1e-3, np.inf),
+    "onnx_decoded": Format("ONNX Runtime", 1e-3, 0.5),
+    "onnx_float16": Format("ONNX Runtime", 2e-2, 4.0),
+    "openvino": Format("OpenVINO", 1e-3, np.inf),
+    # How much worse it is says the AP; a keypoint that is a whole cell off on average is broken.
+    "openvino_int8": Format("OpenVINO", 0.5, 4.0),
+}
+CALIBRATION = 300
+"""Crops of the shards from which int8 takes the ranges of the activations."""
+COMPARED = 32
+"""Of these, how many are compared: on the recorded crops, which are noise, int8 says nothing."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far ONNX Runtime is from torch in float32, on the same crops."""
+    """How far a file is from torch in float32, on the same crops."""
 
     file: Path
+    format: FormatName
+    megabytes: float
     crops: int
-    heatmap: float
-    """Largest absolute difference of a heatmap cell."""
+    cell: float
+    """Largest absolute difference of a heatmap cell; of a decoded file of a score, which is one."""
     spread: float
     """The heatmaps' range, highest less lowest cell."""
     keypoint_mean: float
@@ -43,23 +74,23 @@ class Parity:
     moved: int
     """Keypoints further than 0.5 crop px apart: elsewhere on the map two cells were equal up to rounding."""
     ap: tuple[float, float] | None = None
-    """AP of the people of the crops: torch, ONNX Runtime. None without COCO."""
+    """AP of the people of the crops: torch, the file. None without COCO."""
 
     def __str__(self) -> str:
+        what = "scores  " if self.format == "onnx_decoded" else "heatmaps"
         lines = [
-            f"wrote {self.file} ({self.file.stat().st_size / 2**20:.1f} MiB)",
-            f"ONNX Runtime against torch in float32, {self.crops} crops:",
-            f"  heatmaps   largest difference {self.heatmap:.2e}, {self.heatmap / self.spread:.1e} of their "
-            f"range",
+            f"wrote {self.file} ({self.megabytes:.1f} MiB)",
+            f"{FORMATS[self.format].runtime} against torch in float32, {self.crops} crops:",
+            f"  {what}   largest difference {self.cell:.2e}, {self.cell / self.spread:.1e} of their range",
             f"  keypoints  mean {self.keypoint_mean:.2e} px of the crop, largest {self.keypoint_max:.2e} px, "
             f"{self.moved} further than 0.5 px",
         ]
         if self.ap is None:
             lines.append("  AP         not compared: name a COCO folder with --coco")
         else:
-            torch_ap, onnx_ap = self.ap
-            difference = f"difference {onnx_ap - torch_ap:+.4f}, on {self.crops} people"
-            lines.append(f"  AP         {torch_ap:.4f} and {onnx_ap:.4f}, {difference}")
+            torch_ap, other_ap = self.ap
+            difference = f"difference {other_ap - torch_ap:+.4f}, on {self.crops} people"
+            lines.append(f"  AP         {torch_ap:.4f} and {other_ap:.4f}, {difference}")
         return "\n".join(lines)
 
 
@@ -67,6 +98,9 @@ def export(
     checkpoint: str | Path,
     out: str | Path | None = None,
     *,
+    format: FormatName = "onnx",
+    shards: str | Path | None = None,
+    shards_split: str = "train2017",
     coco_root: str | Path | None = None,
     split: str = "val2017",
     boxes: str | Path | None = None,
@@ -75,54 +109,127 @@ def export(
     track: TrackSettings = TrackSettings(),
     storage: str | Path = "runs",
 ) -> Parity:
-    """Write the checkpoint's network as ONNX (onnx_file.export_onnx) and compare it with torch.
+    """Write the checkpoint's network for another runtime (docs/export.md) and compare it with torch.
 
-    out: default model.onnx in the checkpoint folder, where mode "onnx" finds it. coco_root: compare also on
-    the first photographs that hold `people` people, with AP. Runs in this process.
+    out: default model.onnx or openvino_int8.xml in the checkpoint folder, where modes find them; the other
+    formats must name a file. A .bin is written beside an .xml. shards: int8 is calibrated on crops of their
+    `shards_split`. coco_root: compare also on the first photographs that hold `people` people, with AP.
+    settings.flip_test: also what a decoded file does. Runs in this process.
 
-    ConfigError: a package is missing, or ONNX Runtime's heatmaps differ by more than 1e-3 of their range (no
-    file is left then). CheckpointError, DataError: as in evaluating.
+    ConfigError: a package is missing, or the file's answers are not torch's (FORMATS; no file is left then).
+    CheckpointError, DataError: as in evaluating, and shards of another input size.
     """
-    from hrnet_core.checkpoint import ONNX, read_spec
+    from hrnet_core.checkpoint import load_checkpoint, read_spec
 
     if out is None and not is_folder_here(checkpoint):
         raise ConfigError(
-            f"name the file to write, hrnet export {checkpoint} OUT.onnx: only a checkpoint folder of this "
+            f"name the file to write, hrnet export {checkpoint} OUT: only a checkpoint folder of this "
             f"machine is ours to add to."
         )
     with local_checkpoint(checkpoint, track, storage) as found:
         folder = found.folder
-        read_spec(folder)  # before a folder is made where there is none
-        target = folder / ONNX if out is None else Path(out)
+        spec = read_spec(folder)  # before a folder is made where there is none
+        targets = _targets(folder, out, format)
+        crops = recorded_crops(folder)
+        if format == "openvino_int8":
+            crops = shard_crops(shards, shards_split, spec)
+        flip = spec.flip_test if settings.flip_test is None else settings.flip_test
         try:
-            with writing(target) as part:
-                sides = _written(folder, part)
-                figures = _difference(*sides, recorded_crops(folder))
-                if figures["heatmap"] > TOLERANCE * figures["spread"]:
-                    raise ConfigError(
-                        f"{target}: ONNX Runtime's heatmaps differ by {figures['heatmap']:.3g}, their range "
-                        f"is {figures['spread']:.3g}: these versions of onnx, onnxscript and onnxruntime do "
-                        f"not compute the same network. Install those of constraints.txt. Nothing was "
-                        f"written."
-                    )
+            with contextlib.ExitStack() as stack:
+                parts = [stack.enter_context(writing(target)) for target in targets]
+                contents, one, other = _both(*load_checkpoint(folder), format, crops, flip)
+                figures = _difference(one, other, crops[:COMPARED], flip)
+                _refuse_another_network(targets[0], format, figures)
                 if coco_root is not None:
-                    everyone = read_evaluation_set(coco_root, split, boxes, settings, sides[0].spec.skeleton)
-                    figures |= _on_coco(sides, first_people(everyone, people), settings)
+                    everyone = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton)
+                    figures |= _on_coco([one, other], first_people(everyone, people), settings)
+                for part, content in zip(parts, contents, strict=True):
+                    part.write_bytes(content)
         except OSError as error:
-            reason = f"{target}: cannot be written ({error.strerror}). Name another file."
+            reason = f"{targets[0]}: cannot be written ({error.strerror}). Name another file."
             raise CheckpointError(reason) from None
-    return Parity(file=target, **figures)
+    return Parity(targets[0], format, sum(map(len, contents)) / 2**20, **figures)
 
 
-def _written(folder: Path, file: Path) -> tuple[PosePredictor, PosePredictor]:
-    """The checkpoint in torch's float32 and from `file`, which is written first."""
-    from hrnet_core.checkpoint import load_checkpoint
-    from hrnet_core.onnx_file import export_onnx
+def _targets(folder: Path, out: str | Path | None, format: FormatName) -> list[Path]:
+    """The files of a format: one, or an .xml with its .bin."""
+    from hrnet_core.checkpoint import INT8, ONNX
+
+    names = {"onnx": [ONNX], "openvino_int8": INT8}
+    if out is None:
+        if format not in names:
+            raise ConfigError(
+                f"name the file to write, hrnet export {folder} OUT --format {format}: no mode runs from "
+                f"one, so it has no place in the checkpoint folder."
+            )
+        return [folder / name for name in names[format]]
+    suffixes = [".xml", ".bin"] if format.startswith("openvino") else [".onnx"]
+    if Path(out).suffix != suffixes[0]:
+        raise ConfigError(f"{out}: a file of format {format} ends in {suffixes[0]}.")
+    return [Path(out).with_suffix(suffix) for suffix in suffixes]
+
+
+def _both(
+    model: HRNet, spec: CheckpointSpec, format: FormatName, crops: NDArray[np.uint8], flip: bool
+) -> tuple[Sequence[bytes], PosePredictor, PosePredictor]:
+    """The content of the files, torch in float32, and who answers from that content."""
+    from hrnet_core.checkpoint import INT8, ONNX
+    from hrnet_core.decoding_file import export_decoding, open_decoding
+    from hrnet_core.onnx_file import export_float16, export_onnx
+    from hrnet_core.openvino_file import export_int8, export_ir
     from hrnet_core.predictor import PosePredictor
 
-    model, spec = load_checkpoint(folder)
-    file.write_bytes(export_onnx(model, spec))
-    return PosePredictor(model, spec, "cpu", "float32"), PosePredictor(model, spec, "cpu", "onnx", file)
+    one = PosePredictor(model, spec, "cpu", "float32")
+    if format == "onnx_decoded":
+        content = export_decoding(model, spec, flip)
+        other, run = PosePredictor(model, spec, "cpu", "float32"), open_decoding(content, format)
+        other.predict_crops = lambda crops, *how: run(crops)  # in place of its own network and decoding
+        return [content], one, other
+    if format.startswith("onnx"):
+        content = (export_onnx if format == "onnx" else export_float16)(model, spec)
+        return [content], one, PosePredictor(model, spec, "cpu", "onnx", {ONNX: content})
+    pair = export_ir(model, spec) if format == "openvino" else export_int8(model, spec, crops)
+    # This mode opens an .xml with its .bin, whatever the numbers in it are.
+    return pair, one, PosePredictor(model, spec, "cpu", "openvino_int8", dict(zip(INT8, pair, strict=True)))
+
+
+def _refuse_another_network(target: Path, format: FormatName, figures: dict[str, Any]) -> None:
+    """ConfigError where a file's answers are further from torch's than its format allows."""
+    runtime, cell, keypoint = FORMATS[format]
+    # NaN is not near either.
+    if figures["cell"] <= cell * figures["spread"] and figures["keypoint_mean"] <= keypoint:
+        return
+    raise ConfigError(
+        f"{target}: {runtime}'s answers differ by {figures['cell']:.3g} in a cell of heatmaps whose range is "
+        f"{figures['spread']:.3g} (allowed {cell:g} of it), and by {figures['keypoint_mean']:.3g} px of the "
+        f"crop in the mean keypoint (allowed {keypoint:g}): the file does not compute the same network. "
+        f"Install the versions of constraints.txt; int8 may want other crops (--shards). Nothing was written."
+    )
+
+
+def shard_crops(shards: str | Path | None, split: str, spec: CheckpointSpec) -> NDArray[np.uint8]:
+    """Crops uint8 (P, h, w, 3) of up to 300 people from all over a split of the shards, the plain views.
+
+    ConfigError where no shards are named; DataError where theirs is another input size, or a file is damaged.
+    """
+    if shards is None:
+        raise ConfigError(
+            "int8 takes the ranges of its activations from crops of people: name the preprocessed shards, "
+            "--shards SHARDS (what the network was trained on)."
+        )
+    manifest = Manifest.load(shards)
+    size = tuple(manifest.recipe.settings.input_size)
+    if size != spec.input_size:
+        raise DataError(
+            f"{shards}: crops of {size[0]} x {size[1]} px, the checkpoint's are {spec.input_size[0]} x "
+            f"{spec.input_size[1]} px (width x height). Name shards of its input size."
+        )
+    manifest.verify([split])
+    groups = list(manifest.row_groups(split))
+    some = groups[:: max(1, len(groups) // 16)]
+    each = -(-CALIBRATION // len(some))
+    tables = (read_row_group(manifest, split, *at, CROP_COLUMNS)[:each] for at in some)
+    return np.concatenate([decode_rows(table, manifest)["images"] for table in tables])[:CALIBRATION]
 
 
 def recorded_crops(folder: Path) -> NDArray[np.uint8]:
@@ -153,14 +260,23 @@ def _distances(px: NDArray[Any]) -> dict[str, Any]:
     }
 
 
-def _difference(one: PosePredictor, other: PosePredictor, crops: NDArray[np.uint8]) -> dict[str, Any]:
-    a, b = one.heatmaps(crops), other.heatmaps(crops)
-    keypoints = [one.spec.codec.decode(heatmaps)[0] for heatmaps in (a, b)]
+def _difference(
+    one: PosePredictor, other: PosePredictor, crops: NDArray[np.uint8], flip: bool
+) -> dict[str, Any]:
+    truth = one.heatmaps(crops, flip)
+    keypoints, scores = one.spec.codec.decode(truth)
+    if "predict_crops" in vars(other):  # a decoded file has no heatmaps to show
+        theirs, their_scores = other.predict_crops(crops)
+        cell = np.abs(scores - their_scores).max()
+    else:
+        heatmaps = other.heatmaps(crops, flip)
+        theirs = one.spec.codec.decode(heatmaps)[0]
+        cell = np.abs(truth - heatmaps).max()
     return {
         "crops": len(crops),
-        "heatmap": float(np.abs(a - b).max()),
-        "spread": float(a.max() - a.min()),
-        **_distances(np.linalg.norm(keypoints[0] - keypoints[1], axis=-1)),
+        "cell": float(cell),
+        "spread": float(np.ptp(truth)),
+        **_distances(np.linalg.norm(keypoints - theirs, axis=-1)),
     }
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 from dots import SMALL, rows_here, truth_of, write_solved
@@ -18,14 +23,14 @@ from dots import SMALL, rows_here, truth_of, write_solved
 from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_exported, read_spec
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.modes import MODES
-from hrnet_core.onnx_file import export_onnx
+from hrnet_core.modes import MODES, unusable
+from hrnet_core.onnx_file import export_float16, export_onnx
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
 from pipelines import measure_modes as measure_module
 from pipelines.cli import main
 from pipelines.config import EvaluateSettings
-from pipelines.export import crop_px, export, first_people
+from pipelines.export import crop_px, export, first_people, recorded_crops
 from pipelines.measure_modes import keypoint_differences, measure_modes, time_modes
 from pipelines.poses.oks_ap import evaluate_results
 from pipelines.sources.evaluation_set import read_evaluation_set
@@ -72,7 +77,7 @@ def test_another_place_and_no_coco(checkpoint: Path, tmp_path: Path) -> None:
     assert not (checkpoint / "model.onnx").exists()
     assert parity.ap is None
     assert "name a COCO folder" in str(parity)
-    assert 0 < parity.heatmap < 1e-4 * parity.spread
+    assert 0 < parity.cell < 1e-4 * parity.spread
     assert parity.crops == 4
 
 
@@ -88,10 +93,91 @@ def test_a_file_that_computes_something_else_is_not_left(
         return content
 
     monkeypatch.setattr("hrnet_core.onnx_file.export_onnx", another)
-    with pytest.raises(ConfigError, match="do not compute the same network"):
+    with pytest.raises(ConfigError, match="does not compute the same network"):
         export(checkpoint)
     assert not list(checkpoint.glob("*.onnx*"))
     assert not list(checkpoint.glob(".*"))
+
+
+@pytest.mark.parametrize("codec", ["official", "udp"])
+def test_a_decoded_file_is_read_by_the_lines_of_the_docs_without_torch(codec: str, tmp_path: Path) -> None:
+    """In a process where torch cannot be imported; against PosePredictor, on the same photograph."""
+    root, checkpoint = write_solved(tmp_path, HeatmapCodec(codec, (96, 128)))  # type: ignore[arg-type]
+    argv = ["export", str(checkpoint), str(tmp_path / "pose.onnx"), "--format", "onnx_decoded"]
+    assert main([*argv, "--coco", str(root), "--people", "5"]) == 0
+    photo = Path(shutil.copy(root / "val2017" / "picture-2.png", tmp_path / "photo.png"))
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    printed = "print(json.dumps([points.tolist(), scores[0].tolist()]))"
+    code = f"import sys; sys.modules['torch'] = None\n{lines}\n{printed}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    points, scores = map(np.array, json.loads(done.stdout))
+    (poses,) = PosePredictor.load(checkpoint, device="cpu", mode="float32")(photo, [[10, 12, 70, 130]])
+    assert np.abs(points - poses.keypoints.data[0, :, :2]).max() < 0.01
+    assert np.abs(scores - poses.keypoints.data[0, :, 2]).max() < 1e-4
+
+
+@pytest.mark.parametrize("flip_test", [True, False])
+def test_a_decoded_file_says_whether_it_mirrors(checkpoint: Path, tmp_path: Path, flip_test: bool) -> None:
+    settings = EvaluateSettings(flip_test=flip_test)
+    parity = export(checkpoint, tmp_path / "pose.onnx", format="onnx_decoded", settings=settings)
+    assert "scores     largest difference" in str(parity)
+    session = onnxruntime.InferenceSession(tmp_path / "pose.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["hrnet"])["flip_test"] is flip_test
+    assert [n.name for n in session.get_outputs()] == ["keypoints", "scores"]
+    predictor = PosePredictor.load(checkpoint, device="cpu", mode="float32")
+    crops = recorded_crops(checkpoint)
+    for count in (1, 4):
+        keypoints, scores = session.run(None, {"crops": crops[:count]})
+        expected, maxima = predictor.predict_crops(crops[:count], flip_test)
+        assert np.abs(keypoints - expected).max() < 0.01
+        assert np.abs(scores - maxima).max() < 1e-4 * np.ptp(predictor.heatmaps(crops))
+
+
+def test_float16_is_near_and_half_the_size(checkpoint: Path, tmp_path: Path) -> None:
+    parity = export(checkpoint, tmp_path / "half.onnx", format="onnx_float16")
+    whole = export(checkpoint)
+    assert parity.megabytes < 0.6 * whole.megabytes
+    assert 1e-5 < parity.cell / parity.spread < 5e-3, "float16 that equals float32 is float32"
+
+
+def test_an_ir_carries_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    parity = export(checkpoint, tmp_path / "pose.xml", format="openvino")
+    assert sorted(p.name for p in tmp_path.glob("pose.*")) == ["pose.bin", "pose.xml"]
+    assert parity.cell < 1e-5 * parity.spread
+    # Without any code of ours.
+    network = openvino.Core().read_model(tmp_path / "pose.xml")
+    spec = json.loads(json.dumps(read_spec(checkpoint).as_dict()))
+    assert json.loads(network.get_rt_info(["hrnet"]).value) == {k: v for k, v in spec.items() if k != "modes"}
+    assert network.input(0).any_name == "images"
+    assert network.input(0).partial_shape.to_string() == "[?,3,128,96]"
+
+
+def test_a_file_that_gives_nan_is_not_left(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights beyond float16's largest number."""
+
+    def overflowing(model: Any, spec: CheckpointSpec) -> bytes:
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.conv1.weight.mul_(1e6)
+            model.conv2.weight.mul_(-1e6)
+        return export_float16(model, spec)
+
+    monkeypatch.setattr("hrnet_core.onnx_file.export_float16", overflowing)
+    with pytest.raises(ConfigError, match=r"answers differ by nan.*Nothing was written"):
+        export(checkpoint, tmp_path / "half.onnx", format="onnx_float16")
+    assert not list(tmp_path.glob("*.onnx*"))
+
+
+def test_where_a_format_goes(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="OUT --format onnx_decoded: no mode runs from"):
+        export(checkpoint, format="onnx_decoded")
+    with pytest.raises(ConfigError, match=r"pose\.onnx: a file of format openvino ends in \.xml"):
+        export(checkpoint, tmp_path / "pose.onnx", format="openvino")
 
 
 def test_what_export_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +278,8 @@ def test_on_ray_and_on_the_command_line(
     assert main(argv) == 0
     out = capsys.readouterr().out
     measured = read_spec(checkpoint).modes["cpu"]
-    assert set(measured) == set(MODES)
+    usable = {mode for mode in MODES if not unusable(mode, "cpu")}
+    assert set(measured) == usable > {"onnx", "openvino"}
     for mode in MODES:
         assert f"\n{mode} " in out
     assert abs(measured["compiled"]["ap_difference"]) < 0.001
