@@ -73,8 +73,10 @@ class Parity:
     keypoint_max: float
     moved: int
     """Keypoints further than 0.5 crop px apart: elsewhere on the map two cells were equal up to rounding."""
+    people: int = 0
+    """Of COCO, where keypoints and AP are of them; 0 without COCO, and the keypoints are of the crops."""
     ap: tuple[float, float] | None = None
-    """AP of the people of the crops: torch, the file. None without COCO."""
+    """Torch's, and the file's."""
 
     def __str__(self) -> str:
         what = "scores  " if self.format == "onnx_decoded" else "heatmaps"
@@ -82,6 +84,7 @@ class Parity:
             f"wrote {self.file} ({self.megabytes:.1f} MiB)",
             f"{FORMATS[self.format].runtime} against torch in float32, {self.crops} crops:",
             f"  {what}   largest difference {self.cell:.2e}, {self.cell / self.spread:.1e} of their range",
+            *([f"and {self.people} people of COCO:"] if self.people else []),
             f"  keypoints  mean {self.keypoint_mean:.2e} px of the crop, largest {self.keypoint_max:.2e} px, "
             f"{self.moved} further than 0.5 px",
         ]
@@ -89,7 +92,7 @@ class Parity:
             lines.append("  AP         not compared: name a COCO folder with --coco")
         else:
             torch_ap, other_ap = self.ap
-            difference = f"difference {other_ap - torch_ap:+.4f}, on {self.crops} people"
+            difference = f"difference {other_ap - torch_ap:+.4f}"
             lines.append(f"  AP         {torch_ap:.4f} and {other_ap:.4f}, {difference}")
         return "\n".join(lines)
 
@@ -292,7 +295,7 @@ def _on_coco(
         for a in answers
     ]
     distances = _distances(crop_px(spec, one, other, asked.bbox_xywh))
-    return {"crops": len(asked), **distances, "ap": tuple(aps)}
+    return {"people": len(asked), **distances, "ap": tuple(aps)}
 
 
 def first_people(everyone: EvaluationSet, count: int) -> EvaluationSet:

@@ -246,12 +246,13 @@ def test_measured_modes_stand_in_the_checkpoint(
     monkeypatch.setenv("CXX", "no-such-compiler")
     threads = torch.get_num_threads()
     try:
-        modes = ["channels_last", "bfloat16", "compiled", "compiled_bfloat16"]
+        modes = ["channels_last", "bfloat16", "compiled", "compiled_bfloat16", "openvino_int8"]
         measured = measure_modes(checkpoint, dots[0], out=tmp_path / "out", modes=modes)
     finally:
         torch.set_num_threads(threads)
     assert list(measured.figures) == ["float32", "channels_last", "bfloat16"]
-    assert set(measured.left_out) == {"compiled", "compiled_bfloat16"}
+    assert set(measured.left_out) == {"compiled", "compiled_bfloat16", "openvino_int8"}
+    assert "hrnet export CHECKPOINT --format openvino_int8" in measured.left_out["openvino_int8"]
     assert read_spec(checkpoint).modes == {"cpu": measured.figures}
     for mode, figures in measured.figures.items():
         file = json.loads((tmp_path / "out" / mode / "evaluation.json").read_text())
