@@ -65,7 +65,8 @@ class CropPass(nn.Module):
         mirrored = images.flip(3).contiguous(memory_format=self.layout)
         if together:
             both = self.network(torch.cat([images, mirrored])).float()
-            heatmaps, back = both.unflatten(0, (2, -1))  # chunk would fix their number when it is exported
+            # chunk would fix their number when it is exported.
+            heatmaps, back = both.reshape(2, -1, *both.shape[1:])
         else:
             heatmaps, back = self.network(images).float(), self.network(mirrored).float()
         averaged: Tensor = (heatmaps + self.flip_back(back)) * 0.5
