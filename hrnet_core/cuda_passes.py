@@ -5,8 +5,8 @@
 Launched one by one, the kernels of a crop keep an H200 busy a sixth of the time. A graph is recorded for each
 of SIZES when a batch first needs it; smaller batches are filled up with black crops, whose answers are thrown
 away. All graphs share one pool of memory: it holds what the largest needs, and the heatmaps and keypoints of
-each. Every recording is checked against what is launched: memory that streams share, or a kernel that does not
-bear recording, would show there. Where one fails, the same work is launched, and the log says so.
+each. Every recording is checked against what is launched: memory that streams share, or a kernel that cannot
+be recorded, would show there. Where one fails, the same work is launched, and the log says so.
 """
 
 from __future__ import annotations
