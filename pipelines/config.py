@@ -195,12 +195,20 @@ class WorkerSettings(Section):
     enough; the table and the protocol say which."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """A picture or video whose header promises more is rejected before it is decoded."""
-    num_workers: int = Field(default=1, ge=1)
-    """Ray Data actors, each with the model."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """CPUs and threads of an actor. Results do not depend on num_workers; on this, by rounding only."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Ray Data actors, each with the model; results do not depend on it. Default: as many as fill the
+    machine; on a cluster, the nodes that are there when the stage starts."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPUs of an actor: threads of its network, and pictures decoded at a time. Results depend on it by
+    rounding only, with use_gpu not at all. Default: 1; with use_gpu the GPU's share of its machine's CPUs, of
+    which Ray is asked for 1."""
     use_gpu: bool = False
     """One GPU for each actor."""
+
+    @property
+    def threads(self) -> int:
+        """Of a network on the CPU, in an actor: they decide how its sums are rounded."""
+        return 1 if self.use_gpu else self.cpus_per_worker or 1
 
     @property
     def device(self) -> str:

@@ -14,6 +14,7 @@ from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
+from pipelines.poses.actor import Threads
 from pipelines.poses.protocol import score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.records import on_photos
@@ -192,6 +193,7 @@ def first_people(everyone: EvaluationSet, count: int) -> EvaluationSet:
 
 def _answers(some: EvaluationSet, predictor: PosePredictor, settings: EvaluateSettings) -> NDArray[Any]:
     """Answers to all boxes, as evaluate's, photograph after photograph."""
-    outcomes = [answer(group, predictor, settings) for group in group_photos(some, 1)]
+    threads = Threads(predictor)
+    outcomes = [answer(group, threads, settings) for group in group_photos(some, 1)]
     refuse_unusable([problem for outcome in outcomes for problem in outcome.problems])
     return read_answers((outcome.content for outcome in outcomes), some.asked)

@@ -34,6 +34,7 @@ from hrnet_core.predictor import PosePredictor
 from pipelines.config import EvaluateSettings
 from pipelines.evaluate import answer, group_photos
 from pipelines.export import _answers
+from pipelines.poses.actor import Threads
 from pipelines.poses.protocol import score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
 
@@ -185,8 +186,10 @@ def whole_evaluation(root: Path, network: HRNet, batch: int = 8, units_timed: in
                 for _ in range(2 * count // batch):  # plain and mirrored
                     predictor._network(images)
 
-        def whole(predictor: PosePredictor = predictor) -> None:
-            answer(unit, predictor, settings)
+        threads = Threads(predictor)
+
+        def whole(threads: Threads = threads) -> None:
+            answer(unit, threads, settings)
 
         ratio, ours, alone = compare(mode, whole, bare, units_timed)
         print(f"{mode}: {count / ours:.2f} people/s with flip test, {count / alone:.2f} in the bare forward")
