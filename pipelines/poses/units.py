@@ -29,10 +29,8 @@ from pipelines.storage import write_whole
 UNFINISHED = "unfinished"
 """Folder of the answers of a run that has not ended; a second call goes on from it."""
 Item = TypeVar("Item")
-UNITS_AT_ONCE_CPU = 2
-"""One in the network, one that is read."""
-UNITS_AT_ONCE_GPU = 4
-"""A GPU answers a unit before Ray brings the next."""
+UNITS_AT_ONCE = 2
+"""Of an actor: one in the network, one that is read."""
 
 
 def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> list[list[Item]]:
@@ -134,11 +132,11 @@ def rows_on_ray(
     with ray_session(ray_settings), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker or 1, int(settings.use_gpu)
         require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
-        at_once = UNITS_AT_ONCE_GPU if settings.use_gpu else UNITS_AT_ONCE_CPU
         actors = ray.data.ActorPoolStrategy(
             size=min(settings.num_workers or room_for(cpus, gpus), len(rows)),
-            max_tasks_in_flight_per_actor=at_once,
-            max_concurrent_calls_per_actor=at_once,
+            # A GPU answers a unit before Ray brings the next; elsewhere what waits here another actor lacks.
+            max_tasks_in_flight_per_actor=UNITS_AT_ONCE * (2 if gpus else 1),
+            max_concurrent_calls_per_actor=UNITS_AT_ONCE,
             enable_true_multi_threading=True,
         )
         reading = cpus if settings.cpus_per_worker or not gpus else cpus_per_gpu()

@@ -115,15 +115,16 @@ class Worker:
             except ImageError as error:
                 yield _Seen(rejected_row(media, error.reason, str(error)))
                 return
-        if not video.skip_to(start):
-            return  # it ended in an earlier stretch, which told
         row: Row = {"name": media.name, "uri": media.uri, "exif_rotated": False}
-        for number, image in video.frames(start, stop, self.settings.video_stride):
-            yield self._seen(row | {"frame": number}, image, asked.boxes_in(number), threads)
-        wanted = expected if stop is None else min(stop, expected)
+        stride = self.settings.video_stride
+        if video.skip_to(start):
+            for number, image in video.frames(start, stop, stride):
+                yield self._seen(row | {"frame": number}, image, asked.boxes_in(number), threads)
+        ended = stop is None or video.position <= stop - stride
+        told = video.position <= start - stride  # by the stretch that lacked a frame first
         # The header's count is an estimate: off by a few frames it means nothing.
-        tolerated = max(self.settings.video_stride, expected // 50, 2)
-        if video.position == 0 or video.position < wanted - tolerated:
+        missing = video.position == 0 or expected - video.position > max(stride, expected // 50, 2)
+        if ended and missing and not told:
             detail = f"no frame can be read after {video.position}, its header promises {expected}"
             yield _Seen(rejected_row(media, "video_cut_off", detail, video.position))
 
