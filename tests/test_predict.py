@@ -628,7 +628,7 @@ def test_a_video_that_is_cut_off_is_answered_up_to_there(
 def test_a_video_that_is_cut_off_is_told_once_wherever_it_ends(
     dots: dict[str, Any], tmp_path: Path, here: None, stride: int
 ) -> None:
-    """In stretches of so many frames: it ends inside of one, at its edge, or between its last frame and it."""
+    """In stretches of so many frames: it ends inside of one, at its edge, or between that and a frame."""
     whole = write_video(tmp_path / "whole.avi", dots, 40).read_bytes()
     (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
     ends = set()

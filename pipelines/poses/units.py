@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -132,10 +133,12 @@ def rows_on_ray(
     with ray_session(ray_settings), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker or 1, int(settings.use_gpu)
         require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
+        workers = min(settings.num_workers or room_for(cpus, gpus), len(rows))
+        # A GPU answers a unit before Ray brings the next. Who starts first must not take all of a few units.
+        waiting = UNITS_AT_ONCE * (2 if gpus else 1)
         actors = ray.data.ActorPoolStrategy(
-            size=min(settings.num_workers or room_for(cpus, gpus), len(rows)),
-            # A GPU answers a unit before Ray brings the next; elsewhere what waits here another actor lacks.
-            max_tasks_in_flight_per_actor=UNITS_AT_ONCE * (2 if gpus else 1),
+            size=workers,
+            max_tasks_in_flight_per_actor=min(waiting, math.ceil(len(rows) / workers)),
             max_concurrent_calls_per_actor=UNITS_AT_ONCE,
             enable_true_multi_threading=True,
         )
