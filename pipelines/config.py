@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
 from hrnet_core.errors import ConfigError
-from serve.settings import BATCH_WAIT_S, CPUS_PER_REPLICA, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
+from serve.settings import BATCH_WAIT_S, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
 
 class Section(BaseModel):
@@ -265,7 +265,9 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
-    cpus_per_replica: float = Field(default=CPUS_PER_REPLICA, gt=0)
+    cpus_per_replica: float | None = Field(default=None, gt=0)
+    """CPUs of a replica, and threads of its network. Default: the machine's, shared by the replicas; on a
+    cluster 1."""
     use_gpu: bool = False
     """One GPU for each replica."""
     batch_wait_ms: float = Field(default=1000 * BATCH_WAIT_S, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import threading
@@ -87,6 +88,28 @@ def test_several_are_read_at_once_in_order_and_not_far_ahead() -> None:
         assert len(begun) <= number + 1 + READERS_PER_CPU
         found.append(number)
     assert found == list(range(30))
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_files_are_fetched_many_at_a_time(
+    dots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """By the one function that reads from disks and buckets, though one CPU decodes."""
+    root, checkpoint = dots
+    together, asked = threading.Barrier(READERS_PER_CPU), itertools.count()
+
+    def read_file(path: str, size: int | None = None) -> bytes:
+        if next(asked) < READERS_PER_CPU:
+            together.wait(SOON)
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
+    monkeypatch.setattr("pipelines.sources.photos.read_file", read_file)
+    if verb == "evaluate":
+        assert evaluate(checkpoint, root, out=tmp_path).figures["people"] == 20
+    else:
+        done = predict([str(root / "val2017")], checkpoint, out=tmp_path)
+        assert done.summary["counts"] == {"pictures": 10, "people": 10}
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
@@ -191,11 +214,11 @@ def test_photographs_that_fail_in_a_thread_are_told_by_file(
     """All of them, whichever unit and thread met them, in order."""
     root, checkpoint = dots
     monkeypatch.setattr("pipelines.poses.units.rows_on_ray", units_at_once(4))
-    opened, real = [], Path.read_bytes
+    opened = []
 
     def read_file(path: str, size: int | None = None) -> bytes:
         opened.append(path)
-        content = real(Path(path))
+        content = Path(path).read_bytes()
         return content[: len(content) // 2] if path.endswith(("-1.png", "-7.png")) else content
 
     monkeypatch.setattr("pipelines.sources.photos.read_file", read_file)
