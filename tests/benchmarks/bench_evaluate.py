@@ -185,7 +185,7 @@ def fitted_w32(root: Path) -> HRNet:
     return dots.fitted_network(root, HeatmapCodec("official", SIZE))
 
 
-def whole_evaluation(root: Path, network: HRNet, folder: Path, rounds: int, batch: int = 8) -> None:
+def whole_evaluation(root: Path, network: HRNet, folder: Path, rounds: int, batch: int = 4) -> None:
     """People/s from file bytes to answers, by Ray Data's actors on all cores, against the bare predictor in
     as many processes, on the same crops in the same batches."""
     import ray
@@ -202,7 +202,7 @@ def whole_evaluation(root: Path, network: HRNet, folder: Path, rounds: int, batc
         address="local", num_cpus=cores, include_dashboard=False, logging_level="ERROR", log_to_driver=False
     )
     given, task = ray.put((network, spec)), ray.remote(predict_bare)
-    for mode in ("float32", "bfloat16"):
+    for mode in ("bfloat16", "float32"):
         of_mode = settings.model_copy(update={"mode": mode})
 
         def whole(of_mode: EvaluateSettings = of_mode) -> tuple[float, float]:
@@ -269,7 +269,7 @@ def reading_ahead(network: HRNet, folder: Path, rounds: int) -> None:
     """How long the network of an actor waits for files: with two units at once, as an actor works, and one
     after the other. Large pictures with one person each, and a video; a CPU for the network, one to read."""
     spec = CheckpointSpec(W32, HeatmapCodec("official", SIZE))
-    settings = PredictSettings(mode="bfloat16", batch_size=4)
+    settings = PredictSettings(mode="bfloat16", batch_size=2)
     for name, source in (("12 Mpx JPEGs", large_jpegs(folder)), ("4K video", large_video(folder))):
         units = make_plan(list_media([source])[0], None, None, settings, spec).units
         rows = [{"unit": np.array([0]), "work": [pickle.dumps(unit)]} for unit in units]
@@ -312,7 +312,7 @@ def large_jpegs(folder: Path, count: int = 24) -> str:
     return str(folder / "large")
 
 
-def large_video(folder: Path, frames: int = 48) -> str:
+def large_video(folder: Path, frames: int = 32) -> str:
     file, size = str(folder / "clip.mp4"), (3840, 2160)
     picture = cv2.resize(cv2.imread(str(folder / "large" / "0.jpg")), size)
     writer = cv2.VideoWriter(file, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), 25.0, size)
