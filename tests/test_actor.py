@@ -29,9 +29,10 @@ from pipelines.config import EvaluateSettings, PredictSettings, RaySettings
 from pipelines.evaluate import evaluate
 from pipelines.poses import units
 from pipelines.poses.actor import READERS_PER_CPU, Actor, Threads
+from pipelines.poses.plan import make_plan
 from pipelines.poses.worker import Worker
 from pipelines.predict import predict
-from pipelines.sources.media import Video
+from pipelines.sources.media import Video, list_media
 
 CODEC = HeatmapCodec("official", (96, 128))
 SOON = 20  # seconds: what is waited for comes at once, or the test fails
@@ -264,6 +265,44 @@ def test_a_video_gives_the_same_table_at_1_2_and_4_threads(
     (cut_off,) = json.loads((tmp_path / "4" / "rejected.json").read_text())
     assert (cut_off["name"], cut_off["reason"]) == ("b.avi", "video_cut_off")
     assert len(frames) == 30 + cut_off["frame"]
+
+
+@pytest.mark.parametrize("kind", ["pictures", "video"])
+def test_the_next_unit_is_read_while_the_network_is_at_one(
+    dots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The first pass ends once a file or frame of the second unit was decoded, or the test fails."""
+    root, checkpoint = dots
+    source = root / "val2017"
+    if kind == "video":
+        image = cv2.imread(str(root / "val2017" / "picture-0.png"))
+        source = tmp_path / "clip.avi"
+        code = cv2.VideoWriter.fourcc(*"MJPG")
+        writer = cv2.VideoWriter(str(source), cv2.CAP_FFMPEG, code, 12.0, image.shape[1::-1])
+        for _ in range(10):
+            writer.write(image)
+        writer.release()
+    settings = PredictSettings(batch_size=2)  # units of four
+    plan = make_plan(list_media([str(source)])[0], None, None, settings, load_checkpoint(checkpoint)[1])
+    actor = Actor(lambda: load_checkpoint(checkpoint), Worker(settings), settings)
+    fifth, prepare = threading.Event(), actor.threads.predictor.prepare
+    predict_crops, prepared = actor.threads.predictor.predict_crops, itertools.count(1)
+
+    def counted(*arguments: Any) -> Any:
+        found = prepare(*arguments)
+        if next(prepared) == 5:
+            fifth.set()
+        return found
+
+    def after_the_fifth(*arguments: Any) -> Any:
+        assert fifth.wait(SOON), "nothing of the second unit was read"
+        return predict_crops(*arguments)
+
+    monkeypatch.setattr(actor.threads.predictor, "prepare", counted)
+    monkeypatch.setattr(actor.threads.predictor, "predict_crops", after_the_fifth)
+    rows = [{"unit": np.array([n]), "work": [pickle.dumps(unit)]} for n, unit in enumerate(plan.units)]
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(row["people"][0] for row in pool.map(actor, rows)) == 10
 
 
 def test_pixels_are_kept_only_to_be_drawn_on(dots: tuple[Path, Path]) -> None:

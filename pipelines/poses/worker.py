@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 GROUP_PIXELS = 2**26
 """Pixels of the pictures of a group (200 MB where they are kept to be drawn on), or one that has more."""
 
+BATCHES_AHEAD = 16
+"""Of people in frames that are read before the network has the first of them."""
+
 
 @dataclass
 class Worker:
@@ -84,8 +87,15 @@ class Worker:
             yield from threads.read(functools.partial(self._read_picture, threads=threads), unit)
             return
         for stretch in unit:
+            # Read before the network has it, so that the next one is read meanwhile; a crowd in portions.
+            read: list[_Seen] = []
             with threads.filming:
-                yield from self._read_frames(stretch, threads)
+                for seen in self._read_frames(stretch, threads):
+                    read.append(seen)
+                    if sum(one.count for one in read) >= BATCHES_AHEAD * self.settings.batch_size:
+                        yield from read
+                        read = []
+            yield from read
 
     def _read_picture(self, asked: Still, threads: Threads) -> _Seen:
         media, settings = asked.media, self.settings
@@ -151,3 +161,7 @@ class _Seen:
     """None where it was rejected."""
     image: NDArray[np.uint8] | None = None
     """Its pixels, where it will be drawn on."""
+
+    @property
+    def count(self) -> int:
+        return 0 if self.people is None else len(self.people.boxes)
