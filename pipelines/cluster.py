@@ -79,26 +79,43 @@ def quiet_worker() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
+def room_for(cpus: float, gpus: float) -> int:
+    """How many workers of `cpus` and `gpus` each fit the nodes that Ray has now, one worker on one node."""
+    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    return sum(min(int(n.get(kind, 0) // each) for kind, each in bundle.items()) for n in _nodes())
+
+
+def cpus_per_gpu() -> int:
+    """CPUs of a node for each of its GPUs, of that node where they are fewest; 1 where there is no GPU."""
+    shares = [int(n.get("CPU", 0) // n["GPU"]) for n in _nodes() if n.get("GPU")]
+    return max(1, min(shares, default=1))
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of the nodes that Ray has now."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: str) -> None:
     """Return once Ray has room for `workers` of `cpus` and `gpus` each; else ConfigError.
 
     A local Ray never grows: too little is refused at once, with the flag to change. On a cluster an
     autoscaler may bring nodes: waited for with a message, then refused.
     """
-    import ray
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}  # of a worker, on one node
     asked, due = False, Every(30, at_once=True)
     deadline = time.monotonic() + settings.wait_minutes * 60
     while True:
-        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-        slots = sum(min(int(n.get(kind, 0) // each) for kind, each in bundle.items()) for n in nodes)
+        slots = room_for(cpus, gpus)
         if slots >= workers:
             if asked:
                 request_resources(bundles=[])  # from here on the stage's own demand keeps the nodes
             return
-        all_cpus, all_gpus = (sum(n.get(kind, 0) for n in nodes) for kind in ("CPU", "GPU"))
+        all_cpus, all_gpus = (sum(n.get(kind, 0) for n in _nodes()) for kind in ("CPU", "GPU"))
         have = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs"
         need = f"{why} wants {workers} workers of {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         if not on_cluster():

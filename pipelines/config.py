@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
 from hrnet_core.errors import ConfigError
-from serve.settings import BATCH_WAIT_S, CPUS_PER_REPLICA, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
+from serve.settings import BATCH_WAIT_S, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
 
 class Section(BaseModel):
@@ -198,12 +198,20 @@ class WorkerSettings(Section):
     in the user's cache folder."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """A picture or video whose header promises more is rejected before it is decoded."""
-    num_workers: int = Field(default=1, ge=1)
-    """Ray Data actors, each with the model."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """CPUs and threads of an actor. Results do not depend on num_workers; on this, by rounding only."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Ray Data actors, each with the model; results do not depend on it. Default: as many as fill the
+    machine; on a cluster, the nodes that are there when the stage starts."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPUs of an actor: threads of its network, and pictures decoded at a time. Results depend on it by
+    rounding only, with use_gpu not at all. Default: 1; with use_gpu the GPU's share of its machine's CPUs, of
+    which Ray is asked for 1."""
     use_gpu: bool = False
     """One GPU for each actor."""
+
+    @property
+    def threads(self) -> int:
+        """Of a network on the CPU, in an actor: they decide how its sums are rounded."""
+        return 1 if self.use_gpu else self.cpus_per_worker or 1
 
     @property
     def device(self) -> str:
@@ -260,7 +268,9 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
-    cpus_per_replica: float = Field(default=CPUS_PER_REPLICA, gt=0)
+    cpus_per_replica: float | None = Field(default=None, gt=0)
+    """CPUs of a replica, and threads of its network. Default: the machine's, shared by the replicas; on a
+    cluster 1."""
     use_gpu: bool = False
     """One GPU for each replica."""
     batch_wait_ms: float = Field(default=1000 * BATCH_WAIT_S, ge=0)

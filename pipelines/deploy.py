@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import on_cluster, ray_session, require
+from pipelines.cluster import on_cluster, ray_session, require, room_for
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.storage import absolute, is_file, join, write_json, write_whole, writing
-from serve.settings import Limits, ReplicaSettings, ServeArgs
+from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -64,6 +64,9 @@ def deploy(
     with _interruptible(), local_checkpoint(checkpoint, track, run.storage) as found:
         args, spec = serve_args(found, settings, run, track)
         with ray_session(ray_settings):
+            if block and settings.cpus_per_replica is None:  # the machine is ours
+                share = room_for(1, 0) // (settings.max_replicas or settings.replicas)
+                args = args.model_copy(update={"num_cpus": max(1.0, float(share))})
             url = start(args, settings, ray_settings)
             print(_told(url, args, spec, block), flush=True)
             if block:
@@ -96,7 +99,7 @@ def serve_args(
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
-        num_cpus=settings.cpus_per_replica,
+        num_cpus=settings.cpus_per_replica or CPUS_PER_REPLICA,
         num_gpus=1.0 if settings.use_gpu else 0.0,
     ), spec
 

@@ -26,21 +26,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError
+from hrnet_core.errors import CheckpointError, ImageError
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.pages.evaluation import contact_sheets, write_report
+from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
-from pipelines.poses.units import UNFINISHED, Outcome, cut, digest_of, run_units
+from pipelines.poses.units import UNFINISHED, cut, digest_of, run_units
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
-from pipelines.sources.photos import open_photo
+from pipelines.sources.photos import check_photo, left_out
 from pipelines.sources.records import People, Photo, Rejection
 from pipelines.storage import write_json, write_whole
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
-    from hrnet_core.predictor import PosePredictor
+    from hrnet_core.predictor import Prepared
 
 PhotoGroup = tuple[tuple[Photo, ...], People]
 """A work unit: some photographs and the people that are asked about, in order."""
@@ -117,25 +118,22 @@ def group_photos(of: EvaluationSet, people: int) -> list[PhotoGroup]:
     ]
 
 
-def answer(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettings) -> Outcome:
+def answer(group: PhotoGroup, threads: Threads, settings: EvaluateSettings) -> Outcome:
     """The work of an actor: npy bytes of an array (P,) with image_id, id, keypoints in photo px and scores as
     the predictor gave them, of a group's people; or why its photographs cannot be used.
 
     COCO's annotations live on stored pixels: EXIF orientation is ignored, as published.
     """
     photos, people = group
-    opened = [open_photo(photo, settings.max_pixels) for photo in photos]
-    if rejected := [one for one in opened if isinstance(one, Rejection)]:
-        return Outcome(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in rejected))
     # A clipped box may have lost its width or height; the crop follows from the other side.
     boxes = np.maximum(people.bbox_xywh, np.array([-np.inf, -np.inf, 1e-6, 1e-6], np.float32))
-    poses = predictor(
-        [pixels for pixels, _ in opened],
-        boxes_xywh=[boxes[rows] for rows in people.by_image().values()],
-        flip_test=settings.flip_test,
-        batch_size=settings.batch_size,
-        border=settings.preset,
-    )
+    asked = zip(photos, (boxes[rows] for rows in people.by_image().values()), strict=True)
+    cut_out = functools.partial(_cut_out, threads=threads, max_pixels=settings.max_pixels)
+    found = list(threads.read(cut_out, asked))
+    if rejected := [one for one in found if isinstance(one, Rejection)]:
+        return Outcome(b"", 0, tuple((r.file, f"{r.reason}, {r.detail}") for r in rejected))
+    cut_outs = [one for one in found if not isinstance(one, Rejection)]
+    poses = threads.predict(cut_outs, settings.flip_test, settings.batch_size, settings.preset)
     keypoints = np.concatenate([p.keypoints.xy for p in poses])
     shape = keypoints.shape[1:]
     kinds = [("image_id", "<i8"), ("id", "<i8"), ("keypoints", "<f4", shape), ("scores", "<f4", shape[:1])]
@@ -146,6 +144,23 @@ def answer(group: PhotoGroup, predictor: PosePredictor, settings: EvaluateSettin
     content = io.BytesIO()
     np.save(content, answers, allow_pickle=False)
     return Outcome(content.getvalue(), len(answers))
+
+
+def _cut_out(
+    asked: tuple[Photo, NDArray[np.float32]], threads: Threads, max_pixels: int
+) -> Prepared | Rejection:
+    """The people of a photograph, whose pixels are not kept, or why it is out."""
+    photo, boxes = asked
+    checked = check_photo(photo, max_pixels)
+    if isinstance(checked, Rejection):
+        return checked
+    with threads.decoding:
+        try:
+            pixels = checked.decode()
+        except ImageError as error:
+            return left_out(photo, error.reason, str(error))
+        (people,) = threads.predictor.prepare(pixels, boxes)
+    return people
 
 
 def read_answers(contents: Iterable[bytes], asked: People) -> NDArray[Any]:
@@ -182,9 +197,8 @@ def _plan_digest(of: EvaluationSet, spec: CheckpointSpec, settings: EvaluateSett
         of.asked.ann_id.tolist(),
         of.asked.bbox_xywh.tolist(),
         [(f.st_size, f.st_mtime_ns) if f else None for f in files],
-        settings.model_dump(
-            include={"flip_test", "preset", "batch_size", "mode", "cpus_per_worker", "use_gpu"}
-        ),
+        settings.model_dump(include={"flip_test", "preset", "batch_size", "mode", "use_gpu"}),
+        settings.threads,
     )
 
 

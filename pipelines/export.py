@@ -16,6 +16,7 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
+from pipelines.poses.actor import Threads
 from pipelines.poses.protocol import score_poses
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
@@ -311,6 +312,7 @@ def first_people(everyone: EvaluationSet, count: int) -> EvaluationSet:
 
 def _answers(some: EvaluationSet, predictor: PosePredictor, settings: EvaluateSettings) -> NDArray[Any]:
     """Answers to all boxes, as evaluate's, photograph after photograph."""
-    outcomes = [answer(group, predictor, settings) for group in group_photos(some, 1)]
+    threads = Threads(predictor)
+    outcomes = [answer(group, threads, settings) for group in group_photos(some, 1)]
     refuse_unusable([problem for outcome in outcomes for problem in outcome.problems])
     return read_answers((outcome.content for outcome in outcomes), some.asked)

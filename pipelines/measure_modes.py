@@ -113,7 +113,7 @@ def measure_modes(
             "data_digest": exact.protocol["data_digest"],
             "people": exact.figures["people"],
             "flip_test": exact.protocol["flip_test"],
-            "threads": settings.cpus_per_worker,
+            "threads": settings.threads,
         }
         for mode, of in found.items()
     }
@@ -154,10 +154,10 @@ def _timed_on_ray(
     model, spec = load_checkpoint(checkpoint)
     exported = read_exported(checkpoint)
     task = ray.remote(time_modes).options(
-        num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_retries=0
+        num_cpus=settings.cpus_per_worker or 1, num_gpus=int(settings.use_gpu), max_retries=0
     )
     device = settings.device
-    return ray.get(task.remote(model, spec, exported, modes, device, settings.cpus_per_worker))
+    return ray.get(task.remote(model, spec, exported, modes, device, settings.threads))
 
 
 def time_modes(

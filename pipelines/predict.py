@@ -107,7 +107,7 @@ def predict(
             given = read_boxes(boxes, settings.score_threshold or 0.0, settings.boxes_category)
         people = None
         if detector is not None:
-            people = PersonDetector.load(detector, settings.cpus_per_worker, settings.use_gpu)
+            people = PersonDetector.load(detector, settings.threads, settings.use_gpu)
         plan = make_plan(media, given, people, settings, spec)
         out = Path(out) if out is not None else _default_folder(storage, media[0], plan)
         if (done := _finished(out, plan)) is not None:

@@ -26,7 +26,7 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.skeleton import COCO17
 from pipelines.config import RaySettings, WorkerSettings
-from pipelines.poses.units import Actor, Unit, Work
+from pipelines.poses.actor import Actor, Unit, Work
 
 SMALL = HRNetConfig(width=32, stem_width=32, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

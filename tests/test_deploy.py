@@ -59,6 +59,36 @@ def args_of(checkpoint: str, tmp_path: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
+    ("settings", "block", "cpus"),
+    [
+        ({}, True, 6.0),
+        ({"replicas": 2}, True, 3.0),
+        ({"max_replicas": 4}, True, 1.0),
+        ({"max_replicas": 9}, True, 1.0),
+        ({"cpus_per_replica": 0.5}, True, 0.5),
+        ({}, False, 1.0),  # a Ray that is there already, or a cluster
+    ],
+)
+def test_replicas_share_the_machine_unless_it_is_said_otherwise(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    block: bool,
+    cpus: float,
+) -> None:
+    started: list[ServeArgs] = []
+    monkeypatch.setattr(deploying, "ray_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "room_for", lambda *_: 6)
+    monkeypatch.setattr(deploying, "start", lambda args, *_: started.append(args) or "http://here")
+    monkeypatch.setattr(deploying, "_wait_for_signal", lambda: None)
+    monkeypatch.setattr("ray.serve.delete", lambda _: None)
+    run = RunSettings(storage=str(tmp_path))
+    assert deploy(str(checkpoint), ServeSettings(**settings), run=run, block=block) == "http://here"
+    assert [args.num_cpus for args in started] == [cpus]
+
+
+@pytest.mark.parametrize(
     ("settings", "error", "named"),
     [
         ({}, CheckpointError, "no-such-folder"),
@@ -94,8 +124,9 @@ def test_ctrl_c_before_the_endpoint_is_up_ends_it_too(
 
     monkeypatch.setattr(deploying, "ray_session", contextlib.nullcontext)
     monkeypatch.setattr(deploying, "start", interrupted)
+    settings, run = ServeSettings(cpus_per_replica=1), RunSettings(storage=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        deploy(str(checkpoint), ServeSettings(), run=RunSettings(storage=str(tmp_path)))
+        deploy(str(checkpoint), settings, run=run)
 
 
 def test_a_port_in_use_is_named() -> None:

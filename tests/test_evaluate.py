@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipelines import evaluate as module
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import answer, evaluate, group_photos, read_answers
+from pipelines.poses.actor import Threads
 from pipelines.poses.oks_ap import STATS, evaluate_results
 from pipelines.poses.protocol import _preset, match_people, score_poses
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
@@ -271,11 +273,18 @@ def test_every_box_is_answered_exactly_once_or_it_is_an_error() -> None:
 class Spy:
     """A predictor that keeps what it is asked, and answers nothing."""
 
-    spec = SPEC
+    spec, device = SPEC, torch.device("cpu")
 
-    def __call__(self, images: Any, **arguments: Any) -> list[Any]:
-        self.images, self.arguments = list(images), arguments
-        raise StopIteration
+    def __init__(self) -> None:
+        self.images: list[Any] = []
+
+    def prepare(self, image: Any, boxes_xywh: Any) -> list[Any]:
+        self.images.append(image)
+        return [SimpleNamespace(crops=np.zeros((len(boxes_xywh), 128, 96, 3), np.uint8))]
+
+    def predict_crops(self, crops: Any, *arguments: Any) -> Any:
+        self.arguments = arguments
+        raise LookupError
 
 
 def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> None:
@@ -286,8 +295,8 @@ def test_exif_orientation_is_ignored(dots: dict[str, Any], tmp_path: Path) -> No
     stored.save(tmp_path / "0.jpg", quality=100, subsampling=0, exif=exif)
     group = (Photo(1, "0.jpg", str(tmp_path / "0.jpg"), 200, 160),), asked({1: [1]})
     spy = Spy()
-    with pytest.raises(StopIteration):
-        answer(group, spy, EvaluateSettings())
+    with pytest.raises(LookupError):
+        answer(group, Threads(spy), EvaluateSettings())
     assert np.abs(spy.images[0].astype(int) - np.asarray(stored.convert("RGB"))).mean() < 3
 
 
@@ -350,10 +359,9 @@ def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) ->
     assert boxes["mmpose"] == [[0, 20, 45, 60], [150, 100, width - 151, height - 101]]
 
     spy = Spy()
-    with pytest.raises(StopIteration):
-        answer(group_photos(of, 4)[0], spy, EvaluateSettings(preset="mmpose", batch_size=5))
-    seen = spy.arguments
-    assert (seen["border"], seen["batch_size"], seen["flip_test"]) == ("mmpose", 5, True)
+    with pytest.raises(LookupError):
+        answer(group_photos(of, 4)[0], Threads(spy), EvaluateSettings(preset="mmpose", batch_size=5))
+    assert spy.arguments == (True, 5, "mmpose")  # flip test, batch, border
 
 
 # --- what bad input gets ------------------------------------------------------------------------------

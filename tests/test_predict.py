@@ -624,6 +624,24 @@ def test_a_video_that_is_cut_off_is_answered_up_to_there(
     assert f"no frame can be read after {row['frame']}, its header promises 40" in row["detail"]
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_video_that_is_cut_off_is_told_once_wherever_it_ends(
+    dots: dict[str, Any], tmp_path: Path, here: None, stride: int
+) -> None:
+    """In stretches of so many frames: it ends inside of one, at its edge, or between that and a frame."""
+    whole = write_video(tmp_path / "whole.avi", dots, 40).read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    ends = set()
+    for batch in range(1, 9):
+        out = tmp_path / str(batch)
+        done = run(dots, tmp_path / "cut.avi", out, batch_size=batch, video_stride=stride, flip_test=False)
+        (row,) = load(out / "rejected.json")
+        assert row["reason"] == "video_cut_off"
+        assert done.summary["counts"]["frames"] == -(-row["frame"] // stride)
+        ends.add(row["frame"])
+    assert len(ends) == 1
+
+
 # --- sources ------------------------------------------------------------------------------------------
 
 

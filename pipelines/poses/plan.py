@@ -106,8 +106,8 @@ def make_plan(
         except ImageError as error:
             rejected.append(rejected_row(one, error.reason, str(error)))
     source = _boxes_source(given, detector)
-    made_by = settings.model_dump(exclude={"num_workers"})
-    digest = digest_of(spec.as_dict(), asked, media, source, made_by)
+    made_by = settings.model_dump(exclude={"num_workers", "cpus_per_worker"})
+    digest = digest_of(spec.as_dict(), asked, media, source, made_by, settings.threads)
     most = 2 * settings.batch_size
 
     def people_of(one: Asked) -> int:

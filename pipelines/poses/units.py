@@ -11,50 +11,27 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
+import math
 import pickle
-import socket
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import on_cluster, quiet_ray_data, ray_session, require
+from pipelines.cluster import cpus_per_gpu, on_cluster, quiet_ray_data, ray_session, require, room_for
 from pipelines.config import RaySettings, WorkerSettings
+from pipelines.poses.actor import Actor, Unit, Work
 from pipelines.progress import ProgressLine
 from pipelines.storage import write_whole
 
-if TYPE_CHECKING:
-    from hrnet_core.checkpoint import CheckpointSpec
-    from hrnet_core.model import HRNet
-    from hrnet_core.predictor import PosePredictor
-
-
 UNFINISHED = "unfinished"
 """Folder of the answers of a run that has not ended; a second call goes on from it."""
-Unit = Any
-"""A few pictures with what is asked of them: plain data of the verb's own, pickled on its way."""
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a unit."""
-
-    content: bytes
-    """Its answers, in the verb's own format."""
-    people: int
-    problems: tuple[tuple[str, str], ...] = ()
-    """(file, reason) of pictures without which the unit counts as not answered."""
-
-
-Work = Callable[[Unit, "PosePredictor"], Outcome]
+UNITS_AT_ONCE = 2
+"""Of an actor: one in the network, one that is read."""
 
 
 def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> list[list[Item]]:
@@ -69,44 +46,6 @@ def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> l
         room -= count
         units[-1].append(item)
     return units
-
-
-class Actor:
-    """Holds the model in a Ray Data actor. A row in is a unit, a row out its outcome."""
-
-    def __init__(
-        self,
-        load: Callable[[], tuple[HRNet, CheckpointSpec, dict[str, bytes]]],
-        work: Work,
-        settings: WorkerSettings,
-    ) -> None:
-        import cv2
-        import torch
-
-        from hrnet_core.predictor import PosePredictor
-
-        # Threads decide the order of float additions: fixed, so that any number of actors agrees.
-        cv2.setNumThreads(1)
-        torch.set_num_threads(settings.cpus_per_worker)
-        model, spec, exported = load()
-        self.predictor = PosePredictor(
-            model, spec, settings.device, settings.mode, exported, settings.compile_cache
-        )
-        self.work = work
-
-    def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        """A batch of one row: Ray Data wants lists."""
-        start = time.perf_counter()
-        outcome = self.work(pickle.loads(rows["work"][0]), self.predictor)
-        return {
-            "unit": [int(rows["unit"][0])],
-            "content": [outcome.content],
-            "people": [outcome.people],
-            "problems": [json.dumps(outcome.problems)],
-            "mode": [self.predictor.mode],
-            "actor": [f"{socket.gethostname()} {os.getpid()}"],
-            "seconds": [time.perf_counter() - start],
-        }
 
 
 @dataclass(frozen=True)
@@ -193,15 +132,22 @@ def rows_on_ray(
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     rows = [{"unit": index, "work": pickle.dumps(unit)} for index, unit in pending.items()]
     with ray_session(ray_settings), quiet_ray_data():
-        cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
-        require(ray_settings, settings.num_workers, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
+        cpus, gpus = settings.cpus_per_worker or 1, int(settings.use_gpu)
+        require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
+        workers = min(settings.num_workers or room_for(cpus, gpus), len(rows))
+        # A GPU answers a unit before Ray brings the next. Who starts first must not take all of a few units.
+        waiting = UNITS_AT_ONCE * (2 if gpus else 1)
         actors = ray.data.ActorPoolStrategy(
-            size=min(settings.num_workers, len(rows)), max_tasks_in_flight_per_actor=2
+            size=workers,
+            max_tasks_in_flight_per_actor=min(waiting, math.ceil(len(rows) / workers)),
+            max_concurrent_calls_per_actor=UNITS_AT_ONCE,
+            enable_true_multi_threading=True,
         )
         # The network travels through the object store, with the files that its mode runs from: machines need
         # not see the checkpoint folder.
         stored = ray.put((model, spec, exported))
-        arguments = (functools.partial(ray.get, stored), work, settings)
+        reading = cpus if settings.cpus_per_worker or not gpus else cpus_per_gpu()
+        arguments = (functools.partial(ray.get, stored), work, settings, reading)
         yield from (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(
@@ -222,7 +168,7 @@ def _collect(
     """Answers into the store, each as it comes; people/s while actors were at work, and all problems."""
     seen: set[int] = set()
     problems: list[tuple[str, str]] = []
-    busy: Counter[str] = Counter()
+    spans: dict[str, list[float]] = {}
     line = ProgressLine(verb, len(pending), "units", "people", seconds=10)
     for row in rows:
         if row["unit"] in seen:
@@ -232,8 +178,8 @@ def _collect(
         problems += map(tuple, here)
         if not here:
             write_whole(store / f"{row['unit']:06d}.{row['mode']}", row["content"])
-        busy[row["actor"]] += row["seconds"]
+        spans.setdefault(row["actor"], []).extend([row["start"], row["end"]])
         line.add(row["people"])
     if seen != set(pending):
         raise RuntimeError(f"{len(pending)} units were asked and {len(seen)} answered")
-    return line.work / max(busy.values()), problems
+    return line.work / max(max(times) - min(times) for times in spans.values()), problems

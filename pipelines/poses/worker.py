@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +17,21 @@ from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_jpeg
 from pipelines.config import PredictSettings
+from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.formats import ROW, Row, poses_of, rejected_row
 from pipelines.poses.plan import Asked, Still, Stretch
-from pipelines.poses.units import Outcome
 from pipelines.sources.media import Video
 from pipelines.sources.photos import open_picture
 
 if TYPE_CHECKING:
-    from hrnet_core.predictor import PosePredictor
+    from hrnet_core.predictor import Prepared
 
 
 GROUP_PIXELS = 2**26
-"""Decoded pixels that an actor holds at once (200 MB), or one picture that has more."""
+"""Pixels of the pictures of a group (200 MB where they are kept to be drawn on), or one that has more."""
+
+BATCHES_AHEAD = 16
+"""Of people in frames that are read before the network has the first of them."""
 
 
 @dataclass
@@ -38,36 +42,31 @@ class Worker:
     detector: PersonDetector | None = None
     _video: Video | None = None
 
-    def __call__(self, unit: Sequence[Asked], predictor: PosePredictor) -> Outcome:
+    def __call__(self, unit: Sequence[Asked], threads: Threads) -> Outcome:
         rows: list[Row] = []
         group: list[_Seen] = []
         boxes = pixels = 0
-        for seen in self._read(unit):
+        for seen in self._read(unit, threads):
             rows.append(seen.row)
-            if seen.image is None:
+            if seen.people is None:
                 continue
             group.append(seen)
-            boxes += 1 if seen.boxes is None else len(seen.boxes)
-            pixels += seen.image.shape[0] * seen.image.shape[1]
+            boxes += len(seen.people.boxes)
+            pixels += seen.row["height"] * seen.row["width"]
             # Groups follow from the unit alone, and so do the batches in them.
             if boxes >= 2 * self.settings.batch_size or pixels >= GROUP_PIXELS:
-                self._predict(group, predictor)
+                self._predict(group, threads)
                 group, boxes, pixels = [], 0, 0
-        self._predict(group, predictor)
+        self._predict(group, threads)
         content = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, ROW), content, compression="zstd", write_page_checksum=True)
         people = sum(len(row["box_scores"]) for row in rows if "reason" not in row)
         return Outcome(content.getvalue(), people)
 
-    def _predict(self, group: list[_Seen], predictor: PosePredictor) -> None:
+    def _predict(self, group: list[_Seen], threads: Threads) -> None:
         """Fill the rows of a group. A pose that is not finite rejects its picture: the weights are bad."""
-        found = predictor(
-            [seen.image for seen in group],
-            [seen.boxes for seen in group],
-            [seen.scores for seen in group],
-            self.settings.flip_test,
-            batch_size=self.settings.batch_size,
-        )
+        people = [seen.people for seen in group if seen.people is not None]
+        found = threads.predict(people, self.settings.flip_test, self.settings.batch_size)
         for seen, poses in zip(group, found, strict=True):
             if not np.isfinite(poses.keypoints.data).all():
                 detail = "the network gave NaN: its weights are damaged"
@@ -78,29 +77,44 @@ class Worker:
                 "box_scores": poses.boxes.conf,
                 "keypoints": poses.keypoints.data.ravel(),
             }
-            if "overlays" in self.settings.formats and "frame" not in seen.row:
-                known = poses_of(seen.row, predictor.spec.skeleton)  # knows where its boxes came from
+            if seen.image is not None:
+                known = poses_of(seen.row, threads.predictor.spec.skeleton)  # knows where its boxes came from
                 seen.row["overlay"] = encode_jpeg(known.plot(seen.image, self.settings.draw_threshold), 90)
 
-    def _read(self, unit: Sequence[Asked]) -> Iterator[_Seen]:
-        """Pictures and frames one after the other, decoded; those that cannot be used without an image."""
-        for asked in unit:
-            yield from self._read_frames(asked) if isinstance(asked, Stretch) else [self._read_picture(asked)]
+    def _read(self, unit: Sequence[Asked], threads: Threads) -> Iterator[_Seen]:
+        """Pictures and frames in their order, their people cut out; those that cannot be used without any."""
+        if not isinstance(unit[0], Stretch):  # a stretch is a unit of its own
+            yield from threads.read(functools.partial(self._read_picture, threads=threads), unit)
+            return
+        for stretch in unit:
+            # Read before the network has it, so that the next one is read meanwhile; a crowd in portions.
+            read: list[_Seen] = []
+            with threads.filming:
+                for seen in self._read_frames(stretch, threads):
+                    read.append(seen)
+                    if sum(one.count for one in read) >= BATCHES_AHEAD * self.settings.batch_size:
+                        yield from read
+                        read = []
+            yield from read
 
-    def _read_picture(self, asked: Still) -> _Seen:
+    def _read_picture(self, asked: Still, threads: Threads) -> _Seen:
         media, settings = asked.media, self.settings
         try:
             picture = open_picture(media.uri, settings.max_pixels, apply_exif=settings.exif, size=asked.size)
-            image = picture.decode()
         except ImageError as error:
             return _Seen(rejected_row(media, error.reason, str(error)))
         except DataError as error:  # a bucket that does not answer costs this picture, not the run
             why, _, way_out = str(error).rpartition(". ")  # to run again is no way out here
             return _Seen(rejected_row(media, "unreadable", f"{why}." if why else way_out))
         row: Row = {"name": media.name, "uri": media.uri, "image_id": asked.image_id}
-        return self._seen(row | {"exif_rotated": picture.turned}, image, asked.boxes)
+        with threads.decoding:
+            try:
+                image = picture.decode()
+            except ImageError as error:
+                return _Seen(rejected_row(media, error.reason, str(error)))
+            return self._seen(row | {"exif_rotated": picture.turned}, image, asked.boxes, threads)
 
-    def _read_frames(self, asked: Stretch) -> Iterator[_Seen]:
+    def _read_frames(self, asked: Stretch, threads: Threads) -> Iterator[_Seen]:
         """Frames of a stretch. A video that ends too early says so once."""
         media, start, stop, expected = asked.media, asked.start, asked.stop, asked.expected
         video = self._video
@@ -111,25 +125,31 @@ class Worker:
             except ImageError as error:
                 yield _Seen(rejected_row(media, error.reason, str(error)))
                 return
-        if not video.skip_to(start):
-            return  # it ended in an earlier stretch, which told
         row: Row = {"name": media.name, "uri": media.uri, "exif_rotated": False}
-        for number, image in video.frames(start, stop, self.settings.video_stride):
-            yield self._seen(row | {"frame": number}, image, asked.boxes_in(number))
-        wanted = expected if stop is None else min(stop, expected)
+        stride = self.settings.video_stride
+        if video.skip_to(start):
+            for number, image in video.frames(start, stop, stride):
+                yield self._seen(row | {"frame": number}, image, asked.boxes_in(number), threads)
+        ended = stop is None or video.position <= stop - stride
+        told = video.position <= start - stride  # by the stretch that lacked a frame first
         # The header's count is an estimate: off by a few frames it means nothing.
-        tolerated = max(self.settings.video_stride, expected // 50, 2)
-        if video.position == 0 or video.position < wanted - tolerated:
+        missing = video.position == 0 or expected - video.position > max(stride, expected // 50, 2)
+        if ended and missing and not told:
             detail = f"no frame can be read after {video.position}, its header promises {expected}"
             yield _Seen(rejected_row(media, "video_cut_off", detail, video.position))
 
-    def _seen(self, row: Row, image: NDArray[np.uint8], boxes: NDArray[np.float32] | None) -> _Seen:
-        """A decoded picture with its boxes: given, found, or none."""
+    def _seen(
+        self, row: Row, image: NDArray[np.uint8], boxes: NDArray[np.float32] | None, threads: Threads
+    ) -> _Seen:
+        """A decoded picture with its people: in boxes that were given, found, or the whole of it."""
         source = "detector" if self.detector else "whole_image" if boxes is None else "given"
         row |= {"height": image.shape[0], "width": image.shape[1], "boxes_source": source}
+        xywh, scores = (None, None) if boxes is None else (boxes[:, :4], boxes[:, 4])
         if self.detector is not None:
-            return _Seen(row, image, *self.detector(image, self.settings.score_threshold))
-        return _Seen(row, image) if boxes is None else _Seen(row, image, boxes[:, :4], boxes[:, 4])
+            xywh, scores = self.detector(image, self.settings.score_threshold)
+        (people,) = threads.predictor.prepare(image, xywh, scores)
+        drawn = "overlays" in self.settings.formats and "frame" not in row
+        return _Seen(row, people, image if drawn else None)
 
 
 @dataclass
@@ -137,7 +157,11 @@ class _Seen:
     """A picture or frame in an actor's hands."""
 
     row: Row
-    image: NDArray[np.uint8] | None = None
+    people: Prepared | None = None
     """None where it was rejected."""
-    boxes: NDArray[np.float32] | None = None
-    scores: NDArray[np.float32] | None = None
+    image: NDArray[np.uint8] | None = None
+    """Its pixels, where it will be drawn on."""
+
+    @property
+    def count(self) -> int:
+        return 0 if self.people is None else len(self.people.boxes)
