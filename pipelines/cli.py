@@ -247,6 +247,20 @@ def export(args: arguments.Export) -> None:
     print(export(**_given(args)))
 
 
+def benchmark(args: arguments.Benchmark) -> int:
+    """how fast each execution mode answers here, as a table to paste; needs no data"""
+    from pipelines.benchmark import benchmark
+
+    what = {"modes": args.modes, "batch_sizes": args.batch_sizes}
+    where = {"threads": args.threads, "device": args.device, "track": args.track, "storage": args.run.storage}
+    measured = benchmark(args.checkpoint, **what, **where)
+    print(f"\n{measured}")
+    if args.json_file:
+        measured.write(args.json_file)
+        print(f"\nall figures: {args.json_file}")
+    return 130 if measured.timings.stopped else 0
+
+
 def estimate_sigmas(args: arguments.EstimateSigmas) -> None:
     """OKS constants of a skeleton from people whom several annotators labelled"""
     from pipelines.estimate_sigmas import estimate_sigmas
@@ -275,6 +289,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {
     "deploy": (deploy, arguments.Deploy, "Serve a checkpoint over HTTP."),
     "import": (import_, arguments.Import, "Turn a published weights file into a checkpoint folder."),
     "export": (export, arguments.Export, "Write the network as ONNX and compare it with torch."),
+    "benchmark": (benchmark, arguments.Benchmark, "Time the execution modes on this machine."),
     "estimate-sigmas": (estimate_sigmas, arguments.EstimateSigmas, "Estimate OKS constants."),
     "reproduce": (reproduce, arguments.Reproduce, "Evaluate the published weights on COCO val2017."),
 }
