@@ -148,23 +148,17 @@ def time_modes(
     always: up to this batch size a mode is measured however long a pass takes. Ctrl-C ends measuring; what
     there is by then is returned. ConfigError: an unknown mode, or none that runs here.
     """
-    from hrnet_core.checkpoint import ONNX
-    from hrnet_core.modes import unusable
-
     wanted = list(dict.fromkeys(modes))
     if unknown := [mode for mode in wanted if mode not in MODES]:
         raise ConfigError(f"mode {unknown[0]!r} is unknown: choose of {', '.join(MODES)}.")
-    with_file = (Path(folder) / ONNX).is_file()
     timings = Timings()
-    timings.left_out = {mode: why for mode in wanted if (why := unusable(mode, device, with_file))}
-    usable = [mode for mode in wanted if mode not in timings.left_out]
     with tempfile.TemporaryDirectory(prefix="hrnet-compiled-") as cache:
 
         def begin(mode: str) -> ModeProcess:
             return ModeProcess(str(folder), mode, device, threads, cache)
 
         try:
-            take_turns(begin, usable, sorted(set(sizes)), always, timings)
+            take_turns(begin, wanted, sorted(set(sizes)), always, timings)
         except KeyboardInterrupt:
             timings.stopped = True
     if not timings.modes and not timings.stopped:
