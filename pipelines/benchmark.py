@@ -96,9 +96,10 @@ def benchmark(
     """Time a checkpoint's modes here, or those of a config's network with random weights.
 
     modes, batch_sizes: none named means all of MODES, and SIZES. threads: of the CPU; None: as many as torch
-    takes. device: "cpu", "cuda" or "auto". Ctrl-C ends it with
-    what is measured by then. CheckpointError: no such checkpoint, nor config. ConfigError: a mode or device
-    there is not, a batch size below 1, no mode that runs here.
+    takes. device: "cpu", "cuda" or "auto". Ctrl-C ends it with what is measured by then.
+
+    CheckpointError: no such checkpoint, nor config. ConfigError: a mode or device there is not, a batch size
+    below 1, no mode that runs here.
     """
     import torch
 

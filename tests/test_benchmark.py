@@ -22,6 +22,7 @@ from pipelines.benchmark import Benchmark, benchmark, save_random
 from pipelines.cli import main
 from pipelines.config import load_config
 from pipelines.poses import timing
+from pipelines.poses.mode_process import ModeProcess
 from pipelines.poses.timing import AtSize, Speed, Timings, take_turns, time_modes
 
 TINY = load_config("tiny")
@@ -270,6 +271,20 @@ def test_why_a_mode_or_a_size_failed_comes_out_of_its_process(
         time_modes(damaged, ["float32"], "cpu", 1, [1])
     with pytest.raises(CheckpointError, match="its sha256 is"):  # the verb looks before it starts processes
         benchmark(damaged)
+
+
+def test_a_process_that_is_killed_is_a_reason(checkpoint: Path, tmp_path: Path) -> None:
+    """As the kernel does where memory is short; a turn before it is answered."""
+    process = ModeProcess(str(checkpoint), "float32", "cpu", 1, str(tmp_path))
+    with contextlib.closing(process):
+        assert process.start() > 0
+        seconds, memory = process.turn(2, True, 3)
+        assert len(seconds) == 3
+        assert min(seconds) > 0
+        assert list(memory) == ["memory_mib"]
+        process._process.kill()
+        with pytest.raises(ConfigError, match=r"ended with code -9 \(killed: was there enough memory\?\)"):
+            process.turn(2, False, 1)
 
 
 def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from hrnet_core.choices import CODECS, MODES
 from hrnet_core.decoder import Decoder
 from hrnet_core.errors import ConfigError, first_line
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.modes import build_network
+from hrnet_core.modes import FORMS, build_network
 from hrnet_core.predictor import PosePredictor
 from pipelines.benchmark import machine, save_random
 from pipelines.config import load_config
@@ -48,7 +48,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--config", default="w32_256x192")
-    parser.add_argument("--mode", help="of host to host and decoding; default: float32, on a GPU bfloat16")
+    parser.add_argument(
+        "--mode",
+        choices=list(FORMS),
+        help="of host to host and decoding; default: float32, on a GPU bfloat16",
+    )
     parser.add_argument("--modes", nargs="*", default=list(MODES), help="held against eager float32 on a CPU")
     parser.add_argument("--batches", nargs="*", type=int, help="default: 8 and 32, on a GPU 64 and 256")
     parser.add_argument("--rounds", type=int, default=5)
@@ -114,15 +118,13 @@ def bare(folder: Path, device: str, mode: str, batch: int) -> Callable[[], Tenso
     model, spec = load_checkpoint(folder)
     network = build_network(model, spec, torch.device(device), mode, None)
     width, height = spec.input_size
-    layout = torch.contiguous_format if mode == "float32" else torch.channels_last
-    images = torch.randn(batch, 3, height, width).to(device).contiguous(memory_format=layout)
-    tf32 = mode.endswith("tf32")
+    form = FORMS[mode]
+    images = torch.randn(batch, 3, height, width).to(device).contiguous(memory_format=form.layout)
 
     def run() -> Tensor:
-        # As the predictor: float32 is float32, also on a GPU that would take TF32.
         with (
             torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32),
+            torch.backends.cudnn.flags(enabled=True, benchmark=form.tf32, allow_tf32=form.tf32),
         ):
             heatmaps = network(images)
         if device != "cpu":
