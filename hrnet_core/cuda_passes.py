@@ -5,7 +5,8 @@
 Launched one by one, the kernels of a crop keep an H200 busy a sixth of the time. A graph is recorded for each
 of SIZES when a batch first needs it; smaller batches are filled up with black crops, whose answers are thrown
 away. All graphs share one pool of memory: it holds what the largest needs, and the heatmaps and keypoints of
-each. Where recording fails, the same work is launched, and the log says so.
+each. Every recording is checked against what is launched: memory that streams share, or a kernel that cannot
+be recorded, would show there. Where one fails, the same work is launched, and the log says so.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ SAME = 1e-3
 """Of the heatmaps' range: a recording that differs more from what is launched is not used."""
 
 logger = logging.getLogger(__name__)
-# cuDNN's switches are process-wide: who sets them takes turns.
-_cudnn = threading.Lock()
+# cuDNN's switches are process-wide, and one graph is recorded at a time: who does either takes turns.
+_cudnn, _recording = threading.Lock(), threading.Lock()
 Found = tuple[Tensor, Tensor]
 """Keypoints (N, K, 3) and heatmaps (N, K, H, W)."""
 Launch = Callable[[Tensor], Found]
@@ -77,8 +78,8 @@ class CudaPasses:
     def start(self, crops: UInt8, ask: Ask) -> Answer:
         """crops (n, h, w, 3), n at most `largest`. Returns when all is on its way; the answer waits."""
         count, size = len(crops), padded(len(crops))
-        host = torch.zeros((size, *self._crop), dtype=torch.uint8, pin_memory=True)
-        host.numpy()[:count] = crops
+        host = torch.empty((size, *self._crop), dtype=torch.uint8, pin_memory=True)
+        host.numpy()[:count], host.numpy()[count:] = crops, 0
         with self._turn, torch.cuda.device(self._device), torch.inference_mode():
             work = self._work_on(size, ask.flip, ask.border or "official")
             with torch.cuda.stream(self._up):
@@ -105,7 +106,8 @@ class CudaPasses:
 
     def warm_up(self, people: int, flip: bool) -> None:
         """Record every size that a batch of up to `people` may need."""
-        for size in SIZES[: SIZES.index(padded(min(people, SIZES[-1]))) + 1]:
+        largest = padded(min(people, SIZES[-1]))
+        for size in SIZES[: SIZES.index(largest) + 1]:
             self.start(np.zeros((size, *self._crop), np.uint8), Ask(flip, "official"))()
 
     def _work_on(self, size: int, flip: bool, border: Border) -> Launch:
@@ -113,18 +115,16 @@ class CudaPasses:
         key = size, flip, border
         if key not in self._work:
             launch = functools.partial(self._launch, flip=flip, border=border)
-            try:
-                self._work[key] = self._record(size, launch)
-            except _NotTheSame as error:
-                self._not_recorded(size, str(error))
-                self._work[key] = launch
-            except RuntimeError as error:
-                self._not_recorded(size, first_line(error))
-                self._work[key] = launch
+            # The current stream again afterwards: a recording that fails leaves its own.
+            with _recording, torch.cuda.stream(torch.cuda.current_stream()):
+                try:
+                    self._work[key] = self._record(size, launch)
+                except (_NotTheSame, RuntimeError) as error:
+                    self._work[key] = launch
+                    why = first_line(error)
+                    logger.warning("batches of %d are launched kernel by kernel, more slowly: %s", size, why)
+            torch.cuda.empty_cache()  # what was launched to record and to check
         return self._work[key]
-
-    def _not_recorded(self, size: int, why: str) -> None:
-        logger.warning("batches of %d are launched kernel by kernel, which is slower: %s", size, why)
 
     def _launch(self, crops: Tensor, flip: bool, border: Border) -> Found:
         with self._kernels():
@@ -147,20 +147,26 @@ class CudaPasses:
 
     def _record(self, size: int, launch: Launch) -> Launch:
         """A graph of it, of two the faster; checked against it."""
-        crops = torch.randint(0, 256, (size, *self._crop), dtype=torch.uint8, device=self._device)
-        self._main.wait_stream(torch.cuda.current_stream())
+        crops = torch.empty((size, *self._crop), dtype=torch.uint8, device=self._device)
+        chance = torch.Generator(self._device).manual_seed(0)  # training's own is left alone
+        with torch.cuda.stream(self._main):
+            crops.random_(0, 256, generator=chance)
         recordings = [self._capture(launch, crops)]
         if size <= APART_UP_TO:
-            with branches_apart(self._pass, self._beside):
-                recordings.append(self._capture(launch, crops))
+            try:
+                with branches_apart(self._pass, self._beside):
+                    recordings.append(self._capture(launch, crops))
+            except RuntimeError as error:
+                logger.info("branches are not run beside each other: %s", first_line(error))
         with torch.cuda.stream(self._main):
             graph, found = min(recordings, key=lambda one: _milliseconds(one[0]))
-            crops.random_(0, 256)  # other input than it was recorded with
+            crops.random_(0, 256, generator=chance)  # other input than it was recorded with
             _, expected = launch(crops)
             graph.replay()
-            difference = float((found[1] - expected).abs().max() / (expected.max() - expected.min()))
-        if not difference <= SAME:
-            raise _NotTheSame(f"the recording differs by {difference:.2g} of the heatmaps' range")
+            difference, range_ = (found[1] - expected).abs().max(), expected.max() - expected.min()
+            same, share = bool(difference <= SAME * range_), float(difference / range_)
+        if not same:  # NaN is not
+            raise _NotTheSame(f"the recording differs by {share:.2g} of the heatmaps' range")
 
         def replay(given: Tensor) -> Found:
             crops.copy_(given)

@@ -109,6 +109,23 @@ class Evaluate(Section):
     ray: RaySettings = RaySettings()
 
 
+class Benchmark(Section):
+    checkpoint: Annotated[str, *positional("CHECKPOINT")]
+    """Checkpoint folder, URI or registered version; or a config such as w32_256x192, for random weights."""
+    modes: tuple[ModeName, ...] = ()
+    """Which to measure; default: all that run here."""
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Crops of a call; default: 1, 2, 4 and so on to 256, as far as a pass does not take too long."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; default: as many as torch takes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write every figure into this JSON file."""
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
+
+
 class Predict(Section):
     sources: Annotated[tuple[str, ...], *positional("SOURCE...")] = ()
     """Pictures, videos, folders, globs, URIs of buckets."""
@@ -168,23 +185,6 @@ class Export(Section):
     people: int = Field(default=200, ge=1)
     """How many people to compare on, in whole photographs from the first."""
     evaluate: EvaluateSettings = EvaluateSettings()
-    run: RunSettings = RunSettings()
-    track: TrackSettings = TrackSettings()
-
-
-class Benchmark(Section):
-    checkpoint: Annotated[str, *positional("CHECKPOINT")]
-    """Checkpoint folder, URI or registered version; or a config such as w32_256x192, for random weights."""
-    modes: tuple[ModeName, ...] = ()
-    """Which to measure; default: all that run here."""
-    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Crops of a call; default: 1, 2, 4 and so on to 256, as far as a pass does not take too long."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads; default: as many as torch takes."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
-    """Also write every figure into this JSON file."""
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()
 

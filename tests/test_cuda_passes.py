@@ -79,7 +79,7 @@ def test_what_cannot_be_recorded_is_launched_and_said(
     with caplog.at_level(logging.WARNING, cuda_passes.__name__):
         found = launched.heatmaps(noise(3), False)
     np.testing.assert_array_equal(found, expected)
-    assert "batches of 4 are launched kernel by kernel" in caplog.text
+    assert "batches of 4 are launched kernel by kernel, more slowly" in caplog.text
     assert "not permitted when stream is capturing" in caplog.text
 
 

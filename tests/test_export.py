@@ -18,7 +18,7 @@ from dots import SMALL, rows_here, truth_of, write_solved
 from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_spec
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.modes import MODES
+from hrnet_core.modes import MODES, unusable
 from hrnet_core.onnx_file import export_onnx
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
@@ -227,9 +227,10 @@ def test_on_ray_and_on_the_command_line(
     assert main(argv) == 0
     out = capsys.readouterr().out
     measured = read_spec(checkpoint).modes["cpu"]
-    assert set(measured) == set(MODES)
+    assert set(measured) == {mode for mode in MODES if not unusable(mode, "cpu")}
     for mode in MODES:
         assert f"\n{mode} " in out
+    for mode in measured:
         assert measured[mode]["speed"]["batch_size"][:5] == [1, 2, 4, 8, 16]
         assert measured[mode]["speed"]["calls"][0] == 100
     assert abs(measured["compiled"]["ap_difference"]) < 0.001
