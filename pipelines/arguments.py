@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field
 
-from hrnet_core.choices import CodecName, FormatName
+from hrnet_core.choices import CodecName, FormatName, ModeName
 from pipelines.config import (
     DataSettings,
     EvaluateSettings,
@@ -107,6 +107,23 @@ class Evaluate(Section):
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()
     ray: RaySettings = RaySettings()
+
+
+class Benchmark(Section):
+    checkpoint: Annotated[str, *positional("CHECKPOINT")]
+    """Checkpoint folder, URI or registered version; or a config such as w32_256x192, for random weights."""
+    modes: tuple[ModeName, ...] = ()
+    """Which to measure; default: all that run here."""
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Crops of a call; default: 1, 2, 4 and so on to 256, as far as a pass does not take too long."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; default: as many as torch takes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write every figure into this JSON file."""
+    run: RunSettings = RunSettings()
+    track: TrackSettings = TrackSettings()
 
 
 class Predict(Section):

@@ -209,6 +209,20 @@ def _evaluation_folder(args: arguments.Evaluate) -> Path:
     return Path(args.checkpoint).parent / kind
 
 
+def benchmark(args: arguments.Benchmark) -> int:
+    """how fast each execution mode answers here, as a table to paste; needs no data"""
+    from pipelines.benchmark import benchmark
+
+    what = {"modes": args.modes, "batch_sizes": args.batch_sizes}
+    where = {"threads": args.threads, "device": args.device, "track": args.track, "storage": args.run.storage}
+    measured = benchmark(args.checkpoint, **what, **where)
+    print(f"\n{measured}")
+    if args.json_file:
+        measured.write(args.json_file)
+        print(f"\nall figures: {args.json_file}")
+    return 130 if measured.timings.stopped else 0
+
+
 def predict(args: arguments.Predict) -> None:
     """poses of pictures and videos, as COCO, Parquet, OpenPose, overlays"""
     _need(args.sources, "SOURCE", "a picture, a video, a folder, a glob or a URI")
@@ -270,6 +284,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {
     "inspect": (inspect, arguments.Inspect, "Check, count and show a preprocessed dataset."),
     "train": (train, RunConfig, "Train an HRNet on preprocessed shards."),
     "evaluate": (evaluate, arguments.Evaluate, "Evaluate by the COCO keypoint protocol."),
+    "benchmark": (benchmark, arguments.Benchmark, "Time the execution modes on this machine."),
     "predict": (predict, arguments.Predict, "Predict poses of pictures and videos."),
     "promote": (promote, arguments.Promote, "Move the champion alias, if the AP allows it."),
     "deploy": (deploy, arguments.Deploy, "Serve a checkpoint over HTTP."),

@@ -1,21 +1,21 @@
 """`hrnet evaluate CHECKPOINT COCO --measure-modes`: what each execution mode costs in AP, and how fast it is.
 
-    float32 -> AP; each other mode -> AP, keypoints against float32's, ms per crop -> checkpoint.json
+    float32 -> AP; each other mode -> AP, keypoints against float32's, speed and memory -> checkpoint.json
 
-AP and keypoints come from whole evaluations on Ray Data: a mode is measured as it will be used. Mode "auto"
-decides by these figures (hrnet_core/modes.py).
+AP and keypoints come from whole evaluations on Ray Data: a mode is measured as it will be used. Speed is as
+`hrnet benchmark` measures it. Mode "auto" decides by these figures (hrnet_core/modes.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import time
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,14 +26,10 @@ from pipelines.cluster import ray_session
 from pipelines.config import EvaluateSettings, RaySettings
 from pipelines.evaluate import evaluate
 from pipelines.poses.protocol import Evaluation
-
-if TYPE_CHECKING:
-    from hrnet_core.checkpoint import CheckpointSpec
-    from hrnet_core.model import HRNet
-
+from pipelines.poses.timing import Timings, processor, time_modes
 
 BATCH = 16
-ROUNDS = 3
+"""Batch size of ms_per_crop, by which "auto" decides."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,8 @@ class Measured:
     device: str
     figures: dict[str, dict[str, Any]]
     left_out: dict[str, str]
+    timings: Timings
+    """The speeds again, with what was left out of them."""
     chosen: str
     """What "auto" is from now on, on such a device."""
 
@@ -57,7 +55,8 @@ class Measured:
                 f"{f['keypoint_px_max']:9.2f}{f['ms_per_crop']:9.1f}{f['ms_per_crop_alone']:8.1f}"
             )
         lines += [f"{mode:<18}not measured: {why}" for mode, why in self.left_out.items()]
-        return "\n".join([*lines, f"mode auto on {self.device} is now {self.chosen}"])
+        lines += ["", str(self.timings), "", f"mode auto on {self.device} is now {self.chosen}"]
+        return "\n".join(lines)
 
 
 def measure_modes(
@@ -73,8 +72,9 @@ def measure_modes(
 ) -> Measured:
     """Evaluate the checkpoint in every mode that runs here and write the differences into checkpoint.json.
 
-    Each mode's results go to `out`/MODE. ms per crop is one forward pass without the mirror image, in batches
-    of 16 and alone, in a Ray task with the CPUs and GPU of an evaluation's actor, the modes in turn.
+    Each mode's results go to `out`/MODE. Times and memory are measured in a Ray task with the CPUs and GPU of
+    an evaluation's actor, the modes in turn. What "auto" decides by, `ms_per_crop`, is the fastest call of 16
+    crops without flip test.
 
     ConfigError: a registered version or a URI instead of a folder: figures are written into it.
     CheckpointError, DataError: as in evaluating.
@@ -101,14 +101,19 @@ def measure_modes(
             found[mode] = evaluate(
                 checkpoint, coco_root, out=place, split=split, boxes=boxes, settings=of_mode, ray=ray
             )
-        speeds = _timed_on_ray(Path(checkpoint), usable, settings)
+        timings, measured_on = _timed_on_ray(Path(checkpoint), usable, settings)
+    left_out |= timings.left_out
+    timings.left_out = {}
+    for mode, speed in timings.modes.items():
+        if BATCH not in speed.sizes:
+            left_out[mode] = speed.left_out
     exact = found["float32"]
     figures = {
         mode: {
             "ap": of.stats["AP"],
             "ap_difference": of.stats["AP"] - exact.stats["AP"],
             **keypoint_differences(exact.results_file, of.results_file),
-            **speeds[mode],
+            **_speed(timings, mode, measured_on),
             "metric": exact.metric,
             "data_digest": exact.protocol["data_digest"],
             "people": exact.figures["people"],
@@ -116,9 +121,10 @@ def measure_modes(
             "threads": settings.threads,
         }
         for mode, of in found.items()
+        if mode not in left_out
     }
     spec = record_modes(checkpoint, device, figures)
-    return Measured(device, figures, left_out, fastest_exact(spec.modes, device, exported))
+    return Measured(device, figures, left_out, timings, fastest_exact(spec.modes, device, exported))
 
 
 def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
@@ -144,52 +150,31 @@ def _by_image(file: Path) -> dict[int, list[list[float]]]:
     return {image_id: [result["keypoints"] for result in results] for image_id, results in groups}
 
 
-def _timed_on_ray(
-    checkpoint: Path, modes: Sequence[str], settings: EvaluateSettings
-) -> dict[str, dict[str, Any]]:
+def _speed(timings: Timings, mode: str, measured_on: str) -> dict[str, Any]:
+    """The fields of checkpoint.json that say how fast a mode is: what "auto" decides by, and all the rest."""
+    speed = timings.modes[mode]
+    fastest = {"ms_per_crop": speed.fastest(BATCH), "ms_per_crop_alone": speed.fastest(1)}
+    return {**fastest, "measured_on": measured_on, "speed": speed.as_dict()}
+
+
+def _timed_on_ray(checkpoint: Path, modes: Sequence[str], settings: EvaluateSettings) -> tuple[Timings, str]:
     import ray
 
-    from hrnet_core.checkpoint import load_checkpoint, read_exported
+    from hrnet_core.checkpoint import TRAINER
 
-    model, spec = load_checkpoint(checkpoint)
-    exported = read_exported(checkpoint)
-    task = ray.remote(time_modes).options(
+    # The task may run on another machine: the folder goes with it.
+    files = {f.name: f.read_bytes() for f in checkpoint.iterdir() if f.is_file() and f.name != TRAINER}
+    task = ray.remote(_time_files).options(
         num_cpus=settings.cpus_per_worker or 1, num_gpus=int(settings.use_gpu), max_retries=0
     )
-    device = settings.device
-    return ray.get(task.remote(model, spec, exported, modes, device, settings.threads))
+    return ray.get(task.remote(files, modes, settings.device, settings.threads))
 
 
-def time_modes(
-    model: HRNet,
-    spec: CheckpointSpec,
-    exported: dict[str, bytes],
-    modes: Sequence[str],
-    device: str,
-    threads: int,
-) -> dict[str, dict[str, Any]]:
-    """Mode -> ms_per_crop (batches of 16), ms_per_crop_alone (of one), and the processor. The fastest of some
-    rounds through all modes, so that other work on the machine does not meet one mode alone."""
-    import torch
-
-    from hrnet_core.predictor import PosePredictor
-
-    torch.set_num_threads(threads)
-    width, height = spec.input_size
-    crops = np.random.default_rng(0).integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8)
-    predictors = {mode: PosePredictor(model, spec, device, mode, exported) for mode in modes}
-    for predictor in predictors.values():
-        predictor.warm_up()
-    best = dict.fromkeys(itertools.product(modes, (BATCH, 1)), np.inf)
-    for _ in range(ROUNDS):
-        for mode, count in best:
-            start = time.perf_counter()
-            predictors[mode].heatmaps(crops[:count], flip_test=False, batch_size=count)
-            took = (time.perf_counter() - start) * 1000 / count
-            best[mode, count] = min(took, best[mode, count])
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "?")
-    on = torch.cuda.get_device_name() if device == "cuda" else cpu
-    return {
-        mode: {"ms_per_crop": best[mode, BATCH], "ms_per_crop_alone": best[mode, 1], "measured_on": on}
-        for mode in modes
-    }
+def _time_files(
+    files: dict[str, bytes], modes: Sequence[str], device: str, threads: int
+) -> tuple[Timings, str]:
+    """The timings of a checkpoint folder with these files, and the processor they are of."""
+    with tempfile.TemporaryDirectory(prefix="hrnet-measured-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return time_modes(folder, modes, device, threads, always=BATCH), processor(device)

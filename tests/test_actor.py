@@ -179,7 +179,7 @@ def units_at_once(count: int) -> Callable[..., Iterator[dict[str, Any]]]:
     def rows(pending: Any, work: Any, checkpoint: Path, settings: Any, *_: Any) -> Iterator[dict[str, Any]]:
         before = torch.get_num_threads()
         try:
-            actor = Actor(lambda: load_checkpoint(checkpoint), work, settings, cpus=count)
+            actor = Actor(lambda: (*load_checkpoint(checkpoint), {}), work, settings, cpus=count)
 
             def call(index: int) -> dict[str, Any]:
                 row = actor({"unit": np.array([index]), "work": [pickle.dumps(pending[index])]})
@@ -284,7 +284,7 @@ def test_the_next_unit_is_read_while_the_network_is_at_one(
         writer.release()
     settings = PredictSettings(batch_size=2)  # units of four
     plan = make_plan(list_media([str(source)])[0], None, None, settings, load_checkpoint(checkpoint)[1])
-    actor = Actor(lambda: load_checkpoint(checkpoint), Worker(settings), settings)
+    actor = Actor(lambda: (*load_checkpoint(checkpoint), {}), Worker(settings), settings)
     fifth, prepare = threading.Event(), actor.threads.predictor.prepare
     predict_crops, prepared = actor.threads.predictor.predict_crops, itertools.count(1)
 

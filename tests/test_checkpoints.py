@@ -251,6 +251,8 @@ LINES = [
     "deploy best --serve.samples URI",
     "import URI out",
     "export URI",
+    "benchmark URI",
+    "benchmark tiny --json URI",
     "estimate-sigmas URI b.json",
     "reproduce URI --weights-dir weights --boxes boxes.json",
 ]

@@ -56,6 +56,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         ("deploy", "deploy"),
         ("import_weights", "import FILE OUT"),
         ("export", "export CHECKPOINT --coco COCO"),
+        ("benchmark", "benchmark CHECKPOINT --modes float32 --batch-sizes 1 2"),
         ("estimate_sigmas", "estimate-sigmas a.json b.json"),
         ("reproduce", "reproduce COCO --weights-dir W --boxes B"),
     ],

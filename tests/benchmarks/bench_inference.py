@@ -1,0 +1,245 @@
+"""How much of the network's speed reaches the caller, and how much the modes bring: ratios against limits.
+
+    python tests/benchmarks/bench_inference.py                    # W32 256x192, the CPU, one thread
+    python tests/benchmarks/bench_inference.py --device cuda
+    python tests/benchmarks/bench_inference.py --table --device cuda
+
+Both sides of a ratio run in turn (A B A B ...) and the median of the pairs counts. On a CPU a side is its CPU
+time on one thread, which other work on the machine lengthens less than the clock's. Exit code 1 where a limit
+is missed. Weights are random (pipelines.benchmark.save_random): speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrnet_core.checkpoint import load_checkpoint
+from hrnet_core.choices import CODECS, MODES
+from hrnet_core.decoder import Decoder
+from hrnet_core.errors import ConfigError, first_line
+from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.modes import FORMS, build_network
+from hrnet_core.predictor import PosePredictor
+from pipelines.benchmark import machine, save_random
+from pipelines.config import load_config
+from pipelines.poses.timing import time_modes
+
+IN_A_ROW = {"cpu": 1, "cuda": 8}
+"""Batches of a call: on a GPU the next one is copied there while one is computed."""
+EXACT = 1e-5
+"""Largest difference of a heatmap cell, of the range, of a mode that computes in float32."""
+missed: list[str] = []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--config", default="w32_256x192")
+    parser.add_argument(
+        "--mode",
+        choices=list(FORMS),
+        help="of host to host and decoding; default: float32, on a GPU bfloat16",
+    )
+    parser.add_argument("--modes", nargs="*", default=list(MODES), help="held against eager float32 on a CPU")
+    parser.add_argument("--batches", nargs="*", type=int, help="default: 8 and 32, on a GPU 64 and 256")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=["host", "decode", "modes"])
+    parser.add_argument("--table", action="store_true", help="W32 and W48, all modes, p50 and p99, no limits")
+    args = parser.parse_args()
+    cpu = args.device == "cpu"
+    facts = machine(args.device)
+    runs_on = facts.get("gpu", facts["processor"])
+    print(f"{runs_on}; {' '.join(facts['instruction_sets'])}; {facts['versions']}")
+    print(f"load {os.getloadavg()[0]:.1f} on {facts['cores']} cores", flush=True)
+    if args.table:
+        return table(args.device, args.modes)
+    if cpu:
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+    batches = args.batches or ([8, 32] if cpu else [64, 256])
+    mode = args.mode or ("float32" if cpu else "bfloat16")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "random"
+        save_random(folder, load_config(args.config))
+        for batch in batches:
+            if "host" in args.only:
+                host_to_host(folder, args.device, mode, batch, args.rounds)
+            if "decode" in args.only:
+                decoding(folder, args.device, mode, batch, args.rounds)
+        if cpu and "modes" in args.only:
+            modes_alone(folder, args.modes, 2 * args.rounds)
+    print(f"load {os.getloadavg()[0]:.1f} at the end")
+    for text in missed:
+        print(f"MISSED: {text}")
+    return 1 if missed else 0
+
+
+def compare(
+    ours: Callable[[], Any], other: Callable[[], Any], rounds: int, device: str
+) -> tuple[float, float, float]:
+    """(median of the ratios of ours to other, both medians in s): B A B A ..., after one call of each."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    ours(), other()
+    pairs = []
+    for _ in range(rounds):
+        start = clock()
+        other()
+        middle = clock()
+        ours()
+        pairs.append((clock() - middle, middle - start))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def judge(text: str, value: float, limit: float, at_most: bool = True) -> None:
+    good = value <= limit if at_most else value >= limit
+    line = f"{text}: {value:.3g} (limit {'at most' if at_most else 'at least'} {limit:g})"
+    print(f"{'ok  ' if good else 'MISS'}  {line}", flush=True)
+    if not good:
+        missed.append(line)
+
+
+def bare(folder: Path, device: str, mode: str, batch: int) -> Callable[[], Tensor]:
+    """The network alone on images that are where it runs, normalised and in its layout; returns when it is
+    done."""
+    model, spec = load_checkpoint(folder)
+    network = build_network(model, spec, torch.device(device), mode, None)
+    width, height = spec.input_size
+    form = FORMS[mode]
+    images = torch.randn(batch, 3, height, width).to(device).contiguous(memory_format=form.layout)
+
+    def run() -> Tensor:
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(enabled=True, benchmark=form.tf32, allow_tf32=form.tf32),
+        ):
+            heatmaps = network(images)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return heatmaps
+
+    return run
+
+
+def host_to_host(folder: Path, device: str, mode: str, batch: int, rounds: int) -> None:
+    """predict_crops against as many passes of the network alone; a flip test is two."""
+    predictor = PosePredictor.load(folder, device, mode)
+    network = bare(folder, device, mode, batch)
+    width, height = predictor.spec.input_size
+    people = IN_A_ROW[device] * batch
+    crops = np.random.default_rng(0).integers(0, 256, (people, height, width, 3), dtype=np.uint8)
+    for flip in (False, True):
+
+        def whole(flip: bool = flip) -> None:
+            predictor.predict_crops(crops, flip, batch_size=batch)
+
+        def alone(flip: bool = flip) -> None:
+            for _ in range(IN_A_ROW[device] * (1 + flip)):
+                network()
+
+        ratio, ours, theirs = compare(whole, alone, rounds, device)
+        what = f"{mode}, batch {batch}{', flip test' if flip else ''}"
+        print(
+            f"{what}: {people / ours:.1f} people/s host to host, {people / theirs:.1f} by the network alone"
+        )
+        judge(f"people/s host to host / network alone, {what}", 1 / ratio, 0.95, at_most=False)
+
+
+def decoding(folder: Path, device: str, mode: str, batch: int, rounds: int) -> None:
+    network = bare(folder, device, mode, batch)
+    heatmaps = network().float()
+    size = (4 * heatmaps.shape[3], 4 * heatmaps.shape[2])
+    for name in CODECS:
+        decoder = Decoder(HeatmapCodec(name, size)).to(device)
+
+        def decode(decoder: Decoder = decoder) -> None:
+            with torch.inference_mode():
+                decoder(heatmaps)
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        ratio, ours, _ = compare(decode, network, rounds, device)
+        print(f"decoding {name}: {1e6 * ours / batch:.1f} us a person")
+        judge(f"decoding {name} / network alone, {mode}, batch {batch}", ratio, 0.03)
+
+
+def modes_alone(folder: Path, modes: Sequence[str], rounds: int) -> None:
+    """Each mode beside eager float32, one crop, one thread. A mode is one of float32 by the heatmaps that it
+    gives, not by its name."""
+    eager = PosePredictor.load(folder, "cpu", "float32")
+    width, height = eager.spec.input_size
+    crop = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    exact = eager.heatmaps(crop, flip_test=False)
+    found: dict[str, dict[str, float]] = {"float32": {}, "bfloat16": {}, "int8": {}}
+    for mode in modes:
+        if mode == "float32":
+            continue
+        # Here goes the int8 file of `folder`, once hrnet export can write one from crops.
+        try:
+            predictor = PosePredictor.load(folder, "cpu", mode)
+            heatmaps = predictor.heatmaps(crop, flip_test=False)
+        except ConfigError as error:
+            print(f"{mode:<18} not measured: {first_line(error)}")
+            continue
+        difference = float(np.abs(heatmaps - exact).max() / np.ptp(exact))
+        ratio, ours, theirs = compare(
+            lambda p=predictor: p.predict_crops(crop, flip_test=False),
+            lambda: eager.predict_crops(crop, flip_test=False),
+            rounds,
+            "cpu",
+        )
+        times = f"{1000 * ours:.1f} ms of {1000 * theirs:.1f}, {ratio:.3f}"
+        print(f"{mode:<18} {times}; largest difference {difference:.1e} of the range", flush=True)
+        kind = mode.rpartition("_")[2]
+        if difference < EXACT:
+            found["float32"][mode] = ratio
+        elif kind in found:
+            found[kind][mode] = ratio
+    judge_modes(found)
+
+
+def judge_modes(found: dict[str, dict[str, float]]) -> None:
+    """The limits of a processor with avx512_bf16; elsewhere the best mode against ONNX Runtime."""
+    every = {mode: ratio for of_kind in found.values() for mode, ratio in of_kind.items()}
+    if torch.cpu.get_capabilities().get("avx512_bf16"):
+        for kind, limit in (("float32", 0.50), ("bfloat16", 0.26), ("int8", 0.16)):
+            if not found[kind]:
+                print(f"skip  no mode of {kind} was measured (limit at most {limit:g})")
+                continue
+            best = min(found[kind], key=found[kind].__getitem__)
+            judge(f"best mode of {kind} ({best}) / eager float32, batch 1", found[kind][best], limit)
+    elif "onnx" not in every:
+        print("skip  ONNX Runtime was not measured, which the modes are held against on this processor")
+    else:
+        best = min(every, key=every.__getitem__)
+        speed = every["onnx"] / every[best]
+        judge(f"speed of the best mode ({best}) / ONNX Runtime's, batch 1", speed, 1.1, at_most=False)
+
+
+def table(device: str, modes: Sequence[str]) -> int:
+    for config in ("w32_256x192", "w48_384x288"):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "random"
+            save_random(folder, load_config(config))
+            timings = time_modes(folder, modes, device, torch.get_num_threads(), (1, 16, 64, 256))
+        print(f"\n{config}, random weights, {device}\n\n{timings}\n", flush=True)
+        if timings.stopped:
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
