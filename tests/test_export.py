@@ -151,7 +151,7 @@ def test_measured_modes_stand_in_the_checkpoint(
     monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
 
     def timed(folder: Path, modes: Any, settings: EvaluateSettings) -> Any:
-        return time_modes(*load_checkpoint(folder), modes, "cpu", settings.cpus_per_worker)
+        return time_modes(*load_checkpoint(folder), modes, "cpu", settings.threads)
 
     monkeypatch.setattr(measure_module, "_timed_on_ray", timed)
     monkeypatch.setattr(measure_module, "ray_session", lambda _: contextlib.nullcontext())
