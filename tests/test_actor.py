@@ -209,6 +209,19 @@ def test_results_are_the_same_bytes_at_1_2_and_4_threads(
     assert set(found.values()) == {one.results_file.read_bytes()}
 
 
+def test_the_threads_of_the_network_change_rounding_only(
+    dots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, checkpoint = dots
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
+    found = []
+    for cpus in (1, 2):
+        settings = EvaluateSettings(batch_size=4, cpus_per_worker=cpus)
+        done = evaluate(checkpoint, root, out=tmp_path / str(cpus), settings=settings)
+        found.append([r["keypoints"] for r in json.loads(done.results_file.read_text())])
+    np.testing.assert_allclose(*found, atol=1e-3)
+
+
 def test_photographs_that_fail_in_a_thread_are_told_by_file(
     dots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,12 @@ def test_an_interrupted_run_of_other_settings_is_not_taken_over(dots: dict[str, 
     assert len(digests) == 4
     more_actors = module._plan_digest(of, SPEC, EvaluateSettings(num_workers=7))
     assert more_actors == module._plan_digest(of, SPEC, EvaluateSettings())
+    # Threads of a network on the CPU decide how it rounds; with a GPU they only read.
+    threads = {module._plan_digest(of, SPEC, EvaluateSettings(cpus_per_worker=n)) for n in (None, 1, 2)}
+    assert len(threads) == 2
+    assert more_actors in threads
+    gpu = [EvaluateSettings(use_gpu=True, cpus_per_worker=n) for n in (None, 4)]
+    assert module._plan_digest(of, SPEC, gpu[0]) == module._plan_digest(of, SPEC, gpu[1])
 
 
 def test_annotations_are_read_once_and_their_ids_decide_nothing(

@@ -265,13 +265,14 @@ def speeds(people: int, spans: list[dict[str, Any]]) -> tuple[float, float]:
 # --- reading ahead --------------------------------------------------------------------------------------
 
 
-def reading_ahead(folder: Path, rounds: int, pass_s: float = 0.5) -> None:
+def reading_ahead(folder: Path, rounds: int) -> None:
     """How long the network of an actor waits for files: with two units at once, as an actor works, and one
     after the other. Large pictures with one person each, and a video, on one CPU. The network is a stand-in
-    that sleeps, as if it had a core or a GPU of its own, so that other work here does not hide the waits."""
+    that sleeps, as if it had a core or a GPU of its own, twice as long as a unit takes to be read: then only
+    the first unit's reading cannot be hidden."""
     spec = CheckpointSpec(W32, HeatmapCodec("official", SIZE))
     settings = PredictSettings(mode="float32", batch_size=2)
-    asleep: list[float] = []
+    pass_s, asleep = 0.0, list[float]()
 
     def stand_in(crops: NDArray[np.uint8], *_: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         start = time.perf_counter()
@@ -284,16 +285,22 @@ def reading_ahead(folder: Path, rounds: int, pass_s: float = 0.5) -> None:
         rows = [{"unit": np.array([0]), "work": [pickle.dumps(unit)]} for unit in units]
         actor = Actor(lambda: (HRNet(W32), spec), Worker(settings), settings)
         actor.threads.predictor.predict_crops = stand_in  # type: ignore[method-assign]
-        waited: dict[int, list[float]] = {1: [], 2: []}
-        for at_once in [1, 2] * rounds:
+
+        def waits(at_once: int, actor: Actor = actor, rows: list[Any] = rows) -> float:
             asleep.clear()
             start = time.perf_counter()
             with ThreadPoolExecutor(at_once) as pool:
                 list(pool.map(actor, rows))
-            waited[at_once].append(time.perf_counter() - start - sum(asleep))
+            return time.perf_counter() - start - sum(asleep)
+
+        pass_s = 0.0
+        pass_s = 2 * waits(1) / len(rows)
+        waited: dict[int, list[float]] = {1: [], 2: []}
+        for at_once in [1, 2] * rounds:
+            waited[at_once].append(waits(at_once))
         one, two = (statistics.median(seconds) for seconds in waited.values())
         print(
-            f"{name}: in {len(rows)} units of {pass_s:g} s the network waits {two:.2f} s, {one:.2f} s one "
+            f"{name}: in {len(rows)} units of {pass_s:.1f} s the network waits {two:.2f} s, {one:.2f} s one "
             f"after the other; load {os.getloadavg()[0]:.1f}"
         )
         judge(f"seconds that the network waits for {name} / one unit after the other", two / one, 0.4)
