@@ -178,6 +178,12 @@ def test_the_table_can_be_pasted() -> None:
     ]
 
 
+def test_a_mode_that_only_started_has_a_row() -> None:
+    shown = str(Timings({"compiled": Speed(61.2, {}, "batch 1: killed")})).splitlines()
+    assert shown[2] == "| `compiled` | 61.2 | - | - | - | - | - | - | - |"
+    assert shown[4] == "- `compiled`, batch 1: killed"
+
+
 def test_a_card_stands_before_its_processor() -> None:
     machine = {
         "processor": "Some CPU", "cores": 4, "memory_gib": 8, "instruction_sets": [], "versions": {},

@@ -120,9 +120,10 @@ def _table(modes: dict[str, Speed]) -> list[str]:
     columns += ["people_per_second", "people_per_second_flip", *memory]
     rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
     for mode, speed in speeds.items():
-        for row in range(len(speed["batch_size"])):
+        cells = [[_cell(speed[key][row]) for key in columns] for row in range(len(speed["batch_size"]))]
+        for row, figures in enumerate(cells or [["-"] * len(columns)]):
             start = f"{speed['start_seconds']:.1f}" if row == 0 else ""
-            rows.append([f"`{mode}`", start, *(_cell(speed[key][row]) for key in columns)])
+            rows.append([f"`{mode}`", start, *figures])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
