@@ -58,7 +58,9 @@ def open_openvino(
 
     core = ov.Core()
     options = {
-        "INFERENCE_PRECISION_HINT": "bf16" if head else "f32",  # else it would choose by the processor
+        "INFERENCE_PRECISION_HINT": "f32"
+        if head is None
+        else "bf16",  # else it would choose by the processor
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         # Pinned, the threads of two predictors, or of two actors, would share one core.
@@ -67,13 +69,13 @@ def open_openvino(
     try:
         network = core.read_model(*content)
         _refuse_others(network, content, spec, name)
-        if head:
+        if head is not None:
             network = ov.Model([_convolutions(network)[-1].input_value(0)], network.get_parameters())
         compiled = core.compile_model(network, "CPU", options)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{name}: OpenVINO cannot open it ({reason}). {AGAIN}") from None
-    if head and compiled.get_property("INFERENCE_PRECISION_HINT") != ov.Type.bf16:
+    if head is not None and compiled.get_property("INFERENCE_PRECISION_HINT") != ov.Type.bf16:
         raise ConfigError("OpenVINO does not compute in bfloat16 on this processor. Take mode openvino.")
 
     def run(images: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def open_openvino(
         request = compiled.create_infer_request()
         (found,) = request.infer([images.contiguous().numpy()]).values()
         answer = torch.from_numpy(found)
-        return head(answer) if head else answer
+        return answer if head is None else head(answer)
 
     return run
 

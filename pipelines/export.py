@@ -137,7 +137,7 @@ def export(
         crops = recorded_crops(folder)
         if format == "openvino_int8":
             crops = shard_crops(shards, shards_split, spec)
-        flip = spec.flip_test if settings.flip_test is None else settings.flip_test
+        flip = settings.flip_test
         try:
             with contextlib.ExitStack() as stack:
                 parts = [stack.enter_context(writing(target)) for target in targets]
