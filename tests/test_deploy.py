@@ -146,6 +146,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "max_replicas": 5,
         "device": "cuda",
         "mode": "bfloat16",
+        "compile_cache": "somewhere",
         "threads": 3,
         "flip_test": False,
         "max_batch_people": 11,
