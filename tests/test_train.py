@@ -241,10 +241,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
     batches = list(run.feed.batches(1))
     original = run.feed.batches
 
-    def poisoned(epoch: int, start: int = 0) -> Any:
-        for number, batch in enumerate(original(epoch, start)):
+    def poisoned(epoch: int, start: int, stop: int) -> Any:
+        for number, batch in enumerate(original(epoch, start, stop)):
             broken = batch.heatmaps.copy()
-            broken[0, 0, 0, 0] = np.nan if (epoch, number) == (1, 2) else 0
+            broken[0, 0, 0, 0] = np.nan if number == run.feed.steps + 2 else 0
             yield replace(batch, heatmaps=broken)
 
     monkeypatch.setattr(run.feed, "batches", poisoned)
@@ -443,13 +443,13 @@ def dying_worker(job: Job) -> Standing | Diverged:
     marker = job.folder / "died"
     original = loop.train_epoch
 
-    def train_epoch(run: Training) -> None:
+    def train_epoch(run: Training, batches: Any) -> None:
         if run.standing.epoch == 1 and not marker.exists():
             committed = ray.train.CheckpointConsistencyMode.COMMITTED
             ray.train.get_all_reported_checkpoints(committed)
             marker.touch()
             os._exit(1)
-        original(run)
+        original(run, batches)
 
     loop.train_epoch = train_epoch
     return train_worker(job)
