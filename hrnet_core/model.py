@@ -215,5 +215,8 @@ def normalize(
     become -mean / std: the crop is warped before it is normalised.
     """
     scaled = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format).div_(255)
-    shift, factor = (torch.tensor(values, device=crops.device).view(3, 1, 1) for values in (mean, std))
+    # Made there at once, they would wait for all that a GPU has to do before.
+    shift, factor = (
+        torch.tensor(values).view(3, 1, 1).to(crops.device, non_blocking=True) for values in (mean, std)
+    )
     return scaled.sub_(shift).div_(factor)

@@ -6,12 +6,14 @@ here is what costs: the warp of crop_people, and the product of HeatmapCodec.fac
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hrnet_core.geometry import Float32, Float64
+from hrnet_core.geometry import Float32, Float64, UInt8
 
 Indices = NDArray[np.int64]
 
@@ -24,17 +26,36 @@ def invert_views(picture_to_crop: Float64) -> Float32:
     return inverse
 
 
-def view_reaches(crop_to_picture: Float32, sizes: ArrayLike, input_size: tuple[int, int]) -> Indices:
-    """x0, y0, x1, y1 int64 (N, 4): the part of each picture, at least a pixel, that its view looks at; whole
-    pixels, the ends not included. sizes (N, 2) are widths and heights."""
+def view_reaches(crop_to_picture: Float32, input_size: tuple[int, int]) -> Indices:
+    """x0, y0, x1, y1 int64 (N, 4): where each view looks in its picture and beyond it; whole pixels, the ends
+    not included."""
     width, height = input_size
     corners = [[0, 0, 1], [width - 1, 0, 1], [0, height - 1, 1], [width - 1, height - 1, 1]]
     places = np.asarray(crop_to_picture, np.float64) @ np.array(corners, np.float64).T
-    limit = np.asarray(sizes, np.int64)
     # The right and lower neighbours are looked at too, and float32 moves a place by less than a pixel.
-    first = np.clip(np.floor(places.min(axis=-1)) - 1, 0, limit - 1)
-    end = np.clip(np.floor(places.max(axis=-1)) + 3, first + 1, limit)
-    return np.concatenate([first, end], axis=-1).astype(np.int64)
+    ends = np.floor(places.min(axis=-1)) - 1, np.floor(places.max(axis=-1)) + 3
+    return np.concatenate(ends, axis=-1).astype(np.int64)
+
+
+def pack_reaches(
+    pictures: Iterable[UInt8], reaches: Indices, pixels: UInt8
+) -> tuple[UInt8, Indices, Indices]:
+    """What the views of N pictures, uint8 (H, W, 3) each, take of them, as `warp_pictures` wants it: pixels,
+    sizes, reaches.
+
+    reaches (N, 4) of `view_reaches`, which come back as far as the picture goes, at least a pixel. pixels
+    uint8 (M, 3) has room for all of them and is filled from its beginning; a part of it comes back.
+    """
+    end, sizes, cut = 0, [], []
+    for picture, (x0, y0, x1, y1) in zip(pictures, reaches.tolist(), strict=True):
+        height, width = picture.shape[:2]
+        x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+        x1, y1 = min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)
+        begin, end = end, end + (x1 - x0) * (y1 - y0)
+        pixels[begin:end].reshape(y1 - y0, x1 - x0, 3)[:] = picture[y0:y1, x0:x1]
+        sizes.append((width, height))
+        cut.append((x0, y0, x1, y1))
+    return pixels[:end], np.array(sizes, np.int64), np.array(cut, np.int64)
 
 
 def warp_pictures(
@@ -42,11 +63,11 @@ def warp_pictures(
 ) -> Tensor:
     """Crops uint8 (N, h, w, 3) of N pictures of different sizes, on the device of the tensors.
 
-    pixels uint8 (M, 3): the `view_reaches` of the pictures one after the other, row by row; sizes int64
-    (N, 2) widths and heights of the whole pictures; reaches int64 (N, 4); crop_to_picture float32 (N, 2, 3);
-    input_size (w, h). Bilinear, black outside the picture, as `geometry.crop_people`: the four neighbours
-    are gathered from the packed pixels, because grid_sample would want all pictures padded to the largest
-    and as floats (8 times the memory on cuts of COCO).
+    pixels uint8 (M, 3): the reaches of the pictures (`pack_reaches`) one after the other, row by row; sizes
+    int64 (N, 2) widths and heights of the whole pictures; reaches int64 (N, 4) x0, y0, x1, y1;
+    crop_to_picture float32 (N, 2, 3); input_size (w, h). Bilinear, black outside the picture, as
+    `geometry.crop_people`: the four neighbours are gathered from the packed pixels, because grid_sample would
+    want all pictures padded to the largest and as floats (8 times the memory on cuts of COCO).
     """
     device, (width, height) = pixels.device, input_size
     inverse = crop_to_picture[..., None, None]

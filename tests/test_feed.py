@@ -281,6 +281,27 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, views: Any, 
         assert next(batches, None) is None
 
 
+@pytest.mark.parametrize("batch_size", [24, 40, 128])
+def test_windows_need_not_fit_batches_nor_epochs(tmp_path: Path, batch_size: int) -> None:
+    """3, 5 and 16 rows of a lane a batch, of windows of 8 and lanes of 8 rows: a batch of two windows, an
+    epoch whose last batch goes beyond its window, and one of less than a batch."""
+    few = dotted_shards(tmp_path / "few", {"train2017": 64, "val2017": 4})
+    settings = SETTINGS.model_copy(update={"batch_size": batch_size, "shuffle_row_groups": 1})
+    for groups in (1, 5):
+        feed = Feed(few, "train2017", settings.model_copy(update={"shuffle_row_groups": groups}))
+        starts, taken = np.cumsum([0, *feed.group_rows]), feed.order(0).lane_rows
+        expected = []
+        for epoch in range(7):
+            lanes = [rows_of(feed.order(epoch), lane) for lane in range(8)]
+            for step in range(feed.steps):
+                rows = np.concatenate([lane[step * taken : (step + 1) * taken] for lane in lanes])
+                expected.append((1000 + starts[rows[:, 0]] + rows[:, 1]).tolist())
+        assert [batch.ann_ids.tolist() for batch in feed.batches(0, 0, 7)] == expected
+        assert [b.ann_ids.tolist() for b in feed.batches(1, feed.steps - 1, 7)] == expected[
+            2 * feed.steps - 1 :
+        ]
+
+
 def flipped_byte(shards: Manifest, index: int) -> Path:
     """A bit of the first row group of a shard is another one: its page checksum does not hold any more."""
     file = Path(shards.folder) / shards.shards("train2017")[index].path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,22 @@ def test_fresh_views_train_and_go_on_exactly(tmp_path: Path) -> None:
     assert (again.standing.epoch, again.standing.step) == (1, 1)
     train_epochs(again)
     assert losses(again) == {4: losses(run)[4]}
+
+
+def test_a_run_that_is_stopped_leaves_no_thread(manifest: Manifest, tmp_path: Path) -> None:
+    """Ctrl-C while batches of this epoch and of the next are being made."""
+    run, _ = one_worker(small_config(manifest, tmp_path, checkpoint_minutes=1e-9), tmp_path / "r")
+    seen = []
+
+    def stop(*_: Any) -> None:
+        seen.extend(thread.name for thread in threading.enumerate())
+        raise KeyboardInterrupt
+
+    run.report = stop
+    with pytest.raises(KeyboardInterrupt):
+        train_epochs(run)
+    assert any(name.startswith("feed") for name in seen)
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
 
 
 def test_fresh_views_need_cuts(manifest: Manifest, tmp_path: Path) -> None:

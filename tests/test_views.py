@@ -11,7 +11,7 @@ import torch
 
 from hrnet_core.geometry import crop_people
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.views import invert_views, multiply_factors, view_reaches, warp_pictures
+from hrnet_core.views import invert_views, multiply_factors, pack_reaches, view_reaches, warp_pictures
 
 SIZE = (48, 64)
 
@@ -35,13 +35,11 @@ def pictures_and_views(count: int) -> tuple[list[Any], Any]:
 
 
 def warped(pictures: list[Any], matrices: Any, reaches: Any = None) -> Any:
-    """reaches: of the views; the whole pictures by default."""
-    sizes = np.array([p.shape[1::-1] for p in pictures])
+    """reaches: what is taken of the pictures; all by default."""
     if reaches is None:
-        reaches = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-    parts = [p[y0:y1, x0:x1] for p, (x0, y0, x1, y1) in zip(pictures, reaches.tolist(), strict=True)]
-    pixels = np.concatenate([part.reshape(-1, 3) for part in parts])
-    arrays = pixels, sizes, reaches, invert_views(matrices)
+        reaches = np.array([(0, 0, *p.shape[1::-1]) for p in pictures])
+    room = np.empty(((reaches[:, 2:] - reaches[:, :2]).prod(axis=1).sum(), 3), np.uint8)
+    arrays = *pack_reaches(pictures, reaches, room), invert_views(matrices)
     return warp_pictures(*map(torch.from_numpy, arrays), SIZE).numpy()
 
 
@@ -70,18 +68,19 @@ def test_a_view_needs_no_more_of_a_picture_than_its_reach() -> None:
     needed is taken: without two pixels of its border a reach that lies inside gives another crop."""
     pictures, matrices = pictures_and_views(600)
     matrices[::10, :, 2] += 300  # up to far outside
-    sizes = np.array([p.shape[1::-1] for p in pictures])
-    reaches = view_reaches(invert_views(matrices), sizes, SIZE)
+    reaches = view_reaches(invert_views(matrices), SIZE)
     whole = warped(pictures, matrices)
     np.testing.assert_array_equal(warped(pictures, matrices, reaches), whole)
     assert (~whole.any(axis=(1, 2, 3))).sum() > 20
-    areas = (reaches[:, 2:] - reaches[:, :2]).prod(axis=1)
+    room = np.empty(((reaches[:, 2:] - reaches[:, :2]).prod(axis=1).sum(), 3), np.uint8)
+    pixels, sizes, taken = pack_reaches(pictures, reaches, room)
+    areas = (taken[:, 2:] - taken[:, :2]).prod(axis=1)
     assert areas.min() >= 1
-    assert areas.sum() < 0.9 * sizes.prod(axis=1).sum()
-    smaller = reaches + np.array([2, 2, -2, -2])
-    inside = ((reaches[:, :2] > 0) & (reaches[:, 2:] < sizes)).all(axis=1) & (areas > 400)
+    assert areas.sum() == len(pixels) < 0.9 * sizes.prod(axis=1).sum()
+    inside = (taken == reaches).all(axis=1) & (areas > 400)
     assert inside.sum() > 10
-    cropped = warped([pictures[i] for i in np.flatnonzero(inside)], matrices[inside], smaller[inside])
+    smaller = taken[inside] + np.array([2, 2, -2, -2])
+    cropped = warped([pictures[i] for i in np.flatnonzero(inside)], matrices[inside], smaller)
     assert (cropped != whole[inside]).any(axis=(1, 2, 3)).mean() > 0.9
 
 

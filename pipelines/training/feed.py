@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from hrnet_core.augment import draw_fresh, place_views, view_targets
 from hrnet_core.geometry import compose_affine, invert_affine
-from hrnet_core.views import invert_views, view_reaches
+from hrnet_core.views import invert_views, pack_reaches, view_reaches
 from pipelines.config import TrainSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
@@ -34,6 +33,9 @@ READY = 4
 """Batches that may wait for the network, beside one that each thread is at."""
 READY_BYTES = 2**30
 """What all of those may take."""
+WINDOWS = 3
+"""The one at hand, the next, and the next epoch's first where that is a short one; a small dataset is not
+read many epochs ahead."""
 Rows = dict[int, pa.RecordBatch]
 """Each row of a row group by itself; they share its memory."""
 
@@ -46,7 +48,7 @@ class _Window:
     first: int
     """Row of each lane that it begins with."""
     begin: int
-    """The same row, counted over all epochs; `end`: where the next window begins."""
+    """The same row, counted over all epochs; `end`: the first row after it."""
     end: int
     lanes: list[Ints]
     """Of each lane (M, 2): row group, row within it; in reading order."""
@@ -116,10 +118,13 @@ class Feed:
         for number in range(epoch * self.steps + start, stop * self.steps):
             epoch, step = divmod(number, self.steps)
             order = self.order(epoch)
-            until = (number + 1) * order.lane_rows + order.window_rows
-            while windows and windows[0].end <= number * order.lane_rows:
+            last = (number + 1) * order.lane_rows  # of the batch's rows of a lane, over all epochs
+            until = last + order.window_rows
+            while windows and windows[0].end <= last - order.lane_rows:
                 windows.popleft()
-            while (not windows or windows[-1].end < until) and (window := next(plan, None)):
+            while not windows or windows[-1].end < (until if len(windows) < WINDOWS else last):
+                if (window := next(plan, None)) is None:
+                    break
                 windows.append(window)
             rows = self._rows(windows, order, step)
             count = len(rows)
@@ -189,17 +194,17 @@ class Feed:
         heatmap_rows, heatmap_columns, weights = view_targets(
             image_to_crop, view.flipped, columns["keypoints"], *how
         )
-        pictures = decode_pictures(table["image"])
-        sizes = np.array([picture.shape[1::-1] for picture in pictures], np.int64)
         picture_to_crop = compose_affine(image_to_crop, invert_affine(columns["image_to_picture"]))
         crop_to_picture = invert_views(picture_to_crop)
-        reaches = view_reaches(crop_to_picture, sizes, recipe.settings.input_size)
+        reaches = view_reaches(crop_to_picture, recipe.settings.input_size)
+        room = self.empty((int((reaches[:, 2:] - reaches[:, :2]).prod(axis=1).sum()), 3), np.uint8)
+        pixels, sizes, reaches = pack_reaches(decode_pictures(table["image"]), reaches, room)
         return FreshBatch(
             weights=weights,
             ann_ids=columns["ann_id"],
             rows=rows,
             total=total,
-            pixels=self._pack(pictures, reaches),
+            pixels=pixels,
             sizes=sizes,
             reaches=reaches,
             picture_to_crop=picture_to_crop,
@@ -208,16 +213,6 @@ class Feed:
             heatmap_columns=heatmap_columns,
             input_size=recipe.settings.input_size,
         )
-
-    def _pack(self, pictures: Sequence[NDArray[np.uint8]], reaches: Ints) -> NDArray[np.uint8]:
-        """(M, 3): the parts `reaches` (n, 4) of the pictures, one after the other, row by row."""
-        widths, heights = (reaches[:, 2:] - reaches[:, :2]).T
-        ends = np.cumsum(widths * heights)
-        pixels = self.empty((int(ends[-1]), 3), np.uint8)
-        for picture, (x0, y0, x1, y1), end in zip(pictures, reaches.tolist(), ends.tolist(), strict=True):
-            part = picture[y0:y1, x0:x1]
-            pixels[end - part.shape[0] * part.shape[1] : end].reshape(part.shape)[:] = part
-        return pixels
 
     def _batch_bytes(self) -> int:
         """Of this worker's part of a batch, about: what a fresh view reaches of its cut is much like a crop
@@ -232,4 +227,4 @@ def _due(window: _Window, until: int) -> list[int]:
     """Its row groups that are to be read when reading has come to row `until` of the lanes: as large a part
     of them as of its rows."""
     share = (until - window.begin) / (window.end - window.begin)
-    return window.groups[: math.ceil(share * len(window.groups))]
+    return window.groups[: max(0, math.ceil(share * len(window.groups)))]
