@@ -1,4 +1,4 @@
-"""Batches on the device: sent ahead as sent at once. On a machine with CUDA this file is what checks the copies
+"""Batches on the device: sent ahead as sent at once. On a machine with CUDA this file checks the copies
 beside the network; without one those tests are skipped."""
 
 from __future__ import annotations
