@@ -111,9 +111,14 @@ def on_device_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[
         return
     copies = torch.cuda.Stream(device)
     sent: deque[tuple[Batch, tuple[Tensor, ...], torch.cuda.Event]] = deque()
+    reading: deque[tuple[Batch, torch.cuda.Event]] = deque()  # batches whose memory a copy still reads
     try:
         for batch in batches:
-            sent.append((batch, *_send(batch, device, copies)))
+            while reading and reading[0][1].query():
+                reading.popleft()
+            tensors, there = _send(batch, device, copies)
+            reading.append((batch, there))
+            sent.append((batch, tensors, there))
             if len(sent) > 1:
                 yield _arrived(*sent.popleft())
         while sent:
@@ -138,7 +143,6 @@ def _send(
 
 
 def _arrived(batch: Batch, tensors: tuple[Tensor, ...], there: torch.cuda.Event) -> tuple[Batch, Sent]:
-    # The program itself waits, not only the working stream: then the batch's memory may go as well. The copy
-    # was asked for a step ago; the step asked for since keeps the GPU busy.
-    there.synchronize()
+    """The working stream waits for the copy, the program does not: it goes on asking for steps."""
+    torch.cuda.current_stream(tensors[0].device).wait_event(there)
     return batch, batch.finish(*tensors)
