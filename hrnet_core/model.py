@@ -216,5 +216,8 @@ def normalize(
     (3,) that is on the device already.
     """
     scaled = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format).div_(255)
-    shift, factor = (torch.as_tensor(v, device=crops.device).view(3, 1, 1) for v in (mean, std))
+    # Numbers made there at once would wait for all that a GPU has to do before.
+    shift, factor = (
+        torch.as_tensor(v).view(3, 1, 1).to(crops.device, non_blocking=True) for v in (mean, std)
+    )
     return scaled.sub_(shift).div_(factor)

@@ -128,6 +128,8 @@ class TrainSettings(Section):
     """DDP workers: processes on CPU (gloo), GPUs with use_gpu (NCCL). Must divide `lanes`."""
     use_gpu: bool = False
     cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs of a worker, and the threads that read, decode and draw its batches, which do not depend on it.
+    Without use_gpu also the threads of its network, whose results do, by rounding only."""
     epochs: int = Field(default=210, ge=1)
     batch_size: int = Field(default=128, ge=1)
     """Global batch, over all workers."""
@@ -162,7 +164,7 @@ class TrainSettings(Section):
     lanes: int = Field(default=8, ge=1)
     """Rows are dealt to this many lanes; the order does not depend on the number of workers."""
     shuffle_row_groups: int = Field(default=8, ge=1)
-    """Rows are shuffled in windows of this many row groups."""
+    """Rows are shuffled in windows of this many row groups a lane; two windows of all lanes are in memory."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of metrics."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)

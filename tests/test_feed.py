@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from pipelines.shards.schema import shard_name, shard_schema
 from pipelines.shards.writer import writing_shard
 from pipelines.sources.coco import read_coco
 from pipelines.training import feed as feed_module
-from pipelines.training.feed import EpochOrder, Feed, FreshBatch, prefetch
+from pipelines.training.batch import FreshBatch
+from pipelines.training.feed import Feed
+from pipelines.training.order import EpochOrder
 
 AREA = 30_000.0
 """Of every person: so large that even a hardly trained network has an AP between 0 and 1."""
@@ -237,33 +240,175 @@ def test_a_worker_without_rows_in_the_last_batch_runs_one_that_does_not_count(tm
     assert all(len(b.images) == 1 for b in last)
 
 
-def test_an_exception_of_the_reading_thread_is_raised_to_the_consumer(
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("half a minute was not enough")
+
+
+@pytest.mark.parametrize("views", ["stored", "device"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, views: Any, threads: int) -> None:
+    """Against one batch after the other, each made here from whole tables: two epochs, gone into in the
+    middle of the first, by two workers; the second epoch reads other variants, or draws other views."""
+    few = dotted_shards(tmp_path / "few", {"train2017": 77, "val2017": 5}, variants=2, context=2.0)
+    settings = SETTINGS.model_copy(update={"views": views, "cpus_per_worker": threads})
+    tables = [whole_table(few, "train2017", variant) for variant in range(2)]
+    for rank in range(2):
+        feed = Feed(few, "train2017", settings, rank, 2)
+        starts = np.cumsum([0, *feed.group_rows])
+        batches = feed.batches(4, 2, 6)
+        for epoch, step in [(4, 2), (4, 3), (4, 4), (5, 0), (5, 1), (5, 2), (5, 3), (5, 4)]:
+            order, batch = feed.order(epoch), next(batches)
+            parts = [rows_of(order, lane)[2 * step : 2 * step + 2] for lane in range(rank, 8, 2)]
+            rows = [int(starts[group]) + row for group, row in np.concatenate(parts).tolist()]
+            variants = [0 if views == "device" else (epoch + 1000 + row) % 2 for row in rows]
+            own = [tables[variant].slice(row, 1) for variant, row in zip(variants, rows, strict=True)]
+            table, count = pa.concat_tables(own), len(rows)
+            total = 16 if step < 4 else 13
+            if views == "stored":
+                columns = decode_rows(table, few, np.float16)
+                expected = {name: columns[name] for name in ("images", "heatmaps", "weights")}
+            else:
+                made = feed._fresh(table.select(feed_module.FRESH), epoch, count, total)
+                expected = {name: getattr(made, name) for name in (*made.SENT, "picture_to_crop")}
+            assert (batch.rows, batch.total) == (count, total)
+            assert batch.ann_ids.tolist() == [1000 + row for row in rows]
+            for name, array in expected.items():
+                np.testing.assert_array_equal(getattr(batch, name), array)
+        assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("batch_size", [24, 40, 128])
+def test_windows_need_not_fit_batches_nor_epochs(tmp_path: Path, batch_size: int) -> None:
+    """3, 5 and 16 rows of a lane a batch, of windows of 8 and lanes of 8 rows: a batch of two windows, an
+    epoch whose last batch goes beyond its window, and one of less than a batch."""
+    few = dotted_shards(tmp_path / "few", {"train2017": 64, "val2017": 4})
+    settings = SETTINGS.model_copy(update={"batch_size": batch_size, "shuffle_row_groups": 1})
+    for groups in (1, 5):
+        feed = Feed(few, "train2017", settings.model_copy(update={"shuffle_row_groups": groups}))
+        starts, taken = np.cumsum([0, *feed.group_rows]), feed.order(0).lane_rows
+        expected = []
+        for epoch in range(7):
+            lanes = [rows_of(feed.order(epoch), lane) for lane in range(8)]
+            for step in range(feed.steps):
+                rows = np.concatenate([lane[step * taken : (step + 1) * taken] for lane in lanes])
+                expected.append((1000 + starts[rows[:, 0]] + rows[:, 1]).tolist())
+        assert [batch.ann_ids.tolist() for batch in feed.batches(0, 0, 7)] == expected
+        assert [b.ann_ids.tolist() for b in feed.batches(1, feed.steps - 1, 7)] == expected[
+            2 * feed.steps - 1 :
+        ]
+
+
+def flipped_byte(shards: Manifest, index: int) -> Path:
+    """A bit of the first row group of a shard is another one: its page checksum does not hold any more."""
+    file = Path(shards.folder) / shards.shards("train2017")[index].path
+    content = bytearray(file.read_bytes())
+    content[200] ^= 0x10
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_damaged_shard_stops_the_feed_by_name(tmp_path: Path, threads: int) -> None:
+    """Read ahead or not: at the batch that needs it, whose rows are told by the order."""
+    few = dotted_shards(tmp_path / "few", {"train2017": 80, "val2017": 4})
+    settings = SETTINGS.model_copy(update={"cpus_per_worker": threads, "shuffle_row_groups": 1})
+    file = flipped_byte(few, 1)
+    feed = Feed(few, "train2017", settings)
+    damaged = feed.groups.index((1, 0))
+    lanes = [rows_of(feed.order(0), lane)[:, 0] == damaged for lane in range(8)]
+    first = min(int(np.argmax(lane)) // 2 for lane in lanes if lane.any())
+    before, batches = threading.active_count(), feed.batches(0)
+    for _ in range(first):
+        next(batches)
+    with pytest.raises(DataError, match=f"{file.name}, row group 0"):
+        next(batches)
+    assert threading.active_count() == before
+
+
+def test_an_exception_of_a_thread_is_raised_to_the_consumer(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> pa.Table:
         raise DataError("shard x: damaged")
 
     monkeypatch.setattr(feed_module, "read_row_group", broken)
+    before = threading.active_count()
     with pytest.raises(DataError, match="shard x: damaged"):
         next(Feed(manifest, "train2017", SETTINGS).batches(0))
-
-
-def test_prefetch_is_bounded_and_its_thread_ends_with_the_consumer() -> None:
-    made = 0
-
-    def items() -> Iterator[int]:
-        nonlocal made
-        while True:
-            made += 1
-            yield made
-
-    before = threading.active_count()
-    stream = prefetch(items(), ahead=3)
-    assert [next(stream) for _ in range(2)] == [1, 2]
-    stream.close()  # type: ignore[attr-defined]
-    assert made <= 2 + 3 + 1
     assert threading.active_count() == before
-    assert list(prefetch(iter([]), 2)) == []
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_is_made_ahead_is_bounded_and_the_threads_end_with_the_consumer(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    made, read, decode, original = [], [], feed_module.decode_rows, feed_module.read_row_group
+
+    def counted(table: pa.Table, *args: Any) -> Any:
+        made.append(table.num_rows)
+        return decode(table, *args)
+
+    def noted(manifest: Manifest, split: str, shard: int, group: int, *args: Any) -> pa.Table:
+        read.append((shard, group))
+        return original(manifest, split, shard, group, *args)
+
+    monkeypatch.setattr(feed_module, "decode_rows", counted)
+    monkeypatch.setattr(feed_module, "read_row_group", noted)
+    before = threading.active_count()
+    settings = SETTINGS.model_copy(update={"cpus_per_worker": threads, "shuffle_row_groups": 1})
+    feed = Feed(manifest, "train2017", settings)
+    assert feed.ahead == threads + 4
+    stream = feed.batches(0, 0, 1000)
+    for _ in range(2):
+        next(stream)
+    wait_for(lambda: len(made) >= 2 + feed.ahead)
+    time.sleep(0.1)  # the threads could go on
+    assert threading.active_count() == before + threads
+    assert len(made) == 2 + feed.ahead
+    # 9 batches of two rows a lane are 18 rows of it: two epochs of windows of 8 rows, and no third.
+    assert len(set(read)) == len(feed.groups)
+    assert len(read) < 6 * len(feed.groups) * feed.variants
+    stream.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_batches_in_flight_are_bounded_by_bytes(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows of a crop of 64x64 and 17 float16 maps of 16x16: 335,872 bytes a batch."""
+    monkeypatch.setattr(feed_module, "READY_BYTES", 3 * 335_872)
+    feed = Feed(manifest, "train2017", SETTINGS)
+    assert feed.ahead == 3
+    batch = next(feed.batches(0))
+    assert batch.images.nbytes + batch.heatmaps.nbytes == 335_872
+    monkeypatch.setattr(feed_module, "READY_BYTES", 1)
+    assert Feed(manifest, "train2017", SETTINGS).ahead == 1
+
+
+def test_the_next_epoch_is_made_while_nobody_asks(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last batch of an epoch (validation runs) its first ones are ready without reading."""
+    settings = SETTINGS.model_copy(update={"cpus_per_worker": 2})
+    feed = Feed(manifest, "train2017", settings)
+    made, make = [], feed._make
+    monkeypatch.setattr(feed, "_make", lambda *args: made.append(make(*args)) or made[-1])
+    stream = feed.batches(0, 0, 2)
+    first = [next(stream) for _ in range(feed.steps)]
+    wait_for(lambda: len(made) == 2 * feed.steps)
+
+    def broken(*_: object) -> Any:
+        raise DataError("not made by now")
+
+    for name in ("read_row_group", "decode_rows"):
+        monkeypatch.setattr(feed_module, name, broken)
+    second = [next(stream) for _ in range(feed.steps)]
+    monkeypatch.undo()
+    for epoch, batches in enumerate((first, second)):
+        alone = [batch.ann_ids.tolist() for batch in feed.batches(epoch)]
+        assert [batch.ann_ids.tolist() for batch in batches] == alone
 
 
 def test_a_world_that_does_not_divide_the_lanes_is_refused(manifest: Manifest) -> None:
@@ -315,7 +460,7 @@ def test_fresh_views_are_the_numpy_sides_of_the_photo(cuts: Manifest, coco: Path
     seen, black = [], 0
     for batch in Feed(cuts, "train2017", FRESH).batches(epoch=3):
         assert isinstance(batch, FreshBatch)
-        images, heatmaps = (made.numpy() for made in batch.on_device("cpu"))
+        images, heatmaps, _ = (made.numpy() for made in batch.on_device("cpu"))
         for i, ann_id in enumerate(batch.ann_ids.tolist()):
             photo = photos[int(split.people.image_id[rows[ann_id]])]
             box, keypoints = split.people.bbox_xywh[rows[ann_id]], split.people.keypoints[rows[ann_id]]

@@ -570,7 +570,7 @@ def inside_the_cut(row: dict[str, Any], i: int, size: tuple[int, int]) -> Any:
 
 def rows_with_cuts(manifest: Manifest, split: str, variant: int) -> dict[str, Any]:
     table = whole_table(manifest, split, variant)
-    pictures = decode_pictures(table["image"].combine_chunks())
+    pictures = list(decode_pictures(table["image"]))
     return {**decode_rows(table, manifest), "pictures": pictures}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,22 @@ def test_fresh_views_train_and_go_on_exactly(tmp_path: Path) -> None:
     assert losses(again) == {4: losses(run)[4]}
 
 
+def test_a_run_that_is_stopped_leaves_no_thread(manifest: Manifest, tmp_path: Path) -> None:
+    """Ctrl-C while batches of this epoch and of the next are being made."""
+    run, _ = one_worker(small_config(manifest, tmp_path, checkpoint_minutes=1e-9), tmp_path / "r")
+    seen = []
+
+    def stop(*_: Any) -> None:
+        seen.extend(thread.name for thread in threading.enumerate())
+        raise KeyboardInterrupt
+
+    run.report = stop
+    with pytest.raises(KeyboardInterrupt):
+        train_epochs(run)
+    assert any(name.startswith("feed") for name in seen)
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+
+
 def test_fresh_views_need_cuts(manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--data\.context 2\.0.*--train\.views stored"):
         driver.check_settings(small_config(manifest, tmp_path, views="device"), manifest)
@@ -241,10 +258,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
     batches = list(run.feed.batches(1))
     original = run.feed.batches
 
-    def poisoned(epoch: int, start: int = 0) -> Any:
-        for number, batch in enumerate(original(epoch, start)):
+    def poisoned(epoch: int, start: int, stop: int) -> Any:
+        for number, batch in enumerate(original(epoch, start, stop)):
             broken = batch.heatmaps.copy()
-            broken[0, 0, 0, 0] = np.nan if (epoch, number) == (1, 2) else 0
+            broken[0, 0, 0, 0] = np.nan if number == run.feed.steps + 2 else 0
             yield replace(batch, heatmaps=broken)
 
     monkeypatch.setattr(run.feed, "batches", poisoned)
@@ -443,13 +460,13 @@ def dying_worker(job: Job) -> Standing | Diverged:
     marker = job.folder / "died"
     original = loop.train_epoch
 
-    def train_epoch(run: Training) -> None:
+    def train_epoch(run: Training, batches: Any) -> None:
         if run.standing.epoch == 1 and not marker.exists():
             committed = ray.train.CheckpointConsistencyMode.COMMITTED
             ray.train.get_all_reported_checkpoints(committed)
             marker.touch()
             os._exit(1)
-        original(run)
+        original(run, batches)
 
     loop.train_epoch = train_epoch
     return train_worker(job)

@@ -11,7 +11,7 @@ import torch
 
 from hrnet_core.geometry import crop_people
 from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.views import multiply_factors, warp_pictures
+from hrnet_core.views import invert_views, multiply_factors, pack_reaches, view_reaches, warp_pictures
 
 SIZE = (48, 64)
 
@@ -34,10 +34,13 @@ def pictures_and_views(count: int) -> tuple[list[Any], Any]:
     return pictures, np.stack(matrices)
 
 
-def warped(pictures: list[Any], matrices: Any) -> Any:
-    pixels = torch.from_numpy(np.concatenate([p.reshape(-1, 3) for p in pictures]))
-    sizes = torch.tensor([p.shape[1::-1] for p in pictures])
-    return warp_pictures(pixels, sizes, torch.from_numpy(matrices), SIZE).numpy()
+def warped(pictures: list[Any], matrices: Any, reaches: Any = None) -> Any:
+    """reaches: what is taken of the pictures; all by default."""
+    if reaches is None:
+        reaches = np.array([(0, 0, *p.shape[1::-1]) for p in pictures])
+    room = np.empty(((reaches[:, 2:] - reaches[:, :2]).prod(axis=1).sum(), 3), np.uint8)
+    arrays = *pack_reaches(pictures, reaches, room), invert_views(matrices)
+    return warp_pictures(*map(torch.from_numpy, arrays), SIZE).numpy()
 
 
 def test_the_warp_is_opencvs() -> None:
@@ -58,6 +61,27 @@ def test_each_picture_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     together = warped(pictures, matrices)
     for i, picture in enumerate(pictures):
         np.testing.assert_array_equal(warped([picture], matrices[i : i + 1])[0], together[i])
+
+
+def test_a_view_needs_no_more_of_a_picture_than_its_reach() -> None:
+    """The same bits as of whole pictures, for views over the edge and wholly beside it; and little more than
+    needed is taken: without two pixels of its border a reach that lies inside gives another crop."""
+    pictures, matrices = pictures_and_views(600)
+    matrices[::10, :, 2] += 300  # up to far outside
+    reaches = view_reaches(invert_views(matrices), SIZE)
+    whole = warped(pictures, matrices)
+    np.testing.assert_array_equal(warped(pictures, matrices, reaches), whole)
+    assert (~whole.any(axis=(1, 2, 3))).sum() > 20
+    room = np.empty(((reaches[:, 2:] - reaches[:, :2]).prod(axis=1).sum(), 3), np.uint8)
+    pixels, sizes, taken = pack_reaches(pictures, reaches, room)
+    areas = (taken[:, 2:] - taken[:, :2]).prod(axis=1)
+    assert areas.min() >= 1
+    assert areas.sum() == len(pixels) < 0.9 * sizes.prod(axis=1).sum()
+    inside = (taken == reaches).all(axis=1) & (areas > 400)
+    assert inside.sum() > 10
+    smaller = taken[inside] + np.array([2, 2, -2, -2])
+    cropped = warped([pictures[i] for i in np.flatnonzero(inside)], matrices[inside], smaller)
+    assert (cropped != whole[inside]).any(axis=(1, 2, 3)).mean() > 0.9
 
 
 @pytest.mark.parametrize("name", ["official", "dark", "udp"])

@@ -27,9 +27,9 @@ from hrnet_core.model import normalize
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import TrainSettings
 from pipelines.progress import time_left
+from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
-from pipelines.training.feed import Batch
 from pipelines.training.pictures import draw_pictures
 from pipelines.training.state import Job, Standing, Training, keep_best, report_to_ray, save, set_up
 
@@ -59,16 +59,18 @@ def train_worker(job: Job) -> Standing | Diverged:
 def train_epochs(run: Training) -> None:
     """The loop: epochs, their AP, saving; `run.standing` is the outcome."""
     at, settings = run.standing, run.config.train
-    while at.epoch < settings.epochs:
-        train_epoch(run)
-        at.epoch, at.step = at.epoch + 1, 0
-        figures: dict[str, float] = {}
-        if at.epoch % settings.validate_every == 0 or at.epoch == settings.epochs:
-            figures = score_epoch(run)
-            if not math.isfinite(figures["val_gt/loss"]):
-                raise diverged(run, f"validation after epoch {at.epoch}")
-        save(run)
-        print_epoch(run, figures)
+    read = run.feed.batches(at.epoch, at.step, settings.epochs)
+    with contextlib.closing(read), contextlib.closing(on_device_ahead(read, run.device)) as batches:
+        while at.epoch < settings.epochs:
+            train_epoch(run, batches)
+            at.epoch, at.step = at.epoch + 1, 0
+            figures: dict[str, float] = {}
+            if at.epoch % settings.validate_every == 0 or at.epoch == settings.epochs:
+                figures = score_epoch(run)
+                if not math.isfinite(figures["val_gt/loss"]):
+                    raise diverged(run, f"validation after epoch {at.epoch}")
+            save(run)
+            print_epoch(run, figures)
     if run.log is not None:
         run.log.flush()
 
@@ -76,28 +78,28 @@ def train_epochs(run: Training) -> None:
 # --- an epoch -------------------------------------------------------------------------------------
 
 
-def train_epoch(run: Training) -> None:
-    """The rest of the current epoch."""
+def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
+    """The rest of the current epoch; batches: from its next one on, those of later epochs stay in there."""
     settings, at, steps = run.config.train, run.standing, run.feed.steps
     interval = Interval()
     run.parallel.train()
-    batches = run.feed.batches(at.epoch, at.step)
-    with contextlib.closing(batches):
-        while (batch := interval.wait_for(batches)) is not None:
-            rate = learning_rate(settings, at.total_steps, steps)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            interval.add(train_step(run.parallel, run.optimizer, [part_of(batch, run)], settings), batch)
-            at.step += 1
-            at.total_steps += 1
-            at.samples += batch.total
-            if at.total_steps % settings.log_every == 0 or at.step == steps:
-                if log_interval(run, interval) and at.step < steps:
-                    finite = [p.detach().isfinite().all() for p in run.model.parameters()]
-                    if not torch.stack(finite).all():  # the same on every rank
-                        raise diverged(run, "weights")
-                    save(run)
-                interval = Interval()
+    while at.step < steps:
+        batch, sent = interval.wait_for(batches)
+        rate = learning_rate(settings, at.total_steps, steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        part = part_of(batch, sent, run)
+        interval.add(train_step(run.parallel, run.optimizer, [part], settings), batch)
+        at.step += 1
+        at.total_steps += 1
+        at.samples += batch.total
+        if at.total_steps % settings.log_every == 0 or at.step == steps:
+            if log_interval(run, interval) and at.step < steps:
+                finite = [p.detach().isfinite().all() for p in run.model.parameters()]
+                if not torch.stack(finite).all():  # the same on every rank
+                    raise diverged(run, "weights")
+                save(run)
+            interval = Interval()
 
 
 @dataclass(frozen=True)
@@ -139,17 +141,17 @@ def train_step(
     return total
 
 
-def part_of(batch: Batch, run: Training) -> Part:
-    """A worker's batch as its network takes it."""
+def part_of(batch: Batch, sent: Sent, run: Training) -> Part:
+    """A worker's batch, and what of it is on the device, as its network takes it."""
     layout = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images, heatmaps = batch.on_device(run.device)
-    weights = torch.tensor(batch.weights)
+    images, heatmaps, weights = sent
     if run.config.train.joint_weights and run.spec.skeleton.joint_weights:
-        weights = weights * torch.tensor(run.spec.skeleton.joint_weights)
+        # Not waited for: a copy that is would wait for the step before as well.
+        weights = weights * torch.tensor(run.spec.skeleton.joint_weights).to(run.device, non_blocking=True)
     return Part(
         normalize(images, run.spec.mean, run.spec.std, layout),
         heatmaps,
-        weights.to(run.device),
+        weights,
         share=batch.rows * run.world / batch.total,
     )
 
@@ -179,9 +181,9 @@ class Interval:
         self.losses: list[Tensor] = []
         self.ann_ids: list[list[int]] = []
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch | None:
+    def wait_for(self, batches: Iterator[tuple[Batch, Sent]]) -> tuple[Batch, Sent]:
         begun = time.perf_counter()
-        batch = next(batches, None)
+        batch = next(batches)
         self.waited += time.perf_counter() - begun
         return batch
 
