@@ -10,7 +10,18 @@ from typing import Literal, get_args
 
 CodecName = Literal["official", "dark", "udp"]
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
-ModeName = Literal["float32", "channels_last", "bfloat16", "compiled", "compiled_bfloat16", "onnx"]
+ModeName = Literal[
+    "float32",
+    "channels_last",
+    "tf32",
+    "float16",
+    "bfloat16",
+    "compiled",
+    "compiled_tf32",
+    "compiled_float16",
+    "compiled_bfloat16",
+    "onnx",
+]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 PADDING = 1.25
 """Of a crop relative to the box of the person."""

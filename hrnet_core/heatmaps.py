@@ -232,8 +232,8 @@ class HeatmapCodec:
         those maps are blurred as a whole. Blurred values never exceed the peak, so the scale is >= 1.
         """
         width, height = self.heatmap_size
-        blur_rows = _blur_matrix(height, self.blur_kernel)
-        blur_columns = _blur_matrix(width, self.blur_kernel)
+        blur_rows = blur_matrix(height, self.blur_kernel)
+        blur_columns = blur_matrix(width, self.blur_kernel)
         around = np.arange(-2, 3)
         rows = blur_rows[np.clip(y[:, None] + around, 0, height - 1)]
         columns = blur_columns[np.clip(x[:, None] + around, 0, width - 1)]
@@ -309,7 +309,7 @@ def to_float16(heatmaps: Float32) -> NDArray[np.float16]:
     return result.view(np.float16)
 
 
-def _blur_matrix(cells: int, taps: int) -> Float32:
+def blur_matrix(cells: int, taps: int) -> Float32:
     """float32 (cells, cells), symmetric: multiplying by it blurs one axis with zeros outside.
 
     The published code asks OpenCV for a kernel of that size and sigma 0.

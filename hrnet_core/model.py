@@ -205,15 +205,16 @@ def fold_batch_norms(network: nn.Module) -> None:
 
 def normalize(
     crops: Tensor,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, float, float] | Tensor,
+    std: tuple[float, float, float] | Tensor,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """uint8 RGB crops (P, h, w, 3) -> the network's input, float32 (P, 3, h, w) on the same device.
 
     (x / 255 - mean) / std, mean and std on the 0 to 1 scale (published train.py:123-131). Black borders
-    become -mean / std: the crop is warped before it is normalised.
+    become -mean / std: the crop is warped before it is normalised. mean, std: 3 numbers, or a float32 tensor
+    (3,) that is on the device already.
     """
     scaled = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format).div_(255)
-    shift, factor = (torch.tensor(values, device=crops.device).view(3, 1, 1) for values in (mean, std))
+    shift, factor = (torch.as_tensor(v, device=crops.device).view(3, 1, 1) for v in (mean, std))
     return scaled.sub_(shift).div_(factor)

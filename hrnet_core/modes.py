@@ -1,10 +1,11 @@
 """How a network runs: the modes of PosePredictor, each a function from images to heatmaps.
 
-    float32             torch, as in training
+    float32             torch, as in training; on a GPU without TF32
     channels_last       the same numbers up to rounding: NHWC, BatchNorm folded into the convolutions
-    bfloat16            the same in bfloat16, but for the last layer
+    tf32                the same with inputs of convolutions rounded to 10 bits; on a GPU
+    float16, bfloat16   the same in 16 bits, but for the last layer; float16 on a GPU
     compiled            channels_last through torch.compile; on a CPU that takes a C++ compiler
-    compiled_bfloat16   bfloat16 through torch.compile
+    compiled_...        tf32, float16, bfloat16 through torch.compile
     onnx                ONNX Runtime, float32, from model.onnx
 
 Which of them is exact enough is measured on an evaluation set (docs/modes.md), not assumed.
@@ -13,9 +14,13 @@ Which of them is exact enough is measured on an evaluation set (docs/modes.md), 
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +29,7 @@ from torch import Tensor, nn
 
 from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError, first_line
-from hrnet_core.model import fold_batch_norms
+from hrnet_core.model import BasicBlock, Bottleneck, Fusion, fold_batch_norms
 from hrnet_core.onnx_file import ONNX_PACKAGES, export_onnx, missing_packages, open_onnx
 
 if TYPE_CHECKING:
@@ -33,12 +38,54 @@ if TYPE_CHECKING:
 EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
 Network = Callable[[Tensor], Tensor]
 """Normalised images float32 (N, 3, h, w) -> heatmaps float32 (N, K, h/4, w/4)."""
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch.compile keeps what it made, by its own environment variable."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How torch runs the network of a mode."""
+
+    dtype: torch.dtype = torch.float32
+    """Of all layers but the last, which stays float32."""
+    tf32: bool = False
+    """Whether a GPU may round the inputs of a float32 convolution to 10 bits."""
+    folded: bool = True
+    """NHWC and BatchNorm folded; False: as in training."""
+    compiled: bool = False
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of the images it takes."""
+        return torch.channels_last if self.folded else torch.contiguous_format
+
+
+FORMS = {
+    "float32": Form(folded=False),
+    "channels_last": Form(),
+    "tf32": Form(tf32=True),
+    "float16": Form(torch.float16, tf32=True),
+    "bfloat16": Form(torch.bfloat16, tf32=True),
+    "compiled": Form(compiled=True),
+    "compiled_tf32": Form(tf32=True, compiled=True),
+    "compiled_float16": Form(torch.float16, tf32=True, compiled=True),
+    "compiled_bfloat16": Form(torch.bfloat16, tf32=True, compiled=True),
+}
+"""The modes of torch; the others have a runtime of their own."""
 
 
 def build_network(
-    model: nn.Module, spec: CheckpointSpec, device: torch.device, mode: str, onnx_file: Path | None = None
+    model: nn.Module,
+    spec: CheckpointSpec,
+    device: torch.device,
+    mode: str,
+    onnx_file: Path | None = None,
+    compile_cache: str | None = None,
 ) -> Network:
     """A copy of `model` that runs in `mode`. onnx_file: a model.onnx of these weights; None: made here.
+    compile_cache: see keep_compiled.
 
     ConfigError: an unknown mode, or one that cannot run here. CheckpointError: the file is of other weights.
     """
@@ -49,13 +96,23 @@ def build_network(
     if mode == "onnx":
         return open_onnx(str(onnx_file) if onnx_file else export_onnx(model, spec), spec)
     network = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    if mode == "float32":
+    form = FORMS[mode]
+    if not form.folded:
         return network
     fold_batch_norms(network)
-    if mode.endswith("bfloat16"):
-        _to_bfloat16(network)
+    if form.dtype != torch.float32:
+        _to_16_bits(network, form.dtype)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to its stub
-    return _compiled(network, mode) if mode.startswith("compiled") else network
+    if not form.compiled:
+        return network
+    folder = keep_compiled(compile_cache)
+    logger.warning(
+        "mode %s: compiling at the first batch of one person and at the first of several; a minute or two, "
+        "less from the second start on, from what is kept in %s",
+        mode,
+        folder,
+    )
+    return _compiled(network, mode) if device.type == "cpu" else _blocks_compiled(network, mode)
 
 
 def unusable(mode: str, device_type: str, with_file: bool = False) -> str:
@@ -69,6 +126,10 @@ def unusable(mode: str, device_type: str, with_file: bool = False) -> str:
             return why
         if device_type != "cpu":
             return "it runs on the CPU; name device cpu, or another mode"
+    if mode in ("tf32", "float16", "compiled_tf32", "compiled_float16") and device_type == "cpu":
+        return "it is a GPU's; on a CPU take channels_last or bfloat16"
+    if mode.startswith("compiled") and device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile builds for the GPU with Triton, which is not installed (pip install triton)"
     if mode.startswith("compiled") and device_type == "cpu" and compiler() is None:
         return (
             "torch.compile builds C++ for the CPU and there is no compiler: install g++ "
@@ -107,34 +168,57 @@ def has_bfloat16() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
 
 
+def keep_compiled(folder: str | None) -> str:
+    """Where torch.compile keeps its work, for the whole process: `folder`, else TORCHINDUCTOR_CACHE_DIR, else
+    hrnet/compiled in the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ[CACHE] = folder or os.environ.get(CACHE) or os.path.join(user, "hrnet", "compiled")
+    return os.environ[CACHE]
+
+
 # --- in torch -------------------------------------------------------------------------------------------
 
 
-def _to_bfloat16(network: nn.Module) -> None:
-    """In place. The last layer stays float32: rounded to 8 bits, neighbouring cells of a heatmap become
+def _to_16_bits(network: nn.Module, dtype: torch.dtype) -> None:
+    """In place. The last layer stays float32: rounded to 8 or 11 bits, neighbouring cells of a heatmap become
     equal, and the maximum and the quarter step are read from their order."""
-    network.to(torch.bfloat16).register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),))
+    network.to(dtype).register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     head = getattr(network, "final_layer", None)
     if isinstance(head, nn.Module):
         head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def _compiled(network: nn.Module, mode: str) -> Network:
-    """`network` through TorchInductor, weights frozen in. The first call of one image compiles, and so does
-    the first call of several (any number of them then)."""
+    """For a CPU: the whole network through TorchInductor, weights frozen in. Compiles at the first call of
+    one image and at the first of several. (Block by block W32 was 6 % slower, and longer in starting.)"""
     compiled = torch.compile(network, options={"freezing": True})
+    return functools.partial(_run_compiled, compiled, mode)
 
-    def run(images: Tensor) -> Tensor:
-        if len(images) > 1:
-            torch._dynamo.mark_dynamic(images, 0)  # one compilation for every batch size
-        try:
-            heatmaps: Tensor = compiled(images)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise ConfigError(
-                f"mode {mode!r}: torch.compile failed here ({first_line(error)}). On a CPU it needs "
-                f"a working C++ compiler ({compiler()}) with the headers of Python; take another mode where "
-                f"there is none."
-            ) from error
-        return heatmaps
 
-    return run
+def _blocks_compiled(network: nn.Module, mode: str) -> nn.Module:
+    """For a GPU, in place: BasicBlock, Bottleneck and Fusion one by one, so that blocks of one shape are
+    compiled once (14 s of W32 on an H200 where the whole network took 50)."""
+    # Each width of a branch is a compilation of the same few functions.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, 4096
+    )
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck | Fusion):
+            compiled = torch.compile(block.forward, dynamic=False)
+            block.forward = functools.partial(_run_compiled, compiled, mode)  # type: ignore[method-assign]
+    return network
+
+
+def _run_compiled(compiled: Callable[..., Tensor], mode: str, given: Tensor | list[Tensor]) -> Tensor:
+    for tensor in [given] if isinstance(given, Tensor) else given:
+        if len(tensor) > 1:
+            torch._dynamo.mark_dynamic(tensor, 0)  # one compilation for every number of images
+    try:
+        return compiled(given)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise ConfigError(
+            f"mode {mode!r}: torch.compile failed here ({first_line(error)}). On a CPU it needs a working "
+            f"C++ compiler ({compiler()}) with the headers of Python, on a GPU Triton; take another mode "
+            f"where there is none."
+        ) from error

@@ -8,16 +8,15 @@ A call is these three; whoever forms batches over several calls (serve/) takes t
 
 Equal input gives equal output, with one condition: the network's batches must be the same. Batch size
 picks the float kernels, so another one changes the last bits of the heatmaps (and, rarely, which of two
-equal cells is the maximum). Batches here are as long as `batch_size` says, the last one is short; nothing
-is padded.
+equal cells is the maximum). Batches here are as long as `batch_size` says, the last one is short. On a GPU
+they are filled up to one of a few sizes (cuda_passes.py), at most 256.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,24 +24,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from hrnet_core.checkpoint import ONNX, CheckpointSpec, load_checkpoint
+from hrnet_core.cuda_passes import CudaPasses
 from hrnet_core.errors import ConfigError, DataError, first_line
 from hrnet_core.geometry import FARTHEST, Float32, Float64, box_to_center_scale, crop_people, place_in_image
 from hrnet_core.heatmaps import Border
 from hrnet_core.images import read_image
-from hrnet_core.model import HRNet, normalize
-from hrnet_core.modes import build_network, fastest_exact
+from hrnet_core.model import HRNet
+from hrnet_core.modes import FORMS, Form, build_network, fastest_exact
+from hrnet_core.passes import Answer, Ask, CropPass, PlainPasses, UInt8
 from hrnet_core.results import Boxes, Keypoints, Poses
 
-UInt8 = NDArray[np.uint8]
 Images = UInt8 | str | Path | Sequence[UInt8 | str | Path]
 
-logger = logging.getLogger(__name__)
+IN_FLIGHT = 2
+"""Batches of a call that are on a GPU: one is computed while the next is copied there."""
 
-# cuDNN's switches are process-wide: calls on a GPU that set them take turns.
-_cudnn = threading.Lock()
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class PosePredictor:
         within 0.001 AP of float32 and that can run here; float32 where nothing was measured. The attribute
         `mode` says which.
     onnx_file: for mode "onnx", a model.onnx of these weights; None: made here, which takes a while.
+    compile_cache: for modes that compile, the folder that keeps it (modes.keep_compiled).
 
     ConfigError: a device or mode there is not. CheckpointError: a model.onnx of other weights.
     """
@@ -80,6 +81,7 @@ class PosePredictor:
         device: str = "auto",
         mode: str = "auto",
         onnx_file: Path | None = None,
+        compile_cache: str | None = None,
     ) -> None:
         self.spec = spec
         self.device = _find_device(device)
@@ -87,13 +89,23 @@ class PosePredictor:
         if mode == "auto":
             self.mode = fastest_exact(spec.modes, self.device.type, onnx_file is not None)
             logger.info("mode auto on %s is %s", self.device.type, self.mode)
-        self._network = build_network(model, spec, self.device, self.mode, onnx_file)
-        plain = self.mode in ("float32", "onnx")
-        self._format = torch.contiguous_format if plain else torch.channels_last
+        form = FORMS.get(self.mode, Form(folded=False))
+        network = build_network(model, spec, self.device, self.mode, onnx_file, compile_cache)
+        crop_pass = CropPass(network, spec, form.layout)
+        self._passes: PlainPasses | CudaPasses
+        if self.device.type == "cuda":
+            self._passes = CudaPasses(crop_pass, spec, self.device, form)
+        else:
+            self._passes = PlainPasses(crop_pass, spec, self.device)
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str = "auto", mode: str = "auto", threads: int | None = None
+        cls,
+        folder: str | Path,
+        device: str = "auto",
+        mode: str = "auto",
+        threads: int | None = None,
+        compile_cache: str | None = None,
     ) -> PosePredictor:
         """A predictor from a checkpoint folder. CheckpointError says what is wrong with it.
 
@@ -103,7 +115,7 @@ class PosePredictor:
             torch.set_num_threads(threads)
         model, spec = load_checkpoint(folder)
         onnx_file = Path(folder) / ONNX
-        return cls(model, spec, device, mode, onnx_file if onnx_file.is_file() else None)
+        return cls(model, spec, device, mode, onnx_file if onnx_file.is_file() else None, compile_cache)
 
     def __call__(
         self,
@@ -191,11 +203,10 @@ class PosePredictor:
         self, crops: UInt8, flip_test: bool | None = None, batch_size: int = 32, border: Border = "official"
     ) -> tuple[Float32, Float32]:
         """Crops uint8 (P, h, w, 3) RGB -> keypoints float32 (P, K, 2) in crop px, scores float32 (P, K)."""
-        keypoints = np.zeros((len(crops), self.spec.skeleton.num_keypoints, 2), np.float32)
-        scores = np.zeros(keypoints.shape[:2], np.float32)
-        for rows, heatmaps in self._batches(crops, flip_test, batch_size):
-            keypoints[rows], scores[rows] = self.spec.codec.decode(heatmaps, border)
-        return keypoints, scores
+        found = np.zeros((len(crops), self.spec.skeleton.num_keypoints, 3), np.float32)
+        for rows, of_rows in self._batches(crops, flip_test, batch_size, border):
+            found[rows] = of_rows
+        return found[..., :2], found[..., 2]
 
     def heatmaps(self, crops: UInt8, flip_test: bool | None = None, batch_size: int = 32) -> Float32:
         """Crops uint8 (P, h, w, 3) RGB -> heatmaps float32 (P, K, h/4, w/4), averaged in a flip test."""
@@ -205,40 +216,33 @@ class PosePredictor:
             result[rows] = heatmaps
         return result
 
-    def warm_up(self) -> None:
-        """A batch of one and one of two, so that no request pays for what starts, or is compiled, lazily."""
-        width, height = self.spec.input_size
-        for people in (1, 2):
-            self.predict_crops(np.zeros((people, height, width, 3), np.uint8), flip_test=True)
+    def warm_up(self, people: int = 2, flip_test: bool | None = None) -> None:
+        """So that no request pays for what starts, is compiled or is recorded lazily: a batch of one and one
+        of two, on a GPU one of each size that batches of up to `people` may have."""
+        self._passes.warm_up(people, self._flips(flip_test))
+
+    def _flips(self, flip_test: bool | None) -> bool:
+        return self.spec.flip_test if flip_test is None else flip_test
 
     def _batches(
-        self, crops: UInt8, flip_test: bool | None, batch_size: int
+        self, crops: UInt8, flip_test: bool | None, batch_size: int, border: Border | None = None
     ) -> Iterator[tuple[slice, Float32]]:
-        """Rows and their heatmaps (n, K, H, W), batch after batch."""
+        """Rows and what passes.Answer gives for them, batch after batch; the next is begun before one is
+        waited for."""
         width, height = self.spec.input_size
         if crops.dtype != np.uint8 or crops.shape[1:] != (height, width, 3):
             raise ValueError(f"crops must be uint8 (P, {height}, {width}, 3): {crops.dtype} {crops.shape}")
-        flip = self.spec.flip_test if flip_test is None else flip_test
-        for start in range(0, len(crops), batch_size):
-            rows = slice(start, start + batch_size)
-            yield rows, self._forward(crops[rows], flip)
-
-    def _forward(self, crops: UInt8, flip: bool) -> Float32:
-        spec = self.spec
-        # np.array copies: torch wants writable memory, and arrays that come from Ray are read-only.
-        pixels = torch.from_numpy(np.array(crops, order="C")).to(self.device)
-        with torch.inference_mode(), contextlib.ExitStack() as exact:
-            if self.device.type == "cuda":  # float32 that is float32, also on a GPU that would take TF32
-                exact.enter_context(_cudnn)
-                flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-                exact.enter_context(flags)
-            images = normalize(pixels, spec.mean, spec.std, self._format)
-            heatmaps: Float32 = self._network(images).float().cpu().numpy()
-            if not flip:
-                return heatmaps
-            mirrored = self._network(images.flip(3).contiguous(memory_format=self._format))
-            back = spec.codec.flip_back(mirrored.float().cpu().numpy(), spec.skeleton.flip_order)
-        return (heatmaps + back) * np.float32(0.5)
+        ask = Ask(self._flips(flip_test), border)
+        size = min(batch_size, self._passes.largest or batch_size)
+        begun: deque[tuple[slice, Answer]] = deque()
+        for start in range(0, len(crops), size):
+            rows = slice(start, start + size)
+            begun.append((rows, self._passes.start(crops[rows], ask)))
+            if len(begun) == IN_FLIGHT:
+                done, answer = begun.popleft()
+                yield done, answer()
+        for rows, answer in begun:
+            yield rows, answer()
 
 
 def _one_each(values: Any, count: int, name: str) -> list[Any]:

@@ -193,6 +193,9 @@ class WorkerSettings(Section):
     mode: Literal["auto", ModeName] = "auto"
     """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
     enough; the table and the protocol say which."""
+    compile_cache: str | None = None
+    """Folder that keeps what compiled modes compile. Default: TORCHINDUCTOR_CACHE_DIR, else hrnet/compiled
+    in the user's cache folder."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """A picture or video whose header promises more is rejected before it is decoded."""
     num_workers: int = Field(default=1, ge=1)

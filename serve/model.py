@@ -53,7 +53,7 @@ def load_model(choice: ModelChoice, args: ServeArgs) -> ServedModel:
         folder = fetch_checkpoint(choice.checkpoint, Path(temporary))
         verify_checkpoint(folder)
         threads = args.threads or max(1, int(args.num_cpus))
-        predictor = PosePredictor.load(folder, device=args.device, mode=args.mode, threads=threads)
-    predictor.warm_up()
+        predictor = PosePredictor.load(folder, args.device, args.mode, threads, args.compile_cache)
     flip_test = predictor.spec.flip_test if args.flip_test is None else args.flip_test
+    predictor.warm_up(args.max_batch_people, flip_test)
     return ServedModel(predictor, choice, flip_test)

@@ -45,6 +45,9 @@ class ReplicaSettings(Settings):
     mode: Literal["auto", ModeName] = "auto"
     """How the network runs (docs/modes.md). auto: the fastest that the checkpoint has measured as exact
     enough."""
+    compile_cache: str | None = None
+    """Folder that keeps what compiled modes compile. Default: TORCHINDUCTOR_CACHE_DIR, else hrnet/compiled
+    in the user's cache folder."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a forward pass; default: the replica's CPUs."""
     flip_test: bool | None = None

@@ -6,16 +6,19 @@ Tolerances are those that reference_vectors.json states, or what was measured an
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from hrnet_core.choices import CODECS
+from hrnet_core.decoder import Decoder, FlipBack
 from hrnet_core.geometry import box_to_center_scale, place_in_image
-from hrnet_core.heatmaps import MAPS_PER_BLOCK, HeatmapCodec, _blur_matrix, float16_heatmaps, to_float16
+from hrnet_core.heatmaps import MAPS_PER_BLOCK, HeatmapCodec, blur_matrix, float16_heatmaps, to_float16
 from hrnet_core.skeleton import COCO17
 
 SIZES = [(192, 256), (288, 384), (96, 128)]
@@ -182,6 +185,19 @@ def test_float16_heatmaps_are_the_codecs(name: Any) -> None:
 
 # --- decode ------------------------------------------------------------------------------------------
 
+Found = tuple[NDArray[np.float32], NDArray[np.float32]]
+Decode = Callable[..., Found]
+
+
+def on_device(codec: HeatmapCodec, heatmaps: NDArray[Any], border: Any = "official") -> Found:
+    """hrnet_core/decoder.py, as a GPU does it, in the form of HeatmapCodec.decode."""
+    maps = torch.from_numpy(np.asarray(heatmaps, np.float32))
+    found = Decoder(codec, border)(maps.reshape(-1, *maps.shape[-3:])).numpy().reshape(*maps.shape[:-2], 3)
+    return found[..., :2], found[..., 2]
+
+
+both = pytest.mark.parametrize("decode", [HeatmapCodec.decode, on_device], ids=["numpy", "device"])
+
 
 def published_maps(reference: dict[str, Any]) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
     rows = reference["decode"]["rows"]
@@ -190,6 +206,7 @@ def published_maps(reference: dict[str, Any]) -> tuple[NDArray[np.float32], list
     return np.array(maps, np.float32), rows
 
 
+@both
 @pytest.mark.parametrize(
     ("name", "border", "key", "tolerance"),
     [
@@ -201,11 +218,11 @@ def published_maps(reference: dict[str, Any]) -> tuple[NDArray[np.float32], list
     ],
 )
 def test_decoding_is_the_published_one(
-    reference: dict[str, Any], name: str, border: Any, key: str, tolerance: float
+    reference: dict[str, Any], name: str, border: Any, key: str, tolerance: float, decode: Decode
 ) -> None:
     maps, rows = published_maps(reference)
     codec = HeatmapCodec(name)
-    keypoints, scores = codec.decode(maps, border=border)
+    keypoints, scores = decode(codec, maps, border=border)
     for cell, row in zip(keypoints / codec.cell_size, rows, strict=True):
         # No positive maximum: the official (0, 0), where mmpose says (-1, -1) and its udp NaN.
         expected = row[key] if row["amp"] > 0 else (0, 0)
@@ -226,7 +243,7 @@ def test_decoded_cells_land_in_the_image_as_published(reference: dict[str, Any])
 def test_the_blur_is_opencvs_with_zeros_outside(taps: int) -> None:
     heatmap = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
     expected = cv2.GaussianBlur(heatmap, (taps, taps), 0, borderType=cv2.BORDER_CONSTANT)
-    blurred = _blur_matrix(64, taps) @ heatmap @ _blur_matrix(48, taps)
+    blurred = blur_matrix(64, taps) @ heatmap @ blur_matrix(48, taps)
     np.testing.assert_allclose(blurred, expected, atol=1e-5)
 
 
@@ -259,11 +276,12 @@ def plain_taylor(codec: HeatmapCodec, heatmap: NDArray[Any]) -> tuple[tuple[floa
     return (x, y), step
 
 
+@both
 @pytest.mark.parametrize("amplitude", [1.0, 0.0015, 60.0])
 @pytest.mark.parametrize("size", [(192, 256), (96, 128)])
 @pytest.mark.parametrize("name", ["dark", "udp"])
 def test_decoding_of_untidy_maps_is_the_plain_method(
-    name: str, size: tuple[int, int], amplitude: float
+    name: str, size: tuple[int, int], amplitude: float, decode: Decode
 ) -> None:
     """Two peaks, noise around zero, peaks at the border, below and above the values that are clipped."""
     codec = HeatmapCodec(name, size)
@@ -272,7 +290,7 @@ def test_decoding_of_untidy_maps_is_the_plain_method(
     maps = codec.encode(points, ones(points))[0] + 0.7 * codec.encode(points[::-1], ones(points))[0]
     maps += generator.normal(0, 0.03, maps.shape)
     maps = (amplitude * maps).astype(np.float32)
-    cells = codec.decode(maps)[0].reshape(-1, 2) / codec.cell_size
+    cells = decode(codec, maps)[0].reshape(-1, 2) / codec.cell_size
     moved = 0
     for cell, heatmap in zip(cells, maps.reshape(-1, *maps.shape[-2:]), strict=True):
         maximum, step = plain_taylor(codec, heatmap)
@@ -284,32 +302,35 @@ def test_decoding_of_untidy_maps_is_the_plain_method(
     assert moved > 20
 
 
+@both
 @pytest.mark.parametrize("name", CODECS)
-def test_no_keypoint_leaves_the_map_by_more_than_three_cells(name: str) -> None:
+def test_no_keypoint_leaves_the_map_by_more_than_three_cells(name: str, decode: Decode) -> None:
     """Pure noise: the published Taylor step goes up to 80,000 cells away there."""
     codec = HeatmapCodec(name)
     noise = np.random.default_rng(0).normal(size=(12, 17, 64, 48)).astype(np.float32)
-    cells = codec.decode(noise)[0] / codec.cell_size
+    cells = decode(codec, noise)[0] / codec.cell_size
     assert cells.min() > -3.01
     assert (cells - codec.heatmap_size).max() < 2.01
 
 
+@both
 @pytest.mark.parametrize("name", CODECS)
-def test_maps_without_a_maximum_say_so_in_the_score(name: str) -> None:
+def test_maps_without_a_maximum_say_so_in_the_score(name: str, decode: Decode) -> None:
     codec = HeatmapCodec(name)
     below_zero = np.full((1, 64, 48), -0.3, np.float32)
     below_zero[0, 30, 24] = -0.1
-    np.testing.assert_array_equal(codec.decode(below_zero)[0], [[0, 0]])
+    np.testing.assert_array_equal(decode(codec, below_zero)[0], [[0, 0]])
     for value in (0.0, -0.3, np.nan, np.inf, -np.inf):
         heatmap = np.full((1, 64, 48), value, np.float32)
-        keypoints, scores = codec.decode(heatmap)
+        keypoints, scores = decode(codec, heatmap)
         np.testing.assert_array_equal(keypoints, [[0, 0]])
         np.testing.assert_array_equal(scores, [np.float32(value)])
         heatmap[0, 20:, 20:] = 0  # a maximum beside cells that are not finite
         heatmap[0, 30, 24] = 1
-        assert np.isfinite(codec.decode(heatmap)[0]).all()
+        assert np.isfinite(decode(codec, heatmap)[0]).all()
 
 
+@both
 @pytest.mark.parametrize(
     ("x", "y", "official", "mmpose"),
     [
@@ -326,21 +347,22 @@ def test_maps_without_a_maximum_say_so_in_the_score(name: str) -> None:
     ],
 )
 def test_quarter_step_at_the_border(
-    x: int, y: int, official: tuple[float, float], mmpose: tuple[float, float]
+    x: int, y: int, official: tuple[float, float], mmpose: tuple[float, float], decode: Decode
 ) -> None:
     """A map that rises to the right and downwards, with its maximum put at (x, y)."""
     rows, columns = np.mgrid[:64, :48]
     heatmap = (1e-3 * (rows + columns)).astype(np.float32)[None]
     heatmap[0, y, x] = 1
     codec = HeatmapCodec("official")
-    np.testing.assert_array_equal(codec.decode(heatmap)[0] / 4, [np.add((x, y), official)])
-    np.testing.assert_array_equal(codec.decode(heatmap, border="mmpose")[0] / 4, [np.add((x, y), mmpose)])
+    np.testing.assert_array_equal(decode(codec, heatmap)[0] / 4, [np.add((x, y), official)])
+    np.testing.assert_array_equal(decode(codec, heatmap, border="mmpose")[0] / 4, [np.add((x, y), mmpose)])
 
 
-def test_the_first_of_equal_maxima_and_no_step_between_equal_neighbours() -> None:
+@both
+def test_the_first_of_equal_maxima_and_no_step_between_equal_neighbours(decode: Decode) -> None:
     heatmap = np.zeros((1, 64, 48), np.float32)
     heatmap[0, [10, 10, 30], [20, 21, 5]] = 1
-    keypoints, _ = HeatmapCodec("official").decode(heatmap)
+    keypoints, _ = decode(HeatmapCodec("official"), heatmap)
     # (20, 10) is the first; its right neighbour is higher than its left one, above and below are equal.
     np.testing.assert_array_equal(keypoints, [[(20 + 0.25) * 4, 10 * 4]])
 
@@ -357,6 +379,28 @@ def test_many_maps_decode_as_few(name: str) -> None:
     np.testing.assert_array_equal(scores, np.stack([s for _, s in apart]))
     channels_last = np.ascontiguousarray(maps[:4].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(codec.decode(channels_last)[0], together[:4], atol=1e-4)
+
+
+@pytest.mark.parametrize("border", ["official", "mmpose"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CODECS)
+def test_the_device_decodes_as_numpy(name: str, size: tuple[int, int], border: Any) -> None:
+    """Sharp and faint people, two peaks, noise, at the border and beyond: official to the last bit."""
+    codec = HeatmapCodec(name, size)
+    generator = np.random.default_rng(7)
+    points = everywhere(codec, 40, inner=1.1)
+    maps = codec.encode(points, ones(points))[0] + 0.7 * codec.encode(points[::-1], ones(points))[0]
+    maps = maps * generator.choice([1, 0.0015, 60], (40, 17, 1, 1)) + generator.normal(0, 0.02, maps.shape)
+    maps = maps.astype(np.float32)
+    keypoints, scores = codec.decode(maps, border)
+    there, their_scores = on_device(codec, maps, border)
+    np.testing.assert_array_equal(their_scores, scores)
+    if name == "official":
+        np.testing.assert_array_equal(there, keypoints)
+    else:
+        np.testing.assert_allclose(there, keypoints, atol=1e-3)  # largest here: 8e-4, of udp
+        cells = keypoints / codec.cell_size
+        assert np.abs(cells - np.rint(cells)).max() > 0.4  # there are steps
 
 
 # --- round trip --------------------------------------------------------------------------------------
@@ -478,6 +522,14 @@ def test_flip_back_is_the_published_one(reference: dict[str, Any]) -> None:
         np.testing.assert_array_equal(average[0, 1], published["after_avg_with_input_k1"])
     np.testing.assert_array_equal(heatmaps, before)
     assert plain.flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_device_flips_back_as_numpy(name: Any) -> None:
+    heatmaps = np.random.default_rng(0).normal(size=(3, 17, 64, 48)).astype(np.float32)
+    expected = HeatmapCodec(name).flip_back(heatmaps, COCO17.flip_order)
+    there = FlipBack(HeatmapCodec(name), COCO17.flip_order)(torch.from_numpy(heatmaps))
+    np.testing.assert_array_equal(there.numpy(), expected)
 
 
 @pytest.mark.parametrize(("name", "left_over"), [("dark", 1.0), ("udp", 0.0)])

@@ -178,7 +178,7 @@ def test_a_call_is_its_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batches_are_as_long_as_asked_and_never_padded() -> None:
     predictor = color_predictor("udp")
-    network: Any = predictor._network
+    network: Any = predictor._passes._pass.network
     predictor(blobs(), boxes_xywh=[BOX] * 7, flip_test=False, batch_size=3)
     assert network.batches == [3, 3, 1]
     network.batches.clear()
@@ -187,7 +187,7 @@ def test_batches_are_as_long_as_asked_and_never_padded() -> None:
     network.batches.clear()
     replaced = color_predictor("udp", flip_test=False)
     replaced(blobs(), boxes_xywh=[BOX])
-    assert replaced._network.batches == [1]  # type: ignore[union-attr]
+    assert replaced._passes._pass.network.batches == [1]  # type: ignore[union-attr]
 
 
 def test_a_box_outside_the_image_is_answered_with_nothing_seen() -> None:
@@ -437,7 +437,13 @@ def test_a_mode_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyP
             ConfigError, match=rf"mode '{mode}' cannot run here: .*no compiler: install g\+\+"
         ):
             PosePredictor(model, predictor.spec, device="cpu", mode=mode)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         assert unusable(mode, "cuda") == ""
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else name)
+        assert "Triton, which is not installed (pip install triton)" in unusable(mode, "cuda")
+    for mode in ("tf32", "float16", "compiled_tf32", "compiled_float16"):
+        with pytest.raises(ConfigError, match=f"mode '{mode}' cannot run here: it is a GPU's; on a CPU take"):
+            PosePredictor(model, predictor.spec, device="cpu", mode=mode)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(ConfigError, match=r"onnxruntime is not installed \(pip install 'hrnet-ray"):
         PosePredictor(model, predictor.spec, device="cpu", mode="onnx")

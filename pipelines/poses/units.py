@@ -85,7 +85,9 @@ class Actor:
         # Threads decide the order of float additions: fixed, so that any number of actors agrees.
         cv2.setNumThreads(1)
         torch.set_num_threads(settings.cpus_per_worker)
-        self.predictor = PosePredictor(*load(), settings.device, settings.mode)
+        self.predictor = PosePredictor(
+            *load(), settings.device, settings.mode, compile_cache=settings.compile_cache
+        )
         self.work = work
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
