@@ -24,9 +24,10 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit
-from pipelines.training.loop import Diverged, Part, learning_rate, train_epochs, train_step, train_worker
+from pipelines.training.loop import Diverged, learning_rate, train_epochs, train_worker
 from pipelines.training.pictures import people_sheet
 from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
+from pipelines.training.step import Part, train_step
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 STEPS = 20
