@@ -147,7 +147,7 @@ class TrainSettings(Section):
     memory. The same as one batch up to BatchNorm, which counts over each part."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Scored and saved is a moving average of the weights and of BatchNorm's statistics: after each step,
-    decay x average + (1 - decay) x weights. RTMPose: 0.9998. 0: the weights as they are (the published runs)."""
+    decay x average + (1 - decay) x weights. RTMPose: 0.9998. 0: the weights alone (the published runs)."""
     schedule: Literal["step", "cosine"] = "step"
     """step: x gamma at each milestone. cosine: to zero over the run, stepped every batch."""
     milestones: tuple[int, ...] = (170, 200)

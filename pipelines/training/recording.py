@@ -1,7 +1,7 @@
 """The step of a full batch as one CUDA graph: forward, backward, clipping, optimizer and average.
 
-A step of W32 is some four thousand kernels, and launching them keeps a fast GPU waiting (docs/train-step.md).
-Recorded once a run and replayed for every full batch: what changes from batch to batch lies in tensors, the
+Launched one by one, the kernels of a step of W32 keep an H200 busy half of the time (docs/train-step.md).
+Recorded once a start and replayed for every full batch: what changes from batch to batch lies in tensors, the
 rows in buffers of the recording's own, the learning rate in the optimizer's. Gradients are made inside, in
 the recording's memory. Where recording fails, training goes on by launches, and says so.
 """
