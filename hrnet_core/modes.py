@@ -215,7 +215,7 @@ def _blocks_compiled(network: nn.Module, mode: str) -> nn.Module:
     """For a GPU, in place."""
     for block in blocks_to_compile(network):
         compiled = torch.compile(block.forward, dynamic=False)
-        block.forward = functools.partial(_run_compiled, compiled, mode)  # type: ignore[method-assign]
+        block.forward = functools.partial(_run_compiled, compiled, mode)
     return network
 
 
