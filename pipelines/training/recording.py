@@ -47,14 +47,17 @@ def record(run: Training, step: Callable[[Sent], Tensor], sent: Sent) -> Callabl
 
 def _record(run: Training, step: Callable[[Sent], Tensor], sent: Sent) -> Callable[[Sent], Tensor]:
     inputs = (sent[0].clone(), sent[1].clone(), sent[2].clone())
-    stream = torch.cuda.Stream(run.device)
-    stream.wait_stream(torch.cuda.current_stream(run.device))
-    with as_it_was(run), torch.cuda.stream(stream):
-        launched = [step(inputs) for _ in range(WARM)]
-        stream.synchronize()
+    main, stream = torch.cuda.current_stream(run.device), torch.cuda.Stream(run.device)
+    with as_it_was(run):
+        stream.wait_stream(main)  # for what is to be put back, too
+        with torch.cuda.stream(stream):
+            launched = [step(inputs) for _ in range(WARM)]
+        main.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: the feed's threads lock memory meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    # The outer one is for a capture that fails, which leaves its own stream behind. thread_local: the feed's
+    # threads lock memory meanwhile.
+    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with torch.cuda.stream(main), capture:
         loss = step(inputs)
 
     def replay(given: Sent) -> Tensor:
