@@ -170,7 +170,8 @@ def test_a_step_that_waits_for_the_gpu_is_launched(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, when it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_compiled_and_recorded(manifest: Manifest, tmp_path: Path, precision: str) -> None:
     if why := cannot_compile("cuda"):

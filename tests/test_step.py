@@ -270,7 +270,8 @@ def test_what_was_kept_and_is_damaged_is_said_and_no_more(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, when it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiled_blocks_train_as_the_others_and_are_kept(
     manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
