@@ -99,8 +99,8 @@ def new_run(config: RunConfig, manifest: Manifest, folder: Path, device: torch.d
 
 def the_loop(device: torch.device, folder: Path, rounds: int) -> None:
     """Epochs of train_epoch, the feed and all, in turn with as many steps of one batch that is there. On the
-    CPU what the loop adds is CPU time of the training thread: on the clock the feed's thread and whatever else
-    runs would count, and waiting is judged by itself."""
+    CPU what the loop adds is CPU time of the training thread: on the clock the feed's thread and whatever
+    else runs would count, and waiting is judged by itself."""
     gpu = device.type == "cuda"
     config, people = (load_config("w32_256x192"), 24 * 128) if gpu else (load_config("tiny"), 24 * ROWS)
     size = config.data.input_size
