@@ -154,12 +154,17 @@ def unusable(mode: str, device_type: str, files: Collection[str] = ()) -> str:
             )
     if mode in ("tf32", "float16", "compiled_tf32", "compiled_float16") and device_type == "cpu":
         return "it is a GPU's; on a CPU take channels_last or bfloat16"
-    if mode.startswith("compiled") and device_type == "cuda" and importlib.util.find_spec("triton") is None:
+    return cannot_compile(device_type) if mode.startswith("compiled") else ""
+
+
+def cannot_compile(device_type: str) -> str:
+    """Why torch.compile has nothing to build with on "cpu" or "cuda" here; "" where it has."""
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile builds for the GPU with Triton, which is not installed (pip install triton)"
-    if mode.startswith("compiled") and device_type == "cpu" and compiler() is None:
+    if device_type == "cpu" and compiler() is None:
         return (
             "torch.compile builds C++ for the CPU and there is no compiler: install g++ "
-            "(apt-get install g++), name one in CXX, or take another mode"
+            "(apt-get install g++), name one in CXX, or do without"
         )
     return ""
 
@@ -234,18 +239,22 @@ def _compiled(network: nn.Module, mode: str) -> Network:
     return functools.partial(_run_compiled, compiled, mode)
 
 
-def _blocks_compiled(network: nn.Module, mode: str) -> nn.Module:
-    """For a GPU, in place: BasicBlock, Bottleneck and Fusion one by one, so that blocks of one shape are
-    compiled once (14 s of W32 on an H200 where the whole network took 50)."""
+def blocks_to_compile(network: nn.Module) -> list[nn.Module]:
+    """BasicBlock, Bottleneck and Fusion, to be compiled one by one, so that blocks of one shape are compiled
+    once (14 s of W32 on an H200 where the whole network took 50). Raises torch.compile's limits for it."""
     # Each width of a branch is a compilation of the same few functions.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     torch._dynamo.config.accumulated_recompile_limit = max(
         torch._dynamo.config.accumulated_recompile_limit, 4096
     )
-    for block in network.modules():
-        if isinstance(block, BasicBlock | Bottleneck | Fusion):
-            compiled = torch.compile(block.forward, dynamic=False)
-            block.forward = functools.partial(_run_compiled, compiled, mode)  # type: ignore[method-assign]
+    return [block for block in network.modules() if isinstance(block, BasicBlock | Bottleneck | Fusion)]
+
+
+def _blocks_compiled(network: nn.Module, mode: str) -> nn.Module:
+    """For a GPU, in place."""
+    for block in blocks_to_compile(network):
+        compiled = torch.compile(block.forward, dynamic=False)
+        block.forward = functools.partial(_run_compiled, compiled, mode)
     return network
 
 
@@ -256,8 +265,12 @@ def _run_compiled(compiled: Callable[..., Tensor], mode: str, given: Tensor | li
     try:
         return compiled(given)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise ConfigError(
-            f"mode {mode!r}: torch.compile failed here ({first_line(error)}). On a CPU it needs a working "
-            f"C++ compiler ({compiler()}) with the headers of Python, on a GPU Triton; take another mode "
-            f"where there is none."
-        ) from error
+        raise compile_failed(f"mode {mode!r}", error) from error
+
+
+def compile_failed(what: str, error: Exception) -> ConfigError:
+    """what: the setting that asked for it."""
+    return ConfigError(
+        f"{what}: torch.compile failed here ({first_line(error)}). On a CPU it needs a working C++ compiler "
+        f"({compiler()}) with the headers of Python, on a GPU Triton; do without it where there is none."
+    )

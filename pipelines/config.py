@@ -119,7 +119,10 @@ class ModelSettings(Section):
         return HRNetConfig(num_keypoints=num_keypoints, **self.model_dump(exclude={"init", "initialization"}))
 
 
-WORKERS = ("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures")
+WORKERS = (
+    *("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures"),
+    *("graph", "compile", "compile_cache"),
+)
 """Settings of TrainSettings that say who works and how it is told, not what is learnt."""
 
 
@@ -137,6 +140,16 @@ class TrainSettings(Section):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     """The published runs used none: their yaml names 1e-4, their Adam never received it."""
+    decay_norms: bool = True
+    """Whether weight_decay is for BatchNorm and biases too; off: for convolutions only."""
+    clip_norm: float = Field(default=0.0, ge=0)
+    """Gradients of a step are scaled down to this norm over all weights; 0: never (the published runs)."""
+    accumulate: int = Field(default=1, ge=1)
+    """A worker's rows go through the network in this many equal parts, with one optimizer step for all: less
+    memory. The same as one batch up to BatchNorm, which counts over each part."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Scored and saved is a moving average of the weights and of BatchNorm's statistics: after each step,
+    decay x average + (1 - decay) x weights. RTMPose: 0.9998. 0: the weights alone (the published runs)."""
     schedule: Literal["step", "cosine"] = "step"
     """step: x gamma at each milestone. cosine: to zero over the run, stepped every batch."""
     milestones: tuple[int, ...] = (170, 200)
@@ -155,8 +168,18 @@ class TrainSettings(Section):
     from shards with data.context 2.0."""
     channels_last: bool = True
     """Memory layout of the network; the result differs by rounding only."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast in training; weights, optimizer and loss stay float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16, float16: autocast in training; weights, optimizer and loss stay float32. float16 scales the
+    loss by torch.amp.GradScaler; right but slow on a CPU."""
+    graph: bool = False
+    """Record the step of a full batch as one CUDA graph and replay it: kernels are not launched one by one.
+    One worker with use_gpu. Off until it has been seen on a GPU (docs/train-step.md)."""
+    compile: bool = False
+    """BasicBlock, Bottleneck and Fusion through torch.compile, forward and backward; pays with `graph`. Needs
+    a C++ compiler on a CPU, Triton on a GPU. Off until it has been seen on a GPU (docs/train-step.md)."""
+    compile_cache: str | None = None
+    """Folder of the worker's machine for what is compiled, as evaluate.compile_cache. A copy is kept in
+    STORAGE/compiled, from which another machine starts."""
     flip_test: bool = True
     """Average with the mirror image in the AP of each epoch."""
     validate_every: int = Field(default=1, ge=1)
@@ -183,6 +206,16 @@ class TrainSettings(Section):
         if self.batch_size % self.lanes:
             raise ValueError(
                 f"train.batch_size {self.batch_size} must be a multiple of train.lanes {self.lanes}"
+            )
+        if self.batch_size % (self.num_workers * self.accumulate):
+            raise ValueError(
+                f"train.accumulate {self.accumulate} must divide the {self.batch_size // self.num_workers} "
+                f"rows that each worker has of train.batch_size {self.batch_size}"
+            )
+        if self.graph and (self.num_workers > 1 or not self.use_gpu):
+            raise ValueError(
+                "train.graph records the step of one worker on its GPU: it needs train.use_gpu and "
+                "train.num_workers 1 (gradients of several workers are exchanged by launches)"
             )
         return self
 

@@ -42,6 +42,9 @@ def test_published_recipes_are_the_published_numbers() -> None:
         assert (config.train.epochs, config.train.milestones, config.train.gamma) == (210, (170, 200), 0.1)
         assert (config.train.optimizer, config.train.lr, config.train.weight_decay) == ("adam", 1e-3, 0.0)
         assert config.train.loss == "official"
+        assert config.train.precision == "float32"
+        assert (config.train.clip_norm, config.train.ema_decay, config.train.accumulate) == (0, 0, 1)
+        assert (config.train.graph, config.train.compile) == (False, False)
         assert (config.train.views, config.data.context) == ("device", 2.0)
         assert not config.train.joint_weights
 

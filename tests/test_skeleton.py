@@ -21,8 +21,8 @@ from pipelines.config import TrainSettings
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.training.feed import Feed
-from pipelines.training.loop import Part, train_step
 from pipelines.training.state import make_optimizer
+from pipelines.training.step import Part, train_step
 
 HAND = {
     "name": "hand3",

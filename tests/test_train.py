@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from test_feed import AREA, dotted_shards
 from torch import multiprocessing
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.errors import ConfigError, DataError
@@ -25,9 +27,10 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit
-from pipelines.training.loop import Diverged, Part, learning_rate, train_epochs, train_step, train_worker
+from pipelines.training.loop import Diverged, learning_rate, train_epochs, train_worker
 from pipelines.training.pictures import people_sheet
 from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
+from pipelines.training.step import Part, train_step
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 STEPS = 20
@@ -45,44 +48,76 @@ def made_up_part(step: int, rows: slice, share: float) -> Part:
     return Part(images[rows], heatmaps[rows], weights[rows], share)
 
 
+def made_up_parts(step: int, rows: slice, factor: float, accumulate: int) -> list[Part]:
+    """The same rows in `accumulate` parts, with shares that sum to `factor` x their part of the batch."""
+    edges = np.linspace(rows.start, rows.stop, accumulate + 1).astype(int).tolist()
+    return [made_up_part(step, slice(a, b), factor * (b - a) / 8) for a, b in pairwise(edges)]
+
+
 def new_model() -> HRNet:
     torch.manual_seed(1)
     return HRNet(SMALL, "kaiming").train()
+
+
+WORKERS_CASES: list[tuple[int, dict[str, Any], float]] = [
+    (4, {}, 1e-6),
+    (5, {}, 1e-6),
+    # Four gradients are summed in another order, and Adam carries the rounding on for 20 steps: 1.5e-5.
+    (4, {"accumulate": 2, "clip_norm": 0.01}, 5e-5),
+]
+"""Rows of worker 0 of 8, settings, and how much of themselves the losses may differ."""
+
+
+def counted(exchanges: list[int], bucket):
+    """DDP's own exchange of gradients, counted; it wants its types as such or not at all."""
+    exchanges.append(1)
+    return allreduce_hook(None, bucket)
 
 
 def ddp_rank(rank: int, folder: str) -> None:
     """One of two DDP processes: the real wrap and train_step over its part of each batch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    settings = TrainSettings()
-    for rows in (4, 5):
+    for case, (rows, changed, _) in enumerate(WORKERS_CASES):
+        settings, exchanges = TrainSettings(**changed), []
         own = (slice(0, rows), slice(rows, 8))[rank]
         model = wrap(new_model(), torch.device("cpu"), 2)
+        model.register_comm_hook(exchanges, counted)
         optimizer = make_optimizer(model, settings)
-        parts = [made_up_part(step, own, share=2 * (own.stop - own.start) / 8) for step in range(STEPS)]
-        losses = [train_step(model, optimizer, [part], settings) for part in parts]
-        torch.save(torch.stack(losses), f"{folder}/{rows}-{rank}.pt")
+        losses = [
+            train_step(model, optimizer, made_up_parts(step, own, 2, settings.accumulate), settings)
+            for step in range(STEPS)
+        ]
+        torch.save((torch.stack(losses), len(exchanges)), f"{folder}/{case}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_ddp_ranks_equal_one_process_with_both_parts(tmp_path: Path) -> None:
     """One process runs the same parts one after the other: BatchNorm sees each part by itself in both.
-    Halves of 4 rows, and 5 rows beside 3."""
+    Halves of 4 rows, 5 rows beside 3, and halves in two parts each, their gradients exchanged once and
+    clipped."""
     multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    settings = TrainSettings()
-    for rows in (4, 5):
-        together = (torch.load(tmp_path / f"{rows}-0.pt") + torch.load(tmp_path / f"{rows}-1.pt")) / 2
+    found, exchanges = [], []
+    for case, (rows, changed, tolerance) in enumerate(WORKERS_CASES):
+        settings = TrainSettings(**changed)
+        (one, count), (other, _) = (torch.load(tmp_path / f"{case}-{rank}.pt") for rank in range(2))
+        together = (one + other) / 2
+        exchanges.append(count)
         model = new_model()
         optimizer = make_optimizer(model, settings)
         alone = []
         for step in range(STEPS):
-            parts = [made_up_part(step, slice(0, rows), rows / 8)]
-            parts += [made_up_part(step, slice(rows, 8), (8 - rows) / 8)]
+            parts = made_up_parts(step, slice(0, rows), 1, settings.accumulate)
+            parts += made_up_parts(step, slice(rows, 8), 1, settings.accumulate)
             alone.append(train_step(model, optimizer, parts, settings))
         assert alone[-1] < 0.9 * alone[0]  # it does learn
-        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-6, atol=0)
+        torch.testing.assert_close(together, torch.stack(alone), rtol=tolerance, atol=0)
+        found.append(float(alone[-1]))
+    assert len(set(found)) == len(WORKERS_CASES), "each case is another computation"
+    assert exchanges[0] >= STEPS
+    assert len(set(exchanges)) == 1, "once a step, whatever the number of parts"
     torch.set_num_threads(threads)
 
 
@@ -189,6 +224,40 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(whole: tuple[Any, ...], tmp
     assert losses(again) == {step: loss for step, loss in losses(run).items() if step > 4}
     for key, value in run.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"accumulate": 2},
+        {"clip_norm": 1e-4},
+        {"ema_decay": 0.5},
+        {"precision": "float16"},
+        {"optimizer": "adamw", "weight_decay": 0.1, "decay_norms": False},
+    ],
+    ids=["accumulate", "clip", "ema", "float16", "decay"],
+)
+def test_going_on_is_exact_with_each_means(
+    whole: tuple[Any, ...], manifest: Manifest, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """After batch 4 of 6, in the middle of an epoch: weights, average, optimizer and scaler bit for bit."""
+    how = {"checkpoint_minutes": 1e-9, "schedule": "cosine", "validate_every": 2, **changed}
+    config = small_config(manifest, tmp_path, **how)
+    run, reports = one_worker(config, tmp_path / "r")
+    train_epochs(run)
+    again, _ = one_worker(config, tmp_path / "again", Path(reports[3]["folder"]))
+    train_epochs(again)
+    assert losses(again) == {step: loss for step, loss in losses(run).items() if step > 4}
+    for network, other in ((run.model, again.model), (run.scored, again.scored)):
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+    states = zip(run.optimizer.state.values(), again.optimizer.state.values(), strict=True)
+    assert all(torch.equal(one[key], other[key]) for one, other in states for key in one)
+    assert run.scaler.state_dict() == again.scaler.state_dict()
+    # And it is another training than the plain one, or the same one scored by other weights.
+    plain = whole[0].model.state_dict()
+    same = all(torch.equal(plain[key], value) for key, value in run.scored.state_dict().items())
+    assert not same
 
 
 def test_fresh_views_train_and_go_on_exactly(tmp_path: Path) -> None:

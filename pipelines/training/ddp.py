@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -23,6 +24,12 @@ def wrap(model: nn.Module, device: torch.device, world: int) -> nn.Module:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+
+def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
+    """For a forward and its backward: whether DDP averages the gradients then, or only adds them up."""
+    kept = isinstance(model, DistributedDataParallel) and not now
+    return model.no_sync() if kept else contextlib.nullcontext()
 
 
 def share_buffers(model: nn.Module, world: int) -> None:

@@ -1,7 +1,7 @@
 """The loop of a training run, as each of its workers runs it.
 
     train_worker(job)               every worker
-      train_epoch -> train_step     the feed's batches; one optimizer step
+      train_epoch -> one_step       the feed's batches; an optimizer step each (step.py)
       score_epoch                   loss on stored heatmaps, AP with ground-truth boxes (val_gt/AP)
       save                          a Ray Train checkpoint to go on from; best/ is kept by AP
 
@@ -16,14 +16,11 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hrnet_core.errors import ConfigError
-from hrnet_core.loss import joints_mse
-from hrnet_core.model import normalize
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import TrainSettings
 from pipelines.progress import time_left
@@ -31,7 +28,17 @@ from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
 from pipelines.training.pictures import draw_pictures
-from pipelines.training.state import Job, Standing, Training, keep_best, report_to_ray, save, set_up
+from pipelines.training.state import (
+    Job,
+    Standing,
+    Training,
+    keep_best,
+    report_to_ray,
+    save,
+    set_rate,
+    set_up,
+)
+from pipelines.training.step import one_step
 
 
 class Diverged(ConfigError):
@@ -85,11 +92,8 @@ def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
     run.parallel.train()
     while at.step < steps:
         batch, sent = interval.wait_for(batches)
-        rate = learning_rate(settings, at.total_steps, steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        part = part_of(batch, sent, run)
-        interval.add(train_step(run.parallel, run.optimizer, [part], settings), batch)
+        set_rate(run.optimizer, learning_rate(settings, at.total_steps, steps))
+        interval.add(one_step(run, batch, sent), batch)
         at.step += 1
         at.total_steps += 1
         at.samples += batch.total
@@ -100,60 +104,6 @@ def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
                     raise diverged(run, "weights")
                 save(run)
             interval = Interval()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows that go through the network together, on the device."""
-
-    images: Tensor
-    """Normalised (n, 3, h, w)."""
-    heatmaps: Tensor
-    """(n, K, H, W)."""
-    weights: Tensor
-    """(n, K)."""
-    share: float
-    """Factor that makes the average over workers the mean over all rows of the global batch: rows x
-    workers / rows of the global batch. 1 in a full batch, 0 for a worker that only keeps company."""
-
-
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, parts: Sequence[Part], settings: TrainSettings
-) -> Tensor:
-    """One optimizer step; the loss (detached), weighted by share and summed over `parts`.
-
-    A worker has one part, and DDP averages the gradients over workers. One process that is given the
-    parts of W workers, with their shares / W, runs them one after the other and does the same
-    (tests/test_train.py holds the two against each other).
-    """
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=parts[0].images.device)
-    for part in parts:
-        bfloat16 = settings.precision == "bfloat16"
-        with torch.autocast(part.images.device.type, torch.bfloat16, enabled=bfloat16):
-            predicted = model(part.images)
-        loss = part.share * joints_mse(
-            predicted, part.heatmaps, part.weights, kind=settings.loss, hardest=settings.ohkm
-        )
-        loss.backward()
-        total += loss.detach()
-    optimizer.step()
-    return total
-
-
-def part_of(batch: Batch, sent: Sent, run: Training) -> Part:
-    """A worker's batch, and what of it is on the device, as its network takes it."""
-    layout = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images, heatmaps, weights = sent
-    if run.config.train.joint_weights and run.spec.skeleton.joint_weights:
-        # Not waited for: a copy that is would wait for the step before as well.
-        weights = weights * torch.tensor(run.spec.skeleton.joint_weights).to(run.device, non_blocking=True)
-    return Part(
-        normalize(images, run.spec.mean, run.spec.std, layout),
-        heatmaps,
-        weights,
-        share=batch.rows * run.world / batch.total,
-    )
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
@@ -248,9 +198,9 @@ def score_epoch(run: Training) -> dict[str, float]:
     is. Rank 0 keeps the best checkpoint, its predictions and the pictures."""
     begun = time.perf_counter()
     settings, at = run.config.train, run.standing
-    share_buffers(run.model, run.world)
+    share_buffers(run.scored, run.world)
     mode = "channels_last" if settings.channels_last else "float32"
-    predictor = PosePredictor(run.model, run.spec, str(run.device), mode)
+    predictor = PosePredictor(run.scored, run.spec, str(run.device), mode)
     own = run.val.predict(predictor, settings.flip_test, run.config.evaluate.batch_size)
     found = Predictions.join(all_objects(own, run.world))
     figures = {"val_gt/loss": found.loss / len(found.ann_ids), "val_gt/AP": math.nan}

@@ -12,10 +12,12 @@ from typing import Any
 
 import cv2
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hrnet_core.checkpoint import TRAINER, CheckpointSpec, read_trainer_state, save_checkpoint
+from hrnet_core.errors import ConfigError
 from hrnet_core.model import HRNet
+from hrnet_core.modes import cannot_compile
 from hrnet_core.published import start_from
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig, TrainSettings
@@ -23,6 +25,8 @@ from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import write_whole
+from pipelines.training.average import Average
+from pipelines.training.batch import Sent
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
@@ -78,16 +82,33 @@ class Training:
     parallel: nn.Module
     """The network as it is called in training: under DDP where there are several workers."""
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Of the loss in float16; does nothing in the other precisions."""
+    average: Average | None
+    """Of the weights, where `train.ema_decay` wants one."""
+    mean: Tensor
+    """(3,), `std` (3,) and `joint_weights` (K,) on the device: sent with each batch, the copy would be waited
+    for, and with it the step before."""
+    std: Tensor
+    joint_weights: Tensor | None
+    """None: all keypoints count alike."""
     feed: Feed
     spec: CheckpointSpec
     val: ValSplit
     standing: Standing
     log: MetricLog | None
     """Rank 0 only."""
+    full_step: Callable[[Sent], Tensor] | None = None
+    """The step of full batches (step.prepare), from the first of them on."""
     saved_at: float = field(default_factory=time.monotonic)
     """The clock at the last checkpoint."""
     line_due: Every = field(default_factory=lambda: Every(30))
     pictures_due: Every = field(default_factory=lambda: Every(60, at_once=True))
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is scored and saved for use."""
+        return self.average.network if self.average else self.model
 
 
 def set_up(
@@ -99,23 +120,21 @@ def set_up(
     checkpoint: str | Path | None = None,
 ) -> Training:
     """Everything that worker `rank` of `world` holds; weights, optimizer and standing from `checkpoint` where
-    there is one. DataError, CheckpointError for shards or weights that it cannot read."""
+    there is one. DataError, CheckpointError for shards or weights that it cannot read, ConfigError for
+    settings that this machine cannot follow."""
     config, settings = job.config, job.config.train
     manifest = Manifest.load(job.shards)
     # A reused process keeps another worker's number of threads.
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     cv2.setNumThreads(1)
     torch.manual_seed(settings.seed)
-    torch.backends.cudnn.benchmark = True
+    if settings.compile and (why := cannot_compile(device.type)):
+        raise ConfigError(f"train.compile cannot be followed here: {why}.")
 
     spec = make_spec(config, manifest, job.run_id)
     model = make_model(config, spec).to(device)
-    optimizer = make_optimizer(model, settings)
-    standing = restore(checkpoint, model, optimizer) if checkpoint else Standing()
-    log = None
-    if rank == 0:
-        log = MetricLog(job.folder / "metrics.jsonl", standing.total_steps, job.tracking_uri, job.run_id)
-    return Training(
+    weights = spec.skeleton.joint_weights if settings.joint_weights else None
+    run = Training(
         config=config,
         manifest=manifest,
         folder=job.folder,
@@ -125,13 +144,24 @@ def set_up(
         report=report,
         model=model,
         parallel=wrap(model, device, world),
-        optimizer=optimizer,
+        optimizer=make_optimizer(model, settings),
+        scaler=make_scaler(settings, device),
+        average=Average(model, settings.ema_decay) if settings.ema_decay else None,
+        mean=torch.tensor(spec.mean, device=device),
+        std=torch.tensor(spec.std, device=device),
+        joint_weights=torch.tensor(weights, device=device) if weights else None,
         feed=Feed(manifest, config.data.train_split, settings, rank, world),
         spec=spec,
         val=ValSplit(manifest, config.data.val_split, rank, world),
-        standing=standing,
-        log=log,
+        standing=Standing(),
+        log=None,
     )
+    if checkpoint:
+        restore(run, checkpoint)
+    if rank == 0:
+        steps = run.standing.total_steps
+        run.log = MetricLog(job.folder / "metrics.jsonl", steps, job.tracking_uri, job.run_id)
+    return run
 
 
 def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> CheckpointSpec:
@@ -146,6 +176,7 @@ def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> Chec
         skeleton=skeleton,
         padding=config.data.padding,
         flip_test=config.train.flip_test,
+        weights="ema" if config.train.ema_decay else "raw",
         provenance={
             "run_id": run_id,
             "dataset_digest": manifest.digest,
@@ -163,16 +194,47 @@ def make_model(config: RunConfig, spec: CheckpointSpec) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Fused: it leaves out a step that is told not to be finite by itself. With `train.graph` its rate is a
+    tensor on the device: a recording holds numbers, and reads tensors anew each time."""
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not settings.decay_norms:
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+    optimizer = kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    for group in optimizer.param_groups if settings.graph else ():
+        group |= {"lr": torch.tensor(settings.lr, device=parameters[0].device), "capturable": True}
+    return optimizer
 
 
-def restore(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Standing:
-    """Weights, optimizer and standing from the trainer.pt that `save` wrote."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def make_scaler(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+
+
+def restore(run: Training, folder: str | Path) -> None:
+    """Weights, optimizer, scaler, average and standing from the trainer.pt that `save` wrote."""
     state = read_trainer_state(folder)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Standing(**state["progress"])
+    run.model.load_state_dict(state["model"])
+    made = [(group["lr"], group["capturable"]) for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(state["optimizer"])
+    for group, (rate, capturable) in zip(run.optimizer.param_groups, made, strict=True):
+        group |= {"lr": rate, "capturable": capturable}  # of this start, recorded or not
+    # An earlier version of this program saved neither of these, and a run that it began had neither.
+    run.scaler.load_state_dict(state.get("scaler") or run.scaler.state_dict())
+    if run.average:
+        run.average.network.load_state_dict(state.get("average") or state["model"])
+    run.standing = Standing(**state["progress"])
 
 
 def save(run: Training) -> None:
@@ -183,6 +245,8 @@ def save(run: Training) -> None:
         state = {
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "average": run.average.network.state_dict() if run.average else None,
             "progress": asdict(at),
         }
         torch.save(state, Path(folder) / TRAINER)
@@ -195,7 +259,7 @@ def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
     run.standing.best_ap, run.standing.best_epoch = ap, run.standing.epoch
     found = {"epoch": run.standing.epoch, "val_gt/AP": ap}
     spec = replace(run.spec, provenance={**run.spec.provenance, **found})
-    save_checkpoint(run.folder / "best", run.model.state_dict(), spec)
+    save_checkpoint(run.folder / "best", run.scored.state_dict(), spec)
     write_whole(run.folder / "predictions.json", json.dumps(results) + "\n")
 
 

@@ -1,0 +1,128 @@
+"""The step of a training run: this worker's part of a global batch becomes new weights.
+
+    one_step        a batch that is on the device
+      launch        normalised, in `train.accumulate` parts
+        train_step  forward, backward, clipping, optimizer, average
+
+Nothing in launch waits for the device: that is what lets full batches be recorded (recording.py), and the
+program run ahead of the GPU where they are not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hrnet_core.loss import joints_mse
+from hrnet_core.model import normalize
+from pipelines.config import TrainSettings
+from pipelines.training.average import Average
+from pipelines.training.batch import Batch, Sent
+from pipelines.training.compiled import compile_first
+from pipelines.training.ddp import exchange
+from pipelines.training.recording import record
+from pipelines.training.state import Training
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of autocast, by `train.precision`."""
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
+"""Does nothing: for all precisions but float16."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that go through the network together, on the device."""
+
+    images: Tensor
+    """Normalised (n, 3, h, w)."""
+    heatmaps: Tensor
+    """(n, K, H, W)."""
+    weights: Tensor
+    """(n, K)."""
+    share: float
+    """Factor that makes the sum over parts, averaged over workers, the mean over all rows of the global
+    batch: rows of the part x workers / rows of the global batch. 1 in a full batch of one part, 0 for a
+    worker that only keeps company."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Part],
+    settings: TrainSettings,
+    scaler: torch.amp.GradScaler = UNSCALED,
+    average: Average | None = None,
+) -> Tensor:
+    """One optimizer step; the loss (detached), weighted by share and summed over `parts`.
+
+    A worker has `train.accumulate` parts, and DDP averages the gradients over workers once, at the last. One
+    process that is given the parts of W workers, with their shares / W, runs them one after the other and
+    does the same (tests/test_train.py holds the two against each other).
+    """
+    optimizer.zero_grad(set_to_none=True)
+    device, dtype = parts[0].images.device, DTYPES[settings.precision]
+    total = torch.zeros((), device=device)
+    for number, part in enumerate(parts, start=1):
+        with exchange(model, now=number == len(parts)):
+            # No cache: each weight is used once, and what lies in it must not outlive a recording.
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                predicted = model(part.images)
+            loss = part.share * joints_mse(
+                predicted, part.heatmaps, part.weights, kind=settings.loss, hardest=settings.ohkm
+            )
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    if settings.clip_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm, foreach=True)
+    scaler.step(optimizer)  # a fused optimizer leaves a step out by itself, on the device
+    scaler.update()
+    if average is not None:
+        average.update()
+    return total
+
+
+def one_step(run: Training, batch: Batch, sent: Sent) -> Tensor:
+    """The step of a batch, whose part for this worker is `sent`; its loss as train_step gives it.
+
+    A short batch comes once an epoch: it is launched as it is, without a search for the fastest kernels of
+    its shape, and without being compiled.
+    """
+    full = batch.total == run.config.train.batch_size
+    torch.backends.cudnn.benchmark = full
+    if not full:
+        with torch.compiler.set_stance("force_eager"):
+            return launch(run, batch.rows * run.world / batch.total, sent)
+    if run.full_step is None:
+        run.full_step = prepare(run, sent)
+    return run.full_step(sent)
+
+
+def prepare(run: Training, sent: Sent) -> Callable[[Sent], Tensor]:
+    """The step of full batches, compiled and recorded with a first one as the settings say; the run stands
+    where it stood. ConfigError where it cannot be compiled."""
+    step = functools.partial(launch, run, 1.0)
+    if run.config.train.compile:
+        compile_first(run, step, sent)
+    return record(run, step, sent) if run.config.train.graph else step
+
+
+def launch(run: Training, share: float, sent: Sent) -> Tensor:
+    """train_step, its kernels launched one by one. share: of all rows in `sent`, as in Part."""
+    parts = parts_of(run, share, sent)
+    return train_step(run.parallel, run.optimizer, parts, run.config.train, run.scaler, run.average)
+
+
+def parts_of(run: Training, share: float, sent: Sent) -> list[Part]:
+    """What of a worker's batch is on the device, as its network takes it."""
+    settings, (images, heatmaps, weights) = run.config.train, sent
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    if run.joint_weights is not None:
+        weights = weights * run.joint_weights
+    arrays = normalize(images, run.mean, run.std, layout), heatmaps, weights
+    chunks = zip(*(array.chunk(settings.accumulate) for array in arrays), strict=True)
+    return [Part(*chunk, share=share * len(chunk[0]) / len(images)) for chunk in chunks]

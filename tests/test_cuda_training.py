@@ -1,0 +1,183 @@
+"""The recorded training step on a GPU against the launched one; skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_feed import dotted_shards
+from test_train import losses, small_config
+
+from hrnet_core.modes import cannot_compile
+from pipelines.shards.manifest import Manifest
+from pipelines.training import recording
+from pipelines.training import step as step_module
+from pipelines.training.batch import Sent
+from pipelines.training.loop import train_epochs
+from pipelines.training.state import Job, Training, set_rate, set_up
+from pipelines.training.step import launch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+# A recording's kernels are those of the launches; how sums in gradients are ordered is a GPU's own matter.
+SAME = 1e-3
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """37 people: batches of 16, 16 and 5."""
+    return dotted_shards(tmp_path_factory.mktemp("shards"), {"train2017": 37, "val2017": 12})
+
+
+def on_gpu(
+    manifest: Manifest, folder: Path, checkpoint: str | None = None, **train: Any
+) -> tuple[Training, list[str]]:
+    """Worker 0 of 1 on the GPU, and the checkpoints that it saves after each batch."""
+    folders: list[str] = []
+
+    def report(_: dict[str, Any], saved: str | None) -> None:
+        assert saved is not None
+        folders.append(saved)
+
+    how = {"use_gpu": True, "checkpoint_minutes": 1e-9, "schedule": "cosine", "validate_every": 2}
+    config = small_config(manifest, folder, **how, **train)
+    job = Job(config, manifest.folder, folder, tracking_uri=None, run_id=None)
+    return set_up(job, 0, 1, torch.device("cuda", 0), report, checkpoint), folders
+
+
+def trained(*args: Any, **train: Any) -> tuple[Training, list[str]]:
+    run, folders = on_gpu(*args, **train)
+    train_epochs(run)
+    return run, folders
+
+
+def recorded(run: Training) -> bool:
+    """Whether full batches were replayed: their step is then a function of recording.py."""
+    return getattr(run.full_step, "__module__", None) == recording.__name__
+
+
+MEANS: list[dict[str, Any]] = [
+    {},
+    {"precision": "bfloat16"},
+    {"precision": "float16"},
+    {"accumulate": 2, "clip_norm": 1e-3, "ema_decay": 0.5},
+    {"optimizer": "adamw", "weight_decay": 0.1, "decay_norms": False, "ohkm": 8},
+]
+
+
+@pytest.mark.parametrize(
+    "means", MEANS, ids=["float32", "bfloat16", "float16", "accumulate-clip-ema", "adamw"]
+)
+def test_a_recorded_run_is_the_launched_one(
+    manifest: Manifest, tmp_path: Path, means: dict[str, Any]
+) -> None:
+    """Losses of two epochs, whose short batches are launched; the rate changes with each of them."""
+    launched, _ = trained(manifest, tmp_path / "launched", **means)
+    replayed, _ = trained(manifest, tmp_path / "replayed", graph=True, **means)
+    assert (recorded(launched), recorded(replayed)) == (False, True)
+    assert list(losses(replayed)) == [1, 2, 3, 4, 5, 6]
+    assert losses(replayed) == pytest.approx(losses(launched), rel=SAME)
+    steps = {float(one["step"]) for one in replayed.optimizer.state.values()}
+    assert steps == {float(one["step"]) for one in launched.optimizer.state.values()}
+    assert int(replayed.model.bn1.num_batches_tracked) == 6 * means.get("accumulate", 1)
+    assert replayed.scaler.state_dict() == launched.scaler.state_dict()
+    begun, _ = on_gpu(manifest, tmp_path / "begun", **means)
+    start, there, here = (
+        torch.cat([p.detach().flatten() for p in run.scored.parameters()])
+        for run in (begun, launched, replayed)
+    )
+    # Adam's first steps are as long as the rate whatever the gradient: where that is nearly zero, its sign is
+    # the order of a sum.
+    assert (here - there).norm() < 0.2 * (there - start).norm()
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_recorded_run_goes_on_where_it_stood(
+    manifest: Manifest, tmp_path: Path, after: int, precision: str
+) -> None:
+    """After a full batch, after the short one, and within the second epoch; recorded anew each time."""
+    run, folders = trained(manifest, tmp_path / "r", graph=True, precision=precision)
+    again, _ = trained(manifest, tmp_path / "again", folders[after - 1], graph=True, precision=precision)
+    assert recorded(again)
+    expected = {step: loss for step, loss in losses(run).items() if step > after}
+    assert losses(again) == pytest.approx(expected, rel=SAME)
+
+
+def test_a_run_goes_on_with_and_without_a_recording(manifest: Manifest, tmp_path: Path) -> None:
+    launched, folders = trained(manifest, tmp_path / "launched")
+    replayed, others = trained(manifest, tmp_path / "replayed", graph=True)
+    for run, checkpoint, graph in ((launched, folders[1], True), (replayed, others[1], False)):
+        again, _ = trained(manifest, tmp_path / f"again-{graph}", checkpoint, graph=graph)
+        assert recorded(again) is graph
+        assert losses(again) == pytest.approx(
+            {step: loss for step, loss in losses(run).items() if step > 2}, rel=SAME
+        )
+
+
+def test_recording_leaves_a_run_as_it_was(manifest: Manifest, tmp_path: Path) -> None:
+    run, _ = on_gpu(manifest, tmp_path / "r", graph=True, precision="float16", ema_decay=0.5)
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    sent = next(iter(run.feed.batches(0))).on_device(run.device)
+    step = recording.record(run, lambda sent: launch(run, 1.0, sent), sent)
+    assert step.__module__ == recording.__name__
+    for network in (run.model, run.scored):
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    for one in run.optimizer.state.values():
+        assert all(not bool(value.any()) for value in one.values())
+    assert run.scaler.state_dict()["_growth_tracker"] == 0
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "rate"])
+def test_a_recording_that_computes_something_else_is_not_used(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoilt: str
+) -> None:
+    """Another loss, or no way for the weights: the second loss tells."""
+    run, _ = on_gpu(manifest, tmp_path / "r", graph=True)
+    set_rate(run.optimizer, 0.01)
+    sent = next(iter(run.feed.batches(0))).on_device(run.device)
+
+    def step(given: Sent) -> torch.Tensor:
+        recording_now = torch.cuda.is_current_stream_capturing()
+        if recording_now and spoilt == "rate":
+            set_rate(run.optimizer, 0.0)
+        loss = launch(run, 1.0, given)
+        return 1.1 * loss if recording_now and spoilt == "loss" else loss
+
+    assert recording.record(run, step, sent) is step
+    assert "its losses" in capsys.readouterr().out
+
+
+def test_a_step_that_waits_for_the_gpu_is_launched(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CUDA refuses to record it; what the capture left half done is gone, and the run is the launched one."""
+    launched, _ = trained(manifest, tmp_path / "launched", precision="float16")
+    original = step_module.joints_mse
+
+    def waits(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(*args, **kwargs)
+        assert loss.item() >= 0
+        return loss
+
+    monkeypatch.setattr(step_module, "joints_mse", waits)
+    run, _ = trained(manifest, tmp_path / "r", graph=True, precision="float16")
+    assert not recorded(run)
+    assert "train.graph: not recorded" in capsys.readouterr().out
+    assert losses(run) == pytest.approx(losses(launched), rel=SAME)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, when it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_and_recorded(manifest: Manifest, tmp_path: Path, precision: str) -> None:
+    if why := cannot_compile("cuda"):
+        pytest.skip(why)
+    launched, _ = trained(manifest, tmp_path / "launched", precision=precision)
+    both, _ = trained(manifest, tmp_path / "both", precision=precision, compile=True, graph=True)
+    assert recorded(both)
+    assert losses(both) == pytest.approx(losses(launched), rel=5e-3)
+    assert list((tmp_path / "compiled").glob("*.bin"))
