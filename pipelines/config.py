@@ -119,7 +119,10 @@ class ModelSettings(Section):
         return HRNetConfig(num_keypoints=num_keypoints, **self.model_dump(exclude={"init", "initialization"}))
 
 
-WORKERS = ("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures")
+WORKERS = (
+    *("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures"),
+    "max_skipped_steps",
+)
 """Settings of TrainSettings that say who works and how it is told, not what is learnt."""
 
 
@@ -169,6 +172,9 @@ class TrainSettings(Section):
     """A checkpoint inside an epoch at least this often."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts after a lost worker; -1 is without limit."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """A batch whose gradient is not finite changes nothing and is counted (train/skipped_steps); so many in a
+    row end the run. Looked at each log_every steps."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.locations import here
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
@@ -90,10 +91,11 @@ def export(
             f"name the file to write, hrnet export {checkpoint} OUT.onnx: only a checkpoint folder of this "
             f"machine is ours to add to."
         )
+    file = None if out is None else here(out, "OUT")
     with local_checkpoint(checkpoint, track, storage) as found:
         folder = found.folder
         read_spec(folder)  # before a folder is made where there is none
-        target = folder / ONNX if out is None else Path(out)
+        target = file or folder / ONNX
         try:
             with writing(target) as part:
                 sides = _written(folder, part)

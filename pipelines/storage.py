@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -96,6 +97,16 @@ def write_whole(file: str | Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def put_file(source: str | Path, file: str | Path) -> None:
+    """A copy of a file of this machine as `file` (path or URI), whole or not at all."""
+    files, path = open_folder(str(file))
+    if isinstance(files, fs.LocalFileSystem):
+        with writing(file) as part:
+            shutil.copyfile(source, part)
+    else:
+        _upload(files, str(source), path)
+
+
 def write_json(file: str | Path, content: Any) -> None:
     """JSON that people can read too, as `writing` leaves it."""
     write_whole(file, json.dumps(content, indent=1) + "\n")
@@ -167,6 +178,12 @@ def relative(path: str, folder: str) -> str:
     """A path below a folder as seen from there, without query."""
     base = absolute(folder).partition("?")[0]
     return path.partition("?")[0].removeprefix(f"{base}/")
+
+
+def base_name(folder: str) -> str:
+    """The last name of a path or URI, as it was before it was quoted."""
+    name = folder.partition("?")[0].rstrip("/").rpartition("/")[2] if is_uri(folder) else Path(folder).name
+    return unquote(name) if is_uri(folder) else name
 
 
 def is_file(path: str) -> bool:

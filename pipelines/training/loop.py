@@ -12,9 +12,11 @@ without weight decay, rate x 0.1 from epoch 170 and 200 of 210 (counted from 0),
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,11 +29,21 @@ from hrnet_core.model import normalize
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import TrainSettings
 from pipelines.progress import time_left
+from pipelines.storage import join
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
 from pipelines.training.feed import Batch
 from pipelines.training.pictures import draw_pictures
-from pipelines.training.state import Job, Standing, Training, keep_best, report_to_ray, save, set_up
+from pipelines.training.state import (
+    Job,
+    Standing,
+    Training,
+    keep_best,
+    report_to_ray,
+    save,
+    saved_by_ray,
+    set_up,
+)
 
 
 class Diverged(ConfigError):
@@ -46,13 +58,16 @@ def train_worker(job: Job) -> Standing | Diverged:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train says a line for each report of each worker
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        run = set_up(job, rank, world, device, report_to_ray, folder)
+    report = functools.partial(report_to_ray, job.folder)
+    with saved_by_ray(job.folder) as saved:
+        run = set_up(job, rank, world, device, report, saved)
     try:
         train_epochs(run)
     except Diverged as error:
         return error  # raised, it would make Ray Train start the workers again, to the same end
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # on its way to the controller it loses its own
+        raise
     return run.standing
 
 
@@ -120,6 +135,9 @@ def train_step(
 ) -> Tensor:
     """One optimizer step; the loss (detached), weighted by share and summed over `parts`.
 
+    Where the gradient, averaged over workers, has a number that is not finite, weights and optimizer stay as
+    they are (skip_if_not_finite), and the loss that is returned is NaN.
+
     A worker has one part, and DDP averages the gradients over workers. One process that is given the
     parts of W workers, with their shares / W, runs them one after the other and does the same
     (tests/test_train.py holds the two against each other).
@@ -135,8 +153,21 @@ def train_step(
         )
         loss.backward()
         total += loss.detach()
+    skipped = skip_if_not_finite(optimizer)
     optimizer.step()
-    return total
+    return torch.where(skipped, torch.nan, total)
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Have the next step of a fused optimizer change nothing where a gradient is not finite; bool () whether.
+
+    Decided and done on the device: nobody waits for it. DDP gives every worker the same averaged gradient, so
+    all decide alike without asking each other. It reads the gradients once more.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    skip = ~torch.nn.utils.get_total_norm(gradients, torch.inf).isfinite()
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+    return skip
 
 
 def part_of(batch: Batch, run: Training) -> Part:
@@ -197,25 +228,59 @@ def log_interval(run: Training, interval: Interval) -> bool:
     losses = torch.stack(interval.losses).double().cpu()
     seconds = time.perf_counter() - interval.begun
     due = time.monotonic() - run.saved_at > run.config.train.checkpoint_minutes * 60
-    wrong = (~losses.isfinite()).nonzero().flatten().tolist()
-    sums = [float(losses.sum()), interval.waited, float(bool(wrong)), float(due and run.rank == 0)]
+    skipped = losses.isnan()
+    wrong = losses.isinf().nonzero().flatten().tolist()
+    sums = [float(losses[~skipped].sum()), interval.waited, float(bool(wrong)), float(due and run.rank == 0)]
+    sums += skipped.tolist()
     totals = all_sum(torch.tensor(sums, dtype=torch.float64, device=run.device), run.world)
-    loss, waited, bad, save_now = totals.tolist()
+    loss, waited, bad, save_now, *skips = totals.tolist()
     if bad:
         raise _diverged_in(run, interval, wrong)
+    if any(skips):
+        count_skipped(run, interval, [bool(skip) for skip in skips])
+    else:
+        run.standing.skipped_in_a_row = 0
     run.standing.seconds += seconds
     if run.log is not None:
         step = run.standing.total_steps
         figures = {
-            "train/loss": loss / run.world / len(losses),
             "train/lr": learning_rate(run.config.train, step - 1, run.feed.steps),
             "train/samples_per_s": interval.samples / seconds,
             "train/data_wait": waited / run.world / seconds,
+            "train/skipped_steps": run.standing.skipped,
         }
+        if taken := len(skips) - sum(map(bool, skips)):
+            figures = {"train/loss": loss / run.world / taken, **figures}
         run.log.write(step, figures)
         run.log.flush()
         print_step(run, figures)
     return bool(save_now)
+
+
+def count_skipped(run: Training, interval: Interval, skips: Sequence[bool]) -> None:
+    """Count the steps of an interval that were left out, and say so. Diverged, on all ranks together, after
+    `train.max_skipped_steps` in a row, and where such a batch left its mark in BatchNorm's statistics."""
+    at, most = run.standing, run.config.train.max_skipped_steps
+    begun, longest = -1, 0  # of the longest row of them: its first step in the interval, and its length
+    for step, skip in enumerate(skips):
+        at.skipped += skip
+        at.skipped_in_a_row = (at.skipped_in_a_row + 1) * skip
+        if at.skipped_in_a_row > longest:
+            longest, begun = at.skipped_in_a_row, max(0, step + 1 - at.skipped_in_a_row)
+    batch = at.step - len(skips) + begun + 1
+    spoilt = torch.stack([~b.isfinite().all() for b in run.model.buffers()]).any()
+    spoilt_anywhere = bool(all_sum(spoilt.double(), run.world))
+    if longest >= most or spoilt_anywhere:
+        rows = [ann_id for ids in all_objects(interval.ann_ids[begun], run.world) for ann_id in ids]
+        why = "BatchNorm's statistics are not finite any more" if spoilt_anywhere else f"{longest} in a row"
+        raise diverged(run, f"epoch {at.epoch + 1}, batch {batch} ({why})", rows)
+    if run.log is not None:
+        first = f"epoch {at.epoch + 1}, batch {at.step - len(skips) + skips.index(True) + 1}"
+        print(
+            f"left out {sum(skips)} of {len(skips)} batches, whose gradient is not finite, from {first} on; "
+            f"{at.skipped} in all",
+            flush=True,
+        )
 
 
 def _diverged_in(run: Training, interval: Interval, wrong: list[int]) -> Diverged:
@@ -231,9 +296,12 @@ def _diverged_in(run: Training, interval: Interval, wrong: list[int]) -> Diverge
 
 def diverged(run: Training, where: str, ann_ids: Sequence[int] = ()) -> Diverged:
     rows = f" The rows of that batch: ann_id {', '.join(map(str, ann_ids))}." if ann_ids else ""
+    best = (
+        f"{join(run.folder, 'best')} is the best so far" if run.standing.best_epoch else "no epoch is through"
+    )
     return Diverged(
-        f"the loss is not finite: {where}.{rows} Nothing after the last checkpoint was saved; "
-        f"{run.folder / 'best'} is the best so far. Lower train.lr or lengthen train.warmup_steps under "
+        f"the loss is not finite: {where}.{rows} Nothing after the last checkpoint was saved; {best}. "
+        f"Lower train.lr or lengthen train.warmup_steps under "
         f"another --run.name, or look at those rows."
     )
 
@@ -286,7 +354,7 @@ def print_epoch(run: Training, figures: dict[str, float]) -> None:
 def print_step(run: Training, figures: dict[str, float]) -> None:
     """A line inside a long epoch; figures: the row of metrics just written."""
     at = run.standing
-    if at.step == run.feed.steps or not run.line_due():
+    if at.step == run.feed.steps or "train/loss" not in figures or not run.line_due():
         return
     _say(
         run,

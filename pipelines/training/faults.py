@@ -1,0 +1,80 @@
+"""What is said and done when a worker of a run ends before its time."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray.exceptions
+from ray.train import UserCallback
+
+from hrnet_core.errors import PoseError, first_line
+from pipelines.run_folder import keep_error, no_room, place, reached_step, saved_step
+
+
+class Faults(UserCallback):  # type: ignore[misc]
+    """In Ray Train's controller: a sentence for a worker that was lost, its traceback into errors.log. What
+    no restart would cure ends the run at once: an exception of `after_exception` does that."""
+
+    def __init__(self, folder: str, steps: int, restarts: int) -> None:
+        """steps: batches of an epoch. restarts: how many there may be, -1 any number."""
+        self.folder, self.steps, self.restarts = folder, steps, restarts
+        self.lost = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if (reason := curable(error, self.folder)) is not None:
+                raise reason
+        file = keep_error(self.folder, told_by_workers(worker_exceptions))
+        self.lost += 1
+        if self.lost > self.restarts >= 0:
+            return  # the driver says it
+        of = f" of {self.restarts}" if self.restarts >= 0 else ""
+        saved = saved_step(self.folder)
+        on = f"going on from the checkpoint of {place(saved, self.steps)}" if saved else "beginning again"
+        at = place(reached_step(self.folder), self.steps)
+        print(
+            f"{what_happened(worker_exceptions)} after {at}; {on} (restart {self.lost}{of}; {file})",
+            flush=True,
+        )
+
+
+def what_happened(worker_exceptions: Mapping[int, Exception]) -> str:
+    """ "worker 1 was lost (...)": of all that failed the one that died, else the first; the others fail only
+    because it is gone."""
+    died = {rank: e for rank, e in worker_exceptions.items() if isinstance(e, ray.exceptions.RayError)}
+    rank, error = next(iter((died or worker_exceptions).items()))
+    text = str(error)
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "OutOfMemory" in text:
+        return f"worker {rank} was lost (ended by Ray, its machine had no memory left)"
+    if "SIGKILL" in text or "connection error" in text:
+        return f"worker {rank} was lost (its process was killed, as by signal 9 or a machine without memory)"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return f"worker {rank} was lost ({first_line(error)})"
+    return f"worker {rank} failed ({first_line(error)})"
+
+
+def curable(error: BaseException, folder: str) -> PoseError | None:
+    """What the user can cure and a restart cannot: our own errors, a disk without room."""
+    for cause in causes(error):
+        if isinstance(cause, PoseError):
+            return cause
+        if full := no_room(cause, folder):
+            return full
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it came of; Ray's tasks keep that in `cause`."""
+    while error is not None:
+        yield error
+        inner = getattr(error, "cause", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+
+
+def told_by_workers(worker_exceptions: Mapping[int, Exception]) -> str:
+    return "\n".join(
+        f"worker {rank}:\n{''.join(traceback.format_exception(error))}"
+        for rank, error in worker_exceptions.items()
+    )
