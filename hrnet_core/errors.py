@@ -6,10 +6,14 @@ wrong input: exit code 1. Anything else that is raised is our defect; its traceb
 
 from __future__ import annotations
 
+import re
+
 
 def first_line(error: Exception) -> str:
-    """Of another library's error, for a message of ours: its first line, at most 200 characters."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+    """Of another library's error, for a message of ours: its first line without colours, at most 200
+    characters."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()
+    return (text or repr(error)).splitlines()[0][:200]
 
 
 class PoseError(Exception):

@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 from hrnet_core.errors import ConfigError, PoseError
 from pipelines.config import RaySettings
@@ -73,6 +75,7 @@ def quiet_engines() -> Iterator[None]:
         restored.callback(os.dup2, shown, 2)
         os.dup2(said.fileno(), 2)
         restored.enter_context(contextlib.redirect_stderr(said))
+        restored.enter_context(contextlib.redirect_stdout(_WithoutRaylet(sys.stdout)))
         try:
             yield
         except (PoseError, KeyboardInterrupt, SystemExit):
@@ -81,6 +84,22 @@ def quiet_engines() -> Iterator[None]:
             said.flush()
             error.add_note(f"What the engines said on stderr:\n{_end_of(said.fileno())}")
             raise
+
+
+class _WithoutRaylet(threading.local):
+    """stdout as it is, but what Ray's node manager prints there of a worker that died goes to stderr: the
+    stage says it in its own words. A thread's end of line follows the line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._last = stream, stream
+
+    def write(self, text: str) -> int:
+        if text != "\n":
+            self._last = sys.stderr if "(raylet" in text[:20] else self._stream
+        return self._last.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _end_of(file: int, most: int = 200_000) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +74,8 @@ class Registry:
         # start_run's end says FINISHED; the owner of the run decides that.
         self.client.update_run(run_id, status="RUNNING")
         tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
-        return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
+        with contextlib.redirect_stderr(io.StringIO()):  # where it says so
+            return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
 
     @quiet_mlflow()
     @_absent_is_none()

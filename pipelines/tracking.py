@@ -34,10 +34,11 @@ DIGITS = 36
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
     """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block, and
-    progress bars for good."""
+    progress bars and addresses for good."""
     import mlflow  # noqa: F401 - its import sets the levels of its loggers
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as restored:
         for logger in (logging.getLogger("mlflow"), logging.getLogger("alembic")):
             restored.callback(logger.setLevel, logger.level)

@@ -6,11 +6,19 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ray.exceptions
 from ray.train import UserCallback
 
 from hrnet_core.errors import PoseError, first_line
 from pipelines.run_folder import keep_error, no_room, place, reached_step, saved_step
+
+DEATHS = {
+    "running low on memory": "ended by Ray: its machine had no memory left",
+    "node died": "its machine is gone",
+    "node was terminated": "its machine is gone",
+    "connection error code": "its process was killed, as by signal 9 or a machine without memory",
+    "actor died": "its process ended",
+}
+"""Ray's words for the end of a process, the most telling first -> ours. It does not know the signal."""
 
 
 class Faults(UserCallback):  # type: ignore[misc]
@@ -43,16 +51,13 @@ class Faults(UserCallback):  # type: ignore[misc]
 def what_happened(worker_exceptions: Mapping[int, Exception]) -> str:
     """ "worker 1 was lost (...)": of all that failed the one that died, else the first; the others fail only
     because it is gone."""
-    died = {rank: e for rank, e in worker_exceptions.items() if isinstance(e, ray.exceptions.RayError)}
+    died = {rank: error for rank, error in worker_exceptions.items() if "actor" in str(error)}
     rank, error = next(iter((died or worker_exceptions).items()))
     text = str(error)
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or "OutOfMemory" in text:
-        return f"worker {rank} was lost (ended by Ray, its machine had no memory left)"
-    if "SIGKILL" in text or "connection error" in text:
-        return f"worker {rank} was lost (its process was killed, as by signal 9 or a machine without memory)"
-    if isinstance(error, ray.exceptions.RayActorError):
-        return f"worker {rank} was lost ({first_line(error)})"
-    return f"worker {rank} failed ({first_line(error)})"
+    for words, why in DEATHS.items():
+        if words in text:
+            return f"worker {rank} was lost ({why})"
+    return f"worker {rank} failed ({type(error).__name__}: {first_line(error)})"
 
 
 def curable(error: BaseException, folder: str) -> PoseError | None:

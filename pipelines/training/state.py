@@ -199,8 +199,11 @@ def save(run: Training) -> None:
             "optimizer": run.optimizer.state_dict(),
             "progress": asdict(at),
         }
-        with (Path(folder) / TRAINER).open("wb") as file:  # by its name, torch hides that a disk is full
-            torch.save(state, file)
+        try:
+            with (Path(folder) / TRAINER).open("wb") as file:  # by its name, torch hides that a disk is full
+                torch.save(state, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         assert run.log is not None
         run.log.keep()
     run.report({"epoch": at.epoch, "step": at.total_steps, "best_ap": at.best_ap}, folder)
