@@ -164,8 +164,9 @@ def fetch_file(place: str, into: Path) -> Path:
     files, path = open_folder(place)
     info = files.get_file_info(path)
     into.mkdir(parents=True, exist_ok=True)
-    _copy(files, info, into / info.base_name)
-    return into / info.base_name
+    target: Path = into / info.base_name
+    _copy(files, info, target)
+    return target
 
 
 def is_folder_at(place: str) -> bool:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:
-        print(f"hrnet {name}: {error}", file=sys.stderr)
+        print(f"hrnet {name}: {error}{GOES_ON.get(name, '')}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130
     except Failure as error:
         print(f"hrnet {name}: {error}", file=sys.stderr)
@@ -290,6 +290,13 @@ def reproduce(args: arguments.Reproduce) -> int:
 
     return 0 if reproduce(**_given(args)).passed else 1
 
+
+# What is said of a verb that was stopped; train says where its run stands.
+GOES_ON = {
+    "preprocess": " Finished shards are kept: the same command goes on.",
+    "evaluate": " Finished work units are kept: the same command goes on.",
+    "predict": " Finished work units are kept: the same command goes on.",
+}
 
 # Verb: its function, its arguments, the first line of its --help.
 VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {

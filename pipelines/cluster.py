@@ -73,6 +73,10 @@ def quiet_engines() -> Iterator[None]:
         shown = os.dup(2)
         restored.callback(os.close, shown)
         restored.callback(os.dup2, shown, 2)
+        terminal = restored.enter_context(open(shown, "w", buffering=1, closefd=False))
+        for handler in logging.getLogger().handlers:  # what the driver itself logs is ours
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+                restored.callback(handler.setStream, handler.setStream(terminal))
         os.dup2(said.fileno(), 2)
         restored.enter_context(contextlib.redirect_stderr(said))
         restored.enter_context(contextlib.redirect_stdout(_WithoutRaylet(sys.stdout)))

@@ -95,7 +95,7 @@ def measure_modes(
     usable = [mode for mode in wanted if mode not in left_out]
     read_spec(checkpoint)  # before Ray starts
     found: dict[str, Evaluation] = {}
-    with ray_session(ray):
+    with ray_session(ray, quiet=True):
         for mode in usable:
             print(f"--- {mode}", flush=True)
             place, of_mode = out / mode, settings.model_copy(update={"mode": mode})

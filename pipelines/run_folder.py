@@ -18,6 +18,7 @@ import errno
 import fcntl
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -208,9 +209,13 @@ def reached_step(folder: str) -> int:
 
 def saved_step(folder: str) -> int:
     """Batches of the whole run at the checkpoint that Ray Train would go on from; 0: none."""
-    snapshot = read_record(folder, "ray/checkpoint_manager_snapshot.json") or {}
-    latest = snapshot.get("latest_checkpoint_result")
-    return int(latest["metrics"]["step"]) if latest else 0
+    for _ in range(10):  # Ray may be writing it in this moment
+        with contextlib.suppress(ValueError):
+            snapshot = read_record(folder, "ray/checkpoint_manager_snapshot.json") or {}
+            latest = snapshot.get("latest_checkpoint_result")
+            return int(latest["metrics"]["step"]) if latest else 0
+        time.sleep(0.1)
+    return 0
 
 
 def _decides(config: RunConfig, dataset_digest: str) -> dict[str, Any]:

@@ -98,13 +98,19 @@ def write_whole(file: str | Path, content: str | bytes) -> None:
 
 
 def put_file(source: str | Path, file: str | Path) -> None:
-    """A copy of a file of this machine as `file` (path or URI), whole or not at all."""
+    """A copy of a file of this machine as `file` (path or URI), whole or not at all. OSError, which names
+    `file`, where that failed."""
     files, path = open_folder(str(file))
-    if isinstance(files, fs.LocalFileSystem):
-        with writing(file) as part:
-            shutil.copyfile(source, part)
-    else:
-        _upload(files, str(source), path)
+    try:
+        if isinstance(files, fs.LocalFileSystem):
+            with writing(file) as part:
+                shutil.copyfile(source, part)
+        else:
+            _upload(files, str(source), path)
+    except OSError as error:  # copyfile's names the source
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def write_json(file: str | Path, content: Any) -> None:

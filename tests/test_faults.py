@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -267,13 +270,17 @@ def test_what_is_unexpected_is_a_sentence_with_a_file(tmp_path: Path) -> None:
 
 
 def test_what_engines_say_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
     with quiet_engines():
+        logging.getLogger("pipelines.x").warning("ours, logged")
         os.write(2, b"core_worker.cc: retrying\n")
         print("a banner", file=sys.stderr)
         print("\x1b[33m(raylet)\x1b[0m A worker died or was killed")
         print("ours")
+    logging.getLogger().removeHandler(handler)
     print("after", file=sys.stderr)
-    assert capfd.readouterr() == ("ours\n", "after\n")
+    assert capfd.readouterr() == ("ours\n", "ours, logged\nafter\n")
 
 
 # --- Ctrl-C, SIGTERM --------------------------------------------------------------------------------------
@@ -419,3 +426,98 @@ def test_rows_without_room_are_an_error(tmp_path: Path, small_files: None) -> No
 
     with pytest.raises(OSError, match="File too large"):
         fill()
+
+
+# --- the real command -------------------------------------------------------------------------------------
+
+
+def started(manifest: Manifest, folder: Path, storage: Path, **train: Any) -> subprocess.Popen[str]:
+    """`hrnet train` of a small network by two workers, begun; MLflow's file beside the storage."""
+    config = small_config(manifest, storage, num_workers=2, cpus_per_worker=0.5, **train)
+    (folder / "small.yaml").write_text(json.dumps(config.model_dump(mode="json", exclude={"config_name"})))
+    argv = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "small.yaml"), "--ray.num-cpus", "2"]
+    return subprocess.Popen(
+        [*argv, "--track.uri", f"sqlite:///{folder}/mlflow.db"],
+        stdout=(folder / "out").open("w"),
+        stderr=(folder / "err").open("w"),
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")},
+    )
+
+
+def wait_until(true: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, "the command ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_then_sigterm_then_the_same_command(manifest: Manifest, tmp_path: Path) -> None:
+    """What is read on the terminal is ours alone: a sentence for each, no traceback, no banner."""
+    import psutil
+    from mlflow import MlflowClient
+
+    run = tmp_path / "runs" / "r"
+    process = started(manifest, tmp_path, tmp_path / "runs", epochs=60, max_failures=3)
+    wait_until(lambda: saved_step(str(run)) >= 3, process)
+    workers = [
+        one for one in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in one.name()
+    ]
+    workers = workers or [
+        one
+        for one in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(one.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    out = tmp_path / "out"
+    wait_until(lambda: "restart 1 of 3" in out.read_text(), process)
+    at = saved_step(str(run))
+    wait_until(lambda: saved_step(str(run)) > at, process)  # it goes on
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", line) for line in out.read_text().splitlines()]
+    assert [
+        line for line in lines if not re.match(r" *epoch \d+[/,]|worker [01] was lost \(its pro", line)
+    ] == []
+    told = (tmp_path / "err").read_text()
+    assert re.fullmatch(
+        rf"hrnet train: stopped by SIGTERM\. {run}: The run stands after epoch \d+, batch \d; the same "
+        r"command goes on from the checkpoint of epoch \d+, batch 3\.\n",
+        told,
+    )
+    assert "actor died unexpectedly" in (run / "errors.log").read_text()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = json.loads((run / "run.json").read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+
+    epochs = saved_step(str(run)) // 3
+    refused = started(manifest, tmp_path, tmp_path / "runs", epochs=epochs + 1, lr=0.5)
+    assert refused.wait(timeout=120) == 2
+    assert "train.lr was 0.001, now 0.5" in (tmp_path / "err").read_text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_command(manifest: Manifest, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no small file system to fill: {mounted.stderr.strip()}")
+    try:
+        process = started(manifest, tmp_path, disk, max_failures=3)
+        assert process.wait(timeout=300) == 2
+        told = (tmp_path / "err").read_text()
+        assert re.fullmatch(
+            rf"hrnet train: {disk}/r.*: cannot be written \(No space left on device\)\. Free space, .*\n",
+            told,
+        )
+        assert "lost" not in (tmp_path / "out").read_text(), "not tried again in vain"
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        again = started(manifest, tmp_path, disk, max_failures=3)
+        assert again.wait(timeout=300) == 0, (tmp_path / "err").read_text()
+        assert (disk / "r" / "result.json").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

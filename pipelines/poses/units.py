@@ -185,7 +185,7 @@ def rows_on_ray(
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     model_and_spec = load_checkpoint(checkpoint)
     rows = [{"unit": index, "work": pickle.dumps(unit)} for index, unit in pending.items()]
-    with ray_session(ray_settings), quiet_ray_data():
+    with ray_session(ray_settings, quiet=True), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker, int(settings.use_gpu)
         require(ray_settings, settings.num_workers, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
         actors = ray.data.ActorPoolStrategy(
