@@ -27,10 +27,13 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.locations import open_folder
 from pipelines import lease
 from pipelines import train as driver
+from pipelines.config import TrackSettings
 from pipelines.metric_log import read_rows
+from pipelines.registry import Registry
 from pipelines.run_folder import TrainResult, keep_error, move_aside, only_one, read_record, saved_step
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import join, list_files, read_file, write_json
+from pipelines.tracking import Tracker
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Job, Training, set_up
 
@@ -113,6 +116,26 @@ def test_best_is_whole_or_refused_while_it_is_replaced(
         train_epochs(again)
     with pytest.raises(CheckpointError, match="these are not the weights that were saved"):
         load_checkpoint(fetch_checkpoint(f"{bucket}/runs/r/best", tmp_path / "copy"))
+
+
+def test_the_version_of_a_checkpoint_in_a_bucket_is_found(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hrnet promote asks for it: by its weights."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    best = f"{bucket}/runs/r/best"
+    write_json(f"{best}/checkpoint.json", {"weights_sha256": "5" * 64})
+    tracker = Tracker(TrackSettings(), tmp_path)
+    models = Registry(tracker)
+    assert models.version(best) is None
+    tracker.client.create_registered_model("hrnet-pose")
+    tracker.client.create_model_version("hrnet-pose", str(tmp_path), tags={"weights_sha256": "5" * 64})
+    found = models.version(best)
+    assert found is not None
+    assert int(found.version) == 1
+    with pytest.raises(CheckpointError, match=f"{bucket}/none/checkpoint.json: not a checkpoint folder"):
+        models.version(f"{bucket}/none")
 
 
 # --- one driver -------------------------------------------------------------------------------------------
