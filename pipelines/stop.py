@@ -51,10 +51,12 @@ def stoppable() -> Iterator[None]:
 def handlers_kept() -> Iterator[None]:
     """What the block puts in place of the handlers of both signals is undone: Ray takes them for itself."""
     before = {which: signal.getsignal(which) for which in BOTH}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for which, handler in before.items():
-            signal.signal(which, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for which, handler in before.items():
+                signal.signal(which, handler)
 
 
 def in_a_thread(work: Callable[[], T]) -> T:

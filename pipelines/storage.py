@@ -35,9 +35,13 @@ from hrnet_core.locations import is_uri, one_line, open_folder
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
 
+class BucketAway(DataError):
+    """A bucket did not answer as it should: it may the next time."""
+
+
 @contextlib.contextmanager
 def answering(place: str) -> Iterator[None]:
-    """OSErrors of the block, where `place` is a URI, as a DataError; a missing file stays what it is."""
+    """OSErrors of the block, where `place` is a URI, as a BucketAway; a missing file stays what it is."""
     try:
         yield
     except FileNotFoundError:
@@ -45,7 +49,7 @@ def answering(place: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:  # Invalid: a name like a//b
         if not is_uri(place):
             raise
-        raise DataError(
+        raise BucketAway(
             f"{place.partition('?')[0]}: the bucket did not give it ({one_line(error)}). Check the bucket's "
             f"name, the credentials in the environment and the network, then run the same command again: "
             f"what is finished is kept."

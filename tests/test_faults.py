@@ -31,6 +31,8 @@ from pipelines.metric_log import MetricLog, read_rows
 from pipelines.run_folder import place, reached_step, saved_step, where_it_stands, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import in_a_thread
+from pipelines.storage import BucketAway
+from pipelines.tracking import quiet_mlflow
 from pipelines.training.ddp import wrap
 from pipelines.training.faults import Faults, curable, what_happened
 from pipelines.training.loop import Diverged, train_epochs, train_step
@@ -234,6 +236,17 @@ def test_what_no_restart_cures_ends_the_run_at_once(tmp_path: Path, error: Excep
             faults.after_exception(None, {0: RuntimeError(KILLED), 1: one})
         assert told.replace("FOLDER", str(tmp_path)) in str(caught.value)
     assert curable(OSError(errno.ENOENT, "No such file"), "x") is None
+    assert curable(BucketAway("s3://b/x: the bucket did not give it"), "x") is None
+
+
+def test_a_folder_that_takes_no_word_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r").write_text("no folder")
+    Faults(str(tmp_path / "r"), 13, 3).after_exception(None, {1: RuntimeError(KILLED)})
+    told = capsys.readouterr().out
+    assert "worker 1 was lost" in told
+    assert "going on from the last checkpoint (restart 1 of 3; not kept: " in told
 
 
 def test_places_are_counted_as_people_count() -> None:
@@ -489,9 +502,10 @@ def test_a_killed_worker_then_sigterm_then_the_same_command(manifest: Manifest, 
         told,
     )
     assert "actor died unexpectedly" in (run / "errors.log").read_text()
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = json.loads((run / "run.json").read_text())["run_id"]
-    assert client.get_run(run_id).info.status == "KILLED"
+    with quiet_mlflow():
+        client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        assert client.get_run(run_id).info.status == "KILLED"
 
     epochs = saved_step(str(run)) // 3
     refused = started(manifest, tmp_path, tmp_path / "runs", epochs=epochs + 1, lr=0.5)

@@ -10,6 +10,7 @@ from ray.train import UserCallback
 
 from hrnet_core.errors import PoseError, first_line
 from pipelines.run_folder import keep_error, no_room, place, reached_step, saved_step
+from pipelines.storage import BucketAway
 
 DEATHS = {
     "running low on memory": "ended by Ray: its machine had no memory left",
@@ -34,18 +35,18 @@ class Faults(UserCallback):  # type: ignore[misc]
         for error in worker_exceptions.values():
             if (reason := curable(error, self.folder)) is not None:
                 raise reason
-        file = keep_error(self.folder, told_by_workers(worker_exceptions))
+        try:
+            file = keep_error(self.folder, told_by_workers(worker_exceptions))
+            saved, reached = saved_step(self.folder), reached_step(self.folder)
+            on = f"going on from the checkpoint of {place(saved, self.steps)}" if saved else "beginning again"
+            where = f" after {place(reached, self.steps)}; {on}"
+        except (OSError, BucketAway) as error:  # no reason to end a run that Ray would start again
+            where, file = "; going on from the last checkpoint", f"not kept: {first_line(error)}"
         self.lost += 1
         if self.lost > self.restarts >= 0:
             return  # the driver says it
         of = f" of {self.restarts}" if self.restarts >= 0 else ""
-        saved = saved_step(self.folder)
-        on = f"going on from the checkpoint of {place(saved, self.steps)}" if saved else "beginning again"
-        at = place(reached_step(self.folder), self.steps)
-        print(
-            f"{what_happened(worker_exceptions)} after {at}; {on} (restart {self.lost}{of}; {file})",
-            flush=True,
-        )
+        print(f"{what_happened(worker_exceptions)}{where} (restart {self.lost}{of}; {file})", flush=True)
 
 
 def what_happened(worker_exceptions: Mapping[int, Exception]) -> str:
@@ -61,8 +62,10 @@ def what_happened(worker_exceptions: Mapping[int, Exception]) -> str:
 
 
 def curable(error: BaseException, folder: str) -> PoseError | None:
-    """What the user can cure and a restart cannot: our own errors, a disk without room."""
+    """What the user can cure and a restart cannot: our own errors but for a bucket's, a disk without room."""
     for cause in causes(error):
+        if isinstance(cause, BucketAway):
+            return None
         if isinstance(cause, PoseError):
             return cause
         if full := no_room(cause, folder):
