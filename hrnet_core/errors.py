@@ -1,15 +1,19 @@
 """What a user can fix, as exceptions: PoseError and its kinds.
 
-The command line prints a PoseError's text and exits with 2; the server answers 4xx. Anything else
-that is raised is our defect and keeps its traceback.
+The command line prints a PoseError's text and exits with 2; the server answers 4xx. A Failure is nobody's
+wrong input: exit code 1. Anything else that is raised is our defect; its traceback goes into a file.
 """
 
 from __future__ import annotations
 
+import re
+
 
 def first_line(error: Exception) -> str:
-    """Of another library's error, for a message of ours: its first line, at most 200 characters."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+    """Of another library's error, for a message of ours: its first line without colours, at most 200
+    characters."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()
+    return (text or repr(error)).splitlines()[0][:200]
 
 
 class PoseError(Exception):
@@ -39,3 +43,8 @@ class DataError(PoseError):
 
 class ConfigError(PoseError):
     """A setting that is unknown or contradicts another, or asks for more than there is."""
+
+
+class Failure(Exception):
+    """Something failed that no input is to blame for: a lost worker, an engine. Its text says what happened,
+    the way on, and the file with the traceback."""

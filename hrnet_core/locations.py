@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hrnet_core.errors import DataError
+from hrnet_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -37,6 +37,18 @@ CREDENTIALS = re.compile(
 
 def is_uri(path: str) -> bool:
     return "://" in path
+
+
+def here(place: str | Path, what: str) -> Path:
+    """The path of something that is written on this machine; `what` names it in the ConfigError of a URI.
+    Asked before any work: taken for a path, a URI becomes a folder called "s3:"."""
+    if re.match(r"\w[\w+.-]+:/", str(place)):  # a Path has lost one of the slashes
+        refuse_credentials(str(place))
+        raise ConfigError(
+            f"{what} {place}: this is written to a path of this machine, not to a bucket. Give a path, and "
+            f"copy what lies there on afterwards."
+        )
+    return Path(place)
 
 
 def refuse_credentials(text: str) -> None:
@@ -75,6 +87,26 @@ def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
         return files, path
     except (pa.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{folder}: not a folder that can be opened ({one_line(error)}).") from None
+
+
+def refuse_no_bucket(place: str, what: str = "") -> None:
+    """DataError where a URI names a bucket that is not there; `what` stands before it. Asks the store once;
+    a store that does not say is left to the reading."""
+    from pyarrow import fs
+
+    if not place.startswith(("s3://", "gs://", "gcs://")):
+        return
+    files, key = open_folder(place)
+    bucket = key.partition("/")[0]
+    try:
+        missing = files.get_file_info(bucket).type == fs.FileType.NotFound
+    except OSError:
+        return
+    if missing:
+        shown = place.partition("?")[0]
+        raise DataError(
+            f"{what}{': ' if what else ''}{shown}: no bucket {bucket!r}. Make it, or check the name."
+        )
 
 
 @functools.cache
@@ -116,17 +148,45 @@ def fetch(place: str, into: Path, names: Collection[str], optional: Collection[s
     listed = files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     there = {info.base_name: info for info in listed if info.type == fs.FileType.File}
     if missing := sorted(set(names) - set(there)):
+        if not listed:
+            refuse_no_bucket(place)
         raise FileNotFoundError(f"no {', '.join(missing)} there")
     into.mkdir(parents=True, exist_ok=True)
     for info in (there[name] for name in (*names, *optional) if name in there):
-        target = into / info.base_name
-        # Not by fs.copy_files: Arrow 25's loses errors and returns as if all were well.
-        with files.open_input_stream(info.path) as source, target.open("wb") as copy:
-            while piece := source.read(PIECE):
-                copy.write(piece)
-        if target.stat().st_size != info.size:
-            raise OSError(f"{info.base_name}: {target.stat().st_size} of its {info.size} bytes came")
+        _copy(files, info, into / info.base_name)
     return into
+
+
+def fetch_file(place: str, into: Path) -> Path:
+    """A file of this machine: the one at a path; for a URI its copy in `into`. Errors as of `fetch`."""
+    if not is_uri(place):
+        return Path(place)
+    files, path = open_folder(place)
+    info = files.get_file_info(path)
+    into.mkdir(parents=True, exist_ok=True)
+    target: Path = into / info.base_name
+    _copy(files, info, target)
+    return target
+
+
+def is_folder_at(place: str) -> bool:
+    """Whether a path or URI is a folder: in a bucket, where some key begins with its name. FileNotFoundError
+    where nothing is there; other errors as of `fetch`."""
+    files, path = open_folder(place)
+    kind = files.get_file_info(path).type.name
+    if kind == "NotFound":
+        refuse_no_bucket(place)
+        raise FileNotFoundError("nothing there")
+    return bool(kind == "Directory")
+
+
+def _copy(files: fs.FileSystem, info: fs.FileInfo, target: Path) -> None:
+    # Not by fs.copy_files: Arrow 25's loses errors and returns as if all were well.
+    with files.open_input_stream(info.path) as source, target.open("wb") as copy:
+        while piece := source.read(PIECE):
+            copy.write(piece)
+    if target.stat().st_size != info.size:
+        raise OSError(f"{info.base_name}: {target.stat().st_size} of its {info.size} bytes came")
 
 
 def one_line(error: Exception) -> str:

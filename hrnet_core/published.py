@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import load_checkpoint, read_file
+from hrnet_core.checkpoint import fetch_checkpoint, load_checkpoint, read_file
 from hrnet_core.errors import CheckpointError
+from hrnet_core.locations import fetch_file, is_folder_at, is_uri, one_line
 from hrnet_core.model import HRNet
 from hrnet_core.weights import (
     first_names,
@@ -110,18 +112,22 @@ class MatchReport:
 
 
 def read_weights(file: str | Path) -> PublishedWeights:
-    """Weights in any published layout, or a checkpoint folder of ours, under our key names.
+    """Weights in any published layout, or a checkpoint folder of ours, under our key names; a path or a URI.
 
     Reads torch files (weights_only=True) and safetensors: official, mmpose 0.x and 1.x, timm, the ImageNet
     file of the HRNet authors, WZM's container, simple-HRNet. Names may have a prefix of WRAPPERS, which is
     taken off. Half precision becomes float32. CheckpointError: unreadable, or needs code to be run.
     """
+    if is_uri(str(file)):
+        return _read_from_afar(str(file))
     path = Path(file)
     if path.is_dir():
         model, _ = load_checkpoint(path)
         return PublishedWeights(str(path), "hrnet checkpoint", model.state_dict(), {})
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors).")
+        raise CheckpointError(
+            f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors) or a checkpoint folder."
+        )
     safe = path.suffix == ".safetensors"
     whole = parse_safetensors(read_file(path), path) if safe else read_torch(path, HARMLESS_METADATA)
     content, container = _unwrap(whole, path)
@@ -184,6 +190,24 @@ def start_from(model: HRNet, source: str | Path) -> MatchReport:
     state, report = fit_weights(read_weights(source), model.config, new_head=True)
     model.load_state_dict({**model.state_dict(), **state})
     return report
+
+
+def _read_from_afar(uri: str) -> PublishedWeights:
+    """read_weights of a copy that goes again; its errors name the URI."""
+    shown = uri.partition("?")[0]
+    with tempfile.TemporaryDirectory(prefix="hrnet-weights-") as copy:
+        try:
+            fetch_it = fetch_checkpoint if is_folder_at(uri) else fetch_file
+            at_hand = fetch_it(uri, Path(copy))
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown}: cannot be read ({one_line(error)}). Name a weights file or a checkpoint folder, "
+                f"with the bucket's credentials in the environment."
+            ) from None
+        try:
+            return replace(read_weights(at_hand), file=shown)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(at_hand), shown)) from None
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:

@@ -6,7 +6,6 @@ The field of a verb is its flag, the text under it its help. Configs (preprocess
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -160,9 +159,9 @@ class Deploy(Section):
 
 
 class Import(Section):
-    file: Annotated[Path, *positional("FILE")]
+    file: Annotated[str, *positional("FILE")]
     """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""
-    out: Annotated[Path, *positional("OUT")]
+    out: Annotated[str, *positional("OUT")]
     """Checkpoint folder to write."""
     codec: CodecName = DATA.codec
     """What the weights were trained for."""

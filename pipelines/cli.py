@@ -2,7 +2,8 @@
 
 Each verb is a function below: it calls its stage with its arguments (pipelines/arguments.py) and returns
 the exit code, where that is not 0. 0 done, 2 wrong input or configuration, 3 promote kept the old champion,
-130 stopped by Ctrl-C, 1 anything else. A stage is imported by its verb: `--help` costs no torch or Ray.
+130 stopped by Ctrl-C, 143 by SIGTERM, 1 anything else. A stage is imported by its verb: `--help` costs no
+torch or Ray.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +22,11 @@ from typing import Any
 import tyro
 from pydantic import ValidationError
 
-from hrnet_core.errors import ConfigError, PoseError
-from hrnet_core.locations import refuse_credentials
+from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
+from hrnet_core.locations import here, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
 from pipelines.config import RunConfig, Section, explain, load_config
+from pipelines.stop import Stopped, stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,16 +41,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
-        return VERBS[name][0](parse(name, rest)) or 0
+        with stoppable():
+            return VERBS[name][0](parse(name, rest)) or 0
     except PoseError as error:
         print(f"hrnet {name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # hrnet ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print(f"hrnet {name}: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"hrnet {name}: {error}{GOES_ON.get(name, '')}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else 130
+    except Failure as error:
+        print(f"hrnet {name}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        print(f"hrnet {name}: {_unexpected(error)}", file=sys.stderr)
+        return 1
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence for what is our defect or an engine's, and the file that has its traceback."""
+    with tempfile.NamedTemporaryFile("w", prefix="hrnet-error-", suffix=".log", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    return (
+        f"{type(error).__name__}: {first_line(error)}. This is not for you to cure: please report it, with "
+        f"{file.name}, which has the traceback."
+    )
 
 
 def usage() -> str:
@@ -108,6 +129,8 @@ def validate(args: arguments.Validate) -> int:
         raise ConfigError(
             f"--data.root {args.data.root}: the folder to check is the first argument, {args.coco}."
         )
+    for place, flag in ((args.out, "--out"), (args.page, "--page")):
+        refuse_no_bucket(place or "", flag)
     from pipelines.validate import validate, write_csv
 
     how = {"decode": args.decode, "most": args.read, "checksums": args.checksums, "workers": args.workers}
@@ -156,20 +179,20 @@ def evaluate(args: arguments.Evaluate) -> None:
     both = "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json"
     _need(args.checkpoint, "CHECKPOINT", both)
     _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
-    folder = _evaluation_folder(args)
+    out = here(args.out, "--out") if args.out else _evaluation_folder(args)
     what = {"split": args.split, "boxes": args.boxes, "settings": args.evaluate, "ray": args.ray}
     if args.measure_modes:
         if args.report:
             raise ConfigError("--measure-modes writes no report: evaluate again with --report alone.")
         from pipelines.measure_modes import measure_modes
 
-        print(measure_modes(args.checkpoint, args.coco, out=args.out or f"{folder}_modes", **what))
+        print(measure_modes(args.checkpoint, args.coco, out=args.out or f"{out}_modes", **what))
         print(f"written into {Path(args.checkpoint) / 'checkpoint.json'}")
         return
     from pipelines.evaluate import evaluate
 
     where = {"track": args.track, "storage": args.run.storage, "report": args.report}
-    result = evaluate(args.checkpoint, args.coco, out=args.out or folder, **what, **where)
+    result = evaluate(args.checkpoint, args.coco, out=out, **what, **where)
     print(result.table())
     report = f"; report: {args.report}" if args.report else ""
     print(f"results, figures and pictures: {result.folder}{report}")
@@ -185,6 +208,7 @@ def _score(args: arguments.Evaluate) -> None:
     from pipelines.poses.oks_ap import evaluate_results
     from pipelines.storage import write_json
 
+    folder = here(args.out, "--out") if args.out else None
     if args.report or args.boxes or args.measure_modes or args.checkpoint:
         raise ConfigError(
             "--results scores a file: CHECKPOINT, --boxes, --report and --measure-modes belong to running a "
@@ -194,9 +218,9 @@ def _score(args: arguments.Evaluate) -> None:
     stats = evaluate_results(args.results, args.ground_truth, skeleton=skeleton, use_area=args.use_area)
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
-    if args.out:
-        write_json(Path(args.out) / "figures.json", stats)
-        print(f"all digits: {args.out}/figures.json")
+    if folder:
+        write_json(folder / "figures.json", stats)
+        print(f"all digits: {folder}/figures.json")
 
 
 def _evaluation_folder(args: arguments.Evaluate) -> Path:
@@ -205,7 +229,12 @@ def _evaluation_folder(args: arguments.Evaluate) -> Path:
 
     kind = "evaluation_det" if args.boxes else "evaluation_gt"
     if not is_folder_here(args.checkpoint):
-        return Path(args.run.storage) / "evaluations" / re.sub(r"[^\w.-]+", "_", args.checkpoint) / kind
+        return (
+            here(args.run.storage, "--run.storage")
+            / "evaluations"
+            / re.sub(r"[^\w.-]+", "_", args.checkpoint)
+            / kind
+        )
     return Path(args.checkpoint).parent / kind
 
 
@@ -275,6 +304,13 @@ def reproduce(args: arguments.Reproduce) -> int:
 
     return 0 if reproduce(**_given(args)).passed else 1
 
+
+# What is said of a verb that was stopped; train says where its run stands.
+GOES_ON = {
+    "preprocess": " Finished shards are kept: the same command goes on.",
+    "evaluate": " Finished work units are kept: the same command goes on.",
+    "predict": " Finished work units are kept: the same command goes on.",
+}
 
 # Verb: its function, its arguments, the first line of its --help.
 VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {

@@ -6,12 +6,16 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any, TextIO
 
-from hrnet_core.errors import ConfigError
+from hrnet_core.errors import ConfigError, PoseError
 from pipelines.config import RaySettings
 from pipelines.progress import Every
+from pipelines.stop import handlers_kept
 
 
 def on_cluster() -> bool:
@@ -20,34 +24,91 @@ def on_cluster() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(settings: RaySettings) -> Iterator[None]:
+def ray_session(settings: RaySettings, quiet: bool = False) -> Iterator[None]:
     """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
 
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
-    Ray that merely happens to run on this machine.
+    Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
+    (`quiet_engines`).
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
+    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings):
+        yield
+
+
+@contextlib.contextmanager
+def _started(settings: RaySettings) -> Iterator[None]:
+    import ray
+
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"num_cpus": settings.num_cpus, "include_dashboard": False} if address == "local" else {}
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(
-        address=address,
-        log_to_driver=True,
-        logging_level="WARNING",
-        runtime_env={"worker_process_setup_hook": "pipelines.cluster.quiet_worker"},
-        **local,
-    )
+    with handlers_kept():
+        ray.init(
+            address=address,
+            log_to_driver=True,
+            logging_level="WARNING",
+            runtime_env={"worker_process_setup_hook": "pipelines.cluster.quiet_worker"},
+            **local,
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def quiet_engines() -> Iterator[None]:
+    """What is written to stderr in the block (Ray's C++, workers' stderr, warnings) goes into a file of no
+    name instead; an exception that is not the user's to cure has its end as a note. stdout is ours."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said, contextlib.ExitStack() as restored:
+        sys.stderr.flush()
+        shown = os.dup(2)
+        restored.callback(os.close, shown)
+        restored.callback(os.dup2, shown, 2)
+        terminal = restored.enter_context(open(shown, "w", buffering=1, closefd=False))
+        for handler in logging.getLogger().handlers:  # what the driver itself logs is ours
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+                restored.callback(handler.setStream, handler.setStream(terminal))
+        os.dup2(said.fileno(), 2)
+        restored.enter_context(contextlib.redirect_stderr(said))
+        restored.enter_context(contextlib.redirect_stdout(_WithoutRaylet(sys.stdout)))
+        try:
+            yield
+        except (PoseError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            said.flush()
+            error.add_note(f"What the engines said on stderr:\n{_end_of(said.fileno())}")
+            raise
+
+
+class _WithoutRaylet(threading.local):
+    """stdout as it is, but what Ray's node manager prints there of a worker that died goes to stderr: the
+    stage says it in its own words. A thread's end of line follows the line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._last = stream, stream
+
+    def write(self, text: str) -> int:
+        if text != "\n":
+            self._last = sys.stderr if "(raylet" in text[:20] else self._stream
+        return self._last.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _end_of(file: int, most: int = 200_000) -> str:
+    size = os.fstat(file).st_size
+    return os.pread(file, most, max(0, size - most)).decode(errors="replace")
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ class ModelSettings(Section):
 
 WORKERS = (
     *("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures"),
-    *("graph", "compile", "compile_cache"),
+    *("graph", "compile", "compile_cache", "max_skipped_steps"),
 )
 """Settings of TrainSettings that say who works and how it is told, not what is learnt."""
 
@@ -194,6 +194,9 @@ class TrainSettings(Section):
     """A checkpoint inside an epoch at least this often."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts after a lost worker; -1 is without limit."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """A batch whose gradient is not finite changes nothing and is counted (train/skipped_steps); so many in a
+    row end the run. Looked at each log_every steps."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

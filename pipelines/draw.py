@@ -26,6 +26,7 @@ from typing import Any
 import cv2
 
 from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.locations import here
 from hrnet_core.skeleton import COCO17
 from pipelines.drawn.picture import FIRST_ID, SPLITS, annotate, draw_picture
 from pipelines.sources.layout import annotations_of
@@ -68,7 +69,7 @@ def draw(
         least = 0 if name == "seed" else 1
         if value < least:
             raise ConfigError(f"draw: {name} must be at least {least}, got {value}.")
-    folder = Path(out)
+    folder = here(out, "OUT")
     finished = _claim(folder, wanted)
     if finished is not None:
         return finished

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, ImageError
+from hrnet_core.locations import here
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
@@ -38,6 +39,7 @@ from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set,
 from pipelines.sources.photos import check_photo, left_out
 from pipelines.sources.records import People, Photo, Rejection
 from pipelines.storage import write_json, write_whole
+from pipelines.tracking import store_of
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -73,12 +75,16 @@ def evaluate(
     """
     from hrnet_core.checkpoint import read_spec
 
+    out = here(out, "--out")
+    report = None if report is None else here(report, "--report")
+    if track is not None:
+        store_of(track, storage)  # refused here, not when the figures are there
     with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:
         spec = read_spec(found.folder)
         of = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
         units, work = group_photos(of, 2 * settings.batch_size), functools.partial(answer, settings=settings)
         start = time.monotonic()
-        store = Path(out) / UNFINISHED / _plan_digest(of, spec, settings)
+        store = out / UNFINISHED / _plan_digest(of, spec, settings)
         done = run_units(units, work, found.folder, settings, ray, store, "evaluate")
     refuse_unusable(done.problems)
     answers = read_answers((file.read_bytes() for file in done.answers), of.asked)
@@ -96,9 +102,9 @@ def evaluate(
         "repaired": dict(of.split.repaired),
         "doubts": dict(of.doubts),
     }
-    evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, Path(out))
+    evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, out)
     files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)
-    shutil.rmtree(Path(out) / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     if track is None:
         return evaluation
     from pipelines.registry import REGISTERED, record_evaluation
@@ -210,7 +216,7 @@ def _write(
     spec: CheckpointSpec,
     max_pixels: int,
     checkpoint: str,
-    report: str | Path | None,
+    report: Path | None,
 ) -> list[Path]:
     """results.json, evaluation.json, overlays and the page; returns the files."""
     content, summary = json.dumps(results, allow_nan=False), evaluation.folder / "evaluation.json"
@@ -229,5 +235,5 @@ def _write(
     files = [evaluation.results_file, summary, *sheets.values()]
     if report is not None:
         write_report(report, evaluation, matched, sheets, spec.skeleton, made)
-        files.append(Path(report))
+        files.append(report)
     return files

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.choices import FormatName
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
+from hrnet_core.locations import here
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
@@ -130,10 +131,11 @@ def export(
             f"name the file to write, hrnet export {checkpoint} OUT: only a checkpoint folder of this "
             f"machine is ours to add to."
         )
+    file = None if out is None else here(out, "OUT")
     with local_checkpoint(checkpoint, track, storage) as found:
         folder = found.folder
         spec = read_spec(folder)  # before a folder is made where there is none
-        targets = _targets(folder, out, format)
+        targets = _targets(folder, file, format)
         crops = recorded_crops(folder)
         if format == "openvino_int8":
             crops = shard_crops(shards, shards_split, spec)
@@ -155,7 +157,7 @@ def export(
     return Parity(targets[0], format, sum(map(len, contents)) / 2**20, **figures)
 
 
-def _targets(folder: Path, out: str | Path | None, format: FormatName) -> list[Path]:
+def _targets(folder: Path, out: Path | None, format: FormatName) -> list[Path]:
     """The files of a format: one, or an .xml with its .bin."""
     from hrnet_core.checkpoint import INT8, ONNX
 
@@ -168,9 +170,9 @@ def _targets(folder: Path, out: str | Path | None, format: FormatName) -> list[P
             )
         return [folder / name for name in names[format]]
     suffixes = [".xml", ".bin"] if format.startswith("openvino") else [".onnx"]
-    if Path(out).suffix != suffixes[0]:
+    if out.suffix != suffixes[0]:
         raise ConfigError(f"{out}: a file of format {format} ends in {suffixes[0]}.")
-    return [Path(out).with_suffix(suffix) for suffix in suffixes]
+    return [out.with_suffix(suffix) for suffix in suffixes]
 
 
 def _both(

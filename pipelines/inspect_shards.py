@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import is_uri
+from hrnet_core.locations import here, is_uri
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
 from pipelines.progress import ProgressLine
@@ -74,10 +74,10 @@ def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Pat
     """Where the pictures go: never into the dataset, whose folder holds nothing but its own files."""
     if out is None and is_uri(manifest.folder):
         name = re.sub(r"[^\w.-]+", "_", manifest.folder)
-        return Path(storage).absolute() / "inspections" / name
+        return here(storage, "--run.storage").absolute() / "inspections" / name
     if out is None:
         return Path(f"{manifest.folder}_inspection")
-    folder = Path(out).expanduser().absolute()
+    folder = here(out, "--out").expanduser().absolute()
     if not is_uri(manifest.folder) and folder.resolve().is_relative_to(Path(manifest.folder).resolve()):
         raise DataError(
             f"--out {out} lies inside the dataset {manifest.folder}, which holds its own files only: hrnet "

@@ -21,6 +21,7 @@ import numpy as np
 
 from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError
+from hrnet_core.locations import here
 from pipelines.checkpoints import is_folder_here
 from pipelines.cluster import ray_session
 from pipelines.config import EvaluateSettings, RaySettings
@@ -82,6 +83,7 @@ def measure_modes(
     from hrnet_core.checkpoint import read_exported, read_spec, record_modes
     from hrnet_core.modes import fastest_exact, unusable
 
+    out = here(out, "--out")
     if not is_folder_here(checkpoint):
         raise ConfigError(
             f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
@@ -94,10 +96,10 @@ def measure_modes(
     left_out = {mode: why for mode in wanted if (why := unusable(mode, device, exported))}
     usable = [mode for mode in wanted if mode not in left_out]
     found: dict[str, Evaluation] = {}
-    with ray_session(ray):
+    with ray_session(ray, quiet=True):
         for mode in usable:
             print(f"--- {mode}", flush=True)
-            place, of_mode = Path(out) / mode, settings.model_copy(update={"mode": mode})
+            place, of_mode = out / mode, settings.model_copy(update={"mode": mode})
             found[mode] = evaluate(
                 checkpoint, coco_root, out=place, split=split, boxes=boxes, settings=of_mode, ray=ray
             )

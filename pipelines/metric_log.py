@@ -4,45 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hrnet_core.locations import without_credentials
-from pipelines.storage import write_whole
+from hrnet_core.errors import first_line
+from hrnet_core.locations import is_uri, without_credentials
+from pipelines.storage import read_file, write_whole
 from pipelines.tracking import quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-log = logging.getLogger("hrnet.tracking")
-
 
 class MetricLog:
     """A row is {"step", "time_ms", name: value, ...}. Opening it drops rows after `step`, where training
-    goes on: they are computed again, to the same values. MLflow gets each (name, step) once."""
+    goes on: they are computed again, to the same values. MLflow gets each (name, step) once.
+
+    file: path or URI. A file grows by each row; an object of a bucket cannot, and is written by `keep`."""
 
     RETRY_S = 60.0
 
-    def __init__(self, file: Path, step: int = -1, uri: str | None = None, run_id: str | None = None) -> None:
-        self.file, self.uri, self.run_id = file, uri, run_id
+    def __init__(
+        self, file: str | Path, step: int = -1, uri: str | None = None, run_id: str | None = None
+    ) -> None:
+        self.file, self.uri, self.run_id = str(file), uri, run_id
         self.rows = [row for row in read_rows(file) if row["step"] <= step]
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._write_all()
         self._pending = list(self.rows)
+        self._told = False
         self._client: MlflowClient | None = None
         self._last: dict[str, int] = {}
         self._away_until = 0.0
+
+    def _write_all(self) -> None:
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def keep(self) -> None:
+        """Have every row where the file is: before a checkpoint, from which training goes on."""
+        if is_uri(self.file):
+            self._write_all()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row, on disk at once."""
         row = {"step": step, "time_ms": int(time.time() * 1000), **values}
         self.rows.append(row)
         self._pending.append(row)
-        with self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        if not is_uri(self.file):
+            with open(self.file, "a") as out:
+                out.write(json.dumps(row) + "\n")
 
     def flush(self, force: bool = False) -> bool:
         """Send what is pending; False if MLflow did not take it (tried again after a minute)."""
@@ -54,7 +66,10 @@ class MetricLog:
             with quiet_mlflow():
                 self._send()
         except Exception as error:
-            return self._away(f"the metrics, which are kept in {self.file}", error)
+            return self._away(error)
+        if self._told:
+            print(f"MLflow {self._shown} is back and has all figures", flush=True)
+            self._told = False
         return True
 
     def log_file(self, file: Path, folder: str) -> None:
@@ -64,12 +79,23 @@ class MetricLog:
         try:
             self._client.log_artifact(self.run_id, str(file), folder)
         except Exception as error:
-            self._away(file.name, error)
+            self._away(error)
 
-    def _away(self, what: str, error: Exception) -> bool:
-        log.warning(without_credentials(f"MLflow {self.uri} did not take {what}: {error}"))
+    def _away(self, error: Exception) -> bool:
+        """Said once, until it is back."""
+        if not self._told:
+            print(
+                f"MLflow {self._shown} does not answer ({without_credentials(first_line(error))}). Training "
+                f"goes on: figures are kept in {self.file}, and sent when it is back or by the same command.",
+                flush=True,
+            )
+        self._told = True
         self._away_until = time.monotonic() + self.RETRY_S
         return False
+
+    @property
+    def _shown(self) -> str:
+        return without_credentials(str(self.uri))
 
     def _send(self) -> None:
         from mlflow import MlflowClient
@@ -96,10 +122,14 @@ class MetricLog:
         self._pending.clear()
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a crash cut short is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+def read_rows(file: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file (path or URI); a last line that a crash cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = read_file(str(file)).splitlines()
+    except FileNotFoundError:
+        return rows
+    for line in lines:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
-from hrnet_core.locations import is_uri, refuse_credentials
+from hrnet_core.locations import here
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
@@ -93,11 +93,10 @@ def predict(
 
     if boxes is not None and detector is not None:
         raise ConfigError("boxes and detector are both given: where do the boxes come from? Leave one out.")
-    if is_uri(str(out)):
-        refuse_credentials(str(out))
-        raise ConfigError(
-            f"out {out}: results are written to a folder of this machine. Copy them on from there."
-        )
+    if out is None:
+        storage = here(storage, "--run.storage")  # where the default is
+    else:
+        out = here(out, "--out")
     with local_checkpoint(checkpoint, track, storage) as found:
         spec = read_spec(found.folder)
         check_formats(settings.formats, spec.skeleton)
@@ -109,7 +108,7 @@ def predict(
         if detector is not None:
             people = PersonDetector.load(detector, settings.threads, settings.use_gpu)
         plan = make_plan(media, given, people, settings, spec)
-        out = Path(out) if out is not None else _default_folder(storage, media[0], plan)
+        out = out or _default_folder(storage, media[0], plan)
         if (done := _finished(out, plan)) is not None:
             return done
         start, store = time.monotonic(), out / UNFINISHED / plan.digest

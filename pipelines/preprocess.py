@@ -75,14 +75,14 @@ def run_preprocess(config: RunConfig) -> tuple[Manifest, TaskLog]:
     with ThreadPoolExecutor(1) as reader, contextlib.ExitStack() as session:
         planned = reader.submit(_plan, data)
         if _takes_long(data):  # Ray starts meanwhile
-            session.enter_context(ray_session(config.ray))
+            session.enter_context(ray_session(config.ray, quiet=True))
         splits, works, built = planned.result()
         pending = [work for work in works if work.key not in built]
         log = TaskLog(pending)
         if pending:
             import ray
 
-            session.enter_context(ray_session(config.ray))
+            session.enter_context(ray_session(config.ray, quiet=True))
             require(config.ray, 1, 1, 0, "preprocess")
             log.begin(int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 1)
             for task in _on_ray(pending):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hrnet_core.errors import CheckpointError
 from hrnet_core.locations import one_line, without_credentials
 from pipelines.config import TrackSettings
+from pipelines.storage import join, read_file
 from pipelines.tracking import Tracker, quiet_mlflow
 
 if TYPE_CHECKING:
@@ -73,13 +75,15 @@ class Registry:
         # start_run's end says FINISHED; the owner of the run decides that.
         self.client.update_run(run_id, status="RUNNING")
         tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
-        return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
+        with contextlib.redirect_stderr(io.StringIO()):  # where it says so
+            return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
 
     @quiet_mlflow()
     @_absent_is_none()
     def version(self, ref: str | None) -> ModelVersion | None:
         """The version that "models:/name@alias", "models:/name/3" or "3" names, or the newest of the weights
-        that a sha256 or a checkpoint folder names; None: the newest of all. None where there is none."""
+        that a sha256 or a checkpoint folder (path or URI) names; None: the newest of all. None where there is
+        none."""
         if ref is None:
             return self._newest()
         if re.fullmatch("[0-9a-f]{64}", ref):
@@ -87,7 +91,7 @@ class Registry:
         if ref.isdecimal():
             return self.client.get_model_version(self.model, ref)
         if not ref.startswith(REGISTERED):
-            return self.version(_weights_sha256(Path(ref)))
+            return self.version(_weights_sha256(ref))
         name, alias, which = ref.removeprefix(REGISTERED).rpartition("@")
         if alias:
             return self.client.get_model_version_by_alias(name, which)
@@ -176,11 +180,11 @@ def comparable(protocol: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _weights_sha256(checkpoint: Path) -> str:
-    """As the checkpoint folder states it."""
-    file = checkpoint / "checkpoint.json"
+def _weights_sha256(checkpoint: str | Path) -> str:
+    """As the checkpoint folder (path or URI) states it."""
+    file = join(str(checkpoint), "checkpoint.json")
     try:
-        return str(json.loads(file.read_text())["weights_sha256"])
+        return str(json.loads(read_file(file))["weights_sha256"])
     except (OSError, ValueError, KeyError):
         raise CheckpointError(
             f"{file}: not a checkpoint folder with its weights' sha256. Give the folder that hrnet train or "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.locations import here
 from pipelines.config import EvaluateSettings, RaySettings, load_config
 from pipelines.evaluate import evaluate
 from pipelines.import_weights import import_weights
@@ -96,13 +97,14 @@ def reproduce(
     unknown = [model for model in chosen if model not in published]
     if unknown:
         raise ConfigError(f"--models: no {', '.join(unknown)}; there are {', '.join(published)}.")
-    weights = {model: Path(weights_dir) / published[model].file for model in chosen}
+    out, weights_dir = here(out, "--out"), here(weights_dir, "--weights-dir")
+    weights = {model: weights_dir / published[model].file for model in chosen}
     _check_files(weights, Path(boxes))
     protocol = {"preset": "official", "flip_test": True, "mode": "float32", "score_threshold": 0.0}
     settings = settings.model_copy(update=protocol)
     ours = {}
     for model in chosen:
-        folder = Path(out) / model
+        folder = out / model
         print(f"--- {model}: {weights[model].name}", flush=True)
         data = load_config(published[model].config).data
         checkpoint, evaluation = folder / "checkpoint", folder / "evaluation"

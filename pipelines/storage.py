@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -34,9 +35,13 @@ from hrnet_core.locations import is_uri, one_line, open_folder
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
 
+class BucketAway(DataError):
+    """A bucket did not answer as it should: it may the next time."""
+
+
 @contextlib.contextmanager
 def answering(place: str) -> Iterator[None]:
-    """OSErrors of the block, where `place` is a URI, as a DataError; a missing file stays what it is."""
+    """OSErrors of the block, where `place` is a URI, as a BucketAway; a missing file stays what it is."""
     try:
         yield
     except FileNotFoundError:
@@ -44,7 +49,7 @@ def answering(place: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:  # Invalid: a name like a//b
         if not is_uri(place):
             raise
-        raise DataError(
+        raise BucketAway(
             f"{place.partition('?')[0]}: the bucket did not give it ({one_line(error)}). Check the bucket's "
             f"name, the credentials in the environment and the network, then run the same command again: "
             f"what is finished is kept."
@@ -94,6 +99,22 @@ def write_whole(file: str | Path, content: str | bytes) -> None:
     """A file (path or URI) as `writing` leaves it; text as UTF-8."""
     with writing(file) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def put_file(source: str | Path, file: str | Path) -> None:
+    """A copy of a file of this machine as `file` (path or URI), whole or not at all. OSError, which names
+    `file`, where that failed."""
+    files, path = open_folder(str(file))
+    try:
+        if isinstance(files, fs.LocalFileSystem):
+            with writing(file) as part:
+                shutil.copyfile(source, part)
+        else:
+            _upload(files, str(source), path)
+    except OSError as error:  # copyfile's names the source
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def write_json(file: str | Path, content: Any) -> None:
@@ -167,6 +188,12 @@ def relative(path: str, folder: str) -> str:
     """A path below a folder as seen from there, without query."""
     base = absolute(folder).partition("?")[0]
     return path.partition("?")[0].removeprefix(f"{base}/")
+
+
+def base_name(folder: str) -> str:
+    """The last name of a path or URI, as it was before it was quoted."""
+    name = folder.partition("?")[0].rstrip("/").rpartition("/")[2] if is_uri(folder) else Path(folder).name
+    return unquote(name) if is_uri(folder) else name
 
 
 def is_file(path: str) -> bool:

@@ -1,9 +1,9 @@
 """MLflow's store, and the runs in it.
 
-The driver of `hrnet train` owns one run: it opens it, ends it FINISHED or FAILED, and registers the best
-checkpoint. Rank 0 of the workers writes metrics into it (metric_log.py). Not covered: a server that is away
-when the run is opened (an error, nothing is trained), and one that is still away at the end (the metrics'
-file stays; asking for the same run again sends it).
+The driver of `hrnet train` owns one run: it opens it, ends it FINISHED, FAILED or KILLED, and registers the
+best checkpoint. Rank 0 of the workers writes metrics into it (metric_log.py). A server that is away costs
+no training: the metrics' file stays, and the run is opened or completed at the end, or by the same command
+again.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from pipelines.config import TrackSettings
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-log = logging.getLogger("hrnet.tracking")
 DIGITS = 36
 """MLflow's limit for the digest of a dataset: the run's tag dataset_digest has all 64."""
 
 
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block."""
+    """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block, and
+    progress bars and addresses for good."""
     import mlflow  # noqa: F401 - its import sets the levels of its loggers
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as restored:
         for logger in (logging.getLogger("mlflow"), logging.getLogger("alembic")):
             restored.callback(logger.setLevel, logger.level)
@@ -44,29 +46,61 @@ def quiet_mlflow() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _few_tries() -> Iterator[None]:
+    """MLflow asks a server that is away for minutes; a first look gives up after some seconds."""
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    ours = {name: value for name, value in names.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def store_of(settings: TrackSettings, storage: str | Path) -> str | None:
+    """The address of the server that `track.uri` or MLFLOW_TRACKING_URI names; None: SQLite in `storage`.
+
+    ConfigError on a cluster or for a bucket without one: neither has a file that all could write.
+    """
+    named = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not named and on_cluster():
+        raise ConfigError(
+            "MLFLOW_TRACKING_URI is not set, and RAY_ADDRESS names a cluster: its machines cannot share "
+            "a SQLite file. Start a server (infra/ has one) and set MLFLOW_TRACKING_URI in the job's "
+            "environment, or pass --track.uri."
+        )
+    if not named and is_uri(str(storage)):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI is not set, and MLflow's SQLite file cannot lie in {storage}. Start a "
+            f"server (infra/ has one) and name it there or by --track.uri, or give a folder of this machine "
+            f"as --run.storage."
+        )
+    return named
+
+
+class StoreAway(ConfigError):
+    """The server that was named does not answer now: nothing is wrong with its address as such."""
+
+
 class Tracker:
     """The store that the settings name.
 
-    `storage` is the folder that holds mlflow.db and its artifacts where neither `track.uri` nor
-    MLFLOW_TRACKING_URI names a server. ConfigError on a cluster or for a bucket without one (neither has a
-    file that all could write), and where the store does not answer.
+    `storage` is the folder that holds mlflow.db and its artifacts where no server is named (`store_of`, whose
+    errors are raised). ConfigError too where the store cannot be used, StoreAway where it does not answer.
     """
 
     def __init__(self, settings: TrackSettings, storage: str | Path) -> None:
-        named = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if not named and on_cluster():
-            raise ConfigError(
-                "MLFLOW_TRACKING_URI is not set, and RAY_ADDRESS names a cluster: its machines cannot share "
-                "a SQLite file. Start a server (infra/ has one) and set MLFLOW_TRACKING_URI in the job's "
-                "environment, or pass --track.uri."
-            )
-        if not named and is_uri(str(storage)):
-            raise ConfigError(
-                f"MLFLOW_TRACKING_URI is not set, and MLflow's SQLite file cannot lie in {storage}. Start a "
-                f"server (infra/ has one) and name it, or give a folder of this machine as --run.storage."
-            )
+        named = store_of(settings, storage)
         self.settings = settings
-        self.storage = Path(storage).resolve()
+        self.storage = Path() if named else Path(storage).resolve()
         self.local = not named
         self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
         self.shown = without_credentials(self.uri)
@@ -77,6 +111,7 @@ class Tracker:
         import mlflow
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_few_tries())
             if self.local:
                 # Processes that create the tables at the same time break the file for good: one by one.
                 self.storage.mkdir(parents=True, exist_ok=True)
@@ -86,8 +121,9 @@ class Tracker:
                 self.client = mlflow.MlflowClient(self.uri, self.uri)
                 self.client.search_experiments(max_results=1)
             except Exception as error:
-                why = without_credentials(one_line(error))
-                raise ConfigError(
+                away = not self.local and any(isinstance(cause, OSError) for cause in _causes(error))
+                why = without_credentials(one_line(error))[:300]
+                raise (StoreAway if away else ConfigError)(
                     f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
                     f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
                 ) from None
@@ -158,12 +194,10 @@ class Tracker:
         return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
     def close_run(self, run_id: str, status: str) -> None:
-        """End the run: "FINISHED", "FAILED" or "KILLED". A store that is away is only reported."""
-        try:
+        """End the run: "FINISHED", "FAILED" or "KILLED". In a store that is away it stays RUNNING until it is
+        opened again."""
+        with contextlib.suppress(Exception):
             self.client.set_terminated(run_id, status)
-        except Exception as error:
-            why = without_credentials(str(error))
-            log.warning("MLflow %s: run %s could not be ended as %s: %s", self.shown, run_id, status, why)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """The last values of a run's metrics."""

@@ -1,39 +1,49 @@
 """Train: DDP on Ray Train over preprocessed shards, followed in MLflow, exact in going on.
 
 This is the driver: it checks, opens the MLflow run, starts the workers (training/loop.py), and hands
-pictures and the best checkpoint to MLflow. One process of it, wherever the workers are.
-
-STORAGE/NAME/ holds everything of a run: run.json and config.yaml (what it is), metrics.jsonl, best/,
-pictures/, predictions.json, ray/ (Ray Train's own state), result.json (written last: the run is finished).
+pictures and the best checkpoint to MLflow. One process of it, wherever the workers are. What a run leaves:
+run_folder.py; what is said when something fails: docs/training.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import itertools
-import json
 import os
+import tempfile
+import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from hrnet_core.choices import Augmentation
-from hrnet_core.errors import ConfigError, PoseError
-from hrnet_core.locations import without_credentials
+from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
+from hrnet_core.locations import fetch, is_uri, open_folder, without_credentials
 from pipelines.cluster import ray_session, require
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
 from pipelines.registry import Registry
+from pipelines.run_folder import (
+    ERRORS,
+    TrainResult,
+    check_same_run,
+    keep_error,
+    move_aside,
+    no_room,
+    only_one,
+    read_record,
+    run_folder,
+    storage_of,
+    where_it_stands,
+    write_run,
+)
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
-from pipelines.storage import write_json, write_whole
-from pipelines.tracking import Tracker
+from pipelines.stop import in_a_thread
+from pipelines.storage import absolute, base_name, join, list_files
+from pipelines.tracking import StoreAway, Tracker, store_of
 
 if TYPE_CHECKING:
     from pipelines.training.state import Standing
@@ -49,110 +59,54 @@ RAY_TRAIN_DEFAULTS = {
 """Ray Train's own settings where the environment does not say otherwise."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run; the same stands in `folder`/result.json."""
-
-    run_name: str
-    run_id: str
-    """MLflow's."""
-    folder: Path
-    """STORAGE/NAME."""
-    best_ap: float
-    """val_gt/AP: ground-truth boxes, from the shards."""
-    best_epoch: int
-    epochs: int
-    step: int
-    """Batches in all."""
-    samples: int
-    seconds: float
-    """Time in the training loop, start-up not included."""
-    dataset_digest: str
-    codec: str
-    input_size: str
-    """WIDTHxHEIGHT."""
-    best_checkpoint: Path
-    version: int | None
-    """Of the registered model; None where MLflow could not take it."""
-
-    @classmethod
-    def of(cls, standing: Standing, folder: Path, run_id: str, manifest: Manifest) -> TrainResult:
-        """What came out, not yet in MLflow's hands."""
-        recipe = manifest.recipe
-        return cls(
-            run_name=folder.name,
-            run_id=run_id,
-            folder=folder,
-            best_ap=standing.best_ap,
-            best_epoch=standing.best_epoch,
-            epochs=standing.epoch,
-            step=standing.total_steps,
-            samples=standing.samples,
-            seconds=round(standing.seconds, 1),
-            dataset_digest=manifest.digest,
-            codec=recipe.codec.name,
-            input_size="x".join(map(str, recipe.settings.input_size)),
-            best_checkpoint=folder / "best",
-            version=None,
-        )
-
-    @classmethod
-    def read(cls, folder: Path) -> TrainResult | None:
-        """Of a run whose training is through; None where it is not."""
-        fields = _read_json(folder / "result.json")
-        return fields and cls(**{**fields, "folder": folder, "best_checkpoint": folder / "best"})
-
-    def write(self) -> None:
-        paths = {"folder": str(self.folder), "best_checkpoint": str(self.best_checkpoint)}
-        write_json(self.folder / "result.json", {**asdict(self), **paths})
-
-
 # --- the driver -----------------------------------------------------------------------------------
 
 
 def train(config: RunConfig) -> TrainResult:
     """Train as `config` says; returns when the run is finished, at once if it already was.
 
-    ConfigError and DataError before anything starts: shards that are missing, damaged or made with other
-    settings, more workers than there are, a run name in use or of another configuration. ConfigError too
-    where the loss stops being finite. A worker that dies is replaced `train.max_failures` times.
+    ConfigError, DataError and CheckpointError before anything starts: shards that are missing, damaged or
+    made with other settings, weights to start from that do not fit, more workers than there are, a run name
+    in use or of another configuration. Later: ConfigError where the loss stops being finite, DataError where
+    a disk is full, Failure where workers were lost more than `train.max_failures` times, or for anything
+    unexpected.
     """
+    store_of(config.track, config.run.storage)
     manifest = Manifest.load(config.data.shards)
     check_settings(config, manifest)
-    name = config.run.name or config.identity(manifest.digest)
-    if Path(name).name != name or name.startswith("."):
-        raise ConfigError(f"--run.name {name!r}: a run's name is a folder's name in --run.storage, no path.")
-    folder = Path(config.run.storage).resolve() / name
-    with _only_one(folder):
+    folder = run_folder(config, manifest.digest)
+    with only_one(folder):
         if config.run.fresh:
-            _move_aside(folder)
-        _check_same_run(folder, config, manifest)
+            move_aside(folder)
+        check_same_run(folder, config, manifest.digest)
         result = TrainResult.read(folder)
         if result and result.version is not None:
-            print(f"run {name} is finished: AP {result.best_ap:.3f}, {result.best_checkpoint}")
+            print(f"run {result.run_name} is finished: AP {result.best_ap:.3f}, {result.best_checkpoint}")
             return result
         manifest.verify({config.data.train_split, config.data.val_split})
-        return _train(config, manifest, folder, result)
+        if result is None:
+            check_start(config, manifest)
+        with told_in_a_sentence(folder, _steps(config, manifest)):
+            return _train(config, manifest, folder, result)
 
 
-def _train(config: RunConfig, manifest: Manifest, folder: Path, result: TrainResult | None) -> TrainResult:
+def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResult | None) -> TrainResult:
     """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
     got it yet."""
     settings = config.train
-    with ray_session(config.ray):
+    with ray_session(config.ray, quiet=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
-        tracker = Tracker(config.track, folder.parent)
-        run_id = _open_run(tracker, config, manifest, folder)
+        followed = _followed(config, manifest, folder)
         try:
             if result is None:
-                standing = _fit(config, manifest, folder, tracker.uri, run_id)
-                result = TrainResult.of(standing, folder, run_id, manifest)
+                standing = _fit(config, manifest, folder, followed)
+                result = _result(standing, folder, manifest)
         except BaseException as error:
-            tracker.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if followed:
+                followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-    result = replace(result, run_id=run_id, version=_hand_over(tracker, run_id, result))
-    tracker.close_run(run_id, "FAILED" if result.version is None else "FINISHED")
+    result = _hand_over(config, manifest, result, followed)
     result.write()
     print(
         f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
@@ -187,41 +141,45 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
         )
 
 
-def _open_run(tracker: Tracker, config: RunConfig, manifest: Manifest, folder: Path) -> str:
-    """The id of the MLflow run, the earlier one where there is one, once run.json has it."""
-    run_id = tracker.open_run(
-        folder.name,
-        config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
-        {
-            "config": config.config_name,
-            "dataset_digest": manifest.digest,
-            "code_version": code_version(),
-            "run_folder": str(folder),
-        },
-        {
-            "source": manifest.folder,
-            "digest": manifest.digest,
-            "training": config.data.train_split,
-            "validation": config.data.val_split,
-        },
-        (_read_json(folder / "run.json") or {}).get("run_id"),
-    )
-    _write_run(folder, config, manifest, run_id)
-    return run_id
+def check_start(config: RunConfig, manifest: Manifest) -> None:
+    """CheckpointError, DataError where the weights that `model.init` names cannot be read or are of another
+    network: told here, not by each worker again."""
+    if config.model.init is None:
+        return
+    from hrnet_core.published import fit_weights, read_weights
+
+    architecture = config.model.architecture(manifest.recipe.skeleton.num_keypoints)
+    try:
+        fit_weights(read_weights(config.model.init), architecture, new_head=True)
+    except (CheckpointError, DataError) as error:
+        raise type(error)(
+            f"model.init: {error} Correct --model.init, or leave it out to start from scratch."
+        ) from None
 
 
-def _fit(config: RunConfig, manifest: Manifest, folder: Path, uri: str, run_id: str) -> Standing:
+def _steps(config: RunConfig, manifest: Manifest) -> int:
+    """Batches of an epoch."""
+    return -(-sum(manifest.row_groups(config.data.train_split).values()) // config.train.batch_size)
+
+
+def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed | None) -> Standing:
     """Ray Train until the loop is through. What comes before it needs no torch."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.training.faults import Faults, what_happened
     from pipelines.training.loop import Diverged, train_worker
     from pipelines.training.state import Job
 
-    settings = config.train
+    settings, steps = config.train, _steps(config, manifest)
+    if config.model.init:  # workers stand in a folder of their own
+        model = config.model.model_copy(update={"init": absolute(config.model.init)})
+        config = config.model_copy(update={"model": model})
+    uri, run_id = (followed.tracker.uri, followed.run_id) if followed else (None, None)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
+    files, place = open_folder(folder)
     trainer = TorchTrainer(
         functools.partial(train_worker, Job(config, manifest.folder, folder, uri, run_id)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
@@ -230,35 +188,141 @@ def _fit(config: RunConfig, manifest: Manifest, folder: Path, uri: str, run_id: 
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=str(folder),
+            storage_path=place,
+            storage_filesystem=files,
             failure_config=ray.train.FailureConfig(settings.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            callbacks=[Faults(folder, steps, settings.max_failures)],
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        outcome = in_a_thread(trainer.fit).return_value
     except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
-                if isinstance(cause, PoseError):
-                    raise cause from None
+        raise Failure(
+            f"{what_happened(error.worker_failures)}, and train.max_failures {settings.max_failures} allows "
+            f"no further restart. {where_it_stands(folder, steps)} Details: {join(folder, ERRORS)}"
+        ) from error
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, PoseError):
+            raise error.controller_failure from None
         raise
     if isinstance(outcome, Diverged):
         raise outcome
     return outcome
 
 
-def _hand_over(tracker: Tracker, run_id: str, result: TrainResult) -> int | None:
-    """Give MLflow what it has not got yet: rows, pictures, the version, whose number it is. None if it is
-    away."""
+def _result(standing: Standing, folder: str, manifest: Manifest) -> TrainResult:
+    """What came out, not yet in MLflow's hands."""
+    recipe = manifest.recipe
+    return TrainResult(
+        run_name=base_name(folder),
+        run_id=None,
+        folder=folder,
+        best_ap=standing.best_ap,
+        best_epoch=standing.best_epoch,
+        epochs=standing.epoch,
+        step=standing.total_steps,
+        samples=standing.samples,
+        seconds=round(standing.seconds, 1),
+        dataset_digest=manifest.digest,
+        codec=recipe.codec.name,
+        input_size="x".join(map(str, recipe.settings.input_size)),
+        best_checkpoint=join(folder, "best"),
+        version=None,
+    )
+
+
+@contextlib.contextmanager
+def told_in_a_sentence(folder: str, steps: int) -> Iterator[None]:
+    """What ends the block as a sentence that says where the run stands; tracebacks go into its errors.log.
+
+    Stopped gets a note. DataError for a disk without room, Failure for all that is no error of the user's.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(Exception):  # a bucket that is away must not hide who stopped it
+            error.add_note(f"{folder}: {where_it_stands(folder, steps)}")
+        raise
+    except PoseError:
+        raise
+    except Exception as error:
+        if full := no_room(error, folder):
+            raise full from None
+        file = keep_error(folder, traceback.format_exc())
+        if isinstance(error, Failure):
+            raise
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise Failure(f"{folder}: {what}. {where_it_stands(folder, steps)} Details: {file}") from error
+
+
+# --- MLflow ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The MLflow run of a training run."""
+
+    tracker: Tracker
+    run_id: str
+
+    def close(self, status: str) -> None:
+        self.tracker.close_run(self.run_id, status)
+
+
+def _followed(config: RunConfig, manifest: Manifest, folder: str) -> Followed | None:
+    """The run in MLflow, whose id run.json has then; None, and a sentence, where the server is away: figures
+    are kept until it is back."""
+    try:
+        return _open_run(config, manifest, folder)
+    except StoreAway as error:
+        write_run(folder, config, manifest.digest, None)
+        print(
+            f"{error} Training goes on without it: figures are kept in {join(folder, 'metrics.jsonl')}, and "
+            f"sent at the end, or by the same command again.",
+            flush=True,
+        )
+        return None
+
+
+def _open_run(config: RunConfig, manifest: Manifest, folder: str) -> Followed:
+    """The earlier run where there is one. StoreAway where the server does not answer."""
+    tracker = Tracker(config.track, storage_of(folder))
+    run_id = tracker.open_run(
+        base_name(folder),
+        config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
+        {
+            "config": config.config_name,
+            "dataset_digest": manifest.digest,
+            "code_version": code_version(),
+            "run_folder": folder,
+        },
+        {
+            "source": manifest.folder,
+            "digest": manifest.digest,
+            "training": config.data.train_split,
+            "validation": config.data.val_split,
+        },
+        (read_record(folder, "run.json") or {}).get("run_id"),
+    )
+    write_run(folder, config, manifest.digest, run_id)
+    return Followed(tracker, run_id)
+
+
+def _hand_over(
+    config: RunConfig, manifest: Manifest, result: TrainResult, followed: Followed | None
+) -> TrainResult:
+    """Give MLflow what it has not got yet: rows, pictures, the version, whose number the result has then; it
+    stays None, with a sentence, where MLflow is away."""
     folder = result.folder
     try:
-        if not MetricLog(folder / "metrics.jsonl", result.step, tracker.uri, run_id).flush(force=True):
+        followed = followed or _open_run(config, manifest, folder)
+        tracker, run_id = followed.tracker, followed.run_id
+        result = replace(result, run_id=run_id)
+        metrics = MetricLog(join(folder, "metrics.jsonl"), result.step, tracker.uri, run_id)
+        if not metrics.flush(force=True):
             raise ConnectionError("metrics were not taken")
-        tracker.log_files(run_id, [folder / "config.yaml", folder / "metrics.jsonl"])
-        tracker.log_files(run_id, sorted((folder / "pictures").glob("*.png")), "pictures")
-        tracker.log_files(run_id, [folder / "predictions.json"], "validation")
         tags = {
             "val_gt/AP": f"{result.best_ap:.4f}",
             "run_name": result.run_name,
@@ -266,70 +330,31 @@ def _hand_over(tracker: Tracker, run_id: str, result: TrainResult) -> int | None
             "codec": result.codec,
             "input_size": result.input_size,
         }
-        return Registry(tracker).register(run_id, result.best_checkpoint, tags)
+        with _at_hand(folder) as files:
+            tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
+            tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
+            tracker.log_files(run_id, [files / "predictions.json"], "validation")
+            version = Registry(tracker).register(run_id, files / "best", tags)
+        followed.close("FINISHED")
+        return replace(result, version=version)
     except Exception as error:
-        why = without_credentials(str(error))
         print(
-            f"MLflow {tracker.shown} did not take the results ({why}). The run is whole in {folder}; the "
-            f"same command again sends them."
+            f"MLflow did not take the results ({without_credentials(first_line(error))}). The run is whole "
+            f"in {folder}; the same command again sends them."
         )
-        return None
-
-
-# --- the run's folder -----------------------------------------------------------------------------
-
-
-def _decides(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
-    return {"dataset_digest": manifest.digest, **config.decides()}
-
-
-def _check_same_run(folder: Path, config: RunConfig, manifest: Manifest) -> None:
-    """A name goes on only as what it was: ConfigError names what differs."""
-    known = _read_json(folder / "run.json")
-    if known is None:
-        return
-    now = _decides(config, manifest)
-    differ = [f"{k} was {v}, now {now.get(k)}" for k, v in known["decides"].items() if now.get(k) != v]
-    if differ:
-        raise ConfigError(
-            f"{folder}: this run was started with other settings: {'; '.join(differ)}. Choose another "
-            f"--run.name (its weights can be the start: --model.init {folder / 'best'}), or --run.fresh to "
-            f"move it aside."
-        )
-
-
-def _write_run(folder: Path, config: RunConfig, manifest: Manifest, run_id: str) -> None:
-    write_json(folder / "run.json", {"run_id": run_id, "decides": _decides(config, manifest)})
-    settings = yaml.safe_dump(config.model_dump(mode="json", exclude={"config_name"}), sort_keys=False)
-    write_whole(
-        folder / "config.yaml", f"# hrnet train {folder.name}: all settings, as they were\n{settings}"
-    )
-
-
-def _move_aside(folder: Path) -> None:
-    """`name` becomes `name.1`, `name.2`, ...; the lock file stays where it is."""
-    if not (folder / "run.json").exists():
-        return
-    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    folder.rename(aside)
-    folder.mkdir()
-    print(f"the earlier run {folder.name} is now {aside}")
+        if followed:
+            followed.close("FAILED")
+        return result
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Two drivers of one run would overwrite each other's state."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{folder}: another process is training this run. Wait for it, or give another --run.name."
-            ) from None
-        yield
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text()) if file.exists() else None
+def _at_hand(folder: str) -> Iterator[Path]:
+    """The run's folder on this machine, while the block lasts: a copy of what lies in a bucket."""
+    if not is_uri(folder):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="hrnet-results-") as copy:
+        for part in ("", "best", "pictures"):
+            place = join(folder, part) if part else folder
+            fetch(place, Path(copy) / part, list(list_files(place)))
+        yield Path(copy)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import one_line
 from hrnet_core.skeleton import load_skeleton
 from pipelines.config import DataSettings
 from pipelines.progress import ProgressLine
@@ -90,7 +91,9 @@ def write_csv(found: Validation, file: str | Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
-        raise DataError(f"{file}: cannot be written ({error.strerror}). Give another --out.") from None
+        raise DataError(
+            f"{file}: cannot be written ({error.strerror or one_line(error)}). Give another --out."
+        ) from None
 
 
 # ---------------------------------------------------------------------------------- one split

@@ -278,7 +278,8 @@ def test_a_missing_bucket_and_a_missing_root(bucket: str, coco: Path, plain: lis
     missing = "s3://no-such-bucket-anywhere"
     refused(lambda: preprocess(config(coco, f"{missing}/s")), missing, "no bucket")  # type: ignore[arg-type]
     refused(lambda: read_coco(f"{missing}/coco", TRAIN, COCO17), f"{missing}/coco", "not a folder")
-    refused(lambda: Manifest.load(f"{missing}/s"), f"{missing}/s", "no manifest.json")
+    refused(lambda: Manifest.load(f"{missing}/s"), f"{missing}/s", "no bucket")
+    refused(lambda: Manifest.load(f"{bucket}/s"), f"{bucket}/s", "no manifest.json")
     upload(coco, f"{bucket}/coco")
     refused(
         lambda: read_coco(f"{bucket}/coco", "test2017", COCO17),
@@ -286,6 +287,48 @@ def test_a_missing_bucket_and_a_missing_root(bucket: str, coco: Path, plain: lis
         "Splits with annotations here: train2017",
     )
     assert plain == []
+
+
+def test_weights_to_start_from_may_lie_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """A published file and a checkpoint folder give what they give on disk; what is wrong is named by its
+    URI."""
+    import torch
+
+    from hrnet_core.architecture import HRNetConfig
+    from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+    from hrnet_core.errors import CheckpointError
+    from hrnet_core.heatmaps import HeatmapCodec
+    from hrnet_core.model import HRNet
+    from hrnet_core.published import read_weights
+
+    model = HRNet(HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1))
+    torch.save(model.state_dict(), tmp_path / "pose #1.pth")
+    save_checkpoint(
+        tmp_path / "best", model, CheckpointSpec(model.config, HeatmapCodec("official", (64, 64)))
+    )
+    upload(tmp_path, f"{bucket}/w")
+    for uri in (join(f"{bucket}/w", "pose #1.pth"), f"{bucket}/w/best"):
+        there = read_weights(uri)
+        assert there.file == uri
+        assert there.architecture == model.config
+        for name, value in model.state_dict().items():
+            assert torch.equal(there.state[name], value), name
+
+    content = (tmp_path / "best" / "model.safetensors").read_bytes()
+    write_whole(f"{bucket}/w/best/model.safetensors", content[:-4] + b"abcd")
+    write_whole(f"{bucket}/w/cut.pth", (tmp_path / "pose #1.pth").read_bytes()[:-100])
+    for uri, words in (
+        (f"{bucket}/w/gone.pth", [f"{bucket}/w/gone.pth", "nothing there"]),
+        ("s3://no-such-bucket-anywhere/a.pth", ["s3://no-such-bucket-anywhere/a.pth", "no bucket"]),
+        (f"{bucket}/w/cut.pth", [f"{bucket}/w/cut.pth: not a whole torch file"]),
+        (f"{bucket}/w/best", [f"{bucket}/w/best/model.safetensors: its sha256 is"]),
+        (f"{bucket}/w", ["no checkpoint.json, model.safetensors, selftest.safetensors there"]),
+    ):
+        with pytest.raises((CheckpointError, DataError)) as caught:
+            read_weights(uri)
+        told = str(caught.value)
+        assert [word for word in words if word not in told] == [], told
+        assert "/tmp" not in told
 
 
 def test_a_picture_that_is_gone_costs_a_row(bucket: str, coco: Path, plain: list[str]) -> None:

@@ -300,7 +300,7 @@ def test_wrong_arguments_end_with_2_before_any_work(
         ),
         ([source, "--boxes", boxes, "--detector", "d.onnx"], "boxes and detector are both given"),
         ([source, "--detector", "d.onnx"], "d.json: no readable JSON"),
-        ([source, "--out", "s3://bucket/out"], "written to a folder of this machine"),
+        ([source, "--out", "s3://bucket/out"], "written to a path of this machine"),
     ):
         assert main(["predict", *argv, "--checkpoint", checkpoint]) == 2, argv
         error = capsys.readouterr().err

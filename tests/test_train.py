@@ -18,11 +18,12 @@ from torch import multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
 from pipelines.config import EvaluateSettings, RunConfig, TrainSettings
+from pipelines.run_folder import check_same_run, move_aside, only_one, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
@@ -125,7 +126,7 @@ def test_the_loss_of_a_short_batch_is_the_mean_over_its_rows() -> None:
     """Workers with 3, 1 and no rows of a global batch of 4: by hand, sum over rows / 4."""
     model = new_model().eval()  # BatchNorm of single rows would differ
     settings = TrainSettings()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
     whole = made_up_part(0, slice(0, 4), 1.0)
     expected = train_step(model, optimizer, [whole], settings)
     shares = [train_step(model, optimizer, [made_up_part(0, slice(0, 3), 3 * 3 / 4)], settings)]
@@ -194,7 +195,7 @@ def one_worker(
     def report(figures: dict[str, Any], saved: str | None) -> None:
         reports.append({**figures, "folder": saved})
 
-    job = Job(config, config.data.shards, folder, tracking_uri=None, run_id=None)
+    job = Job(config, config.data.shards, str(folder), tracking_uri=None, run_id=None)
     return set_up(job, 0, 1, torch.device("cpu"), report, checkpoint), reports
 
 
@@ -302,7 +303,7 @@ def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...]
 
     run, _, config = whole
     best = run.standing.best_ap
-    predictor = PosePredictor.load(run.folder / "best", mode="channels_last")
+    predictor = PosePredictor.load(Path(run.folder) / "best", mode="channels_last")
     provenance = predictor.spec.provenance
     assert 0 < best < 1
     assert provenance["val_gt/AP"] == best
@@ -311,18 +312,18 @@ def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...]
     assert provenance["config"]["train"]["schedule"] == "cosine"
     stats, results = run.val.score(run.val.predict(predictor, True, 32), run.spec, config.evaluate)
     assert stats["AP"] == pytest.approx(best, abs=1e-9)
-    assert json.loads((run.folder / "predictions.json").read_text()) == results
+    assert json.loads(Path(run.folder, "predictions.json").read_text()) == results
     validated = {row["step"]: row["val_gt/AP"] for row in run.log.rows if "val_gt/AP" in row}
     assert list(validated) == [3, 6]
     assert max(validated.values()) == best
-    pictures = {p.name for p in (run.folder / "pictures").glob("*.png")}
+    pictures = {p.name for p in Path(run.folder, "pictures").glob("*.png")}
     assert pictures == {"curves.png", "people-epoch-0001.png", "people-epoch-0002.png"}
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(manifest, tmp_path, log_every=2)
+    config = small_config(manifest, tmp_path, log_every=2, max_skipped_steps=1)
     run, reports = one_worker(config, tmp_path / "run")
     batches = list(run.feed.batches(1))
     original = run.feed.batches
@@ -336,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
     monkeypatch.setattr(run.feed, "batches", poisoned)
     rows = ", ".join(map(str, batches[2].ann_ids.tolist()))
     # Batch 3 is the second of its interval of two.
-    with pytest.raises(Diverged, match=rf"epoch 2, batch 3\. .*: ann_id {rows}\."):
+    with pytest.raises(Diverged, match=rf"epoch 2, batch 3 \(1 in a row\)\. .*: ann_id {rows}\."):
         train_epochs(run)
     assert [r["epoch"] for r in reports] == [1]  # nothing was saved after it
     assert (tmp_path / "run" / "best" / "checkpoint.json").exists()
@@ -436,16 +437,59 @@ def test_a_damaged_shard_is_refused_before_training(tmp_path: Path) -> None:
         driver.train(small_config(manifest, tmp_path / "runs"))
 
 
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("gone.pth", ["gone.pth: no such file"]),
+        ("page.pth", ["page.pth: a web page"]),
+        ("other.safetensors", ["other.safetensors (official key names) does not fit width 8"]),
+        ("folder", ["folder/checkpoint.json: no readable JSON"]),
+    ],
+)
+def test_wrong_weights_to_start_from_are_told_before_ray_starts(
+    manifest: Manifest,
+    tmp_path: Path,
+    init: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "page.pth").write_text("<!doctype html><html></html>")
+    (tmp_path / "folder").mkdir()
+    save_file(HRNet(replace(SMALL, width=16)).state_dict(), tmp_path / "other.safetensors")
+    monkeypatch.setattr(driver, "ray_session", None)  # would fail if it were called
+    config = small_config(manifest, tmp_path / "runs")
+    model = config.model.model_copy(update={"init": str(tmp_path / init)})
+    with pytest.raises(CheckpointError) as caught:
+        driver.train(config.model_copy(update={"model": model}))
+    told = str(caught.value)
+    assert told.startswith(f"model.init: {tmp_path}")
+    assert [word for word in (*words, "--model.init") if word not in told] == []
+
+
+def test_a_run_that_goes_on_needs_its_first_weights_no_more(
+    whole: tuple[Any, ...], manifest: Manifest, tmp_path: Path
+) -> None:
+    _, reports, config = whole
+    config = config.model_copy(update={"model": config.model.model_copy(update={"init": "gone.pth"})})
+    again, _ = one_worker(config, tmp_path / "again", Path(reports[3]["folder"]))
+    assert again.standing.total_steps == 4
+    with pytest.raises(CheckpointError, match=r"gone\.pth"):
+        one_worker(config, tmp_path / "anew")
+
+
 def test_a_name_goes_on_only_with_the_same_settings(manifest: Manifest, tmp_path: Path) -> None:
-    folder = tmp_path / "r"
+    folder = str(tmp_path / "r")
     config = small_config(manifest, tmp_path)
-    driver._write_run(folder, config, manifest, "0" * 32)
-    driver._check_same_run(folder, config, manifest)
-    driver._check_same_run(folder, small_config(manifest, tmp_path, num_workers=2, log_every=50), manifest)
+    write_run(folder, config, manifest.digest, "0" * 32)
+    check_same_run(folder, config, manifest.digest)
+    more = small_config(manifest, tmp_path, num_workers=2, log_every=50, max_skipped_steps=1)
+    check_same_run(folder, more, manifest.digest)
     with pytest.raises(ConfigError, match=r"train\.lr was 0\.001, now 0\.5.*--run\.fresh"):
         driver.train(small_config(manifest, tmp_path, lr=0.5))
-    driver._move_aside(folder)
-    assert not (folder / "run.json").exists()
+    move_aside(folder)
+    assert not Path(folder, "run.json").exists()
     assert (tmp_path / "r.1" / "run.json").exists()
 
 
@@ -458,7 +502,7 @@ def test_a_run_name_is_no_path(manifest: Manifest, tmp_path: Path, name: str) ->
 
 def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     with (
-        driver._only_one(tmp_path / "r"),
+        only_one(str(tmp_path / "r")),
         pytest.raises(ConfigError, match="another process"),
     ):
         driver.train(small_config(manifest, tmp_path))
@@ -500,7 +544,9 @@ def test_a_run_end_to_end(
 
     monkeypatch.setattr(driver, "_fit", None)  # would fail if it were called
     assert driver.train(config) == result
-    assert list(json.loads((result.folder / "result.json").read_text())) == [f.name for f in fields(result)]
+    assert list(json.loads(Path(result.folder, "result.json").read_text())) == [
+        f.name for f in fields(result)
+    ]
     replace(result, version=None).write()  # as if MLflow had been away at the end
     assert driver.train(config) == replace(result, version=result.version + 1)
 
@@ -512,7 +558,7 @@ def test_a_run_that_diverges_ends_the_command_at_once(
 ) -> None:
     """Not after three more tries: the message comes back as what the workers return."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(Diverged, match=r"epoch 1, batch [23]\. The rows of that batch: ann_id 1"):
+    with pytest.raises(Diverged, match=r"epoch 1, batch [23] .*The rows of that batch: ann_id 1"):
         driver.train(
             small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5, lr=1e30, max_failures=3)
         )
@@ -526,7 +572,7 @@ def dying_worker(job: Job) -> Standing | Diverged:
 
     import ray.train
 
-    marker = job.folder / "died"
+    marker = Path(job.folder) / "died"
     original = loop.train_epoch
 
     def train_epoch(run: Training, batches: Any) -> None:

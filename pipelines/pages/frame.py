@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import one_line
 from pipelines.storage import write_whole, writing
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def write_page(file: str | Path, title: str, line: str, quiet: str, *parts: str)
         write_whole(file, PAGE.format(title=title, line=line, quiet=quiet, body="\n".join(parts)))
     except OSError as error:
         raise DataError(
-            f"{file}: the page cannot be written ({error.strerror}). Name another file."
+            f"{file}: the page cannot be written ({error.strerror or one_line(error)}). Name another file."
         ) from None
 
 

@@ -131,7 +131,7 @@ def rows_on_ray(
     if why:
         raise ConfigError(f"--{verb}.mode {settings.mode} cannot run here: {why}.")
     rows = [{"unit": index, "work": pickle.dumps(unit)} for index, unit in pending.items()]
-    with ray_session(ray_settings), quiet_ray_data():
+    with ray_session(ray_settings, quiet=True), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker or 1, int(settings.use_gpu)
         require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
         workers = min(settings.num_workers or room_for(cpus, gpus), len(rows))

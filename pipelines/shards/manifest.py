@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import refuse_no_bucket
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, SCHEMA_VERSION, Shard, canonical_json
@@ -80,6 +81,7 @@ class Manifest:
             _ = manifest.recipe
             known = {s.path: s for split in manifest.splits for s in manifest.all_shards(split)}
         except (FileNotFoundError, NotADirectoryError):
+            refuse_no_bucket(folder, "data.shards")
             raise DataError(
                 f"{folder}: no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet "
                 f"preprocess` with --data.shards {folder}: what is there already is used."

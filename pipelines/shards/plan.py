@@ -15,7 +15,7 @@ import numpy as np
 from pyarrow import fs
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import is_uri, one_line, open_folder
+from hrnet_core.locations import is_uri, one_line, open_folder, refuse_no_bucket
 from pipelines.config import DataSettings
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, Shard, canonical_json, shard_name
@@ -140,9 +140,7 @@ def check_target(folder: str, works: Sequence[ShardWork]) -> None:
     if info.type == fs.FileType.File:
         raise DataError(f"data.shards: {folder} is a file. Give a folder, new or of this dataset.")
     if info.type == fs.FileType.NotFound:
-        bucket = root.partition("/")[0]
-        if is_uri(folder) and files.get_file_info(bucket).type == fs.FileType.NotFound:
-            raise DataError(f"data.shards: {folder}: no bucket {bucket!r}. Make it, or check the name.")
+        refuse_no_bucket(folder, "data.shards")
         return
     if files.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
         _check_same_plan(folder, works)

@@ -65,7 +65,7 @@ def kept_file(run: Training) -> str:
     )
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^\w.+-]+", "-", f"{device}-torch{torch.__version__}-{digest}")
-    return join(join(str(run.folder.parent), "compiled"), f"{slug}.bin")
+    return join(run.folder.rpartition("/")[0], f"compiled/{slug}.bin")
 
 
 def _load(file: str) -> None:

@@ -12,9 +12,11 @@ without weight decay, rate x 0.1 from epoch 170 and 200 of 210 (counted from 0),
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,6 +26,7 @@ from hrnet_core.errors import ConfigError
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import TrainSettings
 from pipelines.progress import time_left
+from pipelines.storage import join
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
@@ -35,6 +38,7 @@ from pipelines.training.state import (
     keep_best,
     report_to_ray,
     save,
+    saved_by_ray,
     set_rate,
     set_up,
 )
@@ -53,13 +57,16 @@ def train_worker(job: Job) -> Standing | Diverged:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train says a line for each report of each worker
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        run = set_up(job, rank, world, device, report_to_ray, folder)
+    report = functools.partial(report_to_ray, job.folder)
+    with saved_by_ray(job.folder) as saved:
+        run = set_up(job, rank, world, device, report, saved)
     try:
         train_epochs(run)
     except Diverged as error:
         return error  # raised, it would make Ray Train start the workers again, to the same end
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # on its way to the controller it loses its own
+        raise
     return run.standing
 
 
@@ -149,25 +156,59 @@ def log_interval(run: Training, interval: Interval) -> bool:
     losses = torch.stack(interval.losses).double().cpu()
     seconds = time.perf_counter() - interval.begun
     due = time.monotonic() - run.saved_at > run.config.train.checkpoint_minutes * 60
-    wrong = (~losses.isfinite()).nonzero().flatten().tolist()
-    sums = [float(losses.sum()), interval.waited, float(bool(wrong)), float(due and run.rank == 0)]
+    skipped = losses.isnan()
+    wrong = losses.isinf().nonzero().flatten().tolist()
+    sums = [float(losses[~skipped].sum()), interval.waited, float(bool(wrong)), float(due and run.rank == 0)]
+    sums += skipped.tolist()
     totals = all_sum(torch.tensor(sums, dtype=torch.float64, device=run.device), run.world)
-    loss, waited, bad, save_now = totals.tolist()
+    loss, waited, bad, save_now, *skips = totals.tolist()
     if bad:
         raise _diverged_in(run, interval, wrong)
+    if any(skips):
+        count_skipped(run, interval, [bool(skip) for skip in skips])
+    else:
+        run.standing.skipped_in_a_row = 0
     run.standing.seconds += seconds
     if run.log is not None:
         step = run.standing.total_steps
         figures = {
-            "train/loss": loss / run.world / len(losses),
             "train/lr": learning_rate(run.config.train, step - 1, run.feed.steps),
             "train/samples_per_s": interval.samples / seconds,
             "train/data_wait": waited / run.world / seconds,
+            "train/skipped_steps": run.standing.skipped,
         }
+        if taken := len(skips) - sum(map(bool, skips)):
+            figures = {"train/loss": loss / run.world / taken, **figures}
         run.log.write(step, figures)
         run.log.flush()
         print_step(run, figures)
     return bool(save_now)
+
+
+def count_skipped(run: Training, interval: Interval, skips: Sequence[bool]) -> None:
+    """Count the steps of an interval that were left out, and say so. Diverged, on all ranks together, after
+    `train.max_skipped_steps` in a row, and where such a batch left its mark in BatchNorm's statistics."""
+    at, most = run.standing, run.config.train.max_skipped_steps
+    begun, longest = -1, 0  # of the longest row of them: its first step in the interval, and its length
+    for step, skip in enumerate(skips):
+        at.skipped += skip
+        at.skipped_in_a_row = (at.skipped_in_a_row + 1) * skip
+        if at.skipped_in_a_row > longest:
+            longest, begun = at.skipped_in_a_row, max(0, step + 1 - at.skipped_in_a_row)
+    batch = at.step - len(skips) + begun + 1
+    spoilt = torch.stack([~b.isfinite().all() for b in run.model.buffers()]).any()
+    spoilt_anywhere = bool(all_sum(spoilt.double(), run.world))
+    if longest >= most or spoilt_anywhere:
+        rows = [ann_id for ids in all_objects(interval.ann_ids[begun], run.world) for ann_id in ids]
+        why = "BatchNorm's statistics are not finite any more" if spoilt_anywhere else f"{longest} in a row"
+        raise diverged(run, f"epoch {at.epoch + 1}, batch {batch} ({why})", rows)
+    if run.log is not None:
+        first = f"epoch {at.epoch + 1}, batch {at.step - len(skips) + skips.index(True) + 1}"
+        print(
+            f"left out {sum(skips)} of {len(skips)} batches, whose gradient is not finite, from {first} on; "
+            f"{at.skipped} in all",
+            flush=True,
+        )
 
 
 def _diverged_in(run: Training, interval: Interval, wrong: list[int]) -> Diverged:
@@ -183,9 +224,12 @@ def _diverged_in(run: Training, interval: Interval, wrong: list[int]) -> Diverge
 
 def diverged(run: Training, where: str, ann_ids: Sequence[int] = ()) -> Diverged:
     rows = f" The rows of that batch: ann_id {', '.join(map(str, ann_ids))}." if ann_ids else ""
+    best = (
+        f"{join(run.folder, 'best')} is the best so far" if run.standing.best_epoch else "no epoch is through"
+    )
     return Diverged(
-        f"the loss is not finite: {where}.{rows} Nothing after the last checkpoint was saved; "
-        f"{run.folder / 'best'} is the best so far. Lower train.lr or lengthen train.warmup_steps under "
+        f"the loss is not finite: {where}.{rows} Nothing after the last checkpoint was saved; {best}. "
+        f"Lower train.lr or lengthen train.warmup_steps under "
         f"another --run.name, or look at those rows."
     )
 
@@ -238,7 +282,7 @@ def print_epoch(run: Training, figures: dict[str, float]) -> None:
 def print_step(run: Training, figures: dict[str, float]) -> None:
     """A line inside a long epoch; figures: the row of metrics just written."""
     at = run.standing
-    if at.step == run.feed.steps or not run.line_due():
+    if at.step == run.feed.steps or "train/loss" not in figures or not run.line_due():
         return
     _say(
         run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hrnet_core.overlays import draw_poses, tile
 from pipelines.pages.frame import figure
 from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import write_whole
+from pipelines.storage import base_name, join, put_file
 from pipelines.training.epoch_ap import Predictions
 from pipelines.training.state import Training
 
@@ -36,12 +37,13 @@ def draw_pictures(run: Training, found: Predictions) -> None:
     at = run.standing
     if run.log is None or not (run.pictures_due() or at.epoch == run.config.train.epochs):
         return
-    folder = run.folder / "pictures"
-    curves, people = folder / "curves.png", folder / f"people-epoch-{at.epoch:04d}.png"
-    draw_curves(curves, run.log.rows, f"{run.folder.name}: best AP {at.best_ap:.3f}")
-    write_whole(people, encode_png(people_sheet(run.manifest, run.config.data.val_split, found)))
-    for file in (curves, people):
-        run.log.log_file(file, "pictures")
+    with tempfile.TemporaryDirectory(prefix="hrnet-pictures-") as folder:
+        curves, people = Path(folder) / "curves.png", Path(folder) / f"people-epoch-{at.epoch:04d}.png"
+        draw_curves(curves, run.log.rows, f"{base_name(run.folder)}: best AP {at.best_ap:.3f}")
+        people.write_bytes(encode_png(people_sheet(run.manifest, run.config.data.val_split, found)))
+        for file in (curves, people):
+            put_file(file, join(run.folder, f"pictures/{file.name}"))
+            run.log.log_file(file, "pictures")
 
 
 def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:

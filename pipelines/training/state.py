@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,17 @@ import cv2
 import torch
 from torch import Tensor, nn
 
-from hrnet_core.checkpoint import TRAINER, CheckpointSpec, read_trainer_state, save_checkpoint
+from hrnet_core.checkpoint import (
+    DESCRIPTION,
+    SELFTEST,
+    TRAINER,
+    WEIGHTS,
+    CheckpointSpec,
+    read_trainer_state,
+    save_checkpoint,
+)
 from hrnet_core.errors import ConfigError
+from hrnet_core.locations import fetch, is_uri, open_folder
 from hrnet_core.model import HRNet
 from hrnet_core.modes import cannot_compile
 from hrnet_core.published import start_from
@@ -24,7 +34,7 @@ from pipelines.config import RunConfig, TrainSettings
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import write_whole
+from pipelines.storage import answering, join, put_file, write_whole
 from pipelines.training.average import Average
 from pipelines.training.batch import Sent
 from pipelines.training.ddp import wrap
@@ -39,8 +49,8 @@ class Job:
     config: RunConfig
     shards: str
     """Folder or URI of the dataset, absolute."""
-    folder: Path
-    """STORAGE/NAME, the same for all workers."""
+    folder: str
+    """STORAGE/NAME, path or URI, the same for all workers."""
     tracking_uri: str | None
     """MLflow's, and `run_id` of the run that takes the metrics; None: they stay in `folder`."""
     run_id: str | None
@@ -61,6 +71,9 @@ class Standing:
     best_ap: float = -1.0
     """val_gt/AP; rank 0 keeps it, and best_epoch."""
     best_epoch: int = 0
+    skipped: int = 0
+    """Steps that were left out, as their gradient was not finite; and how many of them came last."""
+    skipped_in_a_row: int = 0
 
 
 @dataclass
@@ -69,8 +82,8 @@ class Training:
 
     config: RunConfig
     manifest: Manifest
-    folder: Path
-    """STORAGE/NAME, the same for all workers."""
+    folder: str
+    """STORAGE/NAME, path or URI, the same for all workers."""
     rank: int
     world: int
     """Number of workers."""
@@ -132,7 +145,7 @@ def set_up(
         raise ConfigError(f"train.compile cannot be followed here: {why}.")
 
     spec = make_spec(config, manifest, job.run_id)
-    model = make_model(config, spec).to(device)
+    model = make_model(config, spec, start=not checkpoint).to(device)
     weights = spec.skeleton.joint_weights if settings.joint_weights else None
     run = Training(
         config=config,
@@ -160,7 +173,7 @@ def set_up(
         restore(run, checkpoint)
     if rank == 0:
         steps = run.standing.total_steps
-        run.log = MetricLog(job.folder / "metrics.jsonl", steps, job.tracking_uri, job.run_id)
+        run.log = MetricLog(join(job.folder, "metrics.jsonl"), steps, job.tracking_uri, job.run_id)
     return run
 
 
@@ -186,9 +199,10 @@ def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> Chec
     )
 
 
-def make_model(config: RunConfig, spec: CheckpointSpec) -> nn.Module:
+def make_model(config: RunConfig, spec: CheckpointSpec, start: bool) -> nn.Module:
+    """start: with the weights of model.init, which a run that goes on needs no more."""
     model = HRNet(spec.architecture, config.model.initialization)
-    if config.model.init:
+    if start and config.model.init:
         print(start_from(model, config.model.init))
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model
 
@@ -249,7 +263,13 @@ def save(run: Training) -> None:
             "average": run.average.network.state_dict() if run.average else None,
             "progress": asdict(at),
         }
-        torch.save(state, Path(folder) / TRAINER)
+        try:
+            with (Path(folder) / TRAINER).open("wb") as file:  # by its name, torch hides that a disk is full
+                torch.save(state, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        assert run.log is not None
+        run.log.keep()
     run.report({"epoch": at.epoch, "step": at.total_steps, "best_ap": at.best_ap}, folder)
     run.saved_at = time.monotonic()
 
@@ -259,17 +279,53 @@ def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
     run.standing.best_ap, run.standing.best_epoch = ap, run.standing.epoch
     found = {"epoch": run.standing.epoch, "val_gt/AP": ap}
     spec = replace(run.spec, provenance={**run.spec.provenance, **found})
-    save_checkpoint(run.folder / "best", run.scored.state_dict(), spec)
-    write_whole(run.folder / "predictions.json", json.dumps(results) + "\n")
+    _put_checkpoint(join(run.folder, "best"), run.scored.state_dict(), spec)
+    write_whole(join(run.folder, "predictions.json"), json.dumps(results) + "\n")
 
 
-def report_to_ray(figures: dict[str, Any], folder: str | None) -> None:
-    """Ray Train's report: a barrier over the workers; the upload goes on while training does."""
+def _put_checkpoint(place: str, weights: dict[str, Tensor], spec: CheckpointSpec) -> None:
+    """A checkpoint folder at a path or URI. In a bucket file after file, what describes the others last: who
+    reads meanwhile finds weights of another sha256 than described, and refuses them."""
+    if not is_uri(place):
+        save_checkpoint(place, weights, spec)
+        return
+    with tempfile.TemporaryDirectory(prefix="hrnet-best-") as temporary:
+        made = Path(temporary) / "best"
+        save_checkpoint(made, weights, spec)
+        for name in (WEIGHTS, SELFTEST, DESCRIPTION):
+            put_file(made / name, join(place, name))
+
+
+def report_to_ray(run_folder: str, figures: dict[str, Any], folder: str | None) -> None:
+    """Ray Train's report: a barrier over the workers; the upload goes on while training does.
+
+    Not uploaded by Ray, whose way loses the errors of a bucket and leaves a file without its end.
+    """
     import ray.train
+
+    def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        put_file(Path(saved.path) / TRAINER, join(run_folder, f"ray/{name}/{TRAINER}"))
+        files, path = open_folder(join(run_folder, f"ray/{name}"))
+        return ray.train.Checkpoint(path, files)
 
     ray.train.report(
         figures,
         ray.train.Checkpoint.from_directory(folder) if folder else None,
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=upload,
         delete_local_checkpoint_after_upload=True,
     )
+
+
+@contextlib.contextmanager
+def saved_by_ray(run_folder: str) -> Iterator[Path | None]:
+    """The folder with trainer.pt from which training goes on, while the block lasts; None where it begins."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    place = join(run_folder, f"ray/{Path(checkpoint.path).name}")
+    with tempfile.TemporaryDirectory(prefix="hrnet-resume-") as copy, answering(place):
+        yield fetch(place, Path(copy), (TRAINER,))

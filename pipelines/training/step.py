@@ -59,6 +59,10 @@ def train_step(
 ) -> Tensor:
     """One optimizer step; the loss (detached), weighted by share and summed over `parts`.
 
+    Where a gradient, averaged over workers, has a number that is not finite, weights and optimizer stay as
+    they are, and the loss that is returned is NaN. In float16 the scaler decides: it leaves steps out on
+    purpose, to find its scale, and NaN is only a loss that is.
+
     A worker has `train.accumulate` parts, and DDP averages the gradients over workers once, at the last. One
     process that is given the parts of W workers, with their shares / W, runs them one after the other and
     does the same (tests/test_train.py holds the two against each other).
@@ -79,11 +83,25 @@ def train_step(
     scaler.unscale_(optimizer)
     if settings.clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm, foreach=True)
+    if not scaler.is_enabled():
+        total = torch.where(skip_if_not_finite(optimizer), torch.nan, total)
     scaler.step(optimizer)  # a fused optimizer leaves a step out by itself, on the device
     scaler.update()
     if average is not None:
         average.update()
     return total
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Have the next step of a fused optimizer change nothing where a gradient is not finite; bool () whether.
+
+    Decided and done on the device: nobody waits for it. DDP gives every worker the same averaged gradient, so
+    all decide alike without asking each other. It reads the gradients once more.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    skip = ~torch.nn.utils.get_total_norm(gradients, torch.inf).isfinite()
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+    return skip
 
 
 def one_step(run: Training, batch: Batch, sent: Sent) -> Tensor:

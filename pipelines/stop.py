@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM: the first ends a verb in good order, the second at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came. Who knows where the work stands says it in a note (`add_note`)."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+        """130 for Ctrl-C, 143 for SIGTERM, as shells count."""
+
+    def __str__(self) -> str:
+        name = "Ctrl-C" if self.exit_code == 130 else "SIGTERM"
+        return " ".join([f"stopped by {name}.", *getattr(self, "__notes__", [])])
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Both signals raise Stopped in the block; the second of them ends the process without a word."""
+    came = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            os._exit(128 + signum)
+        came = True
+        raise Stopped(signum)
+
+    with contextlib.ExitStack() as restored:
+        if threading.current_thread() is threading.main_thread():
+            for which in BOTH:
+                restored.callback(signal.signal, which, signal.signal(which, stop))
+        yield
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """What the block puts in place of the handlers of both signals is undone: Ray takes them for itself."""
+    before = {which: signal.getsignal(which) for which in BOTH}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for which, handler in before.items():
+                signal.signal(which, handler)
+
+
+def in_a_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, or its exception. For what takes Ctrl-C for itself where it runs in the main
+    thread, which here only waits; stopped, it leaves the work to end with the process."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # a signal that another thread was given wakes nobody
+    return done.result()
