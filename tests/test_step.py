@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,76 @@ def test_what_is_tried_before_a_run_leaves_it_as_it_was(manifest: Manifest, tmp_
         for key, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), key
     assert plain.scaler.state_dict() == tried.scaler.state_dict()
+
+
+class PretendedGraph:
+    """Stands for CUDAGraph on a CPU: a replay runs the step again, on the inputs that were recorded."""
+
+    recording = False
+
+    def replay(self) -> None:
+        self.loss.copy_(self.step(self.inputs))
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, spoilt: float = 1.0) -> list[PretendedGraph]:
+    """What recording.py asks of torch.cuda, on the CPU; the graphs that were made. A recording runs nothing.
+    spoilt: factor of the losses of replays."""
+    graphs: list[PretendedGraph] = []
+
+    class Stream:
+        def __init__(self, *_: Any) -> None: ...
+        def wait_stream(self, _: Any) -> None: ...
+
+    @contextlib.contextmanager
+    def graph(made: PretendedGraph, **_: Any) -> Iterator[None]:
+        made.recording = True
+        graphs.append(made)
+        yield
+        made.recording = False
+
+    def recorded_launch(run: Training, share: float, sent: Any) -> torch.Tensor:
+        if graphs and graphs[-1].recording:
+            graphs[-1].inputs, graphs[-1].loss = sent, torch.zeros(())
+            graphs[-1].step = lambda inputs: spoilt * launch(run, share, inputs)
+            return graphs[-1].loss
+        return launch(run, share, sent)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(
+        step_module,
+        "prepare",
+        lambda run, sent: recording.record(run, lambda sent: recorded_launch(run, 1.0, sent), sent),
+    )
+    return graphs
+
+
+@pytest.mark.parametrize("spoilt", [1.0, 1.01])
+def test_a_recorded_run_begins_where_a_launched_one_does(
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoilt: float,
+) -> None:
+    """Bit for bit where replaying is computing it again; test_cuda_training.py has a real GPU. A recording
+    with other losses is not used, and the run is the launched one all the same."""
+    config = small_config(manifest, tmp_path, precision="float16", ema_decay=0.5, schedule="cosine")
+    plain, _ = one_worker(config, tmp_path / "plain")
+    train_epochs(plain)
+    graphs = pretend_cuda(monkeypatch, spoilt)
+    run, _ = one_worker(config, tmp_path / "recorded")
+    train_epochs(run)
+    assert len(graphs) == 1, "once a start"
+    assert ("its losses" in capsys.readouterr().out) == (spoilt != 1)
+    assert losses(run) == losses(plain)
+    for one, other in ((plain.model, run.model), (plain.scored, run.scored)):
+        for key, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+    assert plain.scaler.state_dict() == run.scaler.state_dict()
 
 
 def test_what_cannot_be_recorded_is_launched_and_said(
