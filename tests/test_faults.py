@@ -35,8 +35,9 @@ from pipelines.storage import BucketAway
 from pipelines.tracking import quiet_mlflow
 from pipelines.training.ddp import wrap
 from pipelines.training.faults import Faults, curable, what_happened
-from pipelines.training.loop import Diverged, train_epochs, train_step
+from pipelines.training.loop import Diverged, train_epochs
 from pipelines.training.state import Training, make_optimizer
+from pipelines.training.step import train_step
 
 
 @pytest.fixture(scope="module")
