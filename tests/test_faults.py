@@ -117,10 +117,10 @@ def poisoned(run: Training, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[in
 
     original = run.feed.batches
 
-    def batches(epoch: int, start: int = 0) -> Any:
-        for number, batch in enumerate(original(epoch, start), start):
+    def batches(epoch: int, start: int, stop: int) -> Any:
+        for number, batch in enumerate(original(epoch, start, stop), epoch * run.feed.steps + start):
             heatmaps = batch.heatmaps.copy()
-            heatmaps[0, 0, 0, 0] = np.nan if wrong(epoch, number) else 0
+            heatmaps[0, 0, 0, 0] = np.nan if wrong(*divmod(number, run.feed.steps)) else 0
             yield replace(batch, heatmaps=heatmaps)
 
     monkeypatch.setattr(run.feed, "batches", batches)

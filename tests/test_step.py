@@ -40,7 +40,7 @@ def moved(settings: TrainSettings, parts: list[Part], train: bool) -> tuple[floa
     """Loss of one step, and what plain SGD of rate 1 subtracts: the gradient as it is at the end."""
     model = new_model().train(train)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    loss = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), parts, settings)
+    loss = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0, fused=True), parts, settings)
     return float(loss), before - torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -115,7 +115,7 @@ def test_the_average_is_what_is_scored_and_saved(manifest: Manifest, tmp_path: P
 def _predictor(run: Training) -> Any:
     from hrnet_core.predictor import PosePredictor
 
-    return PosePredictor.load(run.folder / "best", mode="channels_last")
+    return PosePredictor.load(Path(run.folder) / "best", mode="channels_last")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

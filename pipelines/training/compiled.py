@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hrnet_core.errors import first_line
 from hrnet_core.modes import blocks_to_compile, compile_failed, keep_compiled
+from pipelines.run_folder import storage_of
 from pipelines.storage import is_file, join, read_file, write_whole
 from pipelines.training.batch import Sent
 from pipelines.training.recording import as_it_was
@@ -65,7 +66,7 @@ def kept_file(run: Training) -> str:
     )
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^\w.+-]+", "-", f"{device}-torch{torch.__version__}-{digest}")
-    return join(run.folder.rpartition("/")[0], f"compiled/{slug}.bin")
+    return join(storage_of(run.folder), f"compiled/{slug}.bin")
 
 
 def _load(file: str) -> None:
