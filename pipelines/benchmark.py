@@ -19,7 +19,8 @@ from hrnet_core.choices import MODES
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.code_version import code_version
-from pipelines.config import RunConfig, TrackSettings, load_config
+from pipelines.config import RunConfig, TrackSettings
+from pipelines.config_file import load_config
 from pipelines.poses.timing import LEAST, MOST, NEEDED, SIZES, Timings, processor, time_modes
 from pipelines.storage import write_json
 

@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import here, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
-from pipelines.config import RunConfig, Section, explain, load_config
+from pipelines.config import RunConfig, Section
+from pipelines.config_file import explain, load_config
 from pipelines.stop import Stopped, stoppable
 
 

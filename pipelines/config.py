@@ -1,6 +1,6 @@
 """Every setting of a run, with its meaning under it. No torch, ray or mlflow here: `--help` is fast.
 
-A YAML file fills a RunConfig; `--section.field` on the command line overrides it (pipelines/cli.py).
+A YAML file fills a RunConfig (config_file.py); `--section.field` on the command line overrides it (cli.py).
 Unknown keys and contradictions are refused by name. What takes part in the dataset's digest is
 a Recipe (pipelines/shards/recipe.py); what names a run by default is `RunConfig.identity()`.
 """
@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
-from hrnet_core.errors import ConfigError
 from serve.settings import BATCH_WAIT_S, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
 
@@ -359,53 +356,6 @@ class RunConfig(Section):
         """Default run name: config name and 8 digits of what decides the result and of the data."""
         text = json.dumps([self.decides(), dataset_digest], sort_keys=True)
         return f"{self.config_name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def load_config(name_or_file: str) -> RunConfig:
-    """A shipped config by name ("w32_256x192") or a YAML file. ConfigError names file and key."""
-    shipped = Path(__file__).parent / "configs"
-    path = Path(name_or_file)
-    if path.suffix not in (".yaml", ".yml"):
-        path = shipped / f"{name_or_file}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-        raise ConfigError(
-            f"no config {name_or_file!r}: give a YAML file, or one of the shipped names: {names}."
-        )
-    try:
-        fields = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, got {type(fields).__name__}.")
-    try:
-        return RunConfig(**{**fields, "config_name": path.stem})
-    except ValidationError as error:
-        raise ConfigError(explain(error, str(path))) from None
-
-
-def explain(error: ValidationError, source: str) -> str:
-    """A pydantic error as one paragraph: source, each field and what it should have been."""
-    parts = []
-    for problem in error.errors():
-        field = ".".join(str(p) for p in problem["loc"]) or "the whole"
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {field!r}{_did_you_mean(problem['loc'])}")
-        else:
-            parts.append(
-                f"{field}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
-            )
-    return f"{source}: {'; '.join(parts)}. All settings: docs/configuration.md."
-
-
-def _did_you_mean(location: tuple[str | int, ...]) -> str:
-    import difflib
-
-    model: Any = RunConfig
-    for section in location[:-1]:
-        model = model.model_fields[section].annotation
-    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def reference() -> str:

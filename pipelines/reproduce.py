@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.locations import here
-from pipelines.config import EvaluateSettings, RaySettings, load_config
+from pipelines.config import EvaluateSettings, RaySettings
+from pipelines.config_file import load_config
 from pipelines.evaluate import evaluate
 from pipelines.import_weights import import_weights
 from pipelines.poses.oks_ap import STATS

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from hrnet_core.choices import CODECS, MODES, Augmentation
 from hrnet_core.errors import ConfigError
-from pipelines.config import RunConfig, load_config, reference
+from pipelines.config import RunConfig, reference
+from pipelines.config_file import load_config
 from pipelines.shards.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -96,7 +96,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "serve.settings",
         "pydantic",
         "tyro",
-        "yaml",
         "hrnet_core.architecture",
         "hrnet_core.choices",
         "hrnet_core.errors",
@@ -113,6 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What a part of pipelines/ may import of pipelines/, beside itself.
 STANDS_ON: dict[str, set[str]] = {
     "pipelines.config": {"serve.settings"},
+    "pipelines.config_file": {"pipelines.config"},
     "pipelines.storage": set(),
     "pipelines.progress": set(),
     "pipelines.cluster": {"pipelines.config", "pipelines.progress", "pipelines.stop"},

@@ -35,7 +35,7 @@ from hrnet_core.modes import FORMS, build_network
 from hrnet_core.openvino_file import export_int8
 from hrnet_core.predictor import PosePredictor
 from pipelines.benchmark import machine, save_random
-from pipelines.config import load_config
+from pipelines.config_file import load_config
 from pipelines.poses.timing import time_modes
 
 IN_A_ROW = {"cpu": 1, "cuda": 8}

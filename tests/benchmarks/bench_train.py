@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_feed import dotted_shards
 
 from hrnet_core.model import HRNet
-from pipelines.config import RunConfig, TrainSettings, load_config
+from pipelines.config import RunConfig, TrainSettings
+from pipelines.config_file import load_config
 from pipelines.shards.manifest import Manifest
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import wrap
