@@ -370,7 +370,7 @@ def test_the_default_fills_the_machine(
     def strategy(size: int, **_: Any) -> None:
         raise Asked(size)
 
-    monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _: threading.Lock())
+    monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _, quiet: threading.Lock())
     monkeypatch.setattr("ray.nodes", nodes({"CPU": 6.0}))
     monkeypatch.setattr("ray.data.ActorPoolStrategy", strategy)
     pending = dict.fromkeys(range(units_asked))

@@ -243,7 +243,7 @@ def test_measured_modes_stand_in_the_checkpoint(
         return Timings({m: Speed(2.5, sizes[m], "batch 32: slow") for m in modes}), "Some CPU"
 
     monkeypatch.setattr(measure_module, "_timed_on_ray", timed)
-    monkeypatch.setattr(measure_module, "ray_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(measure_module, "ray_session", lambda _, quiet: contextlib.nullcontext())
     monkeypatch.setenv("CXX", "no-such-compiler")
     modes = ["channels_last", "bfloat16", "compiled", "compiled_bfloat16", "openvino_int8"]
     measured = measure_modes(checkpoint, dots[0], out=tmp_path / "out", modes=modes)
@@ -281,7 +281,7 @@ def test_a_mode_without_its_batches_of_16_is_not_recorded(
     half = Speed(1.0, {1: AtSize([0.01], [0.02])}, "batch 2 and larger: killed")
     found = Timings({"float32": Speed(1.0, whole), "channels_last": half})
     monkeypatch.setattr(measure_module, "_timed_on_ray", lambda *_: (found, "Some CPU"))
-    monkeypatch.setattr(measure_module, "ray_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(measure_module, "ray_session", lambda _, quiet: contextlib.nullcontext())
     measured = measure_modes(checkpoint, dots[0], out=tmp_path / "out", modes=["channels_last"])
     assert list(read_spec(checkpoint).modes["cpu"]) == ["float32"]
     assert measured.left_out == {"channels_last": "batch 2 and larger: killed"}
@@ -333,7 +333,7 @@ def test_evaluating_in_a_mode_that_cannot_run_costs_a_paragraph(
 ) -> None:
     """Before Ray starts: an actor that dies in its constructor would leave pages of Ray's tracebacks."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _, quiet: pytest.fail("Ray was started"))
     argv = ["evaluate", str(dots[1]), str(dots[0]), "--evaluate.mode", "compiled", "--out", str(tmp_path)]
     assert main(argv) == 2
     assert "--evaluate.mode compiled cannot run here: torch.compile builds C++" in capsys.readouterr().err
