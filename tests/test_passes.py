@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from test_predictor import SMALL, hrnet_predictor, noise
 
 from hrnet_core.choices import CODECS
-from hrnet_core.cuda_passes import SIZES, padded
+from hrnet_core.cuda_passes import SIZES, CudaPasses, padded
 from hrnet_core.decoder import Decoder
 from hrnet_core.modes import FORMS, build_network
 from hrnet_core.passes import Ask, CropPass, PlainPasses
@@ -19,7 +22,7 @@ from hrnet_core.predictor import PosePredictor
 
 def crop_pass(predictor: PosePredictor, mode: str = "float32") -> CropPass:
     model, _ = hrnet_predictor(mode)
-    network = build_network(model, predictor.spec, torch.device("cpu"), mode)
+    network = build_network(model, predictor.spec, torch.device("cpu"), mode, {})
     return CropPass(network, predictor.spec, FORMS[mode].layout)
 
 
@@ -80,3 +83,129 @@ def test_blocks_compiled_one_by_one_give_the_same(tmp_path: Any, monkeypatch: py
             found = blocks(images[:count])
             assert (found - expected[:count]).abs().max() < 1e-5 * (expected.max() - expected.min())
     torch._dynamo.reset()
+
+
+# --- cuda_passes.py without a GPU: its streams and graphs stood in for --------------------------------------
+
+
+class Stream:
+    """Everything is done in order here: there is nothing to wait for."""
+
+    def wait_stream(self, other: Stream) -> None:
+        assert isinstance(other, Stream)
+
+    def record_event(self) -> Stream:
+        return self
+
+    record = synchronize = record_event
+
+    def elapsed_time(self, end: Stream) -> float:
+        return 1.0
+
+
+class Graph:
+    """Replays by running again, into the tensors of the recording."""
+
+    def __init__(self, launch: Any, crops: torch.Tensor) -> None:
+        self.launch, self.crops = launch, crops
+        self.found = tuple(tensor.clone() for tensor in launch(crops))
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for own, new in zip(self.found, self.launch(self.crops), strict=True):
+            own.copy_(new)
+
+
+@pytest.fixture
+def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """The graphs that are recorded, in order."""
+    graphs: list[Graph] = []
+
+    def capture(self: CudaPasses, launch: Any, crops: torch.Tensor) -> Any:
+        graphs.append(Graph(launch, crops))
+        return graphs[-1], graphs[-1].found
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **how: empty(*a, **how))
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, lambda **_: Stream())
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(CudaPasses, "_capture", capture)
+    return graphs
+
+
+def as_on_a_gpu(mode: str = "channels_last") -> tuple[PosePredictor, PosePredictor]:
+    """One weights' predictors: as they are, and with the passes of a GPU."""
+    _, plain = hrnet_predictor(mode)
+    _, there = hrnet_predictor(mode)
+    there._passes = CudaPasses(crop_pass(there, mode), there.spec, torch.device("cpu"), FORMS[mode])
+    return plain, there
+
+
+@pytest.mark.parametrize("mode", ["channels_last", "bfloat16"])
+def test_recorded_batches_give_the_same_people(stood_in: list[Graph], mode: str) -> None:
+    plain, there = as_on_a_gpu(mode)
+    crops = noise(11)
+    expected = plain.heatmaps(crops, True, batch_size=4)
+    spread = float(np.ptp(expected))
+    found = there.heatmaps(crops, True, batch_size=4)  # batches of 4, 4, and 3 filled up to 4
+    assert np.abs(found - expected).max() < (1e-5 if mode == "channels_last" else 5e-2) * spread
+    assert len(stood_in) == 2  # of size 4: launched in order, and branches beside each other
+    keypoints, scores = there.predict_crops(crops, True, batch_size=4)
+    own, own_scores = there.spec.codec.decode(found)
+    np.testing.assert_allclose(keypoints, own, atol=1e-3)
+    np.testing.assert_array_equal(scores, own_scores)
+    assert len(stood_in) == 2  # nothing is recorded twice
+    assert len(there.predict_crops(crops[:0])[0]) == 0
+
+
+def test_more_people_than_a_graph_holds_run_in_several(stood_in: list[Graph]) -> None:
+    _, there = as_on_a_gpu()
+    keypoints, _ = there.predict_crops(noise(260), False, batch_size=300)
+    assert len(keypoints) == 260
+    assert [len(graph.crops) for graph in stood_in] == [256, 4, 4]  # 256 fill a GPU: not tried beside
+
+
+def test_warm_up_records_all_sizes_that_may_come(stood_in: list[Graph]) -> None:
+    _, there = as_on_a_gpu()
+    there.warm_up(people=5, flip_test=True)
+    assert [len(graph.crops) for graph in stood_in] == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert all(graph.replays for graph in stood_in)
+
+
+def test_calls_of_several_threads_do_not_meet(stood_in: list[Graph]) -> None:
+    _, there = as_on_a_gpu()
+    several = [noise(n, seed=n) for n in (1, 3, 2, 5)] * 3
+    alone = [there.heatmaps(crops, True, 2) for crops in several]
+    with ThreadPoolExecutor(4) as pool:
+        beside = list(pool.map(lambda crops: there.heatmaps(crops, True, 2), several))
+    for one, other in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("how", ["fails", "differs", "gives NaN"])
+def test_what_cannot_be_recorded_is_launched(
+    stood_in: list[Graph], how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, there = as_on_a_gpu()
+    replay = Graph.replay
+
+    def spoiled(self: Graph) -> None:
+        replay(self)
+        if how == "fails":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        self.found[1][0, 0, 0, 0] = torch.nan if how == "gives NaN" else self.found[1].max() * 1.1
+
+    monkeypatch.setattr(Graph, "replay", spoiled)
+    with caplog.at_level(logging.WARNING, "hrnet_core.cuda_passes"):
+        found = there.heatmaps(noise(3), False)
+    expected = plain.heatmaps(noise(3), False)
+    assert np.abs(found - expected).max() < 1e-5 * np.ptp(expected)
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "hrnet_core.cuda_passes"]
+    assert told.startswith("batches of 4 are launched kernel by kernel, more slowly: ")
+    words = {"fails": "not permitted when stream", "differs": "differs by 0", "gives NaN": "differs by nan"}
+    assert words[how] in told
