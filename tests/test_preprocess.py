@@ -70,7 +70,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> list[str]:
             yield build_timed(work)._replace(start=0.0, end=1.0, worker="here", peak_bytes=10**8)
 
     patch.setattr(preprocess_module, "_on_ray", one_by_one)
-    patch.setattr(preprocess_module, "ray_session", contextlib.nullcontext)
+    patch.setattr(preprocess_module, "ray_session", lambda _, quiet: contextlib.nullcontext())
     patch.setattr(preprocess_module, "require", lambda *_: None)
     return built
 
@@ -152,7 +152,7 @@ def test_long_annotations_are_read_while_ray_starts(
     started, seen = threading.Event(), []
 
     @contextlib.contextmanager
-    def session(settings: Any) -> Iterator[None]:
+    def session(settings: Any, quiet: bool) -> Iterator[None]:
         seen.append("started")
         started.set()
         try:
