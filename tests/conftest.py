@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from bucket_server import Bucket
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -48,3 +51,32 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Bucket]:
+    """An S3 of this machine's own."""
+    import bucket_server
+
+    with bucket_server.running() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """URI of a bucket of the test's own, reached as a user would: by the environment."""
+    import bucket_server
+    from pyarrow import fs
+
+    from hrnet_core import locations
+
+    for name, value in bucket_server.environment(server).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    locations._s3.cache_clear()
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    fs.S3FileSystem(endpoint_override=server.address, allow_bucket_creation=True).create_dir(name)
+    server.asked.clear()
+    yield f"s3://{name}"
+    server.faults.clear()
+    locations._s3.cache_clear()

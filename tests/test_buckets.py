@@ -10,11 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bucket_server
 import numpy as np
 import pytest
 from bucket_server import Bucket, Fault
@@ -46,27 +44,6 @@ from pipelines.storage import (
     write_whole,
 )
 from pipelines.training.feed import Feed
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
-    with bucket_server.running() as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """URI of a bucket of the test's own, reached as a user would: by the environment."""
-    for name, value in bucket_server.environment(server).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    locations._s3.cache_clear()
-    name = f"bucket-{abs(hash(request.node.name)):x}"
-    fs.S3FileSystem(endpoint_override=server.address, allow_bucket_creation=True).create_dir(name)
-    server.asked.clear()
-    yield f"s3://{name}"
-    server.faults.clear()
-    locations._s3.cache_clear()
 
 
 @pytest.fixture

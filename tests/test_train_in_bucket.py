@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,6 @@ from pipelines.storage import join, list_files, read_file, write_json
 from pipelines.tracking import Tracker
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Job, Training, set_up
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
-    with bucket_server.running() as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    for name, value in bucket_server.environment(server).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    locations._s3.cache_clear()
-    name = f"runs-{abs(hash(request.node.name)):x}"
-    fs.S3FileSystem(endpoint_override=server.address, allow_bucket_creation=True).create_dir(name)
-    server.asked.clear()
-    yield f"s3://{name}"
-    server.faults.clear()
-    locations._s3.cache_clear()
 
 
 @pytest.fixture(scope="module")

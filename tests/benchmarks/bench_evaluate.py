@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dots
+from ratios import compare, exit_code, judge
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, read_spec, save_checkpoint
@@ -52,7 +53,6 @@ from pipelines.sources.records import People, Photo
 
 W32 = HRNetConfig()
 SIZE = (192, 256)
-missed: list[str] = []
 
 
 def main() -> int:
@@ -86,33 +86,7 @@ def main() -> int:
                 reading_ahead(Path(folder), args.rounds)
             if "modes" in args.only:
                 modes(root, network, args.rounds, args.measured)
-    for text in missed:
-        print(f"MISSED: {text}")
-    return 1 if missed else 0
-
-
-def compare(
-    name: str, ours: Callable[[], Any], other: Callable[[], Any], rounds: int
-) -> tuple[float, float, float]:
-    """(median of the ratios of ours to other, both medians in s): B A B A ..., after one call of each."""
-    ours(), other()
-    pairs = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        other()
-        middle = time.perf_counter()
-        ours()
-        pairs.append((time.perf_counter() - middle, middle - start))
-    ratio = statistics.median(a / b for a, b in pairs)
-    return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
-
-
-def judge(text: str, value: float, limit: float, at_most: bool = True) -> None:
-    good = value <= limit if at_most else value >= limit
-    line = f"{text}: {value:.3g} (limit {'at most' if at_most else 'at least'} {limit:g})"
-    print(f"{'ok  ' if good else 'MISS'}  {line}", flush=True)
-    if not good:
-        missed.append(line)
+    return exit_code()
 
 
 # --- decoding -------------------------------------------------------------------------------------------
@@ -134,7 +108,7 @@ def official_decode(people: int = 10_000, block: int = 500) -> None:
     def argmax() -> None:
         maps.reshape(block * 17, -1).argmax(axis=1)
 
-    ratio, ours, bare = compare("decode", lambda: codec.decode(maps), argmax, people // block)
+    ratio, ours, bare = compare(lambda: codec.decode(maps), argmax, people // block)
     print(f"official decode {ours / block * 1e6:.1f} us a person, argmax alone {bare / block * 1e6:.1f} us")
     judge(f"official decode of {people} heatmap sets / argmax alone", ratio, 1.3)
 
@@ -146,7 +120,7 @@ def dark_decode(people: int = 60) -> None:
     ours, theirs = codec.decode(maps)[0] / 4, dark_loop(maps)
     difference = np.abs(ours - theirs).max()
     assert difference < 2e-3, f"the loop decodes otherwise, by {difference} cells"
-    ratio, fast, slow = compare("dark", lambda: codec.decode(maps), lambda: dark_loop(maps), 9)
+    ratio, fast, slow = compare(lambda: codec.decode(maps), lambda: dark_loop(maps), 9)
     print(f"dark decode {fast / people * 1e6:.0f} us a person, the loop {slow / people * 1e6:.0f} us")
     judge("per-person loop of the published method / dark decode", 1 / ratio, 10, at_most=False)
 
@@ -354,7 +328,6 @@ def modes(root: Path, network: HRNet, rounds: int, measured: Path | None) -> Non
         told = []
         for batch in ratios:
             ratio, ours, theirs = compare(
-                mode,
                 lambda p=predictor, n=batch: p.heatmaps(crops[:n], flip_test=False),
                 lambda n=batch: eager.heatmaps(crops[:n], flip_test=False),
                 rounds if batch > 1 else 3 * rounds,

@@ -35,6 +35,7 @@ import psutil
 import pyarrow.parquet as pq
 import torch
 from bench_preprocess import drawn, repeated, run_hrnet
+from ratios import exit_code, judge
 from torch.utils.data import DataLoader, Dataset
 
 from hrnet_core.augment import draw, plain_view, random_view, view_to_crop
@@ -206,17 +207,6 @@ class Side:
         return process.stdout.readline()  # type: ignore[union-attr]
 
 
-missed: list[str] = []
-
-
-def judge(text: str, value: float, limit: float, at_most: bool = False) -> None:
-    good = value <= limit if at_most else value >= limit
-    line = f"{text}: {value:.2f} (limit {'at most' if at_most else 'at least'} {limit:g})"
-    print(f"{'ok  ' if good else 'MISS'}  {line}", flush=True)
-    if not good:
-        missed.append(line)
-
-
 def compare(text: str, limit: float, us: Side, other: Side, rounds: int, wall: bool) -> None:
     pairs = [(us.go(), other.go()) for _ in range(rounds)]
     us.end()
@@ -227,7 +217,7 @@ def compare(text: str, limit: float, us: Side, other: Side, rounds: int, wall: b
         low, high = min(ratios[i]), max(ratios[i])
         line = f"{speeds[i][0]:,.0f} and {speeds[i][1]:,.0f} samples a {unit}"
         print(f"      {line}, ratio {statistics.median(ratios[i]):.2f} ({low:.2f} to {high:.2f})")
-    judge(text, statistics.median(ratios[0 if wall else 1]), limit)
+    judge(text, statistics.median(ratios[0 if wall else 1]), limit, at_most=False)
 
 
 def seam(stored: Path) -> None:
@@ -243,7 +233,7 @@ def seam(stored: Path) -> None:
         time.sleep(step)
     first = [waits[number] for number in range(feed.steps, 4 * feed.steps, feed.steps)]
     print(f"      step {step * 1000:.0f} ms; waits at seams {', '.join(f'{w * 1000:.1f}' for w in first)} ms")
-    judge("longest wait for an epoch's first batch, in steps", max(first) / step, SEAM, at_most=True)
+    judge("longest wait for an epoch's first batch, in steps", max(first) / step, SEAM)
 
 
 def timed(batches: Iterator[Any], waits: list[float]) -> Iterator[Any]:
@@ -295,9 +285,7 @@ def main() -> int:
                 compare(f"stored views / published loader, {cores} core(s)", OF_PUBLISHED, *sides, *how)
         if "seam" in args.only:
             seam(stored)
-    for text in missed:
-        print(f"MISSED: {text}")
-    return int(bool(missed))
+    return exit_code()
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from ratios import compare, exit_code, judge
 from torch import Tensor
 
 from hrnet_core.checkpoint import INT8, load_checkpoint
@@ -42,7 +41,6 @@ IN_A_ROW = {"cpu": 1, "cuda": 8}
 """Batches of a call: on a GPU the next one is copied there while one is computed."""
 EXACT = 1e-5
 """Largest difference of a heatmap cell, of the range, of a mode that computes in float32."""
-missed: list[str] = []
 
 
 def main() -> int:
@@ -83,34 +81,12 @@ def main() -> int:
         if cpu and "modes" in args.only:
             modes_alone(folder, args.modes, 2 * args.rounds)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
-    for text in missed:
-        print(f"MISSED: {text}")
-    return 1 if missed else 0
+    return exit_code()
 
 
-def compare(
-    ours: Callable[[], Any], other: Callable[[], Any], rounds: int, device: str
-) -> tuple[float, float, float]:
-    """(median of the ratios of ours to other, both medians in s): B A B A ..., after one call of each."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    ours(), other()
-    pairs = []
-    for _ in range(rounds):
-        start = clock()
-        other()
-        middle = clock()
-        ours()
-        pairs.append((clock() - middle, middle - start))
-    ratio = statistics.median(a / b for a, b in pairs)
-    return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
-
-
-def judge(text: str, value: float, limit: float, at_most: bool = True) -> None:
-    good = value <= limit if at_most else value >= limit
-    line = f"{text}: {value:.3g} (limit {'at most' if at_most else 'at least'} {limit:g})"
-    print(f"{'ok  ' if good else 'MISS'}  {line}", flush=True)
-    if not good:
-        missed.append(line)
+def clock_of(device: str) -> Callable[[], float]:
+    """CPU time on a CPU: other work on the machine does not count."""
+    return time.process_time if device == "cpu" else time.perf_counter
 
 
 def bare(folder: Path, device: str, mode: str, batch: int) -> Callable[[], Tensor]:
@@ -151,7 +127,7 @@ def host_to_host(folder: Path, device: str, mode: str, batch: int, rounds: int) 
             for _ in range(IN_A_ROW[device] * (1 + flip)):
                 network()
 
-        ratio, ours, theirs = compare(whole, alone, rounds, device)
+        ratio, ours, theirs = compare(whole, alone, rounds, clock_of(device))
         what = f"{mode}, batch {batch}{', flip test' if flip else ''}"
         print(
             f"{what}: {people / ours:.1f} people/s host to host, {people / theirs:.1f} by the network alone"
@@ -172,7 +148,7 @@ def decoding(folder: Path, device: str, mode: str, batch: int, rounds: int) -> N
             if device != "cpu":
                 torch.cuda.synchronize()
 
-        ratio, ours, _ = compare(decode, network, rounds, device)
+        ratio, ours, _ = compare(decode, network, rounds, clock_of(device))
         print(f"decoding {name}: {1e6 * ours / batch:.1f} us a person")
         judge(f"decoding {name} / network alone, {mode}, batch {batch}", ratio, 0.03)
 
@@ -201,7 +177,7 @@ def modes_alone(folder: Path, modes: Sequence[str], rounds: int) -> None:
             lambda p=predictor: p.predict_crops(crop, flip_test=False),
             lambda: eager.predict_crops(crop, flip_test=False),
             rounds,
-            "cpu",
+            clock_of("cpu"),
         )
         times = f"{1000 * ours:.1f} ms of {1000 * theirs:.1f}, {ratio:.3f}"
         print(f"{mode:<18} {times}; largest difference {difference:.1e} of the range", flush=True)

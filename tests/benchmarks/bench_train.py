@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ratios import exit_code, judge
 from torch import Tensor, multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,7 +39,6 @@ from pipelines.training.step import Part, one_step, prepare, train_step
 
 ROWS = 16
 """Of a batch on the CPU."""
-missed: list[str] = []
 
 
 def main() -> int:
@@ -62,17 +62,7 @@ def main() -> int:
             judge("two workers, gradients exchanged / not", ratio, 1.25)
         if "table" in args.only and args.device == "cuda":
             table(device, Path(folder), end)
-    for text in missed:
-        print(f"MISSED: {text}")
-    return 1 if missed else 0
-
-
-def judge(text: str, value: float, limit: float, at_most: bool = True) -> None:
-    good = value <= limit if at_most else value >= limit
-    line = f"{text}: {value:.3g} (limit {'at most' if at_most else 'at least'} {limit:g})"
-    print(f"{'ok  ' if good else 'MISS'}  {line}", flush=True)
-    if not good:
-        missed.append(line)
+    return exit_code()
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
