@@ -5,21 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hrnet_core.decoder import Decoder
+from hrnet_core.geometry import Float32
+from hrnet_core.heatmaps import Border
 from hrnet_core.onnx_file import folded_copy, open_session, write_onnx
-from hrnet_core.passes import CropPass
+from hrnet_core.passes import CropPass, UInt8
+from hrnet_core.predictor import PosePredictor
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
+    from hrnet_core.model import HRNet
 
 
 def export_decoding(model: nn.Module, spec: CheckpointSpec, flip_test: bool) -> bytes:
@@ -34,15 +35,22 @@ def export_decoding(model: nn.Module, spec: CheckpointSpec, flip_test: bool) -> 
     )
 
 
-def open_decoding(content: bytes, name: str) -> Callable[[NDArray[np.uint8]], tuple[Any, Any]]:
-    """Such a file in ONNX Runtime: crops -> keypoints, scores. CheckpointError: a damaged file."""
-    session = open_session(content, name)
+class DecodedPredictor(PosePredictor):
+    """A predictor whose crops go through such a file in ONNX Runtime; `heatmaps` are the model's own.
 
-    def run(crops: NDArray[np.uint8]) -> tuple[Any, Any]:
-        keypoints, scores = session.run(None, {"crops": crops})
+    CheckpointError: a damaged file, called `name` there.
+    """
+
+    def __init__(self, model: HRNet, spec: CheckpointSpec, content: bytes, name: str) -> None:
+        super().__init__(model, spec, "cpu", "float32")
+        self._session = open_session(content, name)
+
+    def predict_crops(
+        self, crops: UInt8, flip_test: bool | None = None, batch_size: int = 32, border: Border = "official"
+    ) -> tuple[Float32, Float32]:
+        """As PosePredictor's, in one batch; flip test and border are those of the file."""
+        keypoints, scores = self._session.run(None, {"crops": crops})
         return keypoints, scores
-
-    return run
 
 
 class _Decoding(nn.Module):

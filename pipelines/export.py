@@ -180,7 +180,7 @@ def _both(
 ) -> tuple[Sequence[bytes], PosePredictor, PosePredictor]:
     """The content of the files, torch in float32, and who answers from that content."""
     from hrnet_core.checkpoint import INT8, ONNX
-    from hrnet_core.decoding_file import export_decoding, open_decoding
+    from hrnet_core.decoding_file import DecodedPredictor, export_decoding
     from hrnet_core.onnx_file import export_float16, export_onnx
     from hrnet_core.openvino_file import export_int8, export_ir
     from hrnet_core.predictor import PosePredictor
@@ -188,9 +188,7 @@ def _both(
     one = PosePredictor(model, spec, "cpu", "float32")
     if format == "onnx_decoded":
         content = export_decoding(model, spec, flip)
-        other, run = PosePredictor(model, spec, "cpu", "float32"), open_decoding(content, format)
-        other.predict_crops = lambda crops, *how: run(crops)  # in place of its own network and decoding
-        return [content], one, other
+        return [content], one, DecodedPredictor(model, spec, content, format)
     if format.startswith("onnx"):
         content = (export_onnx if format == "onnx" else export_float16)(model, spec)
         return [content], one, PosePredictor(model, spec, "cpu", "onnx", {ONNX: content})
