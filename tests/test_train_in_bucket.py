@@ -32,6 +32,7 @@ from pipelines.metric_log import read_rows
 from pipelines.registry import Registry
 from pipelines.run_folder import TrainResult, keep_error, move_aside, only_one, read_record, saved_step
 from pipelines.shards.manifest import Manifest
+from pipelines.stop import stoppable
 from pipelines.storage import join, list_files, read_file, write_json
 from pipelines.tracking import Tracker
 from pipelines.training.loop import train_epochs
@@ -158,7 +159,7 @@ def test_a_driver_whose_lease_was_taken_stops(bucket: str, monkeypatch: pytest.M
 
 
 def _hold_while_another_takes(run: str, take: Callable[[], None]) -> None:
-    with only_one(run):
+    with stoppable(), only_one(run):  # as a verb runs, also where the shell had Ctrl-C ignored
         take()
         for _ in range(100):
             time.sleep(0.1)
