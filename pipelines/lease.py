@@ -7,11 +7,11 @@ it begins, or at its next renewal where the bucket was slower than SETTLE_S, and
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
 import platform
-import signal
 import threading
 import time
 import uuid
@@ -72,7 +72,7 @@ def _keep(file: str, owner: dict[str, Any], ended: threading.Event, lost: thread
         with contextlib.suppress(OSError, DataError):  # a bucket that is away: asked again
             if _owner(file) not in (owner, None):
                 lost.set()
-                os.kill(os.getpid(), signal.SIGINT)  # to the main thread, as if the user had said so
+                _thread.interrupt_main()  # as if the user had said so
                 return
             write_json(file, owner)
 
