@@ -242,8 +242,12 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
 
 def read_exported(folder: str | Path, names: Collection[str] = EXPORTED) -> dict[str, bytes]:
     """Of the exported files of these names those that are there: name -> content."""
-    files = [Path(folder) / name for name in names]
-    return {file.name: read_file(file) for file in files if file.is_file()}
+    return {name: read_file(Path(folder) / name) for name in exported_names(folder) if name in names}
+
+
+def exported_names(folder: str | Path) -> list[str]:
+    """Which of the exported files are there."""
+    return [name for name in EXPORTED if (Path(folder) / name).is_file()]
 
 
 def verify_checkpoint(folder: str | Path, device: str = "cpu") -> float:

@@ -203,6 +203,15 @@ def fold_batch_norms(network: nn.Module) -> None:
                 setattr(parent, second, nn.Identity())
 
 
+def to_16_bits(network: nn.Module, dtype: torch.dtype) -> None:
+    """In place. The last layer stays float32: rounded to 8 or 11 bits, neighbouring cells of a heatmap become
+    equal, and the maximum and the quarter step are read from their order."""
+    network.to(dtype).register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+    head = getattr(network, "final_layer", None)
+    if isinstance(head, nn.Module):
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
 def normalize(
     crops: Tensor,
     mean: tuple[float, float, float] | Tensor,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from hrnet_core.checkpoint import INT8, ONNX, CheckpointSpec
 from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError, first_line
-from hrnet_core.model import BasicBlock, Bottleneck, Fusion, fold_batch_norms
+from hrnet_core.model import BasicBlock, Bottleneck, Fusion, fold_batch_norms, to_16_bits
 from hrnet_core.onnx_file import ONNX_PACKAGES, export_onnx, missing_packages, open_onnx
 from hrnet_core.openvino_file import open_openvino
 
@@ -108,7 +108,7 @@ def build_network(
         return network
     fold_batch_norms(network)
     if form.dtype != torch.float32:
-        _to_16_bits(network, form.dtype)
+        to_16_bits(network, form.dtype)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to its stub
     if not form.compiled:
         return network
@@ -221,15 +221,6 @@ def _from_files(model: nn.Module, spec: CheckpointSpec, mode: str, exported: Map
 
 
 # --- in torch -------------------------------------------------------------------------------------------
-
-
-def _to_16_bits(network: nn.Module, dtype: torch.dtype) -> None:
-    """In place. The last layer stays float32: rounded to 8 or 11 bits, neighbouring cells of a heatmap become
-    equal, and the maximum and the quarter step are read from their order."""
-    network.to(dtype).register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
-    head = getattr(network, "final_layer", None)
-    if isinstance(head, nn.Module):
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def _compiled(network: nn.Module, mode: str) -> Network:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hrnet_core.errors import CheckpointError, ConfigError, first_line
-from hrnet_core.model import fold_batch_norms
+from hrnet_core.model import fold_batch_norms, to_16_bits
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -87,14 +87,9 @@ def export_onnx(model: nn.Module, spec: CheckpointSpec) -> bytes:
 
 
 def export_float16(model: nn.Module, spec: CheckpointSpec) -> bytes:
-    """The same with weights and convolutions in float16, for GPUs; input, output and last layer are float32.
-
-    In float16 neighbouring cells of a heatmap become equal, and their order decides the quarter step.
-    """
-    network = folded_copy(model).half()
-    network.register_forward_pre_hook(lambda _, inputs: (inputs[0].half(),))
-    head = network.get_submodule("final_layer").float()
-    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    """The same with weights and convolutions in float16, for GPUs; input, output, last layer in float32."""
+    network = folded_copy(model)
+    to_16_bits(network, torch.float16)
     return write_onnx(network, spec, torch.float32, "images", ["heatmaps"])
 
 

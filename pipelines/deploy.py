@@ -135,12 +135,12 @@ def start(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -
 
 
 def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
-    from hrnet_core.checkpoint import EXPORTED, read_spec, verify_checkpoint
+    from hrnet_core.checkpoint import exported_names, read_spec, verify_checkpoint
     from hrnet_core.modes import unusable
 
     # On a cluster the replicas' machines decide, not this one.
-    files = [name for name in EXPORTED if (folder / name).is_file()]
-    why = "" if on_cluster() else unusable(settings.mode, "cuda" if settings.use_gpu else "cpu", files)
+    device = "cuda" if settings.use_gpu else "cpu"
+    why = "" if on_cluster() else unusable(settings.mode, device, exported_names(folder))
     if why:
         raise ConfigError(f"mode {settings.mode!r} cannot run here: {why}.")
     verify_checkpoint(folder)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError, ImageError
+from hrnet_core.errors import CheckpointError
 from hrnet_core.locations import here
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
@@ -36,7 +36,7 @@ from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
 from pipelines.poses.units import UNFINISHED, cut, digest_of, run_units
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
-from pipelines.sources.photos import check_photo, left_out
+from pipelines.sources.photos import check_photo, decode_photo
 from pipelines.sources.records import People, Photo, Rejection
 from pipelines.storage import write_json, write_whole
 from pipelines.tracking import store_of
@@ -161,10 +161,9 @@ def _cut_out(
     if isinstance(checked, Rejection):
         return checked
     with threads.decoding:
-        try:
-            pixels = checked.decode()
-        except ImageError as error:
-            return left_out(photo, error.reason, str(error))
+        pixels = decode_photo(photo, checked)
+        if isinstance(pixels, Rejection):
+            return pixels
         (people,) = threads.predictor.prepare(pixels, boxes)
     return people
 

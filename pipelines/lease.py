@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import json
 import os
 import platform
 import threading
@@ -22,7 +21,7 @@ import psutil
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.locations import one_line, open_folder
-from pipelines.storage import join, read_file, write_json
+from pipelines.storage import join, read_json, write_json
 
 RENEW_S, LEASE_S, SETTLE_S = 30.0, 180.0, 1.0
 
@@ -44,7 +43,7 @@ def leased(folder: str, name: str, what: str) -> Iterator[None]:
             f"{file}: cannot be written ({one_line(error)}). Check the rights on the bucket."
         ) from None
     time.sleep(SETTLE_S)
-    if _owner(file) != owner:
+    if read_json(file) != owner:
         raise ConfigError(f"{what}: another process began in the same moment. Wait for it.")
     ended, lost = threading.Event(), threading.Event()
     keeper = threading.Thread(target=_keep, args=(file, owner, ended, lost), daemon=True)
@@ -70,7 +69,7 @@ def leased(folder: str, name: str, what: str) -> Iterator[None]:
 def _keep(file: str, owner: dict[str, Any], ended: threading.Event, lost: threading.Event) -> None:
     while not ended.wait(RENEW_S):
         with contextlib.suppress(OSError, DataError):  # a bucket that is away: asked again
-            if _owner(file) not in (owner, None):
+            if read_json(file) not in (owner, None):
                 lost.set()
                 _thread.interrupt_main()  # as if the user had said so
                 return
@@ -79,7 +78,7 @@ def _keep(file: str, owner: dict[str, Any], ended: threading.Event, lost: thread
 
 def _refuse_living(folder: str, name: str, what: str) -> None:
     """ConfigError where the lease has an owner that may be alive."""
-    owner = _owner(join(folder, name))
+    owner = read_json(join(folder, name))
     if owner is None:
         return
     if owner["host"] == platform.node() and not psutil.pid_exists(owner["process"]):
@@ -91,13 +90,6 @@ def _refuse_living(folder: str, name: str, what: str) -> None:
             f"Wait for it, or give another --run.name; if that process is dead, the same command takes over "
             f"in {LEASE_S - silent:.0f} s."
         )
-
-
-def _owner(file: str) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(read_file(file)))
-    except FileNotFoundError:
-        return None
 
 
 def _seconds_since(folder: str, name: str) -> float:

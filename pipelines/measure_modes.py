@@ -80,7 +80,7 @@ def measure_modes(
     ConfigError: a registered version or a URI instead of a folder: figures are written into it.
     CheckpointError, DataError: as in evaluating.
     """
-    from hrnet_core.checkpoint import read_exported, read_spec, record_modes
+    from hrnet_core.checkpoint import exported_names, read_spec, record_modes
     from hrnet_core.modes import fastest_exact, unusable
 
     out = here(out, "--out")
@@ -92,7 +92,7 @@ def measure_modes(
     device = settings.device
     wanted = dict.fromkeys(["float32", *modes])
     read_spec(checkpoint)  # before Ray starts
-    exported = read_exported(checkpoint)
+    exported = exported_names(checkpoint)
     left_out = {mode: why for mode in wanted if (why := unusable(mode, device, exported))}
     usable = [mode for mode in wanted if mode not in left_out]
     found: dict[str, Evaluation] = {}

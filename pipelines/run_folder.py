@@ -35,6 +35,7 @@ from pipelines.storage import (
     base_name,
     join,
     read_file,
+    read_json,
     write_json,
     write_whole,
 )
@@ -111,10 +112,7 @@ def only_one(folder: str) -> Iterator[None]:
 
 def read_record(folder: str, name: str) -> dict[str, Any] | None:
     """A JSON object of the run's folder; None where it is not there."""
-    try:
-        return dict(json.loads(read_file(join(folder, name))))
-    except FileNotFoundError:
-        return None
+    return read_json(join(folder, name))
 
 
 def check_same_run(folder: str, config: RunConfig, dataset_digest: str) -> None:

@@ -117,6 +117,14 @@ def put_file(source: str | Path, file: str | Path) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
+def read_json(file: str) -> dict[str, Any] | None:
+    """A JSON object (path or URI); None where it is not there."""
+    try:
+        return dict(json.loads(read_file(file)))
+    except FileNotFoundError:
+        return None
+
+
 def write_json(file: str | Path, content: Any) -> None:
     """JSON that people can read too, as `writing` leaves it."""
     write_whole(file, json.dumps(content, indent=1) + "\n")

@@ -109,8 +109,14 @@ def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes]
     checked = check_photo(photo, max_pixels)
     if isinstance(checked, Rejection):
         return checked
+    pixels = decode_photo(photo, checked)
+    return pixels if isinstance(pixels, Rejection) else (pixels, checked.sha256)
+
+
+def decode_photo(photo: Photo, checked: Picture) -> NDArray[np.uint8] | Rejection:
+    """The stored pixels uint8 (H, W, 3) RGB of what check_photo gave, or why it is out."""
     try:
-        return checked.decode(), checked.sha256
+        return checked.decode()
     except ImageError as error:
         return left_out(photo, error.reason, str(error))
 
