@@ -24,8 +24,6 @@ ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 """What writes a file; the first alone opens one."""
 METADATA = "hrnet"
 """Entry of model.onnx's metadata: checkpoint.json without what was measured."""
-
-
 AGAIN = "Write it again: hrnet export CHECKPOINT."
 
 

@@ -58,9 +58,8 @@ def open_openvino(
 
     core = ov.Core()
     options = {
-        "INFERENCE_PRECISION_HINT": "f32"
-        if head is None
-        else "bf16",  # else it would choose by the processor
+        # Not said, it would choose by the processor.
+        "INFERENCE_PRECISION_HINT": "f32" if head is None else "bf16",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         # Pinned, the threads of two predictors, or of two actors, would share one core.

@@ -230,12 +230,8 @@ def _evaluation_folder(args: arguments.Evaluate) -> Path:
 
     kind = "evaluation_det" if args.boxes else "evaluation_gt"
     if not is_folder_here(args.checkpoint):
-        return (
-            here(args.run.storage, "--run.storage")
-            / "evaluations"
-            / re.sub(r"[^\w.-]+", "_", args.checkpoint)
-            / kind
-        )
+        name = re.sub(r"[^\w.-]+", "_", args.checkpoint)
+        return here(args.run.storage, "--run.storage") / "evaluations" / name / kind
     return Path(args.checkpoint).parent / kind
 
 
