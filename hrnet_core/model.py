@@ -53,14 +53,18 @@ class HRNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised float images (N, 3, h, w), sides multiples of 32 -> heatmaps (N, K, h/4, w/4)."""
-        x = self.bn1(self.conv1(images)).relu_()
-        x = self.bn2(self.conv2(x)).relu_()
-        x = self.layer1(x)
+        x = self.layer1(self.stem(images))
         branches = self.stage2([step(x) for step in self.transition1])
         branches = self.stage3(_grow(self.transition2, branches))
         branches = self.stage4(_grow(self.transition3, branches))
         heatmaps: Tensor = self.final_layer(branches[0])
         return heatmaps
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images (N, 3, h, w) -> (N, stem_width, h/4, w/4)."""
+        x = self.bn1(self.conv1(images)).relu_()
+        stemmed: Tensor = self.bn2(self.conv2(x)).relu_()
+        return stemmed
 
     def _initialize(self, initialization: str) -> None:
         if initialization not in ("published", "kaiming"):

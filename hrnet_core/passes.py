@@ -7,6 +7,7 @@ cuda_passes    on an NVIDIA GPU, decoded there, as recorded graphs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,15 +44,23 @@ Answer = Callable[[], Float32]
 class CropPass(nn.Module):
     """Crops uint8 (N, h, w, 3) RGB -> heatmaps float32 (N, K, H, W), averaged with the mirror image's.
 
-    network: of modes.build_network. layout: memory format of the images it takes.
+    network: of modes.build_network. layout: memory format of the images it takes. prepare: crops, mean and
+    std -> those images, where it is not model.normalize.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: Network, spec: CheckpointSpec, layout: torch.memory_format) -> None:
+    def __init__(
+        self,
+        network: Network,
+        spec: CheckpointSpec,
+        layout: torch.memory_format,
+        prepare: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.network, self.layout = network, layout
+        self.prepare = prepare or functools.partial(normalize, memory_format=layout)
         self.flip_back = FlipBack(spec.codec, spec.skeleton.flip_order)
         # On the device once and for all: a recorded graph copies nothing from the host.
         self.register_buffer("mean", torch.tensor(spec.mean), False)
@@ -59,7 +68,7 @@ class CropPass(nn.Module):
 
     def forward(self, crops: Tensor, flip: bool, together: bool = False) -> Tensor:
         """together: plain and mirrored crops as one batch of twice the size."""
-        images = normalize(crops, self.mean, self.std, self.layout)
+        images = self.prepare(crops, self.mean, self.std)
         if not flip:
             return self.network(images).float()
         mirrored = images.flip(3).contiguous(memory_format=self.layout)

@@ -34,7 +34,7 @@ from hrnet_core.geometry import FARTHEST, Float32, Float64, box_to_center_scale,
 from hrnet_core.heatmaps import Border
 from hrnet_core.images import read_image
 from hrnet_core.model import HRNet
-from hrnet_core.modes import FORMS, Form, build_network, fastest_exact, files_of
+from hrnet_core.modes import FORMS, Form, build_network, compiled_normalize, fastest_exact, files_of
 from hrnet_core.passes import Answer, Ask, CropPass, PlainPasses, UInt8
 from hrnet_core.results import Boxes, Keypoints, Poses
 
@@ -93,12 +93,13 @@ class PosePredictor:
             logger.info("mode auto on %s is %s", self.device.type, self.mode)
         form = FORMS.get(self.mode, Form(folded=False))
         network = build_network(model, spec, self.device, self.mode, exported, compile_cache)
-        crop_pass = CropPass(network, spec, form.layout)
         self._passes: PlainPasses | CudaPasses
         if self.device.type == "cuda":
+            prepare = compiled_normalize(form, self.mode) if form.compiled else None
+            crop_pass = CropPass(network, spec, form.layout, prepare)
             self._passes = CudaPasses(crop_pass, spec, self.device, form)
         else:
-            self._passes = PlainPasses(crop_pass, spec, self.device)
+            self._passes = PlainPasses(CropPass(network, spec, form.layout), spec, self.device)
 
     @classmethod
     def load(

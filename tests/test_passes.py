@@ -15,6 +15,8 @@ from test_predictor import SMALL, hrnet_predictor, noise
 from hrnet_core.choices import CODECS
 from hrnet_core.cuda_passes import SIZES, CudaPasses, padded
 from hrnet_core.decoder import Decoder
+from hrnet_core.fused import fuse_where_it_runs, is_fused
+from hrnet_core.model import BasicBlock, Bottleneck, Fusion, HRNet, fold_batch_norms
 from hrnet_core.modes import FORMS, build_network
 from hrnet_core.passes import Ask, CropPass, PlainPasses
 from hrnet_core.predictor import PosePredictor
@@ -83,6 +85,67 @@ def test_blocks_compiled_one_by_one_give_the_same(tmp_path: Any, monkeypatch: py
             found = blocks(images[:count])
             assert (found - expected[:count]).abs().max() < 1e-5 * (expected.max() - expected.min())
     torch._dynamo.reset()
+
+
+# --- fused.py without a GPU: cuDNN's kernels stood in for ---------------------------------------------------
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Of each call the kernel's size, and whether there was a sum in it."""
+    calls: list[tuple[int, bool]] = []
+
+    def add_relu(x: Any, weight: Any, add: Any, alpha: float, bias: Any, *how: Any) -> torch.Tensor:
+        calls.append((weight.shape[2], not isinstance(add, float)))
+        return (torch.nn.functional.conv2d(x, weight, bias, *how) + alpha * add).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    plain = lambda x, weight, bias, *how: add_relu(x, weight, 0.0, 1.0, bias, *how)  # noqa: E731
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", plain)
+    return calls
+
+
+def folded() -> HRNet:
+    model, _ = hrnet_predictor()
+    fold_batch_norms(model.eval().requires_grad_(False))
+    return model
+
+
+@pytest.mark.parametrize("inside_fusions", [True, False])
+def test_fused_convolutions_give_the_same(cudnn: list[tuple[int, bool]], inside_fusions: bool) -> None:
+    images = torch.randn(2, 3, 128, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = folded()(images)
+        model = folded()
+        fuse_where_it_runs(model, images, inside_fusions)
+        cudnn.clear()
+        found = model(images)
+    assert (found - expected).abs().max() < 1e-6 * (expected.max() - expected.min())
+    blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
+    assert all(is_fused(block) for block in blocks)
+    assert sum(add for _, add in cudnn) == len(blocks)
+    relus = [part for part in model.modules() if isinstance(part, torch.nn.ReLU)]
+    inside = {
+        part for one in model.modules() if isinstance(one, Fusion) for part in one.modules() if part in relus
+    }
+    assert inside
+    of_blocks = sum(2 if isinstance(block, BasicBlock) else 3 for block in blocks)
+    assert len(cudnn) == 2 + of_blocks + len(relus) - (0 if inside_fusions else len(inside))
+
+
+def test_where_cudnn_has_no_such_kernel_the_network_stays_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: Any) -> None:
+        raise RuntimeError("FIND was unable to find an engine to execute this computation\nmore")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", none)
+    images = torch.randn(1, 3, 128, 96)
+    model = folded()
+    fuse_where_it_runs(model, images)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(model(images), folded()(images))
+    assert "more slowly: FIND was unable to find an engine to execute this computation" in caplog.text
 
 
 # --- cuda_passes.py without a GPU: its streams and graphs stood in for --------------------------------------
