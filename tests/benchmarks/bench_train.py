@@ -93,12 +93,12 @@ def the_loop(device: torch.device, folder: Path, rounds: int) -> None:
     CPU what the loop adds is CPU time of the training thread: on the clock the feed's thread and whatever
     else runs would count, and waiting is judged by itself."""
     gpu = device.type == "cuda"
-    config, people = (load_config("w32_256x192"), 24 * 128) if gpu else (load_config("tiny"), 24 * ROWS)
+    config, people = (load_config("w32_256x192"), 16 * 128) if gpu else (load_config("tiny"), 24 * ROWS)
     size = config.data.input_size
     manifest = dotted_shards(folder / "loop", {"train2017": people, "val2017": 8}, group=64, size=size)
     train: dict[str, Any] = {"num_workers": 1, "epochs": 2 * rounds + 4, "views": "stored"}
     if gpu:
-        train |= {"use_gpu": True, "precision": "bfloat16", "cpus_per_worker": 8}
+        train |= {"use_gpu": True, "precision": "bfloat16", "cpus_per_worker": 8, **WAYS["both"]}
     config = RunConfig(
         **{
             **config.model_dump(),
