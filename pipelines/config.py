@@ -168,12 +168,12 @@ class TrainSettings(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16, float16: autocast in training; weights, optimizer and loss stay float32. float16 scales the
     loss by torch.amp.GradScaler; right but slow on a CPU."""
-    graph: bool = False
+    graph: bool | None = None
     """Record the step of a full batch as one CUDA graph and replay it: kernels are not launched one by one.
-    One worker with use_gpu. Off until it has been seen on a GPU (docs/train-step.md)."""
+    None: where it can be, which is for one worker with use_gpu."""
     compile: bool = False
     """BasicBlock, Bottleneck and Fusion through torch.compile, forward and backward; pays with `graph`. Needs
-    a C++ compiler on a CPU, Triton on a GPU. Off until it has been seen on a GPU (docs/train-step.md)."""
+    a C++ compiler on a CPU, Triton on a GPU. Off, because the first start takes a minute or more longer."""
     compile_cache: str | None = None
     """Folder of the worker's machine for what is compiled, as evaluate.compile_cache. A copy is kept in
     STORAGE/compiled, from which another machine starts."""
@@ -218,6 +218,11 @@ class TrainSettings(Section):
                 "train.num_workers 1 (gradients of several workers are exchanged by launches)"
             )
         return self
+
+    @property
+    def recorded(self) -> bool:
+        """Whether full batches are to be replayed."""
+        return self.use_gpu and self.num_workers == 1 if self.graph is None else self.graph
 
 
 class WorkerSettings(Section):

@@ -45,7 +45,7 @@ def test_published_recipes_are_the_published_numbers() -> None:
         assert config.train.loss == "official"
         assert config.train.precision == "float32"
         assert (config.train.clip_norm, config.train.ema_decay, config.train.accumulate) == (0, 0, 1)
-        assert (config.train.graph, config.train.compile) == (False, False)
+        assert (config.train.recorded, config.train.compile) == (False, False)
         assert (config.train.views, config.data.context) == ("device", 2.0)
         assert not config.train.joint_weights
 

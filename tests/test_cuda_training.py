@@ -41,7 +41,7 @@ def on_gpu(
         folders.append(saved)
 
     how = {"use_gpu": True, "checkpoint_minutes": 1e-9, "schedule": "cosine", "validate_every": 2}
-    config = small_config(manifest, folder, **how, **train)
+    config = small_config(manifest, folder, **{**how, "graph": False, **train})
     job = Job(config, manifest.folder, str(folder), tracking_uri=None, run_id=None)
     return set_up(job, 0, 1, torch.device("cuda", 0), report, checkpoint), folders
 

@@ -321,6 +321,19 @@ def test_settings_that_contradict_are_refused(train: dict[str, Any], named: str)
         RunConfig(train=train)
 
 
+@pytest.mark.parametrize(
+    ("train", "recorded"),
+    [
+        ({}, False),
+        ({"use_gpu": True}, True),
+        ({"use_gpu": True, "graph": False}, False),
+        ({"use_gpu": True, "num_workers": 2}, False),
+    ],
+)
+def test_one_worker_with_a_gpu_records_its_step(train: dict[str, Any], recorded: bool) -> None:
+    assert TrainSettings(**train).recorded is recorded
+
+
 # --- torch.compile --------------------------------------------------------------------------------------
 
 

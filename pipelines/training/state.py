@@ -219,7 +219,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
     optimizer = kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    for group in optimizer.param_groups if settings.graph else ():
+    for group in optimizer.param_groups if settings.recorded else ():
         group |= {"lr": torch.tensor(settings.lr, device=parameters[0].device), "capturable": True}
     return optimizer
 

@@ -126,7 +126,7 @@ def prepare(run: Training, sent: Sent) -> Callable[[Sent], Tensor]:
     step = functools.partial(launch, run, 1.0)
     if run.config.train.compile:
         compile_first(run, step, sent)
-    return record(run, step, sent) if run.config.train.graph else step
+    return record(run, step, sent) if run.config.train.recorded else step
 
 
 def launch(run: Training, share: float, sent: Sent) -> Tensor:

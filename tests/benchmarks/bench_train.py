@@ -191,9 +191,9 @@ def ddp_rank(rank: int, folder: str, rounds: int, steps: int = 8) -> None:
 # --- the step on a GPU ----------------------------------------------------------------------------------
 
 WAYS: dict[str, dict[str, bool]] = {
-    "launched": {},
+    "launched": {"graph": False},
     "graph": {"graph": True},
-    "compiled": {"compile": True},
+    "compiled": {"compile": True, "graph": False},
     "both": {"compile": True, "graph": True},
 }
 ROWS_OF_TABLE = [
