@@ -159,7 +159,7 @@ def set_up(
         parallel=wrap(model, device, world),
         optimizer=make_optimizer(model, settings),
         scaler=make_scaler(settings, device),
-        average=Average(model, settings.ema_decay) if settings.ema_decay else None,
+        average=make_average(model, settings),
         mean=torch.tensor(spec.mean, device=device),
         std=torch.tensor(spec.std, device=device),
         joint_weights=torch.tensor(weights, device=device) if weights else None,
@@ -234,6 +234,13 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def make_scaler(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+
+
+def make_average(model: nn.Module, settings: TrainSettings) -> Average | None:
+    if not settings.ema_decay:
+        return None
+    # A decay that stays may be recorded as the number that it is.
+    return Average(model, settings.ema_decay, recorded=settings.graph and settings.ema_warmup)
 
 
 def restore(run: Training, folder: str | Path) -> None:
