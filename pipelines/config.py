@@ -164,6 +164,11 @@ class TrainSettings(Section):
     """Multiply weights by the skeleton's joint weights (off in the published runs)."""
     ohkm: int = Field(default=0, ge=0)
     """Keep only this many hardest keypoints of each person in the loss; 0: all."""
+    teacher: str | None = None
+    """Checkpoint folder, or URI of one, of a heavier network trained on the same shards: its heatmaps are
+    mixed into the targets (docs/recipes.md)."""
+    teacher_share: float = Field(default=0.5, gt=0, le=1)
+    """Of the teacher's heatmaps in the targets."""
     views: Literal["stored", "device"] = "stored"
     """stored: the shards' precomputed heatmaps. device: fresh views each epoch, made on the worker's device
     from shards with data.context 2.0."""

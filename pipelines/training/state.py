@@ -40,6 +40,7 @@ from pipelines.training.batch import Sent
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
+from pipelines.training.teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Training:
     """Of the loss in float16; does nothing in the other precisions."""
     average: Average | None
     """Of the weights, where `train.ema_decay` wants one."""
+    teacher: Teacher | None
+    """Of `train.teacher`."""
     mean: Tensor
     """(3,), `std` (3,) and `joint_weights` (K,) on the device: sent with each batch, the copy would be waited
     for, and with it the step before."""
@@ -160,6 +163,7 @@ def set_up(
         optimizer=make_optimizer(model, settings),
         scaler=make_scaler(settings, device),
         average=make_average(model, settings),
+        teacher=make_teacher(settings, spec, device),
         mean=torch.tensor(spec.mean, device=device),
         std=torch.tensor(spec.std, device=device),
         joint_weights=torch.tensor(weights, device=device) if weights else None,
@@ -243,9 +247,24 @@ def make_average(model: nn.Module, settings: TrainSettings) -> Average | None:
     return Average(model, settings.ema_decay, recorded=settings.graph and settings.ema_warmup)
 
 
+def make_teacher(settings: TrainSettings, spec: CheckpointSpec, device: torch.device) -> Teacher | None:
+    if settings.teacher is None:
+        return None
+    teacher = load_teacher(settings.teacher, settings.teacher_share, spec, device)
+    if settings.channels_last:
+        teacher.network.to(memory_format=torch.channels_last)
+    return teacher
+
+
 def restore(run: Training, folder: str | Path) -> None:
-    """Weights, optimizer, scaler, average and standing from the trainer.pt that `save` wrote."""
+    """Weights, optimizer, scaler, average and standing from the trainer.pt that `save` wrote. ConfigError
+    where the teacher is not the one that it was."""
     state = read_trainer_state(folder)
+    if run.teacher and run.teacher.sha256 != state.get("teacher"):
+        raise ConfigError(
+            f"train.teacher: {run.config.train.teacher} holds other weights than when this run began. Put "
+            f"those back, or begin another --run.name."
+        )
     run.model.load_state_dict(state["model"])
     made = [(group["lr"], group["capturable"]) for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(state["optimizer"])
@@ -268,6 +287,7 @@ def save(run: Training) -> None:
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
             "average": run.average.network.state_dict() if run.average else None,
+            "teacher": run.teacher.sha256 if run.teacher else None,
             "progress": asdict(at),
         }
         try:
