@@ -197,7 +197,7 @@ class Feed:
             total=total,
             images=columns["images"],
             heatmaps=columns["heatmaps"],
-            noise=self._noise(epoch, columns, columns.get("image_to_crop")),
+            noise=self._noise(epoch, columns, columns["image_to_crop"]),
         )
 
     def _fresh(self, table: pa.Table, epoch: int, rows: int, total: int) -> FreshBatch:
