@@ -102,9 +102,9 @@ def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
     run.parallel.train()
     while at.step < steps:
         batch, sent = interval.wait_for(batches)
-        set_rate(run.optimizer, learning_rate(settings, at.total_steps, steps))
         if run.average:
             run.average.set_decay(average_decay(settings, at.total_steps))
+        set_rate(run.optimizer, learning_rate(settings, at.total_steps, steps))
         interval.add(one_step(run, batch, sent), batch)
         at.step += 1
         at.total_steps += 1

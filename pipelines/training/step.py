@@ -91,13 +91,6 @@ def train_step(
     return total
 
 
-def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
-    """For a forward in `train.precision`."""
-    dtype = DTYPES[settings.precision]
-    # No cache: each weight is used once, and what lies in it must not outlive a recording.
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-
 def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
     """Have the next step of a fused optimizer change nothing where a gradient is not finite; bool () whether.
 
@@ -154,3 +147,10 @@ def parts_of(run: Training, share: float, sent: Sent) -> list[Part]:
     arrays = images, heatmaps, weights
     chunks = zip(*(array.chunk(settings.accumulate) for array in arrays), strict=True)
     return [Part(*chunk, share=share * len(chunk[0]) / len(images)) for chunk in chunks]
+
+
+def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    """For a forward in `train.precision`."""
+    dtype = DTYPES[settings.precision]
+    # No cache: each weight is used once, and what lies in it must not outlive a recording.
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
