@@ -1,6 +1,6 @@
 """What a run can choose of the method, as plain data: settings are read without numpy or torch.
 
-What each choice does stands in heatmaps.py, modes.py and augment.py.
+What each choice does stands in heatmaps.py, modes.py, augment.py and noise.py.
 """
 
 from __future__ import annotations
@@ -51,3 +51,15 @@ class Augmentation:
 
 
 OFFICIAL = Augmentation()
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How often what of a training crop's pixels is changed (noise.py). 0: never, as in published runs."""
+
+    photometric: float = 0.0
+    """Of each change of colour by itself."""
+    coarse_dropout: float = 0.0
+    """Of black rectangles in a crop."""
+    information_dropping: float = 0.0
+    """Of an ellipse over a keypoint or on the body."""

@@ -15,7 +15,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
+from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, Noise, default_sigma
 from serve.settings import BATCH_WAIT_S, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
 
@@ -147,8 +147,12 @@ class TrainSettings(Section):
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Scored and saved is a moving average of the weights and of BatchNorm's statistics: after each step,
     decay x average + (1 - decay) x weights. RTMPose: 0.9998. 0: the weights alone (the published runs)."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: x gamma at each milestone. cosine: to zero over the run, stepped every batch."""
+    ema_warmup: bool = False
+    """The decay of step n (from 0) is at most (1 + n) / (10 + n): a young average is of the last ninth of the
+    steps, and not of the weights that the run began with, which 0.9998 has forgotten after 10,000 steps."""
+    schedule: Literal["step", "cosine", "flat_cosine"] = "step"
+    """step: x gamma at each milestone. cosine: to zero over the run, stepped every batch. flat_cosine: flat
+    for half of the run, then by a cosine to a twentieth (RTMPose)."""
     milestones: tuple[int, ...] = (170, 200)
     """Epochs (counted from 0) that start with a lower rate, as the published runs did."""
     gamma: float = Field(default=0.1, gt=0, le=1)
@@ -160,9 +164,24 @@ class TrainSettings(Section):
     """Multiply weights by the skeleton's joint weights (off in the published runs)."""
     ohkm: int = Field(default=0, ge=0)
     """Keep only this many hardest keypoints of each person in the loss; 0: all."""
+    teacher: str | None = None
+    """Checkpoint folder, or URI of one, of a heavier network trained on the same shards: its heatmaps are
+    mixed into the targets (docs/recipes.md)."""
+    teacher_share: float = Field(default=0.5, gt=0, le=1)
+    """Of the teacher's heatmaps in the targets."""
     views: Literal["stored", "device"] = "stored"
     """stored: the shards' precomputed heatmaps. device: fresh views each epoch, made on the worker's device
     from shards with data.context 2.0."""
+    photometric: float = Field(default=0.0, ge=0, le=1)
+    """Probability with which brightness, contrast, saturation, hue and order of channels of a crop change,
+    each by itself. mmpose: 0.5. As the next two, with stored and fresh views (docs/recipes.md)."""
+    coarse_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Probability of 1 to 8 black rectangles in a crop. mmpose: 0.5."""
+    information_dropping: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an ellipse covers a keypoint of the person, or a part of its box (AID)."""
+    dropping_from: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the epochs after which information dropping begins: early, a network has not yet learnt what
+    is to be dropped."""
     channels_last: bool = True
     """Memory layout of the network; the result differs by rounding only."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -195,6 +214,11 @@ class TrainSettings(Section):
     """A batch whose gradient is not finite changes nothing and is counted (train/skipped_steps); so many in a
     row end the run. Looked at each log_every steps."""
     seed: int = Field(default=0, ge=0)
+
+    def noise(self, epoch: int) -> Noise:
+        """What is done to the crops of an epoch, counted from 0."""
+        late = epoch >= self.dropping_from * self.epochs
+        return Noise(self.photometric, self.coarse_dropout, self.information_dropping if late else 0.0)
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:

@@ -11,28 +11,71 @@ from pydantic import ValidationError
 from hrnet_core.errors import ConfigError
 from pipelines.config import RunConfig
 
+SHIPPED = Path(__file__).parent / "configs"
+
 
 def load_config(name_or_file: str) -> RunConfig:
-    """A shipped config by name ("w32_256x192") or a YAML file. ConfigError names file and key."""
-    shipped = Path(__file__).parent / "configs"
-    path = Path(name_or_file)
+    """A shipped config by name ("w32_256x192") or a YAML file. ConfigError names file and key.
+
+    `base: NAME`, or a list of names, in a file: it begins as those configs, the later over the earlier, and
+    says only what differs. A base that is a YAML file is sought beside the file that names it.
+    """
+    path, files = _find(name_or_file, Path()), list[Path]()
+    fields = _layered(path, (), files)
+    try:
+        return RunConfig(**{**fields, "config_name": path.stem})
+    except ValidationError as error:
+        bases = ", ".join(file.stem for file in files[1:])
+        raise ConfigError(explain(error, f"{path} (its base: {bases})" if bases else str(path))) from None
+
+
+def _find(name_or_file: str, beside: Path) -> Path:
+    """The file that is meant; `beside`: where a relative path begins."""
+    path = beside / name_or_file
     if path.suffix not in (".yaml", ".yml"):
-        path = shipped / f"{name_or_file}.yaml"
+        path = SHIPPED / f"{name_or_file}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
         raise ConfigError(
             f"no config {name_or_file!r}: give a YAML file, or one of the shipped names: {names}."
         )
+    return path
+
+
+def _layered(path: Path, above: tuple[Path, ...], files: list[Path]) -> dict[str, Any]:
+    """The fields of a file over those of its bases. above: the files that it is a base of; every file that is
+    read is added to `files`."""
+    if path in above:
+        raise ConfigError(f"{above[-1]}: base: {path.stem} is a config that begins as this one.")
+    files.append(path)
+    fields = _read(path)
+    bases = fields.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{path}: base: the name of a config or a list of names, got {bases!r}.")
+    merged: dict[str, Any] = {}
+    for layer in [*(_layered(_base(path, name), (*above, path), files) for name in bases), fields]:
+        for section, values in layer.items():
+            both = isinstance(values, dict) and isinstance(merged.get(section), dict)
+            merged[section] = {**merged[section], **values} if both else values
+    return merged
+
+
+def _base(path: Path, name: str) -> Path:
+    try:
+        return _find(name, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, got {type(fields).__name__}.")
-    try:
-        return RunConfig(**{**fields, "config_name": path.stem})
-    except ValidationError as error:
-        raise ConfigError(explain(error, str(path))) from None
+    return fields
 
 
 def explain(error: ValidationError, source: str) -> str:

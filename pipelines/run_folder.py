@@ -121,7 +121,9 @@ def check_same_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
     if known is None:
         return
     now = _decides(config, dataset_digest)
-    differ = [f"{k} was {v}, now {now.get(k)}" for k, v in known["decides"].items() if now.get(k) != v]
+    # A setting that an earlier version did not have was what it is by default.
+    before = {**_decides(RunConfig(), dataset_digest), **known["decides"]}
+    differ = [f"{k} was {v}, now {now.get(k)}" for k, v in before.items() if now.get(k) != v]
     if differ:
         raise ConfigError(
             f"{folder}: this run was started with other settings: {'; '.join(differ)}. Choose another "

@@ -143,7 +143,13 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
 
 def check_start(config: RunConfig, manifest: Manifest) -> None:
     """CheckpointError, DataError where the weights that `model.init` names cannot be read or are of another
-    network: told here, not by each worker again."""
+    network, ConfigError for such a `train.teacher`: told here, not by each worker again."""
+    if config.train.teacher is not None:
+        import torch
+
+        from pipelines.training.state import make_spec, make_teacher
+
+        make_teacher(config.train, make_spec(config, manifest, None), torch.device("cpu"))
     if config.model.init is None:
         return
     from hrnet_core.published import fit_weights, read_weights
@@ -177,6 +183,9 @@ def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed 
     if config.model.init:  # workers stand in a folder of their own
         model = config.model.model_copy(update={"init": absolute(config.model.init)})
         config = config.model_copy(update={"model": model})
+    if settings.teacher:
+        settings = settings.model_copy(update={"teacher": absolute(settings.teacher)})
+        config = config.model_copy(update={"train": settings})
     uri, run_id = (followed.tracker.uri, followed.run_id) if followed else (None, None)
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     files, place = open_folder(folder)

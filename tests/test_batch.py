@@ -4,6 +4,7 @@ beside the network; without one those tests are skipped."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from hrnet_core.augment import draw_fresh, place_views, view_targets
+from hrnet_core.choices import Noise
 from hrnet_core.heatmaps import HeatmapCodec
+from hrnet_core.noise import add_noise, draw_noise, place_noise
 from hrnet_core.skeleton import COCO17
 from hrnet_core.views import invert_views, pack_reaches, view_reaches
 from pipelines.training.batch import Batch, FreshBatch, StoredBatch, on_device_ahead
@@ -34,6 +37,15 @@ def stored(number: int) -> StoredBatch:
         images=rng.integers(0, 256, (n, SIZE[1], SIZE[0], 3), np.uint8),
         heatmaps=rng.random((n, 17, 16, 12)).astype(np.float16),
     )
+
+
+def noisy(number: int) -> StoredBatch:
+    """With holes in the crops and no colours: what is not there is not sent."""
+    batch = stored(number)
+    draws, people = draw_noise(number, 0, range(batch.rows)), np.full((batch.rows, 17, 3), 2)
+    boxes, matrices = np.full((batch.rows, 4), 9), np.broadcast_to(np.eye(3)[:2], (batch.rows, 2, 3))
+    holes = place_noise(draws, Noise(0.0, 0.5, 0.5), matrices, people, boxes, SIZE)
+    return replace(batch, noise=holes)
 
 
 def fresh(number: int) -> FreshBatch:
@@ -66,7 +78,7 @@ def fresh(number: int) -> FreshBatch:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("make", [stored, fresh])
+@pytest.mark.parametrize("make", [stored, noisy, fresh])
 def test_batches_sent_ahead_are_those_sent_at_once(make: Any, device: str) -> None:
     """On CUDA from page-locked memory that goes back as soon as it may, to a device that is kept busy; only
     at the end is looked at what was there."""
@@ -101,8 +113,20 @@ def test_a_stored_batch_on_the_device_is_its_arrays() -> None:
     np.testing.assert_array_equal(weights.numpy(), batch.weights)
 
 
+def test_a_batch_with_noise_is_its_arrays_and_what_is_done_to_them() -> None:
+    batch = noisy(1)
+    before = batch.images.copy()
+    crops, heatmaps, _ = batch.on_device("cpu")
+    assert len(batch.arrays()) == 3 + 2
+    _, rectangles, ellipses = batch.noise
+    holes = torch.from_numpy(rectangles), torch.from_numpy(ellipses)
+    assert torch.equal(crops, add_noise(torch.from_numpy(before), None, *holes))
+    np.testing.assert_array_equal(batch.images, before)
+    np.testing.assert_array_equal(heatmaps.numpy(), batch.heatmaps.astype(np.float32))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("make", [stored, fresh])
+@pytest.mark.parametrize("make", [stored, noisy, fresh])
 def test_pinned_arrays_are_the_same_in_locked_memory(make: Any) -> None:
     batch = make(3)
     locked = batch.pinned()

@@ -50,6 +50,61 @@ def test_published_recipes_are_the_published_numbers() -> None:
         assert not config.train.joint_weights
 
 
+SIZES = ("w32_256x192", "w32_384x288", "w48_256x192", "w48_384x288")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_forms_of_a_published_recipe_differ_in_what_they_say(size: str) -> None:
+    official = load_config(size).decides()
+    for codec in ("udp", "dark"):
+        form = load_config(f"{size}_{codec}").decides()
+        assert {key for key in form if form[key] != official[key]} == {"data.codec"}
+        assert form["data.codec"] == codec
+    modern = load_config(f"{size}_modern")
+    assert modern.data == load_config(f"{size}_udp").data, "one dataset for both"
+    assert modern.model == load_config(size).model
+    # The stated rule: 1e-3 x sqrt(batch / 128).
+    assert modern.train.lr == pytest.approx(1e-3 * (modern.train.batch_size / 128) ** 0.5, rel=0.02)
+    layer = load_config("modern").train.model_dump()
+    published = RunConfig().train.model_dump()
+    of_size = {"batch_size", "lr", "views"}
+    named = {key for key in layer if layer[key] != published[key]} - of_size
+    assert {"photometric", "coarse_dropout", "information_dropping", "ema_warmup", "schedule"} < named
+    assert all(getattr(modern.train, key) == layer[key] for key in named)
+    assert modern.train.views == "device"
+
+
+def test_a_config_begins_as_its_base(tmp_path: Path) -> None:
+    (tmp_path / "ours.yaml").write_text(
+        "base: [w48_384x288, modern]\ntrain: {epochs: 5}\nrun: {storage: here}\n"
+    )
+    (tmp_path / "mine.yaml").write_text("base: ours.yaml\ntrain: {lr: 0.5}\n")
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.config_name, config.run.storage, config.model.width) == ("mine", "here", 48)
+    assert (config.train.lr, config.train.epochs, config.train.batch_size) == (0.5, 5, 256)
+    assert (config.data.codec, config.data.input_size) == ("udp", (288, 384))
+
+
+@pytest.mark.parametrize(
+    ("text", "wants"),
+    [
+        ("base: w32", ["c.yaml: base: no config 'w32'", "w32_256x192"]),
+        ("base: 3", ["c.yaml: base:", "got 3"]),
+        ("base: [tiny, 3]", ["c.yaml: base:", "list of names"]),
+        ("base: c.yaml", ["c.yaml: base: c is a config that begins as this one"]),
+        ("base: [tiny, modern]\ntrain: {epoch: 3}", ["c.yaml (its base: tiny, modern)", "train.epoch"]),
+        ("base: tiny\ntrain: 3", ["c.yaml (its base: tiny)", "train"]),
+    ],
+)
+def test_a_mistake_with_a_base_is_named(tmp_path: Path, text: str, wants: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file))
+    for want in wants:
+        assert want in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "wants"),
     [

@@ -13,14 +13,25 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from small_coco import write_coco
 from test_shards import make, whole_table
 
-from hrnet_core.augment import draw, keypoints_in_view, plain_view, random_view, view_to_crop
+from hrnet_core.augment import (
+    draw,
+    draw_fresh,
+    keypoints_in_view,
+    place_views,
+    plain_view,
+    random_view,
+    view_to_crop,
+)
+from hrnet_core.choices import Noise
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale, compose_affine, crop_people, invert_affine
 from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps
 from hrnet_core.images import decode_image
+from hrnet_core.noise import add_noise, draw_noise, place_noise
 from hrnet_core.skeleton import COCO17
 from pipelines.config import DataSettings, TrainSettings
 from pipelines.shards import build as build_module
@@ -279,6 +290,86 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, views: Any, 
             for name, array in expected.items():
                 np.testing.assert_array_equal(getattr(batch, name), array)
         assert next(batches, None) is None
+
+
+NOISY: dict[str, Any] = {"photometric": 0.5, "coarse_dropout": 0.5, "information_dropping": 0.5}
+
+
+@pytest.mark.parametrize("views", ["stored", "device"])
+@pytest.mark.parametrize("kind", [*NOISY, "all"])
+def test_noise_is_a_persons_and_an_epochs_in_any_world_and_on_any_threads(
+    tmp_path: Path, views: Any, kind: str
+) -> None:
+    """Crops on the device byte for byte: by one worker on one thread, by two on three each that begin in the
+    middle of the first epoch; and against the same crops without noise, with each person's numbers drawn and
+    placed here. Targets stay."""
+    few = dotted_shards(tmp_path / "few", {"train2017": 37, "val2017": 4}, variants=2, context=2.0)
+    how = NOISY if kind == "all" else {kind: 0.5}
+    settings = SETTINGS.model_copy(update={"views": views, "epochs": 2})
+    noisy = settings.model_copy(update=how)
+
+    def made(settings: TrainSettings, world: int, start: int = 0) -> dict[tuple[int, int], tuple[Any, ...]]:
+        found = {}
+        for rank in range(world):
+            feed = Feed(few, "train2017", settings, rank, world)
+            for number, batch in enumerate(feed.batches(0, start, 2), start):
+                sent = [tensor.numpy() for tensor in batch.on_device("cpu")]
+                for row, ann_id in enumerate(batch.ann_ids.tolist()[: batch.rows]):
+                    found[number // feed.steps, ann_id] = tuple(tensor[row] for tensor in sent)
+        return found
+
+    plain, alone = made(settings, 1), made(noisy, 1)
+    assert plain.keys() == alone.keys()
+    assert len(alone) == 2 * 37
+    together = made(noisy.model_copy(update={"cpus_per_worker": 3}), 2, start=1)
+    assert len(together) == 2 * 37 - 16
+    for key, (image, heatmaps, weights) in together.items():
+        for array, other in zip((image, heatmaps, weights), alone[key], strict=True):
+            np.testing.assert_array_equal(array, other)
+    rows = {
+        1000 + i: row for i, row in enumerate(decode_rows(whole_table(few, "train2017"), few)["keypoints"])
+    }
+    changed = 0
+    for (epoch, ann_id), (image, heatmaps, weights) in plain.items():
+        box = np.array([[0, 0, 64, 64]], np.float32)
+        matrix = np.array([[[1.0, 0, 0], [0, 1, 0]]])
+        if views == "device":
+            matrix = place_views(
+                draw_fresh(settings.seed, epoch, [ann_id]),
+                np.float32([[32, 32]]),
+                np.float32([[64, 64]]),
+                rows[ann_id][None],
+                np.array([64]),
+                few.recipe.codec,
+                COCO17,
+            )[1]
+        placed = place_noise(
+            draw_noise(settings.seed, epoch, [ann_id]),
+            Noise(**how),
+            matrix,
+            rows[ann_id][None],
+            box,
+            (64, 64),
+        )
+        tensors = (None if array is None else torch.from_numpy(array) for array in placed)
+        expected = add_noise(torch.from_numpy(image[None].copy()), *tensors)[0].numpy()
+        np.testing.assert_array_equal(alone[epoch, ann_id][0], expected)
+        np.testing.assert_array_equal(alone[epoch, ann_id][1], heatmaps)
+        np.testing.assert_array_equal(alone[epoch, ann_id][2], weights)
+        changed += int((expected != image).any())
+    assert changed > 15
+
+
+def test_information_dropping_begins_with_its_epoch(tmp_path: Path) -> None:
+    few = dotted_shards(tmp_path / "few", {"train2017": 17, "val2017": 4})
+    how = {"information_dropping": 1.0, "dropping_from": 0.5, "epochs": 5}
+    for views in ("stored", "device"):
+        feed = Feed(few, "train2017", SETTINGS.model_copy(update={**how, "views": views}))
+        noise = [batch.noise for batch in feed.batches(0, 0, 5)]
+        assert [one.ellipses is not None for one in noise] == [False] * 6 + [True] * 4
+        assert all((one.ellipses[:, 2] > 0).all() for one in noise[6:])
+        assert all(one.colors is None and one.rectangles is None for one in noise)
+    assert TrainSettings().noise(209) == Noise()
 
 
 @pytest.mark.parametrize("batch_size", [24, 40, 128])

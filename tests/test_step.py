@@ -20,7 +20,7 @@ from pipelines.training import compiled, recording, state
 from pipelines.training import step as step_module
 from pipelines.training.average import Average
 from pipelines.training.loop import train_epochs
-from pipelines.training.state import Training, make_optimizer, make_scaler, set_rate
+from pipelines.training.state import Training, make_average, make_optimizer, make_scaler, set_rate
 from pipelines.training.step import Part, launch, train_step
 
 CPU = torch.device("cpu")
@@ -97,6 +97,32 @@ def test_the_average_is_its_formula() -> None:
         torch.testing.assert_close(value, expected[key], msg=key)
     assert not torch.equal(average.network.bn1.running_mean, model.bn1.running_mean)
     assert int(average.network.bn1.num_batches_tracked) == 3
+
+
+def test_a_decay_in_a_tensor_averages_as_a_number_does() -> None:
+    """As a recording needs it: three steps with another decay each, by numbers, by a tensor and by hand."""
+    model, settings = new_model(), TrainSettings(lr=0.01)
+    optimizer = make_optimizer(model, settings)
+    averages = [Average(model, 0.9), Average(model, 0.9, recorded=True)]
+    expected = weights_of(model)
+    for step, decay in enumerate((0.1, 0.5, 0.75)):
+        train_step(model, optimizer, [made_up_part(step, slice(0, 8), 1.0)], settings)
+        for average in averages:
+            average.set_decay(decay)
+            average.update()
+        for key, value in model.state_dict().items():
+            moved = value.is_floating_point()
+            expected[key] = decay * expected[key] + (1 - decay) * value if moved else value.clone()
+    for average in averages:
+        for key, value in average.network.state_dict().items():
+            torch.testing.assert_close(value, expected[key], msg=key)
+    for settings, kind in (
+        (TrainSettings(ema_decay=0.9, ema_warmup=True, graph=True, use_gpu=True), torch.Tensor),
+        (TrainSettings(ema_decay=0.9, ema_warmup=True), float),
+    ):
+        made = make_average(model, settings)
+        assert made is not None
+        assert isinstance(made._share, kind)
 
 
 def test_the_average_is_what_is_scored_and_saved(manifest: Manifest, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit
-from pipelines.training.loop import Diverged, learning_rate, train_epochs, train_worker
+from pipelines.training.loop import Diverged, average_decay, learning_rate, train_epochs, train_worker
 from pipelines.training.pictures import people_sheet
 from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
 from pipelines.training.step import Part, train_step
@@ -168,6 +168,32 @@ def test_cosine_and_warm_up() -> None:
     assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
 
 
+def test_flat_cosine_is_flat_for_half_of_the_run_and_ends_at_a_twentieth() -> None:
+    settings = TrainSettings(schedule="flat_cosine", lr=2.0, epochs=10, warmup_steps=4)
+    rates = [learning_rate(settings, step, 10) for step in range(101)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert set(rates[4:51]) == {2.0}
+    assert rates[75] == pytest.approx(0.5 * (2.0 + 0.1))
+    assert rates[60] == pytest.approx(0.1 + 1.9 * 0.5 * (1 + math.cos(math.pi * 0.2)))
+    assert rates[100] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in pairwise(rates[50:]))
+
+
+def test_a_young_average_is_of_its_last_steps() -> None:
+    """(1 + n) / (10 + n) until the decay is reached; without the warm-up the decay from the first step on."""
+    settings = TrainSettings(ema_decay=0.99, ema_warmup=True)
+    decays = [average_decay(settings, step) for step in range(1000)]
+    assert decays[:2] == [0.1, pytest.approx(2 / 11)]
+    assert decays[889] == pytest.approx(890 / 899)
+    assert set(decays[890:]) == {0.99}
+    assert average_decay(TrainSettings(ema_decay=0.99), 0) == 0.99
+    # How much of the weights at the beginning is left after 100 steps: the same with 0.9998 would be .98.
+    assert (
+        math.prod(average_decay(TrainSettings(ema_decay=0.9998, ema_warmup=True), n) for n in range(100))
+        < 1e-9
+    )
+
+
 # --- the loop, in this process ------------------------------------------------------------------------
 
 
@@ -235,8 +261,16 @@ def test_going_on_in_the_middle_of_an_epoch_is_exact(whole: tuple[Any, ...], tmp
         {"ema_decay": 0.5},
         {"precision": "float16"},
         {"optimizer": "adamw", "weight_decay": 0.1, "decay_norms": False},
+        {"ema_decay": 0.9998, "ema_warmup": True},
+        {"schedule": "flat_cosine"},
+        {"photometric": 0.5},
+        {"coarse_dropout": 0.5},
+        {"information_dropping": 0.5, "dropping_from": 0.5},
     ],
-    ids=["accumulate", "clip", "ema", "float16", "decay"],
+    ids=[
+        *("accumulate", "clip", "ema", "float16", "decay"),
+        *("ema warm-up", "flat cosine", "photometric", "coarse dropout", "dropping"),
+    ],
 )
 def test_going_on_is_exact_with_each_means(
     whole: tuple[Any, ...], manifest: Manifest, tmp_path: Path, changed: dict[str, Any]
@@ -262,9 +296,10 @@ def test_going_on_is_exact_with_each_means(
 
 
 def test_fresh_views_train_and_go_on_exactly(tmp_path: Path) -> None:
-    """On cuts, with views made on the device: an epoch's views do not depend on where a run began."""
+    """On cuts, with views made on the device and noise on them: neither depends on where a run began."""
     manifest = dotted_shards(tmp_path / "shards", {"train2017": 21, "val2017": 12}, context=2.0)
-    config = small_config(manifest, tmp_path, checkpoint_minutes=1e-9, views="device")
+    noise = {"photometric": 0.5, "coarse_dropout": 0.5, "information_dropping": 0.5}
+    config = small_config(manifest, tmp_path, checkpoint_minutes=1e-9, views="device", **noise)
     config = config.model_copy(update={"data": config.data.model_copy(update={"context": 2.0})})
     driver.check_settings(config, manifest)
     run, reports = one_worker(config, tmp_path / "r")
@@ -488,6 +523,13 @@ def test_a_name_goes_on_only_with_the_same_settings(manifest: Manifest, tmp_path
     check_same_run(folder, more, manifest.digest)
     with pytest.raises(ConfigError, match=r"train\.lr was 0\.001, now 0\.5.*--run\.fresh"):
         driver.train(small_config(manifest, tmp_path, lr=0.5))
+    # A run of a version that did not have a setting yet had its default.
+    known = json.loads(Path(folder, "run.json").read_text())
+    del known["decides"]["train.photometric"]
+    Path(folder, "run.json").write_text(json.dumps(known))
+    check_same_run(folder, config, manifest.digest)
+    with pytest.raises(ConfigError, match=r"train\.photometric was 0\.0, now 0\.5"):
+        check_same_run(folder, small_config(manifest, tmp_path, photometric=0.5), manifest.digest)
     move_aside(folder)
     assert not Path(folder, "run.json").exists()
     assert (tmp_path / "r.1" / "run.json").exists()

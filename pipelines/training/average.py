@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 
 class Average:
@@ -17,16 +16,32 @@ class Average:
     the CPU, and each update would wait for the GPU.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, recorded: bool = False) -> None:
+        """recorded: by a CUDA graph, which holds numbers: 1 - decay is then a tensor on the device, as the
+        optimizer's rate is."""
         self.network = copy.deepcopy(model).requires_grad_(False)
-        self._move = get_ema_multi_avg_fn(decay)
         pairs = list(zip(self.network.state_dict().values(), model.state_dict().values(), strict=True))
         moved = [pair for pair in pairs if pair[0].is_floating_point()]
         copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # num_batches_tracked
         self._averages, self._weights = map(list, zip(*moved, strict=True))
         self._counts, self._counted = map(list, zip(*copied, strict=True))
+        self._share: float | Tensor = 1 - decay
+        if recorded:
+            self._share = torch.tensor(1 - decay, device=self._averages[0].device)
+
+    def set_decay(self, decay: float) -> None:
+        """For the updates from now on."""
+        if isinstance(self._share, Tensor):
+            self._share.fill_(1 - decay)
+        else:
+            self._share = 1 - decay
 
     @torch.no_grad()
     def update(self) -> None:
-        self._move(self._averages, self._weights, None)
+        if isinstance(self._share, Tensor):
+            moves = torch._foreach_sub(self._weights, self._averages)
+            torch._foreach_mul_(moves, self._share)
+            torch._foreach_add_(self._averages, moves)
+        else:
+            torch._foreach_lerp_(self._averages, self._weights, self._share)
         torch._foreach_copy_(self._counts, self._counted)

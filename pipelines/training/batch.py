@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from hrnet_core.noise import PlacedNoise, add_noise
 from hrnet_core.views import multiply_factors, warp_pictures
 
 Sent = tuple[Tensor, Tensor, Tensor]
@@ -30,20 +31,32 @@ class Batch:
     """Rows that count: n, or 0 where this worker has none in a short batch and runs one for company."""
     total: int
     """Rows of the global batch."""
+    noise: PlacedNoise = field(default=PlacedNoise(None, None, None), kw_only=True)
+    """What is done to the n crops, once they are there."""
 
     SENT: ClassVar[tuple[str, ...]]
-    """The arrays that go to the device."""
+    """The arrays that go to the device, beside those of the noise."""
 
     def arrays(self) -> tuple[NDArray[Any], ...]:
-        return tuple(getattr(self, name) for name in self.SENT)
+        noise = (array for array in self.noise if array is not None)
+        return (*(getattr(self, name) for name in self.SENT), *noise)
 
     def pinned(self) -> Self:
         """The same, with all that goes to the device in page-locked memory; what is not there is copied."""
         tensors = {name: torch.from_numpy(getattr(self, name)).pin_memory() for name in self.SENT}
-        return replace(self, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        noise = (None if one is None else torch.from_numpy(one).pin_memory().numpy() for one in self.noise)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return replace(self, **arrays, noise=PlacedNoise(*noise))
 
     def finish(self, *arrays: Tensor) -> Sent:
         """What becomes of `arrays()` on the device, where they are already."""
+        own, rest = arrays[: len(self.SENT)], iter(arrays[len(self.SENT) :])
+        crops, heatmaps, weights = self.views(*own)
+        noise = (None if array is None else next(rest) for array in self.noise)
+        return add_noise(crops, *noise), heatmaps, weights
+
+    def views(self, *arrays: Tensor) -> Sent:
+        """What becomes of the arrays of SENT there."""
         raise NotImplementedError
 
     def on_device(self, device: str | torch.device) -> Sent:
@@ -62,7 +75,7 @@ class StoredBatch(Batch):
 
     SENT = ("images", "heatmaps", "weights")
 
-    def finish(self, *arrays: Tensor) -> Sent:
+    def views(self, *arrays: Tensor) -> Sent:
         images, heatmaps, weights = arrays
         return images, heatmaps.float(), weights
 
@@ -88,7 +101,7 @@ class FreshBatch(Batch):
 
     SENT = ("pixels", "sizes", "reaches", "crop_to_picture", "heatmap_rows", "heatmap_columns", "weights")
 
-    def finish(self, *arrays: Tensor) -> Sent:
+    def views(self, *arrays: Tensor) -> Sent:
         *pictures, rows, columns, weights = arrays
         return warp_pictures(*pictures, self.input_size), multiply_factors(rows, columns), weights
 

@@ -13,12 +13,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from hrnet_core.augment import draw_fresh, place_views, view_targets
-from hrnet_core.geometry import compose_affine, invert_affine
+from hrnet_core.choices import Noise
+from hrnet_core.geometry import Float64, compose_affine, invert_affine
+from hrnet_core.noise import PlacedNoise, draw_noise, place_noise
 from hrnet_core.views import invert_views, pack_reaches, view_reaches
 from pipelines.config import TrainSettings
 from pipelines.shards.manifest import Manifest
@@ -29,6 +33,7 @@ from pipelines.training.order import EpochOrder, Ints
 
 STORED = (*CROP_COLUMNS, "heatmaps", "weights", "ann_id")
 FRESH = ("image", "image_to_picture", "keypoints", "center", "scale", "width", "ann_id")
+NOISE = ("image_to_crop", "keypoints", "bbox_xywh", "ann_id")
 READY = 4
 """Batches that may wait for the network, beside one that each thread is at."""
 READY_BYTES = 2**30
@@ -61,7 +66,8 @@ class Feed:
 
     Stored views: epoch e reads variant (e + ann_id) mod variants of each person. A row group is read
     in all its variants for that, so the reading grows with their number, the decoding does not.
-    Fresh views: each from SeedSequence([seed, epoch, ann_id]), of the row of variant 0.
+    Fresh views: each from SeedSequence([seed, epoch, ann_id]), of the row of variant 0. Noise on the crops of
+    either: as fresh views, from the epoch, not from the variant.
     """
 
     def __init__(
@@ -73,6 +79,8 @@ class Feed:
         self.lanes = range(rank, settings.lanes, world)
         self.fresh = settings.views == "device"
         self.columns = FRESH if self.fresh else STORED
+        if settings.noise(settings.epochs) != Noise():
+            self.columns = tuple(dict.fromkeys((*self.columns, *NOISE)))
         self.variants = 1 if self.fresh else manifest.variants(split)
         groups = manifest.row_groups(split)
         self.groups, self.group_rows = list(groups), tuple(groups.values())
@@ -176,13 +184,21 @@ class Feed:
     def _make(self, epoch: int, rows: Sequence[tuple[Future[Rows], int]], count: int, total: int) -> Batch:
         """count: rows that count, of `total` in the global batch."""
         table = pa.Table.from_batches([group.result()[row] for group, row in rows])
-        batch = self._fresh(table, epoch, count, total) if self.fresh else self._stored(table, count, total)
+        make = self._fresh if self.fresh else self._stored
+        batch = make(table, epoch, count, total)
         return batch.pinned() if self.settings.use_gpu else batch
 
-    def _stored(self, table: pa.Table, rows: int, total: int) -> StoredBatch:
+    def _stored(self, table: pa.Table, epoch: int, rows: int, total: int) -> StoredBatch:
         columns = decode_rows(table, self.manifest, np.float16, self.empty)
-        weights = np.array(columns["weights"])  # a tensor's memory can be written to, Arrow's cannot
-        return StoredBatch(weights, columns["ann_id"], rows, total, columns["images"], columns["heatmaps"])
+        return StoredBatch(
+            weights=np.array(columns["weights"]),  # a tensor's memory can be written to, Arrow's cannot
+            ann_ids=columns["ann_id"],
+            rows=rows,
+            total=total,
+            images=columns["images"],
+            heatmaps=columns["heatmaps"],
+            noise=self._noise(epoch, columns, columns["image_to_crop"]),
+        )
 
     def _fresh(self, table: pa.Table, epoch: int, rows: int, total: int) -> FreshBatch:
         recipe = self.manifest.recipe
@@ -212,7 +228,17 @@ class Feed:
             heatmap_rows=heatmap_rows,
             heatmap_columns=heatmap_columns,
             input_size=recipe.settings.input_size,
+            noise=self._noise(epoch, columns, image_to_crop),
         )
+
+    def _noise(self, epoch: int, columns: dict[str, NDArray[Any]], image_to_crop: Float64) -> PlacedNoise:
+        """From SeedSequence([seed, epoch, ann_id]) too. columns: those of NOISE, where there is any."""
+        noise = self.settings.noise(epoch)
+        if noise == Noise():
+            return PlacedNoise(None, None, None)
+        numbers = draw_noise(self.settings.seed, epoch, columns["ann_id"].tolist())
+        people = columns["keypoints"], columns["bbox_xywh"]
+        return place_noise(numbers, noise, image_to_crop, *people, self.manifest.recipe.settings.input_size)
 
     def _batch_bytes(self) -> int:
         """Of this worker's part of a batch, about: what a fresh view reaches of its cut is much like a crop

@@ -44,6 +44,9 @@ from pipelines.training.state import (
 )
 from pipelines.training.step import one_step
 
+FLAT_COSINE_END = 0.05
+"""Of the rate: where flat_cosine ends."""
+
 
 class Diverged(ConfigError):
     """The loss is not a finite number any more; raised on all ranks together."""
@@ -99,6 +102,8 @@ def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
     run.parallel.train()
     while at.step < steps:
         batch, sent = interval.wait_for(batches)
+        if run.average:
+            run.average.set_decay(average_decay(settings, at.total_steps))
         set_rate(run.optimizer, learning_rate(settings, at.total_steps, steps))
         interval.add(one_step(run, batch, sent), batch)
         at.step += 1
@@ -119,13 +124,23 @@ def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> f
     step: x gamma from the first batch of each milestone epoch on, epochs counted from 0. That is what the
     published code did on the torch it was written for; on torch >= 1.1 the same code, which steps its
     scheduler before the epoch, lowers the rate one epoch earlier (169 and 199).
-    cosine: lr/2 (1 + cos(pi step / steps of the run)). Both are multiplied by the linear warm-up.
+    cosine: lr/2 (1 + cos(pi step / steps of the run)). flat_cosine: lr, from half of the steps on by the same
+    cosine over the other half to lr / 20. All are multiplied by the linear warm-up.
     """
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    steps = settings.epochs * steps_per_epoch
     if settings.schedule == "cosine":
-        return settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / (settings.epochs * steps_per_epoch)))
+        return settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if settings.schedule == "flat_cosine":
+        fallen = 0.5 * (1 - math.cos(math.pi * max(0.0, 2 * step / steps - 1)))
+        return settings.lr * warm * (1 - (1 - FLAT_COSINE_END) * fallen)
     passed = sum(step // steps_per_epoch >= milestone for milestone in settings.milestones)
     return settings.lr * warm * settings.gamma**passed
+
+
+def average_decay(settings: TrainSettings, step: int) -> float:
+    """The decay of the average after batch `step` of the run, counted from 0; of its number alone."""
+    return min(settings.ema_decay, (1 + step) / (10 + step)) if settings.ema_warmup else settings.ema_decay
 
 
 class Interval:

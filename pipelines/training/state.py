@@ -40,6 +40,7 @@ from pipelines.training.batch import Sent
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
+from pipelines.training.teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Training:
     """Of the loss in float16; does nothing in the other precisions."""
     average: Average | None
     """Of the weights, where `train.ema_decay` wants one."""
+    teacher: Teacher | None
+    """Of `train.teacher`."""
     mean: Tensor
     """(3,), `std` (3,) and `joint_weights` (K,) on the device: sent with each batch, the copy would be waited
     for, and with it the step before."""
@@ -159,7 +162,8 @@ def set_up(
         parallel=wrap(model, device, world),
         optimizer=make_optimizer(model, settings),
         scaler=make_scaler(settings, device),
-        average=Average(model, settings.ema_decay) if settings.ema_decay else None,
+        average=make_average(model, settings),
+        teacher=make_teacher(settings, spec, device),
         mean=torch.tensor(spec.mean, device=device),
         std=torch.tensor(spec.std, device=device),
         joint_weights=torch.tensor(weights, device=device) if weights else None,
@@ -236,9 +240,31 @@ def make_scaler(settings: TrainSettings, device: torch.device) -> torch.amp.Grad
     return torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
 
 
+def make_average(model: nn.Module, settings: TrainSettings) -> Average | None:
+    if not settings.ema_decay:
+        return None
+    # A decay that stays may be recorded as the number that it is.
+    return Average(model, settings.ema_decay, recorded=settings.graph and settings.ema_warmup)
+
+
+def make_teacher(settings: TrainSettings, spec: CheckpointSpec, device: torch.device) -> Teacher | None:
+    if settings.teacher is None:
+        return None
+    teacher = load_teacher(settings.teacher, settings.teacher_share, spec, device)
+    if settings.channels_last:
+        teacher.network.to(memory_format=torch.channels_last)
+    return teacher
+
+
 def restore(run: Training, folder: str | Path) -> None:
-    """Weights, optimizer, scaler, average and standing from the trainer.pt that `save` wrote."""
+    """Weights, optimizer, scaler, average and standing from the trainer.pt that `save` wrote. ConfigError
+    where the teacher is not the one that it was."""
     state = read_trainer_state(folder)
+    if run.teacher and run.teacher.sha256 != state.get("teacher"):
+        raise ConfigError(
+            f"train.teacher: {run.config.train.teacher} holds other weights than when this run began. Put "
+            f"those back, or begin another --run.name."
+        )
     run.model.load_state_dict(state["model"])
     made = [(group["lr"], group["capturable"]) for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(state["optimizer"])
@@ -261,6 +287,7 @@ def save(run: Training) -> None:
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
             "average": run.average.network.state_dict() if run.average else None,
+            "teacher": run.teacher.sha256 if run.teacher else None,
             "progress": asdict(at),
         }
         try:

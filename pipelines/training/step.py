@@ -68,12 +68,11 @@ def train_step(
     does the same (tests/test_train.py holds the two against each other).
     """
     optimizer.zero_grad(set_to_none=True)
-    device, dtype = parts[0].images.device, DTYPES[settings.precision]
+    device = parts[0].images.device
     total = torch.zeros((), device=device)
     for number, part in enumerate(parts, start=1):
         with exchange(model, now=number == len(parts)):
-            # No cache: each weight is used once, and what lies in it must not outlive a recording.
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            with autocast(device, settings):
                 predicted = model(part.images)
             loss = part.share * joints_mse(
                 predicted, part.heatmaps, part.weights, kind=settings.loss, hardest=settings.ohkm
@@ -141,6 +140,17 @@ def parts_of(run: Training, share: float, sent: Sent) -> list[Part]:
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     if run.joint_weights is not None:
         weights = weights * run.joint_weights
-    arrays = normalize(images, run.mean, run.std, layout), heatmaps, weights
+    images = normalize(images, run.mean, run.std, layout)
+    if run.teacher is not None:
+        with autocast(images.device, settings):
+            heatmaps = run.teacher.mixed(images, heatmaps)
+    arrays = images, heatmaps, weights
     chunks = zip(*(array.chunk(settings.accumulate) for array in arrays), strict=True)
     return [Part(*chunk, share=share * len(chunk[0]) / len(images)) for chunk in chunks]
+
+
+def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    """For a forward in `train.precision`."""
+    dtype = DTYPES[settings.precision]
+    # No cache: each weight is used once, and what lies in it must not outlive a recording.
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
