@@ -244,7 +244,7 @@ def make_average(model: nn.Module, settings: TrainSettings) -> Average | None:
     if not settings.ema_decay:
         return None
     # A decay that stays may be recorded as the number that it is.
-    return Average(model, settings.ema_decay, recorded=settings.graph and settings.ema_warmup)
+    return Average(model, settings.ema_decay, recorded=settings.recorded and settings.ema_warmup)
 
 
 def make_teacher(settings: TrainSettings, spec: CheckpointSpec, device: torch.device) -> Teacher | None:
