@@ -181,6 +181,11 @@ class TrainSettings(Section):
     """Average with the mirror image in the AP of each epoch."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; the last epoch always validates."""
+    early_stop: int = Field(default=0, ge=0)
+    """End the run after so many validations in a row without a better AP; 0: never (the published runs, whose
+    AP rises most after epoch 170)."""
+    early_stop_min_delta: float = Field(default=0.0, ge=0, lt=1)
+    """By how much an AP must be above the last that counted as better."""
     lanes: int = Field(default=8, ge=1)
     """Rows are dealt to this many lanes; the order does not depend on the number of workers."""
     shuffle_row_groups: int = Field(default=8, ge=1)

@@ -335,6 +335,9 @@ def _hand_over(
             tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
             tracker.log_files(run_id, [files / "predictions.json"], "validation")
             version = Registry(tracker).register(run_id, files / "best", tags)
+        if result.epochs < config.train.epochs:
+            early = f"after epoch {result.epochs} of {config.train.epochs}"
+            tracker.client.set_tag(run_id, "stopped_early", early)
         followed.close("FINISHED")
         return replace(result, version=version)
     except Exception as error:

@@ -512,14 +512,16 @@ def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_pa
 def test_a_run_end_to_end(
     ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers through Ray Train and MLflow; the same command again returns at once."""
+    """Two workers through Ray Train and MLflow, which stop together an epoch early; the same command again
+    returns at once."""
     from mlflow import MlflowClient
 
     from hrnet_core.checkpoint import load_checkpoint
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5)
+    stop = {"epochs": 3, "early_stop": 1, "early_stop_min_delta": 0.9}
+    config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5, **stop)
     with pytest.raises(ConfigError, match="wants 8 workers of 2 CPU"):
         driver.train(small_config(manifest, tmp_path, num_workers=8, cpus_per_worker=2))
     result = driver.train(config)
@@ -533,8 +535,12 @@ def test_a_run_end_to_end(
     assert run.info.status == "FINISHED"
     assert run.data.params["train.batch_size"] == "16"
     assert run.data.tags["dataset_digest"] == manifest.digest
+    assert run.data.tags["stopped_early"] == "after epoch 2 of 3"
     assert run.data.metrics["val_gt/AP"] == pytest.approx(result.best_ap, abs=1)
     assert {"train/loss", "train/lr", "train/samples_per_s", "train/data_wait"} <= set(run.data.metrics)
+    used = {f"system/worker{rank}/memory_usage_megabytes" for rank in range(2)}
+    assert {*used, "system/node0/cpu_utilization_percentage"} <= set(run.data.metrics)
+    assert "system/node1/cpu_utilization_percentage" not in run.data.metrics
     steps = [m.step for m in client.get_metric_history(result.run_id, "train/loss")]
     assert steps == [1, 2, 3, 4, 5, 6]
     names = {a.path for a in client.list_artifacts(result.run_id)}
