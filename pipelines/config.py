@@ -300,6 +300,8 @@ class TrackSettings(Section):
     experiment: str = "hrnet"
     registered_model: str = MODEL_NAME
     """In the registry: train adds versions, promote moves its champion, predict and deploy take that."""
+    onnx: bool = True
+    """Versions carry model.onnx beside the weights, which costs some seconds at the end of a run."""
 
 
 class ServeSettings(Section, Limits, ReplicaSettings):

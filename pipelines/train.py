@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -330,11 +331,11 @@ def _hand_over(
             "codec": result.codec,
             "input_size": result.input_size,
         }
-        with _at_hand(folder) as files:
+        with _at_hand(folder) as files, _with_onnx(files / "best", config.track.onnx) as best:
             tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
             tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
             tracker.log_files(run_id, [files / "predictions.json"], "validation")
-            version = Registry(tracker).register(run_id, files / "best", tags)
+            version = Registry(tracker).register(run_id, best, tags)
         if result.epochs < config.train.epochs:
             early = f"after epoch {result.epochs} of {config.train.epochs}"
             tracker.client.set_tag(run_id, "stopped_early", early)
@@ -348,6 +349,24 @@ def _hand_over(
         if followed:
             followed.close("FAILED")
         return result
+
+
+@contextlib.contextmanager
+def _with_onnx(best: Path, wanted: bool) -> Iterator[Path]:
+    """The checkpoint folder, while the block lasts as a copy with model.onnx; without it, and with a
+    sentence, where none can be made."""
+    if not wanted:
+        yield best
+        return
+    from pipelines.export import export
+
+    with tempfile.TemporaryDirectory(prefix="hrnet-version-") as copy:
+        folder = shutil.copytree(best, Path(copy) / "best")
+        try:
+            export(folder)
+        except Exception as error:  # the run is more than its file for another runtime
+            print(f"the registered version has no model.onnx ({first_line(error)}); --track.no-onnx: none")
+        yield folder
 
 
 @contextlib.contextmanager

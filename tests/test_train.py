@@ -22,7 +22,8 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
-from pipelines.config import EvaluateSettings, RunConfig, TrainSettings
+from pipelines.checkpoints import local_checkpoint
+from pipelines.config import EvaluateSettings, RunConfig, TrackSettings, TrainSettings
 from pipelines.run_folder import check_same_run, move_aside, only_one, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
@@ -183,6 +184,7 @@ def small_config(manifest: Manifest, storage: Path, **train: Any) -> RunConfig:
         data={"shards": manifest.folder, "input_size": (64, 64), "row_group_people": 8},
         model={**network, "initialization": "kaiming"},
         train={"epochs": 2, "batch_size": 16, "log_every": 1, "max_failures": 0, **train},
+        track={"onnx": False},
     )
 
 
@@ -524,7 +526,7 @@ def test_a_run_end_to_end(
     config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5, **stop)
     with pytest.raises(ConfigError, match="wants 8 workers of 2 CPU"):
         driver.train(small_config(manifest, tmp_path, num_workers=8, cpus_per_worker=2))
-    result = driver.train(config)
+    result = driver.train(config.model_copy(update={"track": TrackSettings()}))
     assert (result.epochs, result.samples, result.run_name) == (2, 74, "r")
     model, spec = load_checkpoint(result.best_checkpoint)
     assert model.config == SMALL
@@ -547,6 +549,9 @@ def test_a_run_end_to_end(
     assert {"config.yaml", "metrics.jsonl", "pictures", "validation"} <= names
     version = client.get_model_version("hrnet-pose", str(result.version))
     assert version.run_id == result.run_id
+    with local_checkpoint("models:/hrnet-pose/1", config.track, tmp_path) as found:
+        assert (found.folder / "model.onnx").exists()
+    assert not Path(result.best_checkpoint, "model.onnx").exists()
 
     monkeypatch.setattr(driver, "_fit", None)  # would fail if it were called
     assert driver.train(config) == result
