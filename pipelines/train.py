@@ -1,8 +1,8 @@
 """Train: DDP on Ray Train over preprocessed shards, followed in MLflow, exact in going on.
 
-This is the driver: it checks, opens the MLflow run, starts the workers (training/loop.py), and hands
-pictures and the best checkpoint to MLflow. One process of it, wherever the workers are. What a run leaves:
-run_folder.py; what is said when something fails: docs/training.md.
+This is the driver: it checks, opens the MLflow run (followed.py), starts the workers (training/loop.py), and
+says what came out. One process of it, wherever the workers are. What a run leaves: run_folder.py; what is
+said when something fails: docs/training.md.
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
-import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hrnet_core.choices import Augmentation
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
-from hrnet_core.locations import fetch, is_uri, open_folder, without_credentials
+from hrnet_core.locations import open_folder
 from pipelines.cluster import ray_session, require
-from pipelines.code_version import code_version
 from pipelines.config import RunConfig
-from pipelines.metric_log import MetricLog
-from pipelines.registry import Registry
+from pipelines.followed import Followed, follow, hand_over, opening
 from pipelines.run_folder import (
     ERRORS,
     TrainResult,
@@ -34,17 +28,14 @@ from pipelines.run_folder import (
     move_aside,
     no_room,
     only_one,
-    read_record,
     run_folder,
-    storage_of,
     where_it_stands,
-    write_run,
 )
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.stop import in_a_thread
-from pipelines.storage import absolute, base_name, join, list_files
-from pipelines.tracking import StoreAway, Tracker, store_of
+from pipelines.storage import absolute, base_name, join
+from pipelines.tracking import store_of
 
 if TYPE_CHECKING:
     from pipelines.training.state import Standing
@@ -95,10 +86,10 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
     got it yet."""
     settings = config.train
-    with ray_session(config.ray, quiet=True):
+    with opening(config, folder) as tracker, ray_session(config.ray, quiet=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
-        followed = _followed(config, manifest, folder)
+        followed = follow(tracker, config, manifest, folder)
         try:
             if result is None:
                 standing = _fit(config, manifest, folder, followed)
@@ -107,7 +98,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
             if followed:
                 followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-    result = _hand_over(config, manifest, result, followed)
+    result = hand_over(config, manifest, result, followed)
     result.write()
     print(
         f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
@@ -256,127 +247,3 @@ def told_in_a_sentence(folder: str, steps: int) -> Iterator[None]:
             raise
         what = f"{type(error).__name__}: {first_line(error)}"
         raise Failure(f"{folder}: {what}. {where_it_stands(folder, steps)} Details: {file}") from error
-
-
-# --- MLflow ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Followed:
-    """The MLflow run of a training run."""
-
-    tracker: Tracker
-    run_id: str
-
-    def close(self, status: str) -> None:
-        self.tracker.close_run(self.run_id, status)
-
-
-def _followed(config: RunConfig, manifest: Manifest, folder: str) -> Followed | None:
-    """The run in MLflow, whose id run.json has then; None, and a sentence, where the server is away: figures
-    are kept until it is back."""
-    try:
-        return _open_run(config, manifest, folder)
-    except StoreAway as error:
-        write_run(folder, config, manifest.digest, None)
-        print(
-            f"{error} Training goes on without it: figures are kept in {join(folder, 'metrics.jsonl')}, and "
-            f"sent at the end, or by the same command again.",
-            flush=True,
-        )
-        return None
-
-
-def _open_run(config: RunConfig, manifest: Manifest, folder: str) -> Followed:
-    """The earlier run where there is one. StoreAway where the server does not answer."""
-    tracker = Tracker(config.track, storage_of(folder))
-    run_id = tracker.open_run(
-        base_name(folder),
-        config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
-        {
-            "config": config.config_name,
-            "dataset_digest": manifest.digest,
-            "code_version": code_version(),
-            "run_folder": folder,
-        },
-        {
-            "source": manifest.folder,
-            "digest": manifest.digest,
-            "training": config.data.train_split,
-            "validation": config.data.val_split,
-        },
-        (read_record(folder, "run.json") or {}).get("run_id"),
-    )
-    write_run(folder, config, manifest.digest, run_id)
-    return Followed(tracker, run_id)
-
-
-def _hand_over(
-    config: RunConfig, manifest: Manifest, result: TrainResult, followed: Followed | None
-) -> TrainResult:
-    """Give MLflow what it has not got yet: rows, pictures, the version, whose number the result has then; it
-    stays None, with a sentence, where MLflow is away."""
-    folder = result.folder
-    try:
-        followed = followed or _open_run(config, manifest, folder)
-        tracker, run_id = followed.tracker, followed.run_id
-        result = replace(result, run_id=run_id)
-        metrics = MetricLog(join(folder, "metrics.jsonl"), result.step, tracker.uri, run_id)
-        if not metrics.flush(force=True):
-            raise ConnectionError("metrics were not taken")
-        tags = {
-            "val_gt/AP": f"{result.best_ap:.4f}",
-            "run_name": result.run_name,
-            "dataset_digest": result.dataset_digest,
-            "codec": result.codec,
-            "input_size": result.input_size,
-        }
-        with _at_hand(folder) as files, _with_onnx(files / "best", config.track.onnx) as best:
-            tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
-            tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
-            tracker.log_files(run_id, [files / "predictions.json"], "validation")
-            version = Registry(tracker).register(run_id, best, tags)
-        if result.epochs < config.train.epochs:
-            early = f"after epoch {result.epochs} of {config.train.epochs}"
-            tracker.client.set_tag(run_id, "stopped_early", early)
-        followed.close("FINISHED")
-        return replace(result, version=version)
-    except Exception as error:
-        print(
-            f"MLflow did not take the results ({without_credentials(first_line(error))}). The run is whole "
-            f"in {folder}; the same command again sends them."
-        )
-        if followed:
-            followed.close("FAILED")
-        return result
-
-
-@contextlib.contextmanager
-def _with_onnx(best: Path, wanted: bool) -> Iterator[Path]:
-    """The checkpoint folder, while the block lasts as a copy with model.onnx; without it, and with a
-    sentence, where none can be made."""
-    if not wanted:
-        yield best
-        return
-    from pipelines.export import export
-
-    with tempfile.TemporaryDirectory(prefix="hrnet-version-") as copy:
-        folder = shutil.copytree(best, Path(copy) / "best")
-        try:
-            export(folder)
-        except Exception as error:  # the run is more than its file for another runtime
-            print(f"the registered version has no model.onnx ({first_line(error)}); --track.no-onnx: none")
-        yield folder
-
-
-@contextlib.contextmanager
-def _at_hand(folder: str) -> Iterator[Path]:
-    """The run's folder on this machine, while the block lasts: a copy of what lies in a bucket."""
-    if not is_uri(folder):
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="hrnet-results-") as copy:
-        for part in ("", "best", "pictures"):
-            place = join(folder, part) if part else folder
-            fetch(place, Path(copy) / part, list(list_files(place)))
-        yield Path(copy)
