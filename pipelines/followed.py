@@ -26,6 +26,9 @@ from pipelines.stop import begun, waited
 from pipelines.storage import base_name, join, list_files
 from pipelines.tracking import StoreAway, Tracker, store_of
 
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag of a run below another."""
+
 
 @contextlib.contextmanager
 def opening(config: RunConfig, folder: str) -> Iterator[Future[Tracker]]:
@@ -50,11 +53,13 @@ class Followed:
         self.tracker.close_run(self.run_id, status)
 
 
-def follow(tracker: Future[Tracker], config: RunConfig, manifest: Manifest, folder: str) -> Followed | None:
-    """The run in MLflow, whose id run.json has then; None, and a sentence, where the server is away: figures
-    are kept until it is back."""
+def follow(
+    tracker: Future[Tracker], config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+) -> Followed | None:
+    """The run in MLflow (below the run `parent`), whose id run.json has then; None, and a sentence, where the
+    server is away: figures are kept until it is back."""
     try:
-        return open_run(waited(tracker), config, manifest, folder)
+        return open_run(waited(tracker), config, manifest, folder, parent)
     except StoreAway as error:
         write_run(folder, config, manifest.digest, None)
         print(
@@ -65,16 +70,19 @@ def follow(tracker: Future[Tracker], config: RunConfig, manifest: Manifest, fold
         return None
 
 
-def open_run(tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str) -> Followed:
+def open_run(
+    tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+) -> Followed:
     """The earlier run where there is one."""
     run_id = tracker.open_run(
         base_name(folder),
-        config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
+        config.model_dump(mode="json", exclude={"evaluate", "serve", "sweep", "ray", "run"}),
         {
             "config": config.config_name,
             "dataset_digest": manifest.digest,
             "code_version": code_version(),
             "run_folder": folder,
+            **({PARENT: parent} if parent else {}),
         },
         {
             "source": manifest.folder,

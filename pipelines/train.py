@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hrnet_core.choices import Augmentation
@@ -38,6 +38,8 @@ from pipelines.storage import absolute, base_name, join
 from pipelines.tracking import store_of
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from pipelines.training.state import Standing
 
 RAY_TRAIN_DEFAULTS = {
@@ -78,7 +80,7 @@ def train(config: RunConfig) -> TrainResult:
         manifest.verify({config.data.train_split, config.data.val_split})
         if result is None:
             check_start(config, manifest)
-        with told_in_a_sentence(folder, _steps(config, manifest)):
+        with told_in_a_sentence(folder, epoch_steps(config, manifest)):
             return _train(config, manifest, folder, result)
 
 
@@ -90,14 +92,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         followed = follow(tracker, config, manifest, folder)
-        try:
-            if result is None:
-                standing = _fit(config, manifest, folder, followed)
-                result = _result(standing, folder, manifest)
-        except BaseException as error:
-            if followed:
-                followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
+        result = result or fit(config, manifest, folder, followed)
     result = hand_over(config, manifest, result, followed)
     result.write()
     print(
@@ -105,6 +100,24 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
         f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}"
     )
     return result
+
+
+def fit(
+    config: RunConfig,
+    manifest: Manifest,
+    folder: str,
+    followed: Followed | None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TrainResult:
+    """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
+
+    callbacks: told of each report, in Ray Train's controller."""
+    try:
+        return _result(_fit(config, manifest, folder, followed, callbacks), folder, manifest)
+    except BaseException as error:
+        if followed:
+            followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
@@ -149,12 +162,18 @@ def check_start(config: RunConfig, manifest: Manifest) -> None:
         ) from None
 
 
-def _steps(config: RunConfig, manifest: Manifest) -> int:
+def epoch_steps(config: RunConfig, manifest: Manifest) -> int:
     """Batches of an epoch."""
     return -(-sum(manifest.row_groups(config.data.train_split).values()) // config.train.batch_size)
 
 
-def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed | None) -> Standing:
+def _fit(
+    config: RunConfig,
+    manifest: Manifest,
+    folder: str,
+    followed: Followed | None,
+    callbacks: Sequence[UserCallback],
+) -> Standing:
     """Ray Train until the loop is through. What comes before it needs no torch."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -165,7 +184,7 @@ def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed 
     from pipelines.training.loop import Diverged, train_worker
     from pipelines.training.state import Job
 
-    settings, steps = config.train, _steps(config, manifest)
+    settings, steps = config.train, epoch_steps(config, manifest)
     if config.model.init:  # workers stand in a folder of their own
         model = config.model.model_copy(update={"init": absolute(config.model.init)})
         config = config.model_copy(update={"model": model})
@@ -185,7 +204,7 @@ def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed 
             failure_config=ray.train.FailureConfig(settings.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            callbacks=[Faults(folder, steps, settings.max_failures)],
+            callbacks=[Faults(folder, steps, settings.max_failures), *callbacks],
         ),
     )
     try:
