@@ -173,6 +173,14 @@ def train(config: RunConfig) -> None:
     train(config)
 
 
+def sweep(config: RunConfig) -> None:
+    """trials of a declared space of settings, on Ray Tune (ASHA), each a training run"""
+    _need(config.data.shards, "--data.shards SHARDS", "the folder that hrnet preprocess wrote")
+    from pipelines.sweep import sweep
+
+    print(sweep(config))
+
+
 def evaluate(args: arguments.Evaluate) -> None:
     """OKS-AP of a checkpoint on COCO, or of anyone's results file"""
     if args.results or args.ground_truth:
@@ -305,6 +313,7 @@ def reproduce(args: arguments.Reproduce) -> int:
 # What is said of a verb that was stopped; train says where its run stands.
 GOES_ON = {
     "preprocess": " Finished shards are kept: the same command goes on.",
+    "sweep": " The same command goes on.",
     "evaluate": " Finished work units are kept: the same command goes on.",
     "predict": " Finished work units are kept: the same command goes on.",
 }
@@ -316,6 +325,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {
     "preprocess": (preprocess, RunConfig, "Cut people and their heatmaps out of a COCO folder."),
     "inspect": (inspect, arguments.Inspect, "Check, count and show a preprocessed dataset."),
     "train": (train, RunConfig, "Train an HRNet on preprocessed shards."),
+    "sweep": (sweep, RunConfig, "Try settings of a declared space, and keep the best."),
     "evaluate": (evaluate, arguments.Evaluate, "Evaluate by the COCO keypoint protocol."),
     "benchmark": (benchmark, arguments.Benchmark, "Time the execution modes on this machine."),
     "predict": (predict, arguments.Predict, "Predict poses of pictures and videos."),

@@ -24,24 +24,24 @@ def on_cluster() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(settings: RaySettings, quiet: bool = False) -> Iterator[None]:
+def ray_session(settings: RaySettings, quiet: bool = False, workers_shown: bool = True) -> Iterator[None]:
     """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
 
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
     Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
-    (`quiet_engines`).
+    (`quiet_engines`). workers_shown: what workers print is.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings):
+    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, workers_shown):
         yield
 
 
 @contextlib.contextmanager
-def _started(settings: RaySettings) -> Iterator[None]:
+def _started(settings: RaySettings, workers_shown: bool) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
@@ -53,7 +53,7 @@ def _started(settings: RaySettings) -> Iterator[None]:
     with handlers_kept():
         ray.init(
             address=address,
-            log_to_driver=True,
+            log_to_driver=workers_shown,
             logging_level="WARNING",
             runtime_env={"worker_process_setup_hook": "pipelines.cluster.quiet_worker"},
             **local,

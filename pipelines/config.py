@@ -200,6 +200,11 @@ class TrainSettings(Section):
     """Average with the mirror image in the AP of each epoch."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; the last epoch always validates."""
+    early_stop: int = Field(default=0, ge=0)
+    """End the run after so many validations in a row without a better AP; 0: never (the published runs, whose
+    AP rises most after epoch 170)."""
+    early_stop_min_delta: float = Field(default=0.0, ge=0, lt=1)
+    """By how much an AP must be above the last that counted as better."""
     lanes: int = Field(default=8, ge=1)
     """Rows are dealt to this many lanes; the order does not depend on the number of workers."""
     shuffle_row_groups: int = Field(default=8, ge=1)
@@ -324,6 +329,8 @@ class TrackSettings(Section):
     experiment: str = "hrnet"
     registered_model: str = MODEL_NAME
     """In the registry: train adds versions, promote moves its champion, predict and deploy take that."""
+    onnx: bool = True
+    """Versions carry model.onnx beside the weights, which costs some seconds at the end of a run."""
 
 
 class ServeSettings(Section, Limits, ReplicaSettings):
@@ -352,6 +359,24 @@ class ServeSettings(Section, Limits, ReplicaSettings):
         return self
 
 
+class SweepSettings(Section):
+    """What `hrnet sweep` tries; without effect on other verbs."""
+
+    space: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = {}
+    """Settings that vary, in the config file alone: {train.lr: {loguniform: [1.0e-4, 1.0e-2]}}, or uniform,
+    randint (both ends too), choice."""
+    trials: int = Field(default=10, ge=1)
+    """How many points of the space are tried. More of them later: the same command with a higher number."""
+    seed: int = Field(default=0, ge=0)
+    """Of the points."""
+    grace_epochs: int = Field(default=1, ge=1)
+    """No trial is stopped before so many epochs."""
+    reduction: int = Field(default=3, ge=2)
+    """At grace_epochs, grace_epochs x reduction, ... epochs one of so many trials goes on (ASHA)."""
+    concurrent: int | None = Field(default=None, ge=1)
+    """Trials at a time, each of train.num_workers workers. Default: as many as Ray has room for at first."""
+
+
 class RaySettings(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of the Ray that this verb starts here; no effect where RAY_ADDRESS names a cluster."""
@@ -368,6 +393,7 @@ class RunConfig(Section):
     predict: PredictSettings = PredictSettings()
     track: TrackSettings = TrackSettings()
     serve: ServeSettings = ServeSettings()
+    sweep: SweepSettings = SweepSettings()
     ray: RaySettings = RaySettings()
     config_name: Annotated[str, tyro.conf.Suppress] = "custom"
     """Stem of the YAML file this came from."""

@@ -6,8 +6,11 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ from pipelines.tracking import Tracker, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import Model
 
 REGISTERED = "models:/"
 """How the name of a registered version begins."""
@@ -55,23 +59,13 @@ class Registry:
 
     @quiet_mlflow()
     def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
-        """The checkpoint folder as a new version of the model; its number.
-
-        Stored as models-from-code (mlflow_model.py) over the folder and the hrnet_core package: no pickle.
-        """
+        """The checkpoint folder as a new version of the model (`Files`); its number."""
         import mlflow
-
-        import hrnet_core
+        from mlflow.models import Model
 
         self.tracker.select()
         with mlflow.start_run(run_id=run_id):
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                artifacts={"checkpoint": str(checkpoint)},
-                code_paths=[str(Path(hrnet_core.__file__).parent)],
-                pip_requirements=["torch", "numpy", "opencv-python-headless", "safetensors", "Pillow"],
-            )
+            info = Model.log(None, Files, name="model", checkpoint=checkpoint)
         # start_run's end says FINISHED; the owner of the run decides that.
         self.client.update_run(run_id, status="RUNNING")
         tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
@@ -131,6 +125,45 @@ class Registry:
         if old is not None and old.version != version.version:
             self.client.set_registered_model_tag(version.name, "previous_champion", str(old.version))
         self.client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+
+
+class Files:
+    """What a version is on the disk: MLflow's Model.log asks its flavors for this one function.
+
+    The checkpoint folder alone needs no code, and is all that our stages read. With a model.onnx in it
+    mlflow.onnx.load_model reads that. mlflow.pyfunc.load_model runs stored code (mlflow_model.py over the
+    hrnet_core package, no pickle), which is stored where MLflow is allowed to run such.
+    """
+
+    @staticmethod
+    def save_model(path: str, mlflow_model: Model, checkpoint: Path) -> None:
+        import mlflow
+
+        import hrnet_core
+        from hrnet_core.checkpoint import ONNX
+
+        inside = f"artifacts/{checkpoint.name}"
+        mlflow_model.add_flavor("hrnet", checkpoint=inside)
+        if (checkpoint / ONNX).exists():
+            onnx = {"onnx_version": metadata.version("onnx"), "providers": ["CPUExecutionProvider"]}
+            mlflow_model.add_flavor("onnx", data=f"{inside}/{ONNX}", code=None, **onnx)
+        if code_is_allowed():
+            mlflow.pyfunc.save_model(
+                path,
+                mlflow_model=mlflow_model,
+                python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                artifacts={"checkpoint": str(checkpoint)},
+                code_paths=[str(Path(hrnet_core.__file__).parent)],
+                pip_requirements=["torch", "numpy", "opencv-python-headless", "safetensors", "Pillow"],
+            )
+            return
+        shutil.copytree(checkpoint, Path(path) / inside)
+        mlflow_model.save(Path(path) / "MLmodel")
+
+
+def code_is_allowed() -> bool:
+    """MLflow runs a version's code already when it stores it; from 3.18 on this variable forbids both."""
+    return os.environ.get("MLFLOW_ALLOW_MODEL_CODE_EXECUTION", "true").strip().lower() in ("true", "1")
 
 
 @quiet_mlflow()

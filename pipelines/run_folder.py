@@ -135,7 +135,9 @@ def check_same_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
 def write_run(folder: str, config: RunConfig, dataset_digest: str, run_id: str | None) -> None:
     """run.json and config.yaml. run_id: MLflow's, None as long as it has none."""
     write_json(join(folder, "run.json"), {"run_id": run_id, "decides": _decides(config, dataset_digest)})
-    settings = yaml.safe_dump(config.model_dump(mode="json", exclude={"config_name"}), sort_keys=False)
+    settings = yaml.safe_dump(
+        config.model_dump(mode="json", exclude={"config_name", "sweep"}), sort_keys=False
+    )
     head = f"# hrnet train {base_name(folder)}: all settings, as they were"
     write_whole(join(folder, "config.yaml"), f"{head}\n{settings}")
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import TypeVar
 
@@ -62,6 +62,11 @@ def handlers_kept() -> Iterator[None]:
 def in_a_thread(work: Callable[[], T]) -> T:
     """The result of `work`, or its exception. For what takes Ctrl-C for itself where it runs in the main
     thread, which here only waits; stopped, it leaves the work to end with the process."""
+    return waited(begun(work))
+
+
+def begun(work: Callable[[], T]) -> Future[T]:
+    """`work` in a thread that ends with the process, whoever waits for it (`waited`)."""
     done: Future[T] = Future()
 
     def run() -> None:
@@ -70,8 +75,11 @@ def in_a_thread(work: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # a signal that another thread was given wakes nobody
+    threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def waited(done: Future[T]) -> T:
+    while not done.done():
+        wait([done], 0.2)  # a signal that another thread was given wakes nobody
     return done.result()

@@ -1,8 +1,8 @@
 """Train: DDP on Ray Train over preprocessed shards, followed in MLflow, exact in going on.
 
-This is the driver: it checks, opens the MLflow run, starts the workers (training/loop.py), and hands
-pictures and the best checkpoint to MLflow. One process of it, wherever the workers are. What a run leaves:
-run_folder.py; what is said when something fails: docs/training.md.
+This is the driver: it checks, opens the MLflow run (followed.py), starts the workers (training/loop.py), and
+says what came out. One process of it, wherever the workers are. What a run leaves: run_folder.py; what is
+said when something fails: docs/training.md.
 """
 
 from __future__ import annotations
@@ -10,21 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import tempfile
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hrnet_core.choices import Augmentation
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
-from hrnet_core.locations import fetch, is_uri, open_folder, without_credentials
+from hrnet_core.locations import open_folder
 from pipelines.cluster import ray_session, require
-from pipelines.code_version import code_version
 from pipelines.config import RunConfig
-from pipelines.metric_log import MetricLog
-from pipelines.registry import Registry
+from pipelines.followed import Followed, follow, hand_over, opening
 from pipelines.run_folder import (
     ERRORS,
     TrainResult,
@@ -33,19 +28,18 @@ from pipelines.run_folder import (
     move_aside,
     no_room,
     only_one,
-    read_record,
     run_folder,
-    storage_of,
     where_it_stands,
-    write_run,
 )
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.stop import in_a_thread
-from pipelines.storage import absolute, base_name, join, list_files
-from pipelines.tracking import StoreAway, Tracker, store_of
+from pipelines.storage import absolute, base_name, join
+from pipelines.tracking import store_of
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from pipelines.training.state import Standing
 
 RAY_TRAIN_DEFAULTS = {
@@ -86,7 +80,7 @@ def train(config: RunConfig) -> TrainResult:
         manifest.verify({config.data.train_split, config.data.val_split})
         if result is None:
             check_start(config, manifest)
-        with told_in_a_sentence(folder, _steps(config, manifest)):
+        with told_in_a_sentence(folder, epoch_steps(config, manifest)):
             return _train(config, manifest, folder, result)
 
 
@@ -94,25 +88,36 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
     got it yet."""
     settings = config.train
-    with ray_session(config.ray, quiet=True):
+    with opening(config, folder) as tracker, ray_session(config.ray, quiet=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
-        followed = _followed(config, manifest, folder)
-        try:
-            if result is None:
-                standing = _fit(config, manifest, folder, followed)
-                result = _result(standing, folder, manifest)
-        except BaseException as error:
-            if followed:
-                followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-    result = _hand_over(config, manifest, result, followed)
+        followed = follow(tracker, config, manifest, folder)
+        result = result or fit(config, manifest, folder, followed)
+    result = hand_over(config, manifest, result, followed)
     result.write()
     print(
         f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
         f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}"
     )
     return result
+
+
+def fit(
+    config: RunConfig,
+    manifest: Manifest,
+    folder: str,
+    followed: Followed | None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TrainResult:
+    """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
+
+    callbacks: told of each report, in Ray Train's controller."""
+    try:
+        return _result(_fit(config, manifest, folder, followed, callbacks), folder, manifest)
+    except BaseException as error:
+        if followed:
+            followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
@@ -163,12 +168,18 @@ def check_start(config: RunConfig, manifest: Manifest) -> None:
         ) from None
 
 
-def _steps(config: RunConfig, manifest: Manifest) -> int:
+def epoch_steps(config: RunConfig, manifest: Manifest) -> int:
     """Batches of an epoch."""
     return -(-sum(manifest.row_groups(config.data.train_split).values()) // config.train.batch_size)
 
 
-def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed | None) -> Standing:
+def _fit(
+    config: RunConfig,
+    manifest: Manifest,
+    folder: str,
+    followed: Followed | None,
+    callbacks: Sequence[UserCallback],
+) -> Standing:
     """Ray Train until the loop is through. What comes before it needs no torch."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -179,7 +190,7 @@ def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed 
     from pipelines.training.loop import Diverged, train_worker
     from pipelines.training.state import Job
 
-    settings, steps = config.train, _steps(config, manifest)
+    settings, steps = config.train, epoch_steps(config, manifest)
     if config.model.init:  # workers stand in a folder of their own
         model = config.model.model_copy(update={"init": absolute(config.model.init)})
         config = config.model_copy(update={"model": model})
@@ -202,7 +213,7 @@ def _fit(config: RunConfig, manifest: Manifest, folder: str, followed: Followed 
             failure_config=ray.train.FailureConfig(settings.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            callbacks=[Faults(folder, steps, settings.max_failures)],
+            callbacks=[Faults(folder, steps, settings.max_failures), *callbacks],
         ),
     )
     try:
@@ -264,106 +275,3 @@ def told_in_a_sentence(folder: str, steps: int) -> Iterator[None]:
             raise
         what = f"{type(error).__name__}: {first_line(error)}"
         raise Failure(f"{folder}: {what}. {where_it_stands(folder, steps)} Details: {file}") from error
-
-
-# --- MLflow ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Followed:
-    """The MLflow run of a training run."""
-
-    tracker: Tracker
-    run_id: str
-
-    def close(self, status: str) -> None:
-        self.tracker.close_run(self.run_id, status)
-
-
-def _followed(config: RunConfig, manifest: Manifest, folder: str) -> Followed | None:
-    """The run in MLflow, whose id run.json has then; None, and a sentence, where the server is away: figures
-    are kept until it is back."""
-    try:
-        return _open_run(config, manifest, folder)
-    except StoreAway as error:
-        write_run(folder, config, manifest.digest, None)
-        print(
-            f"{error} Training goes on without it: figures are kept in {join(folder, 'metrics.jsonl')}, and "
-            f"sent at the end, or by the same command again.",
-            flush=True,
-        )
-        return None
-
-
-def _open_run(config: RunConfig, manifest: Manifest, folder: str) -> Followed:
-    """The earlier run where there is one. StoreAway where the server does not answer."""
-    tracker = Tracker(config.track, storage_of(folder))
-    run_id = tracker.open_run(
-        base_name(folder),
-        config.model_dump(mode="json", exclude={"evaluate", "serve", "ray", "run"}),
-        {
-            "config": config.config_name,
-            "dataset_digest": manifest.digest,
-            "code_version": code_version(),
-            "run_folder": folder,
-        },
-        {
-            "source": manifest.folder,
-            "digest": manifest.digest,
-            "training": config.data.train_split,
-            "validation": config.data.val_split,
-        },
-        (read_record(folder, "run.json") or {}).get("run_id"),
-    )
-    write_run(folder, config, manifest.digest, run_id)
-    return Followed(tracker, run_id)
-
-
-def _hand_over(
-    config: RunConfig, manifest: Manifest, result: TrainResult, followed: Followed | None
-) -> TrainResult:
-    """Give MLflow what it has not got yet: rows, pictures, the version, whose number the result has then; it
-    stays None, with a sentence, where MLflow is away."""
-    folder = result.folder
-    try:
-        followed = followed or _open_run(config, manifest, folder)
-        tracker, run_id = followed.tracker, followed.run_id
-        result = replace(result, run_id=run_id)
-        metrics = MetricLog(join(folder, "metrics.jsonl"), result.step, tracker.uri, run_id)
-        if not metrics.flush(force=True):
-            raise ConnectionError("metrics were not taken")
-        tags = {
-            "val_gt/AP": f"{result.best_ap:.4f}",
-            "run_name": result.run_name,
-            "dataset_digest": result.dataset_digest,
-            "codec": result.codec,
-            "input_size": result.input_size,
-        }
-        with _at_hand(folder) as files:
-            tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
-            tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
-            tracker.log_files(run_id, [files / "predictions.json"], "validation")
-            version = Registry(tracker).register(run_id, files / "best", tags)
-        followed.close("FINISHED")
-        return replace(result, version=version)
-    except Exception as error:
-        print(
-            f"MLflow did not take the results ({without_credentials(first_line(error))}). The run is whole "
-            f"in {folder}; the same command again sends them."
-        )
-        if followed:
-            followed.close("FAILED")
-        return result
-
-
-@contextlib.contextmanager
-def _at_hand(folder: str) -> Iterator[Path]:
-    """The run's folder on this machine, while the block lasts: a copy of what lies in a bucket."""
-    if not is_uri(folder):
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="hrnet-results-") as copy:
-        for part in ("", "best", "pictures"):
-            place = join(folder, part) if part else folder
-            fetch(place, Path(copy) / part, list(list_files(place)))
-        yield Path(copy)

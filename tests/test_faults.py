@@ -27,6 +27,7 @@ from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
 from pipelines.cluster import quiet_engines
 from pipelines.config import TrainSettings
+from pipelines.followed import follow, hand_over, opening
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.run_folder import place, reached_step, saved_step, where_it_stands, write_run
 from pipelines.shards.manifest import Manifest
@@ -359,7 +360,8 @@ def test_a_server_that_is_away_at_the_start_costs_a_sentence_and_gets_all_later(
     away = config.model_copy(
         update={"track": config.track.model_copy(update={"uri": "http://user:secret@127.0.0.1:9"})}
     )
-    assert driver._followed(away, manifest, folder) is None
+    with opening(away, folder) as tracker:
+        assert follow(tracker, away, manifest, folder) is None
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert [w for w in ("does not answer", "Training goes on", "metrics.jsonl") if w not in told] == []
@@ -367,13 +369,13 @@ def test_a_server_that_is_away_at_the_start_costs_a_sentence_and_gets_all_later(
     run, _ = one_worker(config, tmp_path / "r")
     train_epochs(run)
     result = driver._result(run.standing, folder, manifest)
-    assert driver._hand_over(away, manifest, result, None).version is None
+    assert hand_over(away, manifest, result, None).version is None
     assert "same command again sends them" in capsys.readouterr().out
 
     uri = f"sqlite:///{tmp_path}/late.db"
     monkeypatch.chdir(tmp_path)  # where such a store puts files
     back = config.model_copy(update={"track": config.track.model_copy(update={"uri": uri})})
-    result = driver._hand_over(back, manifest, result, None)
+    result = hand_over(back, manifest, result, None)
     client = MlflowClient(uri, uri)
     assert result.version == 1
     history = client.get_metric_history(result.run_id, "train/loss")
@@ -386,8 +388,18 @@ def test_an_address_that_is_wrong_is_refused(manifest: Manifest, tmp_path: Path)
     """Not taken for a server that comes back."""
     config = small_config(manifest, tmp_path)
     config = config.model_copy(update={"track": config.track.model_copy(update={"uri": "htp://127.0.0.1:9"})})
-    with pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
-        driver._followed(config, manifest, str(tmp_path / "r"))
+    folder = str(tmp_path / "r")
+    with opening(config, folder) as tracker, pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
+        follow(tracker, config, manifest, folder)
+
+
+def test_a_database_that_is_being_made_is_made_to_its_end(manifest: Manifest, tmp_path: Path) -> None:
+    """Whatever ends the start meanwhile: half a database would refuse every later run."""
+    config = small_config(manifest, tmp_path)
+    with pytest.raises(KeyboardInterrupt), opening(config, str(tmp_path / "r")) as tracker:
+        raise KeyboardInterrupt
+    assert tracker.done()
+    assert tracker.result().client.search_experiments(max_results=1)
 
 
 # --- a disk without room ----------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
-from pipelines.config import EvaluateSettings, RunConfig, TrainSettings
+from pipelines.checkpoints import local_checkpoint
+from pipelines.config import EvaluateSettings, RunConfig, TrackSettings, TrainSettings
 from pipelines.run_folder import check_same_run, move_aside, only_one, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.training import loop
@@ -209,6 +210,7 @@ def small_config(manifest: Manifest, storage: Path, **train: Any) -> RunConfig:
         data={"shards": manifest.folder, "input_size": (64, 64), "row_group_people": 8},
         model={**network, "initialization": "kaiming"},
         train={"epochs": 2, "batch_size": 16, "log_every": 1, "max_failures": 0, **train},
+        track={"onnx": False},
     )
 
 
@@ -554,17 +556,19 @@ def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_pa
 def test_a_run_end_to_end(
     ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers through Ray Train and MLflow; the same command again returns at once."""
+    """Two workers through Ray Train and MLflow, which stop together an epoch early; the same command again
+    returns at once."""
     from mlflow import MlflowClient
 
     from hrnet_core.checkpoint import load_checkpoint
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5)
+    stop = {"epochs": 3, "early_stop": 1, "early_stop_min_delta": 0.9}
+    config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5, **stop)
     with pytest.raises(ConfigError, match="wants 8 workers of 2 CPU"):
         driver.train(small_config(manifest, tmp_path, num_workers=8, cpus_per_worker=2))
-    result = driver.train(config)
+    result = driver.train(config.model_copy(update={"track": TrackSettings()}))
     assert (result.epochs, result.samples, result.run_name) == (2, 74, "r")
     model, spec = load_checkpoint(result.best_checkpoint)
     assert model.config == SMALL
@@ -575,14 +579,21 @@ def test_a_run_end_to_end(
     assert run.info.status == "FINISHED"
     assert run.data.params["train.batch_size"] == "16"
     assert run.data.tags["dataset_digest"] == manifest.digest
+    assert run.data.tags["stopped_early"] == "after epoch 2 of 3"
     assert run.data.metrics["val_gt/AP"] == pytest.approx(result.best_ap, abs=1)
     assert {"train/loss", "train/lr", "train/samples_per_s", "train/data_wait"} <= set(run.data.metrics)
+    used = {f"system/worker{rank}/memory_usage_megabytes" for rank in range(2)}
+    assert {*used, "system/node0/cpu_utilization_percentage"} <= set(run.data.metrics)
+    assert "system/node1/cpu_utilization_percentage" not in run.data.metrics
     steps = [m.step for m in client.get_metric_history(result.run_id, "train/loss")]
     assert steps == [1, 2, 3, 4, 5, 6]
     names = {a.path for a in client.list_artifacts(result.run_id)}
     assert {"config.yaml", "metrics.jsonl", "pictures", "validation"} <= names
     version = client.get_model_version("hrnet-pose", str(result.version))
     assert version.run_id == result.run_id
+    with local_checkpoint("models:/hrnet-pose/1", config.track, tmp_path) as found:
+        assert (found.folder / "model.onnx").exists()
+    assert not Path(result.best_checkpoint, "model.onnx").exists()
 
     monkeypatch.setattr(driver, "_fit", None)  # would fail if it were called
     assert driver.train(config) == result

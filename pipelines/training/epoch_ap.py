@@ -7,6 +7,7 @@ boxes a crowd can only turn a wrong pose from counted to ignored, so the figures
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from hrnet_core.checkpoint import CheckpointSpec
 from hrnet_core.geometry import place_in_image
 from hrnet_core.loss import joints_mse
+from hrnet_core.pck import pck
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import EvaluateSettings
 from pipelines.poses.protocol import score_poses
@@ -97,10 +99,24 @@ class ValSplit:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The ten figures of COCO, and the results they are of. Each person must have been found once."""
         people = self.truth.people
+        rows = self._rows(found)
+        return score_poses(found.keypoints[rows], found.scores[rows], people, self.truth, spec, settings)
+
+    def pck(self, found: Predictions) -> dict[str, float]:
+        """{"left_elbow": ...}: PCK of each keypoint that someone has (hrnet_core/pck.py), by its
+        name, without what MLflow takes in no metric's."""
+        people = self.truth.people
+        xy, visible = people.keypoints[..., :2], people.keypoints[..., 2]
+        shares = pck(xy, found.keypoints[self._rows(found)], visible, people.bbox_xywh)
+        names = [re.sub(r"[^\w. -]", "_", name) for name in self.manifest.recipe.skeleton.keypoints]
+        return {name: share for name, share in zip(names, shares.tolist(), strict=True) if share == share}
+
+    def _rows(self, found: Predictions) -> NDArray[np.int64]:
+        """Where the people of `truth` stand in `found`."""
+        people = self.truth.people
         if not np.array_equal(found.ann_ids, np.sort(people.ann_id)):
             raise RuntimeError(
                 f"poses of {len(found.ann_ids)} ({len(np.unique(found.ann_ids))} different) for "
                 f"{len(people)} people of {self.split}"
             )
-        rows = np.searchsorted(found.ann_ids, people.ann_id)
-        return score_poses(found.keypoints[rows], found.scores[rows], people, self.truth, spec, settings)
+        return np.searchsorted(found.ann_ids, people.ann_id)

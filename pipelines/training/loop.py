@@ -43,6 +43,7 @@ from pipelines.training.state import (
     set_up,
 )
 from pipelines.training.step import one_step
+from pipelines.training.usage import DeviceClock, Usage, named
 
 FLAT_COSINE_END = 0.05
 """Of the rate: where flat_cosine ends."""
@@ -63,6 +64,7 @@ def train_worker(job: Job) -> Standing | Diverged:
     report = functools.partial(report_to_ray, job.folder)
     with saved_by_ray(job.folder) as saved:
         run = set_up(job, rank, world, device, report, saved)
+    run.usage = Usage(rank, device, context.get_node_rank(), context.get_local_rank())
     try:
         train_epochs(run)
     except Diverged as error:
@@ -78,7 +80,7 @@ def train_epochs(run: Training) -> None:
     at, settings = run.standing, run.config.train
     read = run.feed.batches(at.epoch, at.step, settings.epochs)
     with contextlib.closing(read), contextlib.closing(on_device_ahead(read, run.device)) as batches:
-        while at.epoch < settings.epochs:
+        while at.epoch < settings.epochs and not at.stopped_early:
             train_epoch(run, batches)
             at.epoch, at.step = at.epoch + 1, 0
             figures: dict[str, float] = {}
@@ -98,14 +100,16 @@ def train_epochs(run: Training) -> None:
 def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
     """The rest of the current epoch; batches: from its next one on, those of later epochs stay in there."""
     settings, at, steps = run.config.train, run.standing, run.feed.steps
-    interval = Interval()
+    interval = Interval(run.device)
     run.parallel.train()
     while at.step < steps:
         batch, sent = interval.wait_for(batches)
         if run.average:
             run.average.set_decay(average_decay(settings, at.total_steps))
         set_rate(run.optimizer, learning_rate(settings, at.total_steps, steps))
-        interval.add(one_step(run, batch, sent), batch)
+        with interval.at_work:
+            loss = one_step(run, batch, sent)
+        interval.add(loss, run.grad_norm, batch)
         at.step += 1
         at.total_steps += 1
         at.samples += batch.total
@@ -115,7 +119,7 @@ def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
                 if not torch.stack(finite).all():  # the same on every rank
                     raise diverged(run, "weights")
                 save(run)
-            interval = Interval()
+            interval = Interval(run.device)
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
@@ -146,11 +150,13 @@ def average_decay(settings: TrainSettings, step: int) -> float:
 class Interval:
     """The steps since the last row of metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.begun = time.perf_counter()
         self.waited = 0.0
+        self.at_work = DeviceClock(device)
         self.samples = 0
         self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
         self.ann_ids: list[list[int]] = []
 
     def wait_for(self, batches: Iterator[tuple[Batch, Sent]]) -> tuple[Batch, Sent]:
@@ -159,24 +165,28 @@ class Interval:
         self.waited += time.perf_counter() - begun
         return batch
 
-    def add(self, loss: Tensor, batch: Batch) -> None:
+    def add(self, loss: Tensor, norm: Tensor, batch: Batch) -> None:
         # Kept on the device: looking at a value would make the GPU wait for every step.
         self.losses.append(loss)
+        self.norms.append(norm.clone())  # the next step writes over it
         self.ann_ids.append(batch.ann_ids.tolist())
         self.samples += batch.total
 
 
 def log_interval(run: Training, interval: Interval) -> bool:
     """All ranks together: rank 0 writes the row of metrics; whether a checkpoint is due."""
-    losses = torch.stack(interval.losses).double().cpu()
+    losses, norms = torch.stack(interval.losses + interval.norms).double().cpu().chunk(2)
     seconds = time.perf_counter() - interval.begun
     due = time.monotonic() - run.saved_at > run.config.train.checkpoint_minutes * 60
     skipped = losses.isnan()
     wrong = losses.isinf().nonzero().flatten().tolist()
-    sums = [float(losses[~skipped].sum()), interval.waited, float(bool(wrong)), float(due and run.rank == 0)]
-    sums += skipped.tolist()
+    looked = run.usage.look()
+    sums = [float(losses[~skipped].sum()), interval.waited, interval.at_work.read()]
+    sums += [float(bool(wrong)), float(due and run.rank == 0), *skipped.tolist()]
+    sums += run.usage.row(run.world)
     totals = all_sum(torch.tensor(sums, dtype=torch.float64, device=run.device), run.world)
-    loss, waited, bad, save_now, *skips = totals.tolist()
+    loss, waited, busy, bad, save_now, *others = totals.tolist()
+    skips, used = others[: len(losses)], others[len(losses) :]
     if bad:
         raise _diverged_in(run, interval, wrong)
     if any(skips):
@@ -190,10 +200,15 @@ def log_interval(run: Training, interval: Interval) -> bool:
             "train/lr": learning_rate(run.config.train, step - 1, run.feed.steps),
             "train/samples_per_s": interval.samples / seconds,
             "train/data_wait": waited / run.world / seconds,
+            "train/device_busy": busy / run.world / seconds,
             "train/skipped_steps": run.standing.skipped,
         }
         if taken := len(skips) - sum(map(bool, skips)):
             figures = {"train/loss": loss / run.world / taken, **figures}
+        if len(finite := norms[norms.isfinite()]):  # the same on every rank
+            figures |= {"train/grad_norm": float(finite.mean()), "train/grad_norm_max": float(finite.max())}
+        if looked:
+            figures |= named(used, run.world)
         run.log.write(step, figures)
         run.log.flush()
         print_step(run, figures)
@@ -253,8 +268,8 @@ def diverged(run: Training, where: str, ann_ids: Sequence[int] = ()) -> Diverged
 
 
 def score_epoch(run: Training) -> dict[str, float]:
-    """val_gt/loss (on every rank) and the ten val_gt figures (rank 0; NaN elsewhere) of the network as it
-    is. Rank 0 keeps the best checkpoint, its predictions and the pictures."""
+    """val_gt/loss (on every rank), and on rank 0 the ten val_gt figures and PCK of the network as it is (AP
+    is NaN elsewhere). Rank 0 keeps the best checkpoint, its predictions and the pictures."""
     begun = time.perf_counter()
     settings, at = run.config.train, run.standing
     share_buffers(run.scored, run.world)
@@ -266,15 +281,33 @@ def score_epoch(run: Training) -> dict[str, float]:
     scored = run.log is not None and math.isfinite(figures["val_gt/loss"])
     if scored:
         stats, results = run.val.score(found, run.spec, run.config.evaluate)
+        joints = run.val.pck(found)
         figures |= {f"val_gt/{name}": value for name, value in stats.items()}
+        figures |= {"val_gt/PCK": sum(joints.values()) / max(1, len(joints))}
+        figures |= {f"val_pck/{name}": value for name, value in joints.items()}
         run.log.write(at.total_steps, figures)
         if stats["AP"] >= at.best_ap:  # equal counts as better, as published
             keep_best(run, stats["AP"], results)
+    stop_early(run, figures["val_gt/AP"])
     at.seconds += time.perf_counter() - begun
     if scored:
         draw_pictures(run, found)
         run.log.flush()
     return figures
+
+
+def stop_early(run: Training, ap: float) -> None:
+    """Whether this validation is the last, as `train.early_stop` says; all ranks together, by rank 0's AP."""
+    at, settings = run.standing, run.config.train
+    if not settings.early_stop:
+        return
+    if ap > at.risen_ap + settings.early_stop_min_delta:
+        at.risen_ap, at.not_risen = ap, 0
+    else:
+        at.not_risen += 1
+    count = torch.tensor(float(at.not_risen if run.rank == 0 else 0), device=run.device)
+    at.not_risen = int(all_sum(count, run.world))
+    at.stopped_early = at.not_risen >= settings.early_stop
 
 
 # --- what is printed ------------------------------------------------------------------------------
@@ -292,6 +325,12 @@ def print_epoch(run: Training, figures: dict[str, float]) -> None:
     )
     ap = f"AP {figures['val_gt/AP']:.3f} (best {at.best_ap:.3f})  " if figures else ""
     _say(run, f"epoch {at.epoch}/{run.config.train.epochs}  loss {loss:.6f}  {ap}", speed, wait)
+    if at.stopped_early:
+        print(
+            f"stopped early: in {at.not_risen} validations AP has not risen by more than "
+            f"{run.config.train.early_stop_min_delta:g} above {at.risen_ap:.3f} (train.early_stop)",
+            flush=True,
+        )
 
 
 def print_step(run: Training, figures: dict[str, float]) -> None:
@@ -311,5 +350,6 @@ def _say(run: Training, head: str, speed: float, wait: float) -> None:
     """The line with its end: speed, data wait, and the time that is left at the speed so far."""
     at = run.standing
     steps = run.config.train.epochs * run.feed.steps - at.total_steps
-    left = f"  {time_left(at.seconds / max(1, at.total_steps) * steps)}" if steps else ""
+    going_on = steps and not at.stopped_early
+    left = f"  {time_left(at.seconds / max(1, at.total_steps) * steps)}" if going_on else ""
     print(f"{head}{speed:.0f} images/s  data wait {wait:.0%}{left}", flush=True)

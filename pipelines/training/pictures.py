@@ -28,14 +28,16 @@ PANELS = {
     "AP (ground-truth boxes)": ("val_gt/AP", "val_gt/AP50", "val_gt/AP75"),
     "learning rate": ("train/lr",),
     "images/s": ("train/samples_per_s",),
-    "data wait, share of time": ("train/data_wait",),
+    "share of time": ("train/data_wait", "train/device_busy"),
+    "gradient norm before clipping": ("train/grad_norm", "train/grad_norm_max"),
 }
 
 
 def draw_pictures(run: Training, found: Predictions) -> None:
     """pictures/curves.png, and a sheet of people: first and last epoch, and once a minute or so."""
     at = run.standing
-    if run.log is None or not (run.pictures_due() or at.epoch == run.config.train.epochs):
+    last = at.stopped_early or at.epoch == run.config.train.epochs
+    if run.log is None or not (run.pictures_due() or last):
         return
     with tempfile.TemporaryDirectory(prefix="hrnet-pictures-") as folder:
         curves, people = Path(folder) / "curves.png", Path(folder) / f"people-epoch-{at.epoch:04d}.png"
@@ -47,11 +49,10 @@ def draw_pictures(run: Training, found: Predictions) -> None:
 
 
 def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Loss, AP, learning rate, images/s and data wait over steps, as one PNG. rows: of a MetricLog."""
+    """Loss, AP, rate, speed, shares of time, gradient norm over steps, as one PNG. rows: of a MetricLog."""
     with figure(file, 2, 3, (11, 6)) as panels:
         panels[0].figure.suptitle(title)
-        panels[-1].set_axis_off()  # five of six
-        for axes, (name, metrics) in zip(panels, PANELS.items(), strict=False):
+        for axes, (name, metrics) in zip(panels, PANELS.items(), strict=True):
             axes.set_title(name, fontsize=10)
             for metric in metrics:
                 points = [(row["step"], row[metric]) for row in rows if metric in row]

@@ -41,6 +41,7 @@ from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
 from pipelines.training.teacher import Teacher, load_teacher
+from pipelines.training.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Standing:
     skipped: int = 0
     """Steps that were left out, as their gradient was not finite; and how many of them came last."""
     skipped_in_a_row: int = 0
+    risen_ap: float = -1.0
+    """For `train.early_stop`: the AP that was above the one before by enough, and how many validations have
+    passed since."""
+    not_risen: int = 0
+    stopped_early: bool = False
 
 
 @dataclass
@@ -108,10 +114,13 @@ class Training:
     std: Tensor
     joint_weights: Tensor | None
     """None: all keypoints count alike."""
+    grad_norm: Tensor
+    """float32 () on the device: of the last step, always the same tensor, so that a recording writes it."""
     feed: Feed
     spec: CheckpointSpec
     val: ValSplit
     standing: Standing
+    usage: Usage
     log: MetricLog | None
     """Rank 0 only."""
     full_step: Callable[[Sent], Tensor] | None = None
@@ -167,10 +176,12 @@ def set_up(
         mean=torch.tensor(spec.mean, device=device),
         std=torch.tensor(spec.std, device=device),
         joint_weights=torch.tensor(weights, device=device) if weights else None,
+        grad_norm=torch.zeros((), device=device),
         feed=Feed(manifest, config.data.train_split, settings, rank, world),
         spec=spec,
         val=ValSplit(manifest, config.data.val_split, rank, world),
         standing=Standing(),
+        usage=Usage(rank, device),
         log=None,
     )
     if checkpoint:

@@ -56,12 +56,14 @@ def train_step(
     settings: TrainSettings,
     scaler: torch.amp.GradScaler = UNSCALED,
     average: Average | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
-    """One optimizer step; the loss (detached), weighted by share and summed over `parts`.
+    """One optimizer step; the loss (detached), weighted by share and summed over `parts`. norm: float32 (),
+    takes the norm of the gradient over all weights, averaged over workers and before clipping.
 
-    Where a gradient, averaged over workers, has a number that is not finite, weights and optimizer stay as
-    they are, and the loss that is returned is NaN. In float16 the scaler decides: it leaves steps out on
-    purpose, to find its scale, and NaN is only a loss that is.
+    Where that norm is not finite, weights and optimizer stay as they are, and the loss that is returned is
+    NaN. In float16 the scaler decides: it leaves steps out on purpose, to find its scale, and NaN is only a
+    loss that is.
 
     A worker has `train.accumulate` parts, and DDP averages the gradients over workers once, at the last. One
     process that is given the parts of W workers, with their shares / W, runs them one after the other and
@@ -80,10 +82,13 @@ def train_step(
             scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
+    found = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
+    if norm is not None:
+        norm.copy_(found)
     if settings.clip_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm, foreach=True)
+        nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm, found, foreach=True)
     if not scaler.is_enabled():
-        total = torch.where(skip_if_not_finite(optimizer), torch.nan, total)
+        total = torch.where(skip_if_not_finite(optimizer, found), torch.nan, total)
     scaler.step(optimizer)  # a fused optimizer leaves a step out by itself, on the device
     scaler.update()
     if average is not None:
@@ -91,14 +96,14 @@ def train_step(
     return total
 
 
-def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Have the next step of a fused optimizer change nothing where a gradient is not finite; bool () whether.
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """Have the next step of a fused optimizer change nothing where the gradient's norm is not finite; bool ()
+    whether.
 
     Decided and done on the device: nobody waits for it. DDP gives every worker the same averaged gradient, so
-    all decide alike without asking each other. It reads the gradients once more.
+    all decide alike without asking each other.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    skip = ~torch.nn.utils.get_total_norm(gradients, torch.inf).isfinite()
+    skip = ~norm.isfinite()
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
     return skip
 
@@ -131,7 +136,8 @@ def prepare(run: Training, sent: Sent) -> Callable[[Sent], Tensor]:
 def launch(run: Training, share: float, sent: Sent) -> Tensor:
     """train_step, its kernels launched one by one. share: of all rows in `sent`, as in Part."""
     parts = parts_of(run, share, sent)
-    return train_step(run.parallel, run.optimizer, parts, run.config.train, run.scaler, run.average)
+    how = run.config.train, run.scaler, run.average, run.grad_norm
+    return train_step(run.parallel, run.optimizer, parts, *how)
 
 
 def parts_of(run: Training, share: float, sent: Sent) -> list[Part]:

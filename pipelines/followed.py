@@ -1,0 +1,168 @@
+"""The MLflow run of a training run: opened while Ray starts, and given at the end what came out.
+
+A server that is away costs no training: figures are kept in the run's folder, and sent when it is back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hrnet_core.errors import first_line
+from hrnet_core.locations import fetch, is_uri, without_credentials
+from pipelines.code_version import code_version
+from pipelines.config import RunConfig
+from pipelines.metric_log import MetricLog
+from pipelines.registry import Registry
+from pipelines.run_folder import TrainResult, read_record, storage_of, write_run
+from pipelines.shards.manifest import Manifest
+from pipelines.stop import begun, waited
+from pipelines.storage import base_name, join, list_files
+from pipelines.tracking import StoreAway, Tracker, store_of
+
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag of a run below another."""
+
+
+@contextlib.contextmanager
+def opening(config: RunConfig, folder: str) -> Iterator[Future[Tracker]]:
+    """The store, opened in a thread during the block. A database that is just being made is made to its end,
+    however the block ends: half of one would be of no use for good."""
+    tracker = begun(functools.partial(Tracker, config.track, storage_of(folder)))
+    try:
+        yield tracker
+    finally:
+        if not store_of(config.track, storage_of(folder)):
+            wait([tracker])
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The MLflow run of a training run."""
+
+    tracker: Tracker
+    run_id: str
+
+    def close(self, status: str) -> None:
+        self.tracker.close_run(self.run_id, status)
+
+
+def follow(
+    tracker: Future[Tracker], config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+) -> Followed | None:
+    """The run in MLflow (below the run `parent`), whose id run.json has then; None, and a sentence, where the
+    server is away: figures are kept until it is back."""
+    try:
+        return open_run(waited(tracker), config, manifest, folder, parent)
+    except StoreAway as error:
+        write_run(folder, config, manifest.digest, None)
+        print(
+            f"{error} Training goes on without it: figures are kept in {join(folder, 'metrics.jsonl')}, and "
+            f"sent at the end, or by the same command again.",
+            flush=True,
+        )
+        return None
+
+
+def open_run(
+    tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+) -> Followed:
+    """The earlier run where there is one."""
+    run_id = tracker.open_run(
+        base_name(folder),
+        config.model_dump(mode="json", exclude={"evaluate", "serve", "sweep", "ray", "run"}),
+        {
+            "config": config.config_name,
+            "dataset_digest": manifest.digest,
+            "code_version": code_version(),
+            "run_folder": folder,
+            **({PARENT: parent} if parent else {}),
+        },
+        {
+            "source": manifest.folder,
+            "digest": manifest.digest,
+            "training": config.data.train_split,
+            "validation": config.data.val_split,
+        },
+        (read_record(folder, "run.json") or {}).get("run_id"),
+    )
+    write_run(folder, config, manifest.digest, run_id)
+    return Followed(tracker, run_id)
+
+
+def hand_over(
+    config: RunConfig, manifest: Manifest, result: TrainResult, followed: Followed | None
+) -> TrainResult:
+    """Give MLflow what it has not got yet: rows, pictures, the version, whose number the result has then; it
+    stays None, with a sentence, where MLflow is away."""
+    folder = result.folder
+    try:
+        if followed is None:
+            followed = open_run(Tracker(config.track, storage_of(folder)), config, manifest, folder)
+        tracker, run_id = followed.tracker, followed.run_id
+        result = replace(result, run_id=run_id)
+        metrics = MetricLog(join(folder, "metrics.jsonl"), result.step, tracker.uri, run_id)
+        if not metrics.flush(force=True):
+            raise ConnectionError("metrics were not taken")
+        tags = {
+            "val_gt/AP": f"{result.best_ap:.4f}",
+            "run_name": result.run_name,
+            "dataset_digest": result.dataset_digest,
+            "codec": result.codec,
+            "input_size": result.input_size,
+        }
+        with _at_hand(folder) as files, _with_onnx(files / "best", config.track.onnx) as best:
+            tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
+            tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
+            tracker.log_files(run_id, [files / "predictions.json"], "validation")
+            version = Registry(tracker).register(run_id, best, tags)
+        if result.epochs < config.train.epochs:
+            early = f"after epoch {result.epochs} of {config.train.epochs}"
+            tracker.client.set_tag(run_id, "stopped_early", early)
+        followed.close("FINISHED")
+        return replace(result, version=version)
+    except Exception as error:
+        print(
+            f"MLflow did not take the results ({without_credentials(first_line(error))}). The run is whole "
+            f"in {folder}; the same command again sends them."
+        )
+        if followed:
+            followed.close("FAILED")
+        return result
+
+
+@contextlib.contextmanager
+def _with_onnx(best: Path, wanted: bool) -> Iterator[Path]:
+    """The checkpoint folder, while the block lasts as a copy with model.onnx; without it, and with a
+    sentence, where none can be made."""
+    if not wanted:
+        yield best
+        return
+    from pipelines.export import export
+
+    with tempfile.TemporaryDirectory(prefix="hrnet-version-") as copy:
+        folder = shutil.copytree(best, Path(copy) / "best")
+        try:
+            export(folder)
+        except Exception as error:  # the run is more than its file for another runtime
+            print(f"the registered version has no model.onnx ({first_line(error)}); --track.no-onnx: none")
+        yield folder
+
+
+@contextlib.contextmanager
+def _at_hand(folder: str) -> Iterator[Path]:
+    """The run's folder on this machine, while the block lasts: a copy of what lies in a bucket."""
+    if not is_uri(folder):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="hrnet-results-") as copy:
+        for part in ("", "best", "pictures"):
+            place = join(folder, part) if part else folder
+            fetch(place, Path(copy) / part, list(list_files(place)))
+        yield Path(copy)

@@ -1,0 +1,179 @@
+"""Sweeps: the space, the table, going on, and (slow) real trials under ASHA."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from test_feed import dotted_shards
+from test_train import small_config
+
+from hrnet_core.errors import ConfigError, Failure
+from pipelines import sweep as verb
+from pipelines.config import RunConfig
+from pipelines.config_file import load_config
+from pipelines.run_folder import TrainResult
+from pipelines.shards.manifest import Manifest
+from pipelines.space import trial_config, trial_values
+from pipelines.storage import write_json
+from pipelines.sweep import sweep
+from pipelines.trials import FAILED, STOPPED, Sweep, table
+
+SPACE = {"train.lr": {"loguniform": ["1e-4", 0.01]}, "train.loss": {"choice": ["official", "linear"]}}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return dotted_shards(tmp_path_factory.mktemp("shards"), {"train2017": 37, "val2017": 12})
+
+
+def sweep_config(manifest: Manifest, storage: Path, space: Any = SPACE, **settings: Any) -> RunConfig:
+    config = small_config(manifest, storage, epochs=4)
+    fields = config.model_dump() | {"sweep": {"space": space, "trials": 3, **settings}}
+    return RunConfig(**fields)
+
+
+# --- the space ----------------------------------------------------------------------------------------
+
+
+def test_values_are_a_function_of_seed_and_number() -> None:
+    drawn = [trial_values(SPACE, 0, number) for number in range(200)]
+    assert drawn == [trial_values(SPACE, 0, number) for number in range(200)]
+    assert drawn[:5] != [trial_values(SPACE, 1, number) for number in range(5)]
+    rates = np.array([values["train.lr"] for values in drawn])
+    assert 1e-4 <= rates.min() < 1.5e-4
+    assert 0.007 < rates.max() <= 0.01
+    assert np.median(rates) == pytest.approx(1e-3, rel=0.4), "as many below as above the geometric mean"
+    assert {values["train.loss"] for values in drawn} == {"official", "linear"}
+    whole = [trial_values({"train.ohkm": {"randint": [0, 3]}}, 0, n)["train.ohkm"] for n in range(100)]
+    assert set(whole) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ({}, r"sweep\.space is empty.*loguniform"),
+        ({"data.sigma": {"uniform": [1, 2]}}, r"data\.sigma cannot vary"),
+        ({"train.lr": {"normal": [1, 2]}}, r"train\.lr is .*normal.*one of uniform"),
+        ({"train.lr": {"loguniform": [0, 1]}}, r"train\.lr: loguniform \[0, 1\]: two numbers above 0"),
+        ({"train.lr": {"uniform": [2, 1]}}, "the smaller first"),
+        ({"train.lr": {"uniform": ["a", 1]}}, "two numbers"),
+        ({"train.rate": {"uniform": [1, 2]}}, r"trial 0 .*unknown key 'train\.rate'"),
+        (
+            {"train.batch_size": {"choice": [12]}},
+            r"trial 0 \(train\.batch_size 12\).*multiple of train\.lanes",
+        ),
+        ({"train.loss": {"choice": ["hinge"]}}, r"train\.loss.*hinge"),
+    ],
+)
+def test_what_is_wrong_with_a_space_is_told_before_anything_starts(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: Any, told: str
+) -> None:
+    monkeypatch.setattr(verb, "ray_session", None)  # would fail if it were called
+    with pytest.raises(ConfigError, match=told):
+        sweep(sweep_config(manifest, tmp_path, space))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_space_stands_in_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("sweep: {trials: 2, space: {train.lr: {loguniform: [1e-4, 1.0e-2]}}}")
+    config = load_config(str(file))
+    assert 1e-4 <= trial_config(config, 1, "s-01").train.lr <= 1e-2
+    assert config.decides() == RunConfig().decides()  # a sweep's section changes no run
+
+
+# --- what came out ------------------------------------------------------------------------------------
+
+
+def with_outcomes(this: Sweep) -> None:
+    """Trial 0 through, 1 stopped by ASHA after epoch 2, 2 failed."""
+    for number, aps in enumerate([[0.1, 0.3, 0.2, 0.25], [0.05, 0.1]]):
+        rows = [{"step": 3 * epoch, "val_gt/AP": ap} for epoch, ap in enumerate(aps, start=1)]
+        folder = Path(this.trial_folder(number))
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = dict.fromkeys(TrainResult.__dataclass_fields__)
+    write_json(Path(this.trial_folder(0)) / "result.json", fields)
+    write_json(Path(this.trial_folder(1)) / STOPPED, {"epoch": 2})
+    write_json(Path(this.trial_folder(2)) / FAILED, {"why": "the loss is not finite"})
+
+
+def test_trials_that_are_through_are_a_table_and_a_config_to_train_with(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "ray_session", None)
+    config = sweep_config(manifest, tmp_path)
+    this = Sweep(config, manifest, str(tmp_path / "r"))
+    with_outcomes(this)
+    told = sweep(config)
+    lines = [line.split() for line in told.splitlines()]
+    values = [trial_values(SPACE, 0, number) for number in range(3)]
+    named = [[f"r-{n:02d}", str(v["train.loss"]), str(v["train.lr"])] for n, v in enumerate(values)]
+    assert lines[0] == ["trial", "train.loss", "train.lr", "epochs", "best", "AP"]
+    assert lines[1] == [*named[0], "4", "0.300", "through"]
+    assert lines[2] == [*named[1], "2", "0.100", *["stopped", "after", "epoch", "2"]]
+    assert lines[3] == [*named[2], "0", "-", *["failed", "the", "loss", "is", "not", "finite"]]
+    assert lines[4][:4] == ["best:", "r-00,", "AP", "0.300."]
+    best = load_config(str(tmp_path / "r" / "best.yaml"))
+    assert best.train == this.configs[0].train
+    assert (best.run.name, best.sweep) == (None, RunConfig().sweep)
+    assert yaml.safe_load((tmp_path / "r" / "best.yaml").read_text())["train"]["lr"] == values[0]["train.lr"]
+
+
+def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sweep] = []
+    monkeypatch.setattr(verb, "_run", asked.append)
+    config = sweep_config(manifest, tmp_path)
+    with_outcomes(Sweep(config, manifest, str(tmp_path / "r")))
+    sweep(config)
+    assert not asked, "nothing was left to do"
+    sweep(sweep_config(manifest, tmp_path, trials=5))
+    assert [trial.state for trial in asked[0].trials()] == ["through", "stopped", "failed", "", ""]
+    with pytest.raises(ConfigError, match=r"sweep was .*'seed': 0.* now .*'seed': 1"):
+        sweep(sweep_config(manifest, tmp_path, seed=1))
+    with pytest.raises(Failure, match="no trial came to an AP"):
+        sweep(sweep_config(manifest, tmp_path / "other"))
+
+
+# --- on Ray -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_trials_are_stopped_and_go_on(
+    ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rates, of which two learn nothing: nested MLflow runs, a best config, and the same command again
+    with a fourth trial, which trains that one alone."""
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    space = {"train.lr": {"loguniform": [1e-7, 1e-2]}}
+    config = sweep_config(manifest, tmp_path, space, reduction=2, concurrent=1)
+    told = sweep(config)
+    trials = Sweep(config, manifest, str(tmp_path / "r")).trials()
+    assert all(trial.state in ("through", "stopped") for trial in trials), table(trials)
+    assert "through" in {trial.state for trial in trials}
+    assert told.startswith(table(trials))
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    parent = json.loads((tmp_path / "r" / "sweep.json").read_text())["run_id"]
+    runs = client.search_runs([client.get_run(parent).info.experiment_id])
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+    assert sorted(run.info.run_name for run in below) == ["r-00", "r-01", "r-02"]
+    assert {run.info.status for run in below} == {"FINISHED"}
+    assert client.get_run(parent).data.metrics["best_ap"] == max(trial.ap for trial in trials)
+    before = {trial.name: trial for trial in trials}
+    more = replace(Sweep(config, manifest, ""), config=sweep_config(manifest, tmp_path, space, trials=4))
+    sweep(sweep_config(manifest, tmp_path, space, reduction=2, concurrent=1, trials=4))
+    again = {trial.name: trial for trial in more.trials()}
+    assert {name: again[name] for name in before} == before
+    assert again["r-03"].state in ("through", "stopped")
