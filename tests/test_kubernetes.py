@@ -138,8 +138,8 @@ def test_every_file_of_the_folder_is_named_by_the_kustomization() -> None:
 
 
 def test_what_the_policies_let_in_are_ports_that_somebody_listens_on() -> None:
-    """Of the pods that the files make; 8000 and 9464 are the endpoint's and its metrics'."""
-    listening = {8000, 9464}
+    """Of the pods that the files make; 8000 is the endpoint's."""
+    listening = {8000}
     for file in FILES:
         for document in documents(file):
             for pod in pods(document):
