@@ -33,7 +33,7 @@ def sweep(config: RunConfig) -> str:
     best.
 
     ConfigError before anything starts: a space that is not understood, a point whose settings contradict each
-    other, another sweep of that name. Failure where no trial came to an AP.
+    other, another sweep of that name. Failure where a trial ended with an error, or none came to an AP.
     """
     store_of(config.track, config.run.storage)
     if config.run.fresh:
@@ -56,7 +56,10 @@ def sweep(config: RunConfig) -> str:
             raise Failure(f"{this.folder}: no trial came to an AP.\n{table(trials)}")
         _write_best(this, trials.index(best))
     file = join(this.folder, "best.yaml")
-    return f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. hrnet train {file} --run.name NAME"
+    told = f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. hrnet train {file} --run.name NAME"
+    if left := sum(not trial.state for trial in trials):
+        raise Failure(f"{this.folder}: {left} trials ended with an error; the same command goes on.\n{told}")
+    return told
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:

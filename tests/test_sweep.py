@@ -135,7 +135,8 @@ def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
     with_outcomes(Sweep(config, manifest, str(tmp_path / "r")))
     sweep(config)
     assert not asked, "nothing was left to do"
-    sweep(sweep_config(manifest, tmp_path, trials=5))
+    with pytest.raises(Failure, match=r"2 trials ended with an error; the same command goes on"):
+        sweep(sweep_config(manifest, tmp_path, trials=5))
     assert [trial.state for trial in asked[0].trials()] == ["through", "stopped", "failed", "", ""]
     with pytest.raises(ConfigError, match=r"sweep was .*'seed': 0.* now .*'seed': 1"):
         sweep(sweep_config(manifest, tmp_path, seed=1))
