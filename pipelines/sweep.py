@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +124,7 @@ def _run(this: Sweep) -> None:
         status = "FINISHED"
     except KeyboardInterrupt as error:
         status = "KILLED"
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # Tune's thread goes on, and misses its Ray
         through = sum(bool(trial.state) for trial in this.trials())
         error.add_note(f"{this.folder}: {through} of {settings.trials} trials are through.")
         raise
