@@ -39,7 +39,10 @@ def main() -> int:
         "preprocess": stage(
             "preprocess", "tiny", "--data.root", str(COCO), *data, "--data.people-per-shard", "256"
         ),
-        "train": stage("train", "tiny", *data, "--run.name", RUN.name, "--train.num-workers", "2", *common),
+        "train": stage(
+            *("train", "tiny", *data, "--run.name", RUN.name, "--train.num-workers", "2", "--track.no-onnx"),
+            *common,
+        ),
         "evaluate": stage(
             "evaluate", str(RUN / "best"), str(COCO), "--report", str(DEMO / "report.html"), *common
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def sweep(config: RunConfig) -> str:
     best.
 
     ConfigError before anything starts: a space that is not understood, a point whose settings contradict each
-    other, another sweep of that name. Failure where no trial came to an AP.
+    other, another sweep of that name. Failure where a trial ended with an error, or none came to an AP.
     """
     store_of(config.track, config.run.storage)
     if config.run.fresh:
@@ -56,7 +57,10 @@ def sweep(config: RunConfig) -> str:
             raise Failure(f"{this.folder}: no trial came to an AP.\n{table(trials)}")
         _write_best(this, trials.index(best))
     file = join(this.folder, "best.yaml")
-    return f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. hrnet train {file} --run.name NAME"
+    told = f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. hrnet train {file} --run.name NAME"
+    if left := sum(not trial.state for trial in trials):
+        raise Failure(f"{this.folder}: {left} trials ended with an error; the same command goes on.\n{told}")
+    return told
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:
@@ -120,6 +124,7 @@ def _run(this: Sweep) -> None:
         status = "FINISHED"
     except KeyboardInterrupt as error:
         status = "KILLED"
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # Tune's thread goes on, and misses its Ray
         through = sum(bool(trial.state) for trial in this.trials())
         error.add_note(f"{this.folder}: {through} of {settings.trials} trials are through.")
         raise

@@ -15,7 +15,7 @@ from pipelines.space import trial_config, trial_values
 from pipelines.storage import join
 
 STOPPED, FAILED = "stopped.json", "failed.json"
-"""In the folder of a trial that ASHA ended, {"epoch"}, and of one whose settings do not work, {"why"}."""
+"""In the folder of a trial that ASHA ended, {"epoch"}, and of one whose loss did not stay finite, {"why"}."""
 
 
 @dataclass(frozen=True)

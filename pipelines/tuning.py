@@ -16,7 +16,6 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from hrnet_core.errors import PoseError
 from hrnet_core.locations import open_folder
 from pipelines.followed import follow, opening
 from pipelines.metric_log import MetricLog
@@ -24,6 +23,7 @@ from pipelines.progress import Every
 from pipelines.run_folder import check_same_run, keep_error, only_one
 from pipelines.storage import base_name, join, write_json
 from pipelines.train import fit
+from pipelines.training.loop import Diverged
 from pipelines.trials import FAILED, STOPPED, Sweep, Trial
 
 TUNE_DEFAULTS = {
@@ -85,7 +85,7 @@ def run_trial(point: dict[str, Any], sweep: Sweep) -> None:
                 MetricLog(file, result.step, followed.tracker.uri, followed.run_id).flush(force=True)
                 followed.close("FINISHED")
             result.write()
-    except PoseError as error:  # of these values: the others go on
+    except Diverged as error:  # of these values, to the same end each time
         write_json(join(folder, FAILED), {"why": str(error)})
     except Exception:
         keep_error(folder, traceback.format_exc())

@@ -116,6 +116,22 @@ def test_a_run_goes_on_with_and_without_a_recording(manifest: Manifest, tmp_path
         )
 
 
+def test_what_a_recorded_run_logs_is_what_a_launched_one_does(manifest: Manifest, tmp_path: Path) -> None:
+    """The norm of each step's gradient, written by the replay; a share of time; the GPU's memory."""
+    rows = []
+    for graph in (False, True):
+        run, _ = trained(manifest, tmp_path / str(graph), graph=graph)
+        assert recorded(run) is graph
+        assert run.log is not None
+        rows.append([row for row in run.log.rows if "train/loss" in row])
+    norms = [[row["train/grad_norm"] for row in run] for run in rows]
+    assert norms[1] == pytest.approx(norms[0], rel=SAME)
+    assert len(set(norms[1])) == len(norms[1]), "each replay wrote its own"
+    assert all(0 < row["train/device_busy"] <= 1 for run in rows for row in run)
+    assert rows[1][0]["system/worker0/gpu_peak_memory_megabytes"] > 0
+    assert rows[1][0]["system/node0/gpu_0_memory_usage_megabytes"] > 0
+
+
 def test_recording_leaves_a_run_as_it_was(manifest: Manifest, tmp_path: Path) -> None:
     run, _ = on_gpu(manifest, tmp_path / "r", graph=True, precision="float16", ema_decay=0.5)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.space import trial_config, trial_values
 from pipelines.storage import write_json
 from pipelines.sweep import sweep
+from pipelines.training.state import Job
 from pipelines.trials import FAILED, STOPPED, Sweep, table
 
 SPACE = {"train.lr": {"loguniform": ["1e-4", 0.01]}, "train.loss": {"choice": ["official", "linear"]}}
@@ -135,7 +137,8 @@ def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
     with_outcomes(Sweep(config, manifest, str(tmp_path / "r")))
     sweep(config)
     assert not asked, "nothing was left to do"
-    sweep(sweep_config(manifest, tmp_path, trials=5))
+    with pytest.raises(Failure, match=r"2 trials ended with an error; the same command goes on"):
+        sweep(sweep_config(manifest, tmp_path, trials=5))
     assert [trial.state for trial in asked[0].trials()] == ["through", "stopped", "failed", "", ""]
     with pytest.raises(ConfigError, match=r"sweep was .*'seed': 0.* now .*'seed': 1"):
         sweep(sweep_config(manifest, tmp_path, seed=1))
@@ -146,34 +149,82 @@ def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
 # --- on Ray -------------------------------------------------------------------------------------------
 
 
+def worker_of_known_ap(job: Job) -> Any:
+    """The real worker, but an epoch's AP is ten times the rate, and from the second on it takes a while."""
+    from pipelines.training import epoch_ap, loop
+
+    original, rate = epoch_ap.ValSplit.score, job.config.train.lr
+
+    def score(self: Any, *what: Any) -> Any:
+        stats, results = original(self, *what)
+        time.sleep(0 if score.calls == 0 else 4)
+        score.calls += 1
+        return {**stats, "AP": 10 * rate}, results
+
+    score.calls = 0  # type: ignore[attr-defined]
+    epoch_ap.ValSplit.score = score
+    return loop.train_worker(job)
+
+
+def trial_of_known_aps(point: dict[str, Any], sweep: Sweep) -> None:
+    """The real trial with those workers, in Tune's process."""
+    from pipelines import tuning
+    from pipelines.training import loop
+
+    loop.train_worker = worker_of_known_ap
+    tuning.run_trial(point, sweep)
+
+
 @pytest.mark.slow
 @pytest.mark.ray
-def test_trials_are_stopped_and_go_on(
+def test_asha_stops_the_worse_trial_and_the_same_command_goes_on(
     ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rates, of which two learn nothing: nested MLflow runs, a best config, and the same command again
-    with a fourth trial, which trains that one alone."""
+    """Each trial has both CPUs, so the next one starts only when a stopped one's workers are gone. Then one
+    that lost its result goes on, alone."""
     from mlflow import MlflowClient
+    from ray import cloudpickle
+
+    from pipelines import tuning
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    space = {"train.lr": {"loguniform": [1e-7, 1e-2]}}
-    config = sweep_config(manifest, tmp_path, space, reduction=2, concurrent=1)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(tuning, "run_trial", trial_of_known_aps)
+    space = {"train.lr": {"loguniform": [1e-3, 1e-2]}}
+    seed = next(s for s in range(99) if is_middle_low_high([rate(space, s, n) for n in range(3)]))
+    settings = {"seed": seed, "reduction": 2, "concurrent": 1}
+    config = sweep_config(manifest, tmp_path, space, **settings)
+    train = config.train.model_copy(update={"num_workers": 2})
+    config = config.model_copy(update={"train": train})
     told = sweep(config)
-    trials = Sweep(config, manifest, str(tmp_path / "r")).trials()
-    assert all(trial.state in ("through", "stopped") for trial in trials), table(trials)
-    assert "through" in {trial.state for trial in trials}
+    this = Sweep(config, manifest, str(tmp_path / "r"))
+    trials = this.trials()
+    assert [trial.told for trial in trials] == ["through", "stopped after epoch 1", "through"]
+    assert [trial.ap for trial in trials] == [10 * rate(space, seed, number) for number in range(3)]
     assert told.startswith(table(trials))
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert "best: r-02" in told
+
     parent = json.loads((tmp_path / "r" / "sweep.json").read_text())["run_id"]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_run(parent).info.experiment_id])
-    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
-    assert sorted(run.info.run_name for run in below) == ["r-00", "r-01", "r-02"]
-    assert {run.info.status for run in below} == {"FINISHED"}
-    assert client.get_run(parent).data.metrics["best_ap"] == max(trial.ap for trial in trials)
-    before = {trial.name: trial for trial in trials}
-    more = replace(Sweep(config, manifest, ""), config=sweep_config(manifest, tmp_path, space, trials=4))
-    sweep(sweep_config(manifest, tmp_path, space, reduction=2, concurrent=1, trials=4))
-    again = {trial.name: trial for trial in more.trials()}
-    assert {name: again[name] for name in before} == before
-    assert again["r-03"].state in ("through", "stopped")
+    below = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
+    assert sorted(below) == ["r-00", "r-01", "r-02"]
+    assert {run.info.status for run in below.values()} == {"FINISHED"}
+    assert below["r-01"].data.tags["stopped_by_sweep"] == "after epoch 1 of 4"
+    assert client.get_run(parent).data.metrics["best_ap"] == trials[2].ap
+
+    weights = (Path(this.trial_folder(2)) / "best" / "model.safetensors").stat().st_mtime_ns
+    Path(this.trial_folder(0), "result.json").unlink()
+    sweep(config)
+    assert [trial.told for trial in this.trials()] == ["through", "stopped after epoch 1", "through"]
+    assert (Path(this.trial_folder(2)) / "best" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def rate(space: Any, seed: int, number: int) -> float:
+    return float(trial_values(space, seed, number)["train.lr"])
+
+
+def is_middle_low_high(rates: list[float]) -> bool:
+    low, middle, high = sorted(rates)
+    return rates == [middle, low, high] and low < 0.7 * middle < 0.5 * high
