@@ -1,0 +1,147 @@
+"""Recipes at equal steps on drawn people: AP on people never seen, mean and spread over seeds.
+
+    python tests/benchmarks/bench_recipes.py FOLDER                        official, udp, modern: 9 runs
+    python tests/benchmarks/bench_recipes.py FOLDER --recipes udp+ema udp+photometric modern-ema ...
+
+The network and the views are `tiny`'s (1.25 M parameters) at 96x64, the steps, the batch and the highest rate
+are the same for all. A recipe is official, udp, dark or modern, or one of them with (+) or without (-) one
+INGREDIENT of modern.yaml. The AP is the last epoch's (ground-truth boxes, flip test), not the best one's.
+What is done is kept in FOLDER/runs.jsonl: the same command goes on, and the table is of all that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+
+from pipelines.cli import main as hrnet
+from pipelines.config import RunConfig, TrainSettings
+from pipelines.config_file import load_config
+from pipelines.storage import write_whole
+from pipelines.training.loop import train_epochs
+from pipelines.training.state import Job, set_up
+
+SIZE = (64, 96)
+"""Width and height of the crops."""
+INGREDIENTS: dict[str, tuple[str, ...]] = {
+    "adamw": ("optimizer", "weight_decay", "decay_norms"),
+    "flat_cosine": ("schedule",),
+    "ema": ("ema_decay", "ema_warmup"),
+    "bfloat16": ("precision",),
+    "photometric": ("photometric",),
+    "coarse_dropout": ("coarse_dropout",),
+    "dropping": ("information_dropping", "dropping_from"),
+}
+"""Of modern.yaml: the settings of each."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--recipes", nargs="+", default=["official", "udp", "modern"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--images", type=int, default=450, help="to learn from")
+    parser.add_argument("--val-images", type=int, default=225, help="to score")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    kept = args.folder / "runs.jsonl"
+    for seed in args.seeds:  # all recipes of a seed, then the next: a table that is cut short is of all
+        for recipe in args.recipes:
+            how = {"recipe": recipe, "seed": seed, "epochs": args.epochs, "images": args.images}
+            if not any(row.items() >= how.items() for row in rows_of(kept)):
+                row = {**how, **train(config_of(recipe, seed, args), args)}
+                args.folder.mkdir(parents=True, exist_ok=True)
+                with kept.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row, flush=True)
+    rows = rows_of(kept)
+    print(table([row for row in rows if (row["epochs"], row["images"]) == (args.epochs, args.images)]))
+    return 0
+
+
+def rows_of(kept: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+
+
+def config_of(recipe: str, seed: int, args: argparse.Namespace) -> RunConfig:
+    """The settings of a run. ValueError for a recipe of another name."""
+    sign = "+" if "+" in recipe else "-"
+    name, sign, ingredient = recipe.partition(sign)
+    if name not in ("official", "udp", "dark", "modern") or (sign and ingredient not in INGREDIENTS):
+        raise ValueError(f"no recipe {recipe!r}: see --help, and {', '.join(INGREDIENTS)}")
+    tiny, modern = load_config("tiny"), load_config("modern").train
+    official = {
+        "num_workers": 1,
+        "epochs": args.epochs,
+        "schedule": "step",  # the published milestones, as shares of the run
+        "milestones": (round(args.epochs * 170 / 210), round(args.epochs * 200 / 210)),
+        "validate_every": args.epochs,
+        "seed": seed,
+    }
+    settings = tiny.train.model_dump() | official
+    of = {key: [getattr(modern, setting) for setting in names] for key, names in INGREDIENTS.items()}
+    wanted = set(INGREDIENTS) if name == "modern" else set()
+    wanted = wanted | {ingredient} if sign == "+" else wanted - {ingredient}
+    for key in wanted:
+        settings |= dict(zip(INGREDIENTS[key], of[key], strict=True))
+    codec = "udp" if name == "modern" else name
+    data = tiny.data.model_copy(update={"codec": codec, "sigma": None, "input_size": SIZE})
+    return tiny.model_copy(update={"data": data, "train": TrainSettings(**settings)})
+
+
+def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
+    """Draws and preprocesses what is not there yet; one run in this process."""
+    coco, codec = args.folder / f"coco-{args.images}", config.data.codec
+    shards = args.folder / f"shards-{args.images}-{codec}"
+    if not (shards / "manifest.json").exists():
+        many = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", "1"]
+        places = ["--data.root", str(coco), "--data.shards", str(shards)]
+        layer = args.folder / f"{codec}.yaml"
+        write_whole(str(layer), f"base: tiny\ndata: {{codec: {codec}, sigma: null, input_size: {[*SIZE]}}}\n")
+        if hrnet(["draw", str(coco), *many]) or hrnet(["preprocess", str(layer), *places]):
+            sys.exit("the set could not be made")
+    begun = time.perf_counter()
+    where = args.folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    job = Job(config, str(shards), str(where), tracking_uri=None, run_id=None)
+    run = set_up(job, 0, 1, torch.device("cpu"), lambda figures, saved: None)
+    train_epochs(run)
+    assert run.log is not None
+    (scored,) = (row for row in run.log.rows if "val_gt/AP" in row)
+    figures = {name: scored[f"val_gt/{name}"] for name in ("AP", "AP50", "AP75")}
+    return {**figures, "steps": run.standing.total_steps, "seconds": round(time.perf_counter() - begun)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean AP and its least and most over seeds, with the mean difference to udp of the same seeds and the
+    standard error of that."""
+    by: dict[str, dict[int, float]] = {}
+    for row in rows:
+        by.setdefault(row["recipe"], {})[row["seed"]] = row["AP"]
+    lines = ["| recipe | seeds | AP, mean | least to most | against udp, seed by seed |"]
+    lines.append("|---|---|---|---|---|")
+    for recipe, found in by.items():
+        pairs = [ap - by["udp"][seed] for seed, ap in found.items() if seed in by.get("udp", {})]
+        against = ""
+        if recipe != "udp" and len(pairs) > 1:
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
+            against = f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
+        aps = list(found.values())
+        lines.append(
+            f"| {recipe} | {len(aps)} | {statistics.mean(aps):.3f} | {min(aps):.3f} to {max(aps):.3f} "
+            f"| {against} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
