@@ -36,6 +36,7 @@ APP = "hrnet"
 SAMPLES = 8
 # Serve's own limit must not come before the application's: its answer is plain text.
 SERVE_GRACE_S = 15
+FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares"}
 
 
 def deploy(
@@ -115,11 +116,11 @@ def start(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -
     if not serve.status().proxies:  # Serve does not run yet
         if not on_cluster():
             _refuse_port_in_use(settings.host, settings.port)
-        timeout = settings.deadline_s + SERVE_GRACE_S
+        timeout = settings.body_s + settings.deadline_s + SERVE_GRACE_S
         serve.start(
             proxy_location="EveryNode" if on_cluster() else "HeadOnly",
             http_options={"host": settings.host, "port": settings.port, "request_timeout_s": timeout},
-            controller_options={"runtime_env": {"env_vars": _serve_environment(settings)}},
+            controller_options={"runtime_env": {"env_vars": FRONT | _serve_environment(settings)}},
         )
     if APP in serve.status().applications:
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"

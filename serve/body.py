@@ -1,14 +1,16 @@
 """The body of a request: pictures and boxes, as a form or as JSON, under the limits.
 
 Nothing large is decoded, or even read to its end, before it is allowed. Whatever is wrong is a Problem that
-names the field.
+names the field. Reading (`read_body`) and understanding (`uploads_of`) are apart: a request takes a place in
+the replica when its body is whole.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from fastapi import Request
 from numpy.typing import NDArray
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from hrnet_core.geometry import FARTHEST
 from serve.schemas import Problem
@@ -34,27 +37,60 @@ class Upload:
     """(P, 4) px of the displayed picture; None: the whole picture is one person."""
 
 
-async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
-    """The pictures and boxes of a request body. Problem for anything else that it holds."""
+async def read_body(request: Request, limits: Limits, grown: Callable[[int], None]) -> bytes:
+    """The whole body. Problem where its headers or its length are refused, or where it comes too slowly.
+
+    grown: told the bytes of each chunk as it arrives; may raise.
+    """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise Problem("media-type", f"Content-Encoding {encoding!r} is not read: send the body as it is.")
+    if _media_type(request) not in (FORM_TYPE, JSON_TYPE):
+        raise Problem(
+            "media-type",
+            f"Content-Type {_media_type(request) or 'nothing'!r} is not read: send multipart/form-data with "
+            f"one or more `image` files, or application/json with base64.",
+            headers={"Accept": f"{FORM_TYPE}, {JSON_TYPE}"},
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_body_bytes:
         raise _too_large(limits)
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    body = _limited(request.stream(), limits)
-    if media_type == "multipart/form-data":
-        images, boxes = await _read_multipart(request, body, limits)
-    elif media_type == "application/json":
-        images, boxes = _read_json(b"".join([chunk async for chunk in body]))
-    else:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for chunk in _in_time(request.stream(), limits.body_idle_s):
+                body += chunk
+                grown(len(chunk))
+                if len(body) > limits.max_body_bytes:
+                    raise _too_large(limits)
+    except TimeoutError:
         raise Problem(
-            "media-type",
-            f"Content-Type {media_type or 'nothing'!r} is not read: send multipart/form-data with one or "
-            f"more `image` files, or application/json with base64.",
-            headers={"Accept": "multipart/form-data, application/json"},
-        )
+            "slow-body",
+            f"the body: {len(body):,} bytes came, then nothing for {limits.body_idle_s:g} s, or "
+            f"not the whole within {limits.body_s:g} s. Send it again, smaller or over a faster line.",
+            headers={"Connection": "close"},
+        ) from None
+    except ClientDisconnect:
+        raise Problem("malformed-body", "the connection was closed before the body was whole.") from None
+    return bytes(body)
+
+
+async def _in_time(stream: AsyncIterator[bytes], idle_s: float) -> AsyncIterator[bytes]:
+    """The chunks of a stream. TimeoutError where one lets itself be waited for."""
+    while True:
+        async with asyncio.timeout(idle_s):
+            chunk = await anext(stream, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+async def uploads_of(request: Request, body: bytes, limits: Limits) -> list[Upload]:
+    """The pictures and boxes of a whole body. Problem for anything else that it holds."""
+    if _media_type(request) == FORM_TYPE:
+        images, boxes = await _read_multipart(request, body, limits)
+    else:
+        images, boxes = _read_json(body)
     if not images:
         raise Problem.of_field("image", "invalid-field", "missing. Send at least one picture.")
     if len(images) > limits.max_images:
@@ -62,21 +98,26 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
     return _with_boxes(images, boxes, limits)
 
 
-async def _limited(stream: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[bytes]:
-    """The body's chunks, ended by a Problem once they are too many, with or without a Content-Length."""
-    total = 0
-    async for chunk in stream:
-        total += len(chunk)
-        if total > limits.max_body_bytes:
-            raise _too_large(limits)
-        yield chunk
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
-async def _read_multipart(
-    request: Request, body: AsyncIterator[bytes], limits: Limits
-) -> tuple[list[bytes], Any]:
+class _WholeForm(MultiPartParser):
+    """Starlette's parser, which takes a form that was cut off for one with fewer parts."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def _read_multipart(request: Request, body: bytes, limits: Limits) -> tuple[list[bytes], Any]:
+    async def once() -> AsyncIterator[bytes]:
+        yield body
+
     # One more than allowed, so that it is our message that refuses, not the parser's.
-    parser = MultiPartParser(request.headers, body, max_files=limits.max_images + 1, max_fields=8)
+    parser = _WholeForm(request.headers, once(), max_files=limits.max_images + 1, max_fields=8)
+    parser.spool_max_size = len(body) + 1  # it is in memory already: no file on the disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -84,6 +125,9 @@ async def _read_multipart(
             raise _too_many_images(limits) from None
         raise Problem("malformed-body", f"multipart/form-data: {error.message}") from None
     try:
+        if not parser.ended:
+            what = "ends before its closing boundary: it was cut off. Send it again, whole."
+            raise Problem("malformed-body", f"multipart/form-data: the body of {len(body):,} bytes {what}")
         return await _form_fields(form)
     finally:
         await form.close()
@@ -186,6 +230,11 @@ def _what_is_wrong(box: Any) -> str | None:
             return f"{name} must be finite and within ±{FARTHEST:,.0f} px"
     if not (np.array(box[2:], np.float32) > 0).all():  # 1e-50 is 0 to the predictor
         return f"w and h must be positive, got {box[2]} and {box[3]}"
+    if max(box[2:]) <= 1:
+        return (
+            f"w {box[2]} and h {box[3]} are no more than one px. Boxes are in px of the displayed picture: "
+            f"those in fractions of it are multiplied by its width and height first"
+        )
     return None
 
 
@@ -213,6 +262,7 @@ def _too_many_images(limits: Limits) -> Problem:
     return Problem.of_field("image", "too-many-images", what, limit=limit)
 
 
+FORM_TYPE, JSON_TYPE = "multipart/form-data", "application/json"
 FORM = {
     "type": "object",
     "required": ["image"],
@@ -242,6 +292,6 @@ JSON = {
 }
 REQUEST_BODY = {
     "required": True,
-    "content": {"multipart/form-data": {"schema": FORM}, "application/json": {"schema": JSON}},
+    "content": {FORM_TYPE: {"schema": FORM}, JSON_TYPE: {"schema": JSON}},
 }
 """For openapi.json: FastAPI does not read the body, so it cannot know."""

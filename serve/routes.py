@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +18,7 @@ from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
 from serve.body import REQUEST_BODY
+from serve.front import REQUEST_ID
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
 from serve.service import Metrics, PoseService, logger
 
@@ -38,7 +38,8 @@ class Envelope:
             return
         request = Request(scope)
         # Serve's proxies set the header where the client did not, and return it with the answer.
-        request.state.request_id = request.headers.get("x-request-id") or str(uuid.uuid4())
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
         status = 0
 
         async def counted(message: Message) -> None:
@@ -62,12 +63,18 @@ class Envelope:
 
 async def _as_response(request: Request, error: Exception) -> Response:
     problem = _as_problem(request, error)
-    return JSONResponse(
-        problem.body(request.url.path, request.state.request_id),
-        problem.status,
-        headers=problem.headers,
-        media_type="application/problem+json",
-    )
+    body = problem.body(request.url.path, request.state.request_id)
+    # What the client sent may stand in it, such as half a surrogate pair, which is no text.
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+    return Response(content, problem.status, problem.headers, "application/problem+json")
+
+
+def _known_parameters(request: Request) -> None:
+    """Problem for a query parameter that the address does not know: it would be ignored."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    for unknown in sorted(set(request.query_params) - known):
+        there_are = f"there are {', '.join(sorted(known))}" if known else "there are none"
+        raise Problem.of_field(unknown, "invalid-field", f"unknown query parameter; {there_are}.")
 
 
 def _as_problem(request: Request, error: Exception) -> Problem:
@@ -99,15 +106,17 @@ def make_app(service: PoseService) -> FastAPI:
         responses={"default": {"description": "A problem.", "content": problem}},
     )
     app.add_middleware(Envelope, metrics=service.metrics)
+    api = APIRouter(dependencies=[Depends(_known_parameters)])
     for kind in (Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _as_response)
-    _add_poses(app, service)
-    _add_state(app, service)
+    _add_poses(api, service)
+    _add_state(api, service)
+    app.include_router(api)
     _add_page(app, service)
     return app
 
 
-def _add_poses(app: FastAPI, service: PoseService) -> None:
+def _add_poses(app: APIRouter, service: PoseService) -> None:
     @app.post("/v1/poses", response_model=PosesAnswer, openapi_extra={"requestBody": REQUEST_BODY})
     async def poses(request: Request) -> Response:
         """Keypoints of each box, in its order; without boxes, of the whole picture as one person."""
@@ -122,17 +131,19 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
     )
     async def overlay(request: Request, threshold: Threshold = 0.3) -> Response:
         """The displayed picture with boxes and with the keypoints that score above `threshold`, as PNG."""
-        answer, ((decoded, poses),) = await service.answer(request, draw=True)
-        png = await asyncio.to_thread(_drawn, decoded.image, poses, threshold)
-        return Response(png, media_type="image/png", headers={"X-Model-Version": answer.model.version})
+
+        def drawn(image: NDArray[np.uint8], poses: Poses) -> bytes:
+            points, boxes = poses.keypoints, poses.boxes.xywh
+            return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, boxes))
+
+        answer, png = await service.answer(request, drawn)
+        headers = {"X-Model-Version": answer.model.version}
+        if answer.results[0].warnings:
+            headers["X-Warning"] = answer.results[0].warnings[0]
+        return Response(png, media_type="image/png", headers=headers)
 
 
-def _drawn(image: NDArray[np.uint8], poses: Poses, threshold: float) -> bytes:
-    points = poses.keypoints
-    return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, poses.boxes.xywh))
-
-
-def _add_state(app: FastAPI, service: PoseService) -> None:
+def _add_state(app: APIRouter, service: PoseService) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer)
     async def models() -> ModelsAnswer:
         """The model that answers, as it was loaded."""

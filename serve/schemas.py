@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 class Answer(BaseModel):
     """The texts under the fields are in openapi.json and on /docs."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    # A number that JSON has not would be answered as null: better a defect that is seen.
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelInfo(Answer):
@@ -50,6 +51,8 @@ class Result(Answer):
     """request: the boxes sent. whole_image: none were sent, the picture is taken as one person."""
     persons: list[Person]
     """One for each box, in the order of the boxes."""
+    warnings: list[str] = []
+    """What may make the answer wrong although there is one, such as damaged JPEG data."""
 
 
 class PosesAnswer(Answer):
@@ -97,6 +100,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed-body": (400, "The body cannot be read"),
     "not-found": (404, "There is nothing at this address"),
     "method-not-allowed": (405, "This address does not take that method"),
+    "slow-body": (408, "The body came too slowly"),
     "body-too-large": (413, "The body is too large"),
     "media-type": (415, "This media type is not read"),
     "several-frames": (415, "A file of several pictures is not read"),

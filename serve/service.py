@@ -6,11 +6,13 @@ The HTTP side (routes.py) is handed in, so that it may know the service and not 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -21,17 +23,18 @@ from ray.serve.metrics import Counter, Histogram
 
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
-from serve.body import read_uploads
+from serve.body import Upload, read_body, uploads_of
 from serve.model import ServedModel, load_model
+from serve.room import Room
 from serve.samples import load_samples
 from serve.schemas import PosesAnswer, Problem
 from serve.settings import ModelChoice, ServeArgs
-from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, result_of
+from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, inspect, result_of
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
 DECODING_THREADS = 4
-Answered = tuple[PosesAnswer, list[tuple[Decoded, Poses]]]
-"""The answer to a request, and of each of its pictures what it was made of."""
+Drawing = Callable[[NDArray[np.uint8], Poses], bytes]
+"""From a picture and its poses to a file."""
 
 
 class PoseService:
@@ -44,8 +47,7 @@ class PoseService:
         self.load_error: str | None = None
         self.samples = load_samples(args.samples) if args.samples else {}
         self.metrics = Metrics()
-        self.in_progress = 0
-        self._seconds = 1.0  # moving average of a request, for Retry-After
+        self.room = Room(args)
         self._last_success = -math.inf
         # @serve.batch closes a batch when its wait is over, even while the model is busy: requests that
         # come one by one would queue up as batches of one. They wait here until the model is idle.
@@ -93,47 +95,49 @@ class PoseService:
             raise Problem("not-ready", self.load_error or "the model is still being loaded.")
         return self.model
 
-    async def answer(self, request: Request, draw: bool = False) -> Answered:
+    async def answer(
+        self, request: Request, drawing: Drawing | None = None
+    ) -> tuple[PosesAnswer, bytes | None]:
         """Everything between a request and its answer. Problem says why there is none.
 
-        draw: for an overlay: the request is of one picture, whose pixels are kept.
+        drawing: for an overlay: the request is of one picture, and the file that this makes of it comes too.
         """
-        model = self.ready()
-        if self.in_progress >= self.args.max_requests:
-            what = f"{self.in_progress} requests are in progress here, as many as are taken. Try again later."
-            raise Problem("overloaded", what, headers={"Retry-After": str(math.ceil(self._seconds))})
-        self.in_progress += 1
-        started = time.perf_counter()
-        try:
-            async with asyncio.timeout(self.args.deadline_s):
-                return await self._answer(model, request, draw)
-        except TimeoutError:
-            raise Problem(
-                "deadline",
-                f"no answer within {self.args.deadline_s:g} s. Send fewer people or smaller pictures, or "
-                f"try again when there is less to do.",
-            ) from None
-        finally:
-            self.in_progress -= 1
-            self._seconds += 0.1 * (time.perf_counter() - started - self._seconds)
+        model, started = self.ready(), time.perf_counter()
+        with self.room.body() as grown:
+            with self.room.reading():
+                body = await read_body(request, self.args.limits, grown)
+            with self.room.place():
+                try:
+                    async with asyncio.timeout(self.args.deadline_s):
+                        uploads = await uploads_of(request, body, self.args.limits)
+                        return await self._answer(model, request, uploads, drawing, started)
+                except TimeoutError:
+                    raise Problem(
+                        "deadline",
+                        f"no answer within {self.args.deadline_s:g} s. Send fewer people or smaller "
+                        f"pictures, or try again when there is less to do.",
+                    ) from None
 
-    async def _answer(self, model: ServedModel, request: Request, draw: bool) -> Answered:
-        clock = [time.perf_counter()]
-        uploads = await read_uploads(request, self.args.limits)
-        if draw and len(uploads) > 1:
+    async def _answer(
+        self,
+        model: ServedModel,
+        request: Request,
+        uploads: list[Upload],
+        drawing: Drawing | None,
+        started: float,
+    ) -> tuple[PosesAnswer, bytes | None]:
+        if drawing and len(uploads) > 1:
             raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
-        clock.append(time.perf_counter())
-        loop, pool, limits = asyncio.get_running_loop(), self._decoding, self.args.limits
-        decoded = await asyncio.gather(
-            *(loop.run_in_executor(pool, decode, model, upload, limits, draw) for upload in uploads)
-        )
-        people = [one.people for one in decoded]
-        clock.append(time.perf_counter())
-        inferred = await self._infer_people(model, np.concatenate([one.crops for one in people]))
-        clock += [inferred.started, inferred.ended]
-        poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
-        pictures = list(zip(decoded, poses, strict=True))
-        results = [result_of(*picture) for picture in pictures]
+        clock, file = [started, time.perf_counter()], None
+        async with self._decoded(model, uploads, drawing is not None) as decoded:
+            people = [one.people for one in decoded]
+            clock.append(time.perf_counter())
+            inferred = await self._infer_people(model, np.concatenate([one.crops for one in people]))
+            clock += [inferred.started, inferred.ended]
+            poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
+            if drawing:
+                file = await asyncio.to_thread(drawing, decoded[0].image, poses[0])
+        results = [result_of(*picture) for picture in zip(decoded, poses, strict=True)]
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
         self.metrics.answered(sum(len(r.persons) for r in results), stages)
@@ -141,7 +145,32 @@ class PoseService:
         timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
         request_id = request.state.request_id
         answer = PosesAnswer(request_id=request_id, model=model.info(), results=results, timings_ms=timings)
-        return answer, pictures
+        return answer, file
+
+    @asynccontextmanager
+    async def _decoded(
+        self, model: ServedModel, uploads: list[Upload], keep: bool
+    ) -> AsyncIterator[list[Decoded]]:
+        """A request's pictures, decoded and cut, once there is room for their pixels: all at once, or one
+        after the other where they are more than is ever held. keep: the pixels of its one picture, too."""
+        pool, limits, pixels = self._decoding, self.args.limits, self.room.pixels
+        headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads], len(uploads))
+        areas = [header.width * header.height for header in headers]
+        width, height = model.predictor.spec.input_size
+        cut = sum(1 if one.boxes_xywh is None else len(one.boxes_xywh) for one in uploads) * width * height
+        together = cut + sum(areas) <= pixels.limit
+        jobs = [(model, upload, header, keep) for upload, header in zip(uploads, headers, strict=True)]
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(self.args.deadline_s / 2):
+                    need = cut + (sum(areas) if together else max(areas))
+                    keep_only = await held.enter_async_context(pixels.take(need))
+            except TimeoutError:
+                raise self.room.full("pixels") from None
+            decoded = await _in_threads(pool, decode, jobs, len(jobs) if together else 1)
+            if not keep:
+                keep_only(cut)
+            yield decoded
 
     async def _infer_people(self, model: ServedModel, crops: NDArray[np.uint8]) -> Inferred:
         """A request's people: in portions that fit a batch, each beside other requests'."""
@@ -179,6 +208,22 @@ class PoseService:
         if any(isinstance(one, Inferred) for one in inferred):
             self._last_success = time.monotonic()
         return inferred
+
+
+async def _in_threads(
+    pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: list[tuple[Any, ...]], at_once: int
+) -> list[Any]:
+    """work(*job) of each job, up to so many at once. Whoever is told of a failure, or gives up, is told when
+    no thread works on it any more: only then is its memory free."""
+    done: list[Any] = []
+    for i in range(0, len(jobs), at_once):
+        running = [pool.submit(work, *job) for job in jobs[i : i + at_once]]
+        try:
+            done += await asyncio.gather(*map(asyncio.wrap_future, running))
+        finally:
+            if not all(future.done() for future in running):
+                await asyncio.to_thread(wait, running)
+    return done
 
 
 class Metrics:

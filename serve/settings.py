@@ -27,6 +27,10 @@ class Limits(Settings):
 
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
     """A longer body is not read to its end (413)."""
+    body_idle_s: float = Field(default=5.0, gt=0)
+    """A body of which nothing comes for this long is given up (408)."""
+    body_s: float = Field(default=30.0, gt=0)
+    """A body must be whole within this time (408). The deadline of the work begins when it is."""
     max_pixels: int = Field(default=50_000_000, ge=1)
     """A picture whose header promises more is refused before it is decoded."""
     max_people: int = Field(default=128, ge=1)
@@ -55,9 +59,18 @@ class ReplicaSettings(Settings):
     max_batch_people: int = Field(default=32, ge=1)
     """People of one forward pass, gathered over requests."""
     max_requests: int = Field(default=64, ge=1)
-    """Requests in progress in one replica; the next one gets 429."""
+    """Requests in progress in one replica, their bodies whole; the next one gets 429."""
+    max_bodies: int = Field(default=256, ge=1)
+    """Bodies that one replica reads at a time; the next one gets 429."""
+    max_bytes_held: int = Field(default=256 * 2**20, ge=1)
+    """Bytes of bodies in one replica, while they are read and worked on; the next one gets 429. At least
+    what one body may have is taken."""
+    max_pixels_held: int = Field(default=64_000_000, ge=1)
+    """Pixels in one replica's memory at a time, of pictures being decoded and of people cut out: 3 bytes
+    each, up to 12 while a progressive JPEG is decoded. Requests beyond wait their turn, in order, up to
+    half the deadline (then 429). One request is always let in."""
     deadline_s: float = Field(default=30.0, gt=0)
-    """A request that takes longer gets 504."""
+    """Work on a whole body that takes longer gets 504."""
     max_replicas: int | None = Field(default=None, ge=1)
     """With this, Ray Serve scales the replicas with the load, up to this many."""
     samples: str | None = None
