@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import on_cluster, ray_session, require, room_for
+from pipelines.cluster import metrics_port, on_cluster, ray_session, require, room_for, with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.storage import absolute, is_file, join, write_json, write_whole, writing
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
@@ -64,7 +64,7 @@ def deploy(
     block = block and not on_cluster()
     with _interruptible(), local_checkpoint(checkpoint, track, run.storage) as found:
         args, spec = serve_args(found, settings, run, track)
-        with ray_session(ray_settings):
+        with ray_session(with_metrics_port(ray_settings)):
             if block and settings.cpus_per_replica is None:  # the machine is ours
                 share = room_for(1, 0) // (settings.max_replicas or settings.replicas)
                 args = args.model_copy(update={"num_cpus": max(1.0, float(share))})
@@ -315,4 +315,6 @@ def _told(url: str, args: ServeArgs, spec: CheckpointSpec, block: bool) -> str:
         f"  try   curl -F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
         f"  API   {url}/docs",
     ]
-    return "\n".join([*lines, "  end   Ctrl-C"] if block else lines)
+    if block:
+        lines += [f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics", "  end   Ctrl-C"]
+    return "\n".join(lines)

@@ -90,6 +90,11 @@ class Pixels:
         self.held = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
     @asynccontextmanager
     async def take(self, count: int) -> AsyncIterator[Callable[[int], None]]:
         """Room for `count` pixels, once there is; what is given, called with a smaller count, gives the rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,24 +20,25 @@ from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
 from serve.body import REQUEST_BODY
 from serve.front import REQUEST_ID
+from serve.metrics import Outcome
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
-from serve.service import Metrics, PoseService, logger
+from serve.service import PoseService, logger
 
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
 class Envelope:
-    """Around every request: an id for it, its status counted, and no exception without an answer."""
+    """Around every request: an id for it, its end counted, and no exception without an answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, service: PoseService) -> None:
         self.app = app
-        self.metrics = metrics
+        self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
+        request, started = Request(scope), time.perf_counter()
         # Serve's proxies set the header where the client did not, and return it with the answer.
         given = request.headers.get("x-request-id", "")
         request.state.request_id = given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
@@ -46,9 +48,7 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # The route's own path: a series for each path that a stranger invents would have no end.
-                path = getattr(scope.get("route"), "path", "other")
-                self.metrics.requests.inc(tags={"path": path, "status": str(status)})
+                self._ended(request, status, time.perf_counter() - started)
             await send(message)
 
         try:
@@ -60,9 +60,18 @@ class Envelope:
             response = await _as_response(request, error)
             await response(scope, receive, counted)
 
+    def _ended(self, request: Request, status: int, seconds: float) -> None:
+        known = request.scope["state"]  # what was put there on the way
+        path = getattr(request.scope.get("route"), "path", "other")
+        names = ("slug", "reason", "model", "stages")
+        told = {name: known[name] for name in names if name in known}
+        self.service.metrics.ended(Outcome(path, status, seconds, **told))
+        self.service.metrics.show(self.service.room)
+
 
 async def _as_response(request: Request, error: Exception) -> Response:
     problem = _as_problem(request, error)
+    request.state.slug, request.state.reason = problem.slug, problem.members.get("reason", "")
     body = problem.body(request.url.path, request.state.request_id)
     # What the client sent may stand in it, such as half a surrogate pair, which is no text.
     content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
@@ -105,7 +114,7 @@ def make_app(service: PoseService) -> FastAPI:
         redoc_url=None,
         responses={"default": {"description": "A problem.", "content": problem}},
     )
-    app.add_middleware(Envelope, metrics=service.metrics)
+    app.add_middleware(Envelope, service=service)
     api = APIRouter(dependencies=[Depends(_known_parameters)])
     for kind in (Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _as_response)

@@ -19,11 +19,11 @@ import numpy as np
 from fastapi import FastAPI, Request
 from numpy.typing import NDArray
 from ray import serve
-from ray.serve.metrics import Counter, Histogram
 
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
 from serve.body import Upload, read_body, uploads_of
+from serve.metrics import Metrics
 from serve.model import ServedModel, load_model
 from serve.room import Room
 from serve.samples import load_samples
@@ -81,6 +81,7 @@ class PoseService:
 
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""
+        self.metrics.show(self.room, at_once=True)
         model = self.ready()
         if time.monotonic() - self._last_success < 10:
             return
@@ -103,6 +104,7 @@ class PoseService:
         drawing: for an overlay: the request is of one picture, and the file that this makes of it comes too.
         """
         model, started = self.ready(), time.perf_counter()
+        request.state.model = model.info()
         with self.room.body() as grown:
             with self.room.reading():
                 body = await read_body(request, self.args.limits, grown)
@@ -140,7 +142,12 @@ class PoseService:
         results = [result_of(*picture) for picture in zip(decoded, poses, strict=True)]
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
-        self.metrics.answered(sum(len(r.persons) for r in results), stages)
+        request.state.stages = {name: float(spent) for name, spent in stages.items()}
+        people, pixels = (
+            sum(len(r.persons) for r in results),
+            sum(r.image.width * r.image.height for r in results),
+        )
+        self.metrics.found(people, pixels, model.info())
         seconds = {**stages, "total": ended - clock[0]}
         timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
         request_id = request.state.request_id
@@ -195,7 +202,7 @@ class PoseService:
 
     @serve.batch(batch_size_fn=count_people)
     async def _infer_batched(self, portions: list[Portion]) -> list[Inferred | Exception]:
-        self.metrics.batch_people.observe(count_people(portions))
+        self.metrics.batches.observe(count_people(portions))
         self._idle.clear()
         try:
             return await self._infer(portions)
@@ -224,22 +231,3 @@ async def _in_threads(
             if not all(future.done() for future in running):
                 await asyncio.to_thread(wait, running)
     return done
-
-
-class Metrics:
-    """Prometheus series of a replica, exported by Ray on each node's metrics port with a ray_ prefix."""
-
-    def __init__(self) -> None:
-        self.requests = Counter("hrnet_requests", "Requests answered.", ("path", "status"))
-        self.people = Counter("hrnet_people", "People whose keypoints were found.")
-        stages = "Seconds of a request by stage: read, decode, queue, infer."
-        bounds = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
-        self.stage_seconds = Histogram("hrnet_stage_seconds", stages, bounds, ("stage",))
-        people = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-        self.batch_people = Histogram("hrnet_batch_people", "People of a forward pass.", people)
-
-    def answered(self, people: int, stages: dict[str, float]) -> None:
-        if people:
-            self.people.inc(people)
-        for stage, seconds in stages.items():
-            self.stage_seconds.observe(max(float(seconds), 1e-6), tags={"stage": stage})

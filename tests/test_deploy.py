@@ -29,7 +29,8 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.config import RunSettings, ServeSettings, TrackSettings
+from pipelines.cluster import with_metrics_port
+from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.deploy import deploy, serve_args
 from serve.settings import ServeArgs
 
@@ -303,6 +304,8 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         assert len(started) > 3
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         assert json.load(opener.open(f"http://127.0.0.1:{port}/readyz", timeout=30))["ready"] is True
+        (metrics,) = [line.split()[1] for line in lines if "Prometheus" in line]
+        assert b"ray_" in opener.open(metrics, timeout=30).read()
         process.send_signal(stop)
         assert process.wait(60) == 0, "".join(lines)
         _, alive = psutil.wait_procs(started, timeout=30)
@@ -311,3 +314,17 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         process.kill()
         reader.join(30)
     assert not any("Traceback" in line for line in lines), "".join(lines)
+
+
+def test_the_metrics_port_is_the_one_asked_for_or_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--ray.metrics-port {port}"):
+            with_metrics_port(RaySettings(metrics_port=port))
+        monkeypatch.setattr("pipelines.cluster.METRICS_PORT", port)
+        assert with_metrics_port(RaySettings()).metrics_port is None
+    assert with_metrics_port(RaySettings()).metrics_port == port
+    assert with_metrics_port(RaySettings(metrics_port=port)).metrics_port == port

@@ -939,13 +939,19 @@ def test_metrics_are_on_the_nodes_metrics_port(server: httpx.Client) -> None:
     import ray
 
     assert server.post("/v1/poses", files={"image": PNG}).status_code == 200
+    assert server.post("/v1/poses", files={"image": b"none"}).status_code == 422
+    assert server.get("/metrics").status_code == 404, "for the node's own network, not for clients"
     (node,) = [n for n in ray.nodes() if n["Alive"]]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {
-        "ray_hrnet_requests_total": 'path="/v1/poses"',
-        "ray_hrnet_people_total": "poses",
-        "ray_hrnet_stage_seconds_count": 'stage="infer"',
+        "ray_hrnet_requests_total": 'slug="not-a-picture"',
+        "ray_hrnet_people_total": 'mode="float32"',
+        "ray_hrnet_decoded_pixels_total": 'mode="float32"',
+        "ray_hrnet_request_seconds_bucket": 'le="+Inf"',
+        "ray_hrnet_stage_seconds_sum": 'stage="infer"',
         "ray_hrnet_batch_people_count": "poses",
+        "ray_hrnet_in_progress": "poses",
+        "ray_hrnet_pixels_held": "poses",
     }
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + 40  # Ray exports every ten seconds

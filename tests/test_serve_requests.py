@@ -16,9 +16,11 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from prometheus_client import CollectorRegistry, Histogram
 from test_serve import PNG, call, form, photo, save_tiny, service_of
 
 from hrnet_core.images import encode_jpeg
+from serve.metrics import SECONDS, Sums
 from serve.room import Pixels
 from serve.routes import make_app
 from serve.service import PoseService
@@ -266,3 +268,65 @@ def test_twelve_large_pictures_at_once_need_the_memory_of_few(checkpoint: Path) 
     grown = (most[0] - before) / 2**20
     assert 100 < grown < 400, f"{grown:.0f} MB: one picture is 140"
     assert service.room.pixels.held == 0
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+class Shown:
+    """A gauge that keeps what it is set to, by the values of its labels."""
+
+    def __init__(self, name: str, description: str, labels: tuple[str, ...] = ()) -> None:
+        self.name, self.labels, self.values = name, labels, {}
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.values[tuple((tags or {})[label] for label in self.labels)] = value
+
+    def inc(self, value: float = 1, tags: dict[str, str] | None = None) -> None:
+        self.set(value, tags)
+
+
+def test_a_histogram_is_what_prometheus_own_client_makes_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.metrics.Gauge", Shown)
+    ours = Sums("seconds", "Seconds.", SECONDS, ("stage",))
+    theirs = Histogram("seconds", "Seconds.", ("stage",), registry=CollectorRegistry(), buckets=SECONDS)
+    for seconds in [*np.random.default_rng(0).gamma(0.5, 1, 500), 0.01, 0.0, 99.0]:
+        ours.observe(float(seconds), "infer")
+        theirs.labels("infer").observe(seconds)
+    ours.observe(1.0, "read")
+    theirs.labels("read").observe(1.0)
+    ours.show()
+    samples = [s for metric in theirs.collect() for s in metric.samples if not s.name.endswith("_created")]
+    assert len(samples) == 2 * (len(SECONDS) + 3)
+    for name, labels, value, *_ in samples:
+        gauge = {"seconds_bucket": ours._bucket, "seconds_sum": ours._sum, "seconds_count": ours._count}[name]
+        key = tuple(labels[label] for label in gauge.labels)
+        key = tuple(
+            "+Inf" if one == "+Inf" else f"{float(one):g}" if one[0].isdigit() else one for one in key
+        )
+        assert gauge.values[key] == pytest.approx(value, rel=1e-12), (name, labels)
+
+
+def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.metrics.Gauge", Shown)
+    monkeypatch.setattr("serve.metrics.Counter", Shown)
+    service = service_of(checkpoint, max_bodies=1)
+    post(service, **form(boxes=[[1, 1, 20, 20], [1, 1, 30, 30]]))
+    with service.room.reading():
+        post(service, **form())
+    call(service, "GET", "/invented/by/a/stranger")
+    metrics = service.metrics
+    metrics.show(service.room, at_once=True)
+    assert set(metrics.requests.values) == {
+        ("/v1/poses", "200", "", "7", "float32"),
+        ("/v1/poses", "429", "overloaded", "7", "float32"),
+        ("other", "404", "not-found", "", ""),
+    }
+    assert set(metrics.refused.values) == {("bodies",)}
+    assert metrics.people.values == {("7", "float32"): 2}
+    assert metrics.pixels.values == {("7", "float32"): 64 * 48}
+    assert metrics.seconds._count.values == {("/v1/poses", "7", "float32"): 1}
+    assert {key[0] for key in metrics.stages._count.values} == {"read", "decode", "queue", "infer"}
+    assert [gauge.values[()] for gauge in metrics._now.values()] == [0] * 5
