@@ -299,7 +299,9 @@ class TrackSettings(Section):
 
 class ServeSettings(Section, Limits, ReplicaSettings):
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface. The endpoint itself asks for no password."""
+    """Address to listen on; 0.0.0.0 for every interface. Other than a loopback address it needs `keys`."""
+    anyone: bool = False
+    """Answer whoever reaches the endpoint, without keys, wherever it listens."""
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""

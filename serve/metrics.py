@@ -78,6 +78,8 @@ class Outcome:
     """Of the problem it ended in."""
     reason: str = ""
     """What there was no room for."""
+    key: str = ""
+    """Name of who asked, where keys are asked for."""
     model: ModelInfo | None = None
     """That answered, or was to."""
     stages: dict[str, float] = field(default_factory=dict)
@@ -87,8 +89,10 @@ class Metrics:
     """All series of a replica."""
 
     def __init__(self) -> None:
-        self.requests = Counter("hrnet_requests", "Requests ended.", ("path", "status", "slug", *MODEL))
-        self.refused = Counter("hrnet_refused", "Requests refused with 429.", ("reason",))
+        self.requests = Counter(
+            "hrnet_requests", "Requests ended.", ("path", "status", "slug", "key", *MODEL)
+        )
+        self.refused = Counter("hrnet_refused", "Requests refused with 429.", ("reason", "key"))
         self.people = Counter("hrnet_people", "People whose keypoints were found.", MODEL)
         self.pixels = Counter("hrnet_decoded_pixels", "Pixels of pictures that were decoded.", MODEL)
         self.seconds = Sums(
@@ -110,10 +114,10 @@ class Metrics:
     def ended(self, outcome: Outcome) -> None:
         """Count a request."""
         model = (outcome.model.version, outcome.model.mode) if outcome.model else ("", "")
-        tags = {"path": outcome.path, "status": str(outcome.status), "slug": outcome.slug}
+        tags = {"path": outcome.path, "status": str(outcome.status), "slug": outcome.slug, "key": outcome.key}
         self.requests.inc(tags={**tags, **dict(zip(MODEL, model, strict=True))})
         if outcome.reason and outcome.status == 429:
-            self.refused.inc(tags={"reason": outcome.reason})
+            self.refused.inc(tags={"reason": outcome.reason, "key": outcome.key})
         if outcome.status == 200 and outcome.stages:
             self.seconds.observe(outcome.seconds, outcome.path, *model)
             for stage, seconds in outcome.stages.items():

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from serve.keys import Key, Rates
 from serve.schemas import Problem
 from serve.settings import ServeArgs
 
@@ -24,15 +25,20 @@ class Room:
         self.bodies = 0
         self.bytes_held = 0
         self.in_progress = 0
+        self._of_key: Counter[str] = Counter()
+        self._rates = Rates()
         self.pixels = Pixels(args.max_pixels_held)
         self.usual_s = 1.0
         """Moving average of the work on a request, for Retry-After."""
 
     @contextmanager
-    def body(self) -> Iterator[Callable[[int], None]]:
-        """While a body is held: its bytes are added by calling what is given. Ends with the request."""
-        if self.in_progress >= self.args.max_requests:
-            raise self.full("places")  # it would be read for nothing
+    def body(self, key: Key | None) -> Iterator[Callable[[int], None]]:
+        """While a body is held: its bytes are added by calling what is given. Ends with the request.
+
+        key: whose request it is; its rate and share are asked first.
+        """
+        self._within_rate(key)
+        self._has_place(key)  # else it would be read for nothing
         held = 0
 
         def add(more: int) -> None:
@@ -59,21 +65,41 @@ class Room:
             self.bodies -= 1
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, key: Key | None) -> Iterator[None]:
         """While a request whose body is whole is worked on."""
-        if self.in_progress >= self.args.max_requests:
-            raise self.full("places")
+        self._has_place(key)
+        name = key.name if key else ""
         self.in_progress += 1
+        self._of_key[name] += 1
         started = asyncio.get_running_loop().time()
         try:
             yield
         finally:
             self.in_progress -= 1
+            self._of_key[name] -= 1
             self.usual_s += 0.1 * (asyncio.get_running_loop().time() - started - self.usual_s)
+
+    def _has_place(self, key: Key | None) -> None:
+        if self.in_progress >= self.args.max_requests:
+            raise self.full("places")
+        share = (key.share or self.args.key_share) if key else 1.0
+        if key and self._of_key[key.name] >= max(1, math.floor(share * self.args.max_requests)):
+            raise self.full("share")
+
+    def _within_rate(self, key: Key | None) -> None:
+        rate = (key.rate or self.args.key_rate) if key else None
+        if not key or rate is None:
+            return
+        wait = self._rates.wait_s(key.name, rate)
+        if wait:
+            what = f"{key.name} may make {rate:g} requests a second here. Try again later."
+            retry = {"Retry-After": str(math.ceil(wait))}
+            raise Problem("overloaded", what, headers=retry, reason="rate")
 
     def full(self, reason: str) -> Problem:
         what = {
             "places": f"{self.in_progress} requests are in progress here, as many as are taken.",
+            "share": "the key has as many requests in progress here as it may.",
             "bodies": f"{self.bodies} bodies are being read here, as many as are taken.",
             "bytes": f"bodies of {self.bytes_held:,} bytes are held here, as many as are taken.",
             "pixels": f"{self.pixels.held:,} decoded pixels are in memory here, as many as are taken.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hrnet_core.images import encode_png
@@ -24,6 +27,13 @@ from serve.metrics import Outcome
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
 from serve.service import PoseService, logger
 
+SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""Headers of every answer that does not have them otherwise."""
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
@@ -48,11 +58,18 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE.items():
+                    headers.setdefault(name, value)
                 self._ended(request, status, time.perf_counter() - started)
             await send(message)
 
         try:
+            self._check_host(request)
             await self.app(scope, receive, counted)
+        except Problem as error:
+            response = await _as_response(request, error)
+            await response(scope, receive, counted)
         except Exception as error:
             logger.exception("request %s failed", request.state.request_id)
             if status:
@@ -60,10 +77,17 @@ class Envelope:
             response = await _as_response(request, error)
             await response(scope, receive, counted)
 
+    def _check_host(self, request: Request) -> None:
+        """A page from elsewhere, whose name was made to lead here, must not ask in its visitor's name."""
+        allowed = self.service.args.hosts
+        host = re.sub(r":\d+$", "", request.headers.get("host", "")).lower()
+        if allowed and not {host, "*"} & set(allowed) and request.url.path not in ("/livez", "/readyz"):
+            raise Problem("misdirected", f"{host or 'no name'}: not a host of this endpoint (--serve.hosts).")
+
     def _ended(self, request: Request, status: int, seconds: float) -> None:
         known = request.scope["state"]  # what was put there on the way
         path = getattr(request.scope.get("route"), "path", "other")
-        names = ("slug", "reason", "model", "stages")
+        names = ("slug", "reason", "key", "model", "stages")
         told = {name: known[name] for name in names if name in known}
         self.service.metrics.ended(Outcome(path, status, seconds, **told))
         self.service.metrics.show(self.service.room)
@@ -114,6 +138,15 @@ def make_app(service: PoseService) -> FastAPI:
         redoc_url=None,
         responses={"default": {"description": "A problem.", "content": problem}},
     )
+    if service.args.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.args.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After", "X-Model-Version", "X-Warning"],
+            max_age=600,
+        )
     app.add_middleware(Envelope, service=service)
     api = APIRouter(dependencies=[Depends(_known_parameters)])
     for kind in (Problem, HTTPException, RequestValidationError):
@@ -154,10 +187,15 @@ def _add_poses(app: APIRouter, service: PoseService) -> None:
 
 def _add_state(app: APIRouter, service: PoseService) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer)
-    async def models() -> ModelsAnswer:
-        """The model that answers, as it was loaded."""
-        loaded = [service.model.described()] if service.model else []
-        return ModelsAnswer(models=loaded, last_load_error=service.load_error)
+    async def models(request: Request) -> ModelsAnswer:
+        """The model that answers, as it was loaded. Where keys are asked for, who sends none is not told
+        where it lies and what it was made of."""
+        loaded, error = [service.model.described()] if service.model else [], service.load_error
+        if service.keys.wanted and service.keys.holder(request.headers.get("authorization")) is None:
+            untold = {"source": "", "checkpoint": "", "provenance": {}}
+            loaded = [model.model_copy(update=untold) for model in loaded]
+            error = error and "The model asked for last could not be loaded."
+        return ModelsAnswer(models=loaded, last_load_error=error)
 
     @app.get("/livez")
     async def livez() -> dict[str, bool]:
@@ -167,13 +205,18 @@ def _add_state(app: APIRouter, service: PoseService) -> None:
     @app.get("/readyz")
     async def readyz() -> dict[str, Any]:
         """A model is loaded; 503 with the reason where none is."""
-        model = service.ready()
-        return {"ready": True, "model": model.info(), "last_load_error": service.load_error}
+        model, error = service.ready(), service.load_error
+        if service.keys.wanted:
+            error = error and "The model asked for last could not be loaded."
+        return {"ready": True, "model": model.info(), "last_load_error": error}
 
 
 def _add_page(app: FastAPI, service: PoseService) -> None:
     # Nothing of the page comes from elsewhere, and nothing else may run in it.
-    policy = {"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"}
+    policy = {
+        "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+        "Cache-Control": "no-cache",
+    }
 
     def add(path: str, file: str, media_type: str) -> None:
         content = Path(__file__).with_name(file).read_bytes()

@@ -98,10 +98,12 @@ class ProblemAnswer(Answer):
 
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed-body": (400, "The body cannot be read"),
+    "unauthorized": (401, "A key is needed"),
     "not-found": (404, "There is nothing at this address"),
     "method-not-allowed": (405, "This address does not take that method"),
     "slow-body": (408, "The body came too slowly"),
     "body-too-large": (413, "The body is too large"),
+    "misdirected": (421, "This host is not served here"),
     "media-type": (415, "This media type is not read"),
     "several-frames": (415, "A file of several pictures is not read"),
     "invalid-field": (422, "A field is missing, unknown or wrong"),

@@ -23,6 +23,7 @@ from ray import serve
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
 from serve.body import Upload, read_body, uploads_of
+from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.model import ServedModel, load_model
 from serve.room import Room
@@ -48,6 +49,7 @@ class PoseService:
         self.samples = load_samples(args.samples) if args.samples else {}
         self.metrics = Metrics()
         self.room = Room(args)
+        self.keys = Keys(args.keys, args.need_keys)
         self._last_success = -math.inf
         # @serve.batch closes a batch when its wait is over, even while the model is busy: requests that
         # come one by one would queue up as batches of one. They wait here until the model is idle.
@@ -90,6 +92,17 @@ class PoseService:
         if isinstance(inferred, Exception):
             raise inferred
 
+    def admit(self, request: Request) -> Key | None:
+        """Whose request it is; None where no key is asked for. Problem (401) for one without a known key."""
+        if not self.keys.wanted:
+            return None
+        key = self.keys.holder(request.headers.get("authorization"))
+        if key is None:
+            what = "send the header Authorization: Bearer KEY. Whoever runs this endpoint gives keys."
+            raise Problem("unauthorized", what, headers={"WWW-Authenticate": 'Bearer realm="hrnet"'})
+        request.state.key = key.name
+        return key
+
     def ready(self) -> ServedModel:
         """The model that answers. Problem (503) where there is none."""
         if self.model is None:
@@ -105,10 +118,11 @@ class PoseService:
         """
         model, started = self.ready(), time.perf_counter()
         request.state.model = model.info()
-        with self.room.body() as grown:
+        key = self.admit(request)
+        with self.room.body(key) as grown:
             with self.room.reading():
                 body = await read_body(request, self.args.limits, grown)
-            with self.room.place():
+            with self.room.place(key):
                 try:
                     async with asyncio.timeout(self.args.deadline_s):
                         uploads = await uploads_of(request, body, self.args.limits)

@@ -73,6 +73,18 @@ class ReplicaSettings(Settings):
     """Work on a whole body that takes longer gets 504."""
     max_replicas: int | None = Field(default=None, ge=1)
     """With this, Ray Serve scales the replicas with the load, up to this many."""
+    keys: str | None = None
+    """File of the keys that requests must bring, a line each: NAME KEY [rate=5] [share=0.25]. Read again when
+    it changes. The environment variable HRNET_SERVE_KEYS of the replicas holds more of them."""
+    key_rate: float | None = Field(default=None, gt=0)
+    """Requests a second that one key may make in one replica (429); default: as many as there is room for."""
+    key_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of `max_requests` that one key may have in progress in one replica (429)."""
+    hosts: tuple[str, ...] = ()
+    """Host names that requests may be addressed to (421), * for any. Default: where `host` is a loopback
+    address its names, else any."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask from a browser, such as https://example.com; * for all."""
     samples: str | None = None
     """Pictures for the page: a folder with a boxes.json; `hrnet deploy` takes the picture folder of a COCO
     split too."""
@@ -94,6 +106,8 @@ class ServeArgs(ModelChoice, ReplicaSettings):
     """Arguments of `serve.app:build`; `args:` of a Serve config file."""
 
     limits: Limits = Limits()
+    need_keys: bool = False
+    """A replica that finds no keys does not start."""
     batch_wait_s: float = Field(default=BATCH_WAIT_S, ge=0)
     """How long an idle model waits for more people; while it is busy, the next batch gathers anyway."""
     num_replicas: int = Field(default=REPLICAS, ge=1)

@@ -894,7 +894,7 @@ def test_a_request_id_that_serve_cannot_read_is_replaced(endpoint: str) -> None:
 @pytest.mark.ray
 def test_many_slow_bodies_keep_nobody_out(endpoint: str, server: httpx.Client) -> None:
     host, port = endpoint.removeprefix("http://").split(":")
-    head = b"POST /v1/poses HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    head = b"POST /v1/poses HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(80)]
     for connection in slow:
         connection.sendall(head + b"Content-Length: 1000\r\n\r\n-")

@@ -320,11 +320,11 @@ def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
     metrics = service.metrics
     metrics.show(service.room, at_once=True)
     assert set(metrics.requests.values) == {
-        ("/v1/poses", "200", "", "7", "float32"),
-        ("/v1/poses", "429", "overloaded", "7", "float32"),
-        ("other", "404", "not-found", "", ""),
+        ("/v1/poses", "200", "", "", "7", "float32"),
+        ("/v1/poses", "429", "overloaded", "", "7", "float32"),
+        ("other", "404", "not-found", "", "", ""),
     }
-    assert set(metrics.refused.values) == {("bodies",)}
+    assert set(metrics.refused.values) == {("bodies", "")}
     assert metrics.people.values == {("7", "float32"): 2}
     assert metrics.pixels.values == {("7", "float32"): 64 * 48}
     assert metrics.seconds._count.values == {("/v1/poses", "7", "float32"): 1}
