@@ -37,20 +37,23 @@ class Upload:
     """(P, 4) px of the displayed picture; None: the whole picture is one person."""
 
 
-async def read_body(request: Request, limits: Limits, grown: Callable[[int], None]) -> bytes:
+async def read_body(
+    request: Request, limits: Limits, grown: Callable[[int], None], types: tuple[str, ...]
+) -> bytes:
     """The whole body. Problem where its headers or its length are refused, or where it comes too slowly.
 
     grown: told the bytes of each chunk as it arrives; may raise.
+    types: media types that are read; () for any.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise Problem("media-type", f"Content-Encoding {encoding!r} is not read: send the body as it is.")
-    if _media_type(request) not in (FORM_TYPE, JSON_TYPE):
+    if types and _media_type(request) not in types:
         raise Problem(
             "media-type",
             f"Content-Type {_media_type(request) or 'nothing'!r} is not read: send multipart/form-data with "
             f"one or more `image` files, or application/json with base64.",
-            headers={"Accept": f"{FORM_TYPE}, {JSON_TYPE}"},
+            headers={"Accept": ", ".join(types)},
         )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_body_bytes:
@@ -91,10 +94,6 @@ async def uploads_of(request: Request, body: bytes, limits: Limits) -> list[Uplo
         images, boxes = await _read_multipart(request, body, limits)
     else:
         images, boxes = _read_json(body)
-    if not images:
-        raise Problem.of_field("image", "invalid-field", "missing. Send at least one picture.")
-    if len(images) > limits.max_images:
-        raise _too_many_images(limits)
     return _with_boxes(images, boxes, limits)
 
 
@@ -186,6 +185,7 @@ def _json(text: str | bytes, field: str, slug: str) -> Any:
 def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]:
     """Pair pictures with boxes: one list for one picture, a list (or null) for each of several."""
     count = len(images)
+    check_counts(count, 0, limits)
     if boxes is None or count == 1:
         lists = [boxes] * count
     elif isinstance(boxes, list) and len(boxes) == count:
@@ -198,13 +198,22 @@ def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]
             f"{count} pictures need a list of {count} lists of boxes (null: the whole picture), got {given}.",
         )
     people = sum(1 if one is None else len(one) for one in lists if one is None or isinstance(one, list))
-    if people > limits.max_people:
-        what = f"{people} people in one request, at most {limits.max_people}: send several requests."
-        raise Problem.of_field("boxes", "too-many-people", what, limit=limits.max_people)
+    check_counts(count, people, limits)
     return [
         Upload(_name("image", i, count), data, boxes_of_json(one, _name("boxes", i, count)))
         for i, (data, one) in enumerate(zip(images, lists, strict=True))
     ]
+
+
+def check_counts(images: int, people: int, limits: Limits) -> None:
+    """Problem where a request has no picture, or more pictures or people than one may have."""
+    if not images:
+        raise Problem.of_field("image", "invalid-field", "missing. Send at least one picture.")
+    if images > limits.max_images:
+        raise _too_many_images(limits)
+    if people > limits.max_people:
+        what = f"{people} people in one request, at most {limits.max_people}: send several requests."
+        raise Problem.of_field("boxes", "too-many-people", what, limit=limits.max_people)
 
 
 def boxes_of_json(boxes: Any, field: str) -> NDArray[np.float32] | None:

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
 from serve.body import REQUEST_BODY
 from serve.front import REQUEST_ID
 from serve.metrics import Outcome
+from serve.model import ServedModel
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
-from serve.service import PoseService, logger
+from serve.service import PoseService, Protocol, logger
+from serve.v2 import HEADER_LENGTH, answer_of_v2, metadata, uploads_of_v2
 
 SAFE = {
     "X-Content-Type-Options": "nosniff",
@@ -34,6 +38,8 @@ SAFE = {
     "Cache-Control": "no-store",
 }
 """Headers of every answer that does not have them otherwise."""
+Format = Literal["native", "coco", "openpose"]
+ImageId = Annotated[int, Query(ge=0, le=2**53)]
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
@@ -98,6 +104,8 @@ async def _as_response(request: Request, error: Exception) -> Response:
     request.state.slug, request.state.reason = problem.slug, problem.members.get("reason", "")
     body = problem.body(request.url.path, request.state.request_id)
     # What the client sent may stand in it, such as half a surrogate pair, which is no text.
+    if request.url.path.startswith("/v2"):
+        body["error"] = problem.detail  # where that protocol's clients look
     content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
     return Response(content, problem.status, problem.headers, "application/problem+json")
 
@@ -147,12 +155,14 @@ def make_app(service: PoseService) -> FastAPI:
             expose_headers=["X-Request-ID", "Retry-After", "X-Model-Version", "X-Warning"],
             max_age=600,
         )
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(Envelope, service=service)
     api = APIRouter(dependencies=[Depends(_known_parameters)])
     for kind in (Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _as_response)
     _add_poses(api, service)
     _add_state(api, service)
+    _add_v2(api, service)
     app.include_router(api)
     _add_page(app, service)
     return app
@@ -160,10 +170,18 @@ def make_app(service: PoseService) -> FastAPI:
 
 def _add_poses(app: APIRouter, service: PoseService) -> None:
     @app.post("/v1/poses", response_model=PosesAnswer, openapi_extra={"requestBody": REQUEST_BODY})
-    async def poses(request: Request) -> Response:
-        """Keypoints of each box, in its order; without boxes, of the whole picture as one person."""
-        answer, _ = await service.answer(request)
-        return Response(answer.model_dump_json(), media_type="application/json")
+    async def poses(request: Request, format: Format = "native", image_id: ImageId = 1) -> Response:
+        """Keypoints of each box, in its order; without boxes, of the whole picture as one person.
+
+        The answer below is `native`. `coco`: a list of COCO keypoint results; pictures are numbered from
+        `image_id`. `openpose`: OpenPose's JSON of one picture, its 18 keypoints.
+        """
+        answered = await service.answer(request)
+        headers = {"X-Model-Version": answered.answer.model.version}
+        content = answered.answer.model_dump_json()
+        if format != "native":
+            content = json.dumps(_as_format(format, answered.poses, image_id), allow_nan=False)
+        return Response(content, headers=headers, media_type="application/json")
 
     @app.post(
         "/v1/overlay",
@@ -178,11 +196,72 @@ def _add_poses(app: APIRouter, service: PoseService) -> None:
             points, boxes = poses.keypoints, poses.boxes.xywh
             return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, boxes))
 
-        answer, png = await service.answer(request, drawn)
-        headers = {"X-Model-Version": answer.model.version}
-        if answer.results[0].warnings:
-            headers["X-Warning"] = answer.results[0].warnings[0]
-        return Response(png, media_type="image/png", headers=headers)
+        answered = await service.answer(request, drawn)
+        headers = {"X-Model-Version": answered.answer.model.version}
+        if warnings := answered.answer.results[0].warnings:
+            headers["X-Warning"] = warnings[0]
+        return Response(answered.file, media_type="image/png", headers=headers)
+
+
+def _as_format(name: str, poses: list[Poses], image_id: int) -> Any:
+    """The people of a request as other programs read them. Problem where they cannot be said so."""
+    if name == "coco":
+        return [result for i, one in enumerate(poses) for result in one.to_coco(image_id + i)]
+    if len(poses) > 1:
+        raise Problem.of_field("image", "too-many-images", "an OpenPose answer is of one picture.", limit=1)
+    try:
+        return poses[0].to_openpose()
+    except DataError as error:
+        raise Problem.of_field("format", "invalid-field", str(error)) from None
+
+
+def _add_v2(app: APIRouter, service: PoseService) -> None:
+    """The Open Inference Protocol: named and typed tensors instead of pictures and people (v2.py)."""
+    protocol, model = Protocol((), uploads_of_v2), "/v2/models/{name}"
+    hidden: dict[str, Any] = {"include_in_schema": False}  # it has a schema of its own
+
+    def named(name: str, version: str | None = None) -> ServedModel:
+        served = service.ready()
+        if name != served.choice.name or version not in (None, served.choice.version):
+            here = f"{served.choice.name} {served.choice.version}"
+            raise Problem("not-found", f"{name} {version or ''}: no such model; here is {here}.")
+        return served
+
+    @app.get("/v2", **hidden)
+    async def server() -> dict[str, Any]:
+        return {"name": "hrnet", "version": "1", "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live", **hidden)
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", **hidden)
+    async def ready() -> dict[str, bool]:
+        service.ready()
+        return {"ready": True}
+
+    @app.get(f"{model}/ready", **hidden)
+    @app.get(f"{model}/versions/{{version}}/ready", **hidden)
+    async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
+        return {"name": named(name, version).choice.name, "ready": True}
+
+    @app.get(model, **hidden)
+    @app.get(f"{model}/versions/{{version}}", **hidden)
+    async def described(name: str, version: str | None = None) -> dict[str, Any]:
+        served = named(name, version)
+        return metadata(served.info(), served.predictor.spec.skeleton.num_keypoints)
+
+    @app.post(f"{model}/infer", **hidden)
+    @app.post(f"{model}/versions/{{version}}/infer", **hidden)
+    async def inference(request: Request, name: str, version: str | None = None) -> Response:
+        named(name, version)
+        answered = await service.answer(request, protocol=protocol)
+        warnings = [warning for result in answered.answer.results for warning in result.warnings]
+        more = {"request_id": answered.answer.request_id, **({"warnings": warnings} if warnings else {})}
+        content, length = answer_of_v2(request.state.wish, answered.answer.model, answered.poses, more)
+        if length == len(content):
+            return Response(content, media_type="application/json")
+        return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
 
 
 def _add_state(app: APIRouter, service: PoseService) -> None:

@@ -10,9 +10,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,43 @@ from ray import serve
 
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
-from serve.body import Upload, read_body, uploads_of
+from serve.body import FORM_TYPE, JSON_TYPE, Upload, read_body, uploads_of
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.model import ServedModel, load_model
 from serve.room import Room
 from serve.samples import load_samples
 from serve.schemas import PosesAnswer, Problem
-from serve.settings import ModelChoice, ServeArgs
+from serve.settings import Limits, ModelChoice, ServeArgs
 from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, inspect, result_of
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
 DECODING_THREADS = 4
 Drawing = Callable[[NDArray[np.uint8], Poses], bytes]
 """From a picture and its poses to a file."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a request says its pictures and boxes."""
+
+    types: tuple[str, ...]
+    """Media types that are read; () for any."""
+    uploads_of: Callable[[Request, bytes, Limits], Awaitable[list[Upload]]]
+
+
+OURS = Protocol((FORM_TYPE, JSON_TYPE), uploads_of)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer to a request, and what it is made of."""
+
+    answer: PosesAnswer
+    poses: list[Poses]
+    """One for each picture."""
+    file: bytes | None
+    """What was drawn, where that was asked for."""
 
 
 class PoseService:
@@ -110,8 +134,8 @@ class PoseService:
         return self.model
 
     async def answer(
-        self, request: Request, drawing: Drawing | None = None
-    ) -> tuple[PosesAnswer, bytes | None]:
+        self, request: Request, drawing: Drawing | None = None, protocol: Protocol = OURS
+    ) -> Answered:
         """Everything between a request and its answer. Problem says why there is none.
 
         drawing: for an overlay: the request is of one picture, and the file that this makes of it comes too.
@@ -121,11 +145,11 @@ class PoseService:
         key = self.admit(request)
         with self.room.body(key) as grown:
             with self.room.reading():
-                body = await read_body(request, self.args.limits, grown)
+                body = await read_body(request, self.args.limits, grown, protocol.types)
             with self.room.place(key):
                 try:
                     async with asyncio.timeout(self.args.deadline_s):
-                        uploads = await uploads_of(request, body, self.args.limits)
+                        uploads = await protocol.uploads_of(request, body, self.args.limits)
                         return await self._answer(model, request, uploads, drawing, started)
                 except TimeoutError:
                     raise Problem(
@@ -141,7 +165,7 @@ class PoseService:
         uploads: list[Upload],
         drawing: Drawing | None,
         started: float,
-    ) -> tuple[PosesAnswer, bytes | None]:
+    ) -> Answered:
         if drawing and len(uploads) > 1:
             raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
         clock, file = [started, time.perf_counter()], None
@@ -166,7 +190,7 @@ class PoseService:
         timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
         request_id = request.state.request_id
         answer = PosesAnswer(request_id=request_id, model=model.info(), results=results, timings_ms=timings)
-        return answer, file
+        return Answered(answer, poses, file)
 
     @asynccontextmanager
     async def _decoded(
