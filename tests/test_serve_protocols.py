@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from test_serve import BOXES, call, form, photo, save_tiny, service_of
 
 from hrnet_core.images import encode_png
@@ -42,13 +44,10 @@ def predictor(checkpoint: Path) -> PosePredictor:
     return PosePredictor.load(checkpoint, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """HOST:PORT of the application over real HTTP, with keys."""
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"triton {SECRET}\n")
-    config = uvicorn.Config(make_app(service_of(checkpoint, keys=str(keys))), port=0, log_level="error")
-    server = uvicorn.Server(config)
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """HOST:PORT of an application over real HTTP."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -56,6 +55,15 @@ def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """With keys."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"triton {SECRET}\n")
+    with running(make_app(service_of(checkpoint, keys=str(keys)))) as address:
+        yield address
 
 
 # --- the Open Inference Protocol ----------------------------------------------------------------
