@@ -25,6 +25,8 @@ from hrnet_core.geometry import FARTHEST
 from serve.schemas import Problem
 from serve.settings import Limits
 
+FORM_TYPE, JSON_TYPE = "multipart/form-data", "application/json"
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -269,38 +271,3 @@ def _too_many_images(limits: Limits) -> Problem:
     limit = limits.max_images
     what = f"at most {limit} pictures in one request."
     return Problem.of_field("image", "too-many-images", what, limit=limit)
-
-
-FORM_TYPE, JSON_TYPE = "multipart/form-data", "application/json"
-FORM = {
-    "type": "object",
-    "required": ["image"],
-    "properties": {
-        "image": {
-            "type": "array",
-            "items": {"type": "string", "format": "binary"},
-            "description": "One or more pictures (JPEG, PNG and what else is read).",
-        },
-        "boxes": {
-            "type": "string",
-            "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a box. Several "
-            "pictures: a list of such lists, null for a whole picture.",
-        },
-    },
-}
-BASE64 = {"type": "string", "format": "byte"}
-LISTS = {"type": ["array", "null"], "items": {"type": ["array", "null"]}}
-JSON = {
-    "type": "object",
-    "required": ["image"],
-    "additionalProperties": False,
-    "properties": {
-        "image": {"anyOf": [BASE64, {"type": "array", "items": BASE64}]},
-        "boxes": {"description": "As in the form, not quoted.", **LISTS},
-    },
-}
-REQUEST_BODY = {
-    "required": True,
-    "content": {FORM_TYPE: {"schema": FORM}, JSON_TYPE: {"schema": JSON}},
-}
-"""For openapi.json: FastAPI does not read the body, so it cannot know."""

@@ -23,11 +23,11 @@ from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
-from serve.body import REQUEST_BODY
 from serve.front import REQUEST_ID
 from serve.metrics import Outcome
 from serve.model import ServedModel
-from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
+from serve.openapi import REQUEST_BODY, describe
+from serve.schemas import CocoResult, ModelsAnswer, OpenPoseAnswer, PosesAnswer, Problem
 from serve.service import PoseService, Protocol, logger
 from serve.v2 import HEADER_LENGTH, answer_of_v2, metadata, uploads_of_v2
 
@@ -137,14 +137,13 @@ def _as_problem(request: Request, error: Exception) -> Problem:
 
 def make_app(service: PoseService) -> FastAPI:
     """The HTTP side of a service."""
-    problem = {"application/problem+json": {"schema": ProblemAnswer.model_json_schema()}}
     app = FastAPI(
         title="hrnet pose",
         version="1",
         description="Keypoints of people in photographs. Errors are RFC 9457 problem+json.",
         docs_url=None,  # FastAPI's loads its scripts from elsewhere; ours is docs.html
         redoc_url=None,
-        responses={"default": {"description": "A problem.", "content": problem}},
+        generate_unique_id_function=lambda route: route.name,  # for clients that are made of openapi.json
     )
     if service.args.cors_origins:
         app.add_middleware(
@@ -164,17 +163,20 @@ def make_app(service: PoseService) -> FastAPI:
     _add_state(api, service)
     _add_v2(api, service)
     app.include_router(api)
+    describe(app, service.args, service.keys.wanted)
     _add_page(app, service)
     return app
 
 
 def _add_poses(app: APIRouter, service: PoseService) -> None:
-    @app.post("/v1/poses", response_model=PosesAnswer, openapi_extra={"requestBody": REQUEST_BODY})
+    formats = PosesAnswer | list[CocoResult] | OpenPoseAnswer
+
+    @app.post("/v1/poses", response_model=formats, openapi_extra={"requestBody": REQUEST_BODY})
     async def poses(request: Request, format: Format = "native", image_id: ImageId = 1) -> Response:
         """Keypoints of each box, in its order; without boxes, of the whole picture as one person.
 
-        The answer below is `native`. `coco`: a list of COCO keypoint results; pictures are numbered from
-        `image_id`. `openpose`: OpenPose's JSON of one picture, its 18 keypoints.
+        `native` is the answer with `results`. `coco`: a list of COCO keypoint results; pictures are numbered
+        from `image_id`. `openpose`: OpenPose's JSON of one picture, its 18 keypoints.
         """
         answered = await service.answer(request)
         headers = {"X-Model-Version": answered.answer.model.version}

@@ -64,6 +64,35 @@ class PosesAnswer(Answer):
     """read: the body. decode: pictures and crops. queue: for a batch. infer: forward passes. total."""
 
 
+class CocoResult(Answer):
+    """A person with ?format=coco: a COCO keypoint result."""
+
+    image_id: int
+    category_id: int
+    keypoints: list[float]
+    """x, y, score of each keypoint, one after the other."""
+    score: float
+    bbox: tuple[float, float, float, float]
+
+
+class OpenPosePerson(Answer):
+    person_id: list[int]
+    pose_keypoints_2d: list[float]
+    """x, y, score of OpenPose's 18 keypoints, one after the other."""
+    face_keypoints_2d: list[float]
+    hand_left_keypoints_2d: list[float]
+    hand_right_keypoints_2d: list[float]
+
+
+class OpenPoseAnswer(Answer):
+    """With ?format=openpose: OpenPose's JSON of a picture."""
+
+    version: float
+    converted: dict[str, Any]
+    """What was not OpenPose's: the neck is the middle of the shoulders."""
+    people: list[OpenPosePerson]
+
+
 class LoadedModel(ModelInfo):
     """What /v1/models says of a model."""
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import gzip
+import importlib
 import json
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 import uvicorn
@@ -23,6 +29,7 @@ from test_serve import BOXES, call, form, photo, save_tiny, service_of
 from hrnet_core.images import encode_png
 from hrnet_core.predictor import PosePredictor
 from serve.routes import make_app
+from serve.schemas import PROBLEMS
 from serve.service import PoseService
 
 PNG = encode_png(photo())
@@ -235,3 +242,103 @@ def test_answers_are_compressed_for_who_reads_that_and_pictures_are_not(service:
     assert json.loads(gzip.decompress(body))["results"] == json.loads(plain)["results"]
     assert len(body) < 0.6 * len(plain)
     assert "content-encoding" not in asyncio.run(raw("/v1/overlay", "gzip"))[0]
+
+
+# --- OpenAPI ------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_openapi_are_what_its_schemas_say(service: PoseService) -> None:
+    document = call(service, "GET", "/openapi.json").json()
+    checked = 0
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for content in (content for body in bodies for content in body.get("content", {}).values()):
+                examples = [example["value"] for example in content.get("examples", {}).values()]
+                for example in [*examples, *([content["example"]] if "example" in content else [])]:
+                    schema = {**content["schema"], "components": document["components"]}
+                    jsonschema.validate(example, schema)
+                    checked += 1
+    assert checked > 20
+
+
+def test_openapi_says_every_problem_limit_and_key(
+    checkpoint: Path, service: PoseService, tmp_path: Path
+) -> None:
+    document = call(service, "GET", "/openapi.json").json()
+    responses = document["paths"]["/v1/poses"]["post"]["responses"]
+    told = {slug for r in responses.values() for c in r["content"].values() for slug in c["examples"]}
+    assert told - {"native", "coco"} == set(PROBLEMS) - {"not-found", "method-not-allowed"}
+    assert document["info"]["x-limits"]["max_people"] == service.args.limits.max_people
+    assert "security" not in document["paths"]["/v1/poses"]["post"]
+    (tmp_path / "keys").write_text(f"a {SECRET}\n")
+    keyed = call(service_of(checkpoint, keys=str(tmp_path / "keys")), "GET", "/openapi.json").json()
+    assert keyed["paths"]["/v1/poses"]["post"]["security"] == [{"key": []}]
+    assert keyed["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+
+
+def test_the_example_of_a_json_body_is_answered(service: PoseService) -> None:
+    body = call(service, "GET", "/openapi.json").json()["paths"]["/v1/poses"]["post"]["requestBody"]
+    response = call(service, "POST", "/v1/poses", json=body["content"]["application/json"]["example"])
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.slow
+def test_a_client_made_of_openapi_json_works(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: PosePredictor
+) -> None:
+    """By openapi-python-client, in a process of its own; then used as its README says."""
+    pytest.importorskip("openapi_python_client", reason="of the dev extra")
+    (tmp_path / "openapi.json").write_text(httpx.get(f"http://{address}/openapi.json").text)
+    tool = [
+        sys.executable,
+        "-m",
+        "openapi_python_client",
+        "generate",
+        "--path",
+        "openapi.json",
+        "--meta",
+        "none",
+    ]
+    subprocess.run([*tool, "--output-path", "made_client"], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    made, api = (importlib.import_module(f"made_client{name}") for name in ("", ".api.default.poses"))
+    models, types = (importlib.import_module(f"made_client.{name}") for name in ("models", "types"))
+    form_body = models.PosesFilesBody(image=[types.File(BytesIO(PNG), "photo.png")], boxes=json.dumps(BOXES))
+    json_body = models.PosesJsonBody(image=base64.b64encode(PNG).decode(), boxes=BOXES)
+    with made.AuthenticatedClient(f"http://{address}", token=SECRET) as client:
+        for body in (form_body, json_body):
+            answer = api.sync(client=client, body=body)
+            keypoints = [person.keypoints for person in answer.results[0].persons]
+            np.testing.assert_allclose(keypoints, predictor(photo(), BOXES)[0].keypoints.data, atol=1e-3)
+        bad = api.sync(client=client, body=models.PosesFilesBody(image=[types.File(BytesIO(b"none"), "x")]))
+        assert (bad.status, bad.type_) == (422, "urn:hrnet:problem:not-a-picture")
+
+
+@pytest.mark.slow
+def test_no_request_that_the_schema_allows_or_forbids_breaks_the_server(service: PoseService) -> None:
+    schemathesis = pytest.importorskip("schemathesis", reason="of the dev extra")
+    from hypothesis import HealthCheck, given, settings
+
+    # Of what a schema allows, hardly anything is a picture.
+    accepted = importlib.import_module("schemathesis.specs.openapi.checks").positive_data_acceptance
+    schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(service))
+    asked: Counter[int] = Counter()
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        modes = list(schemathesis.GenerationMode) if operation.method == "post" else []
+        for mode in modes or [schemathesis.GenerationMode.POSITIVE]:  # a GET has nothing to be wrong
+
+            @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def one(case: Any) -> None:
+                response = case.call()
+                asked[response.status_code] += 1
+                assert response.status_code < 500, response.text
+                if response.status_code >= 400:
+                    assert response.headers["content-type"] == ["application/problem+json"]
+                case.validate_response(response, excluded_checks=[accepted])
+
+            one()
+    assert asked[200] > 10
+    assert asked[422] > 10
