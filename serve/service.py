@@ -35,6 +35,8 @@ from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, 
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
 DECODING_THREADS = 4
+# A thread costs more than the headers of pictures of so many bytes, whatever stands in them.
+INSPECTED_HERE = 2**19
 Drawing = Callable[[NDArray[np.uint8], Poses], bytes]
 """From a picture and its poses to a file."""
 
@@ -199,7 +201,10 @@ class PoseService:
         """A request's pictures, decoded and cut, once there is room for their pixels: all at once, or one
         after the other where they are more than is ever held. keep: the pixels of its one picture, too."""
         pool, limits, pixels = self._decoding, self.args.limits, self.room.pixels
-        headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads], len(uploads))
+        if sum(len(upload.data) for upload in uploads) <= INSPECTED_HERE:
+            headers = [inspect(upload, limits) for upload in uploads]
+        else:
+            headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads], len(uploads))
         areas = [header.width * header.height for header in headers]
         width, height = model.predictor.spec.input_size
         cut = sum(1 if one.boxes_xywh is None else len(one.boxes_xywh) for one in uploads) * width * height

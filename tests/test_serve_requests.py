@@ -19,12 +19,13 @@ from PIL import Image
 from prometheus_client import CollectorRegistry, Histogram
 from test_serve import PNG, call, form, photo, save_tiny, service_of
 
-from hrnet_core.images import encode_jpeg
+from hrnet_core.images import check_image, decode_image, encode_jpeg
 from serve.metrics import SECONDS, Sums
 from serve.room import Pixels
 from serve.routes import make_app
 from serve.service import PoseService
 from serve.settings import Limits
+from serve.work import pixels_of
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +89,43 @@ def test_damaged_jpeg_data_are_answered_with_a_warning(service: PoseService) -> 
     assert drawn.headers["x-warning"] == result["warnings"][0]
 
 
-@pytest.mark.parametrize("kind", ["progressive", "4:2:0", "grey", "CMYK", "restarts"])
-def test_no_kind_of_whole_jpeg_is_called_damaged(service: PoseService, kind: str) -> None:
-    image, content = Image.fromarray(photo()), io.BytesIO()
-    modes = {"grey": "L", "CMYK": "CMYK"}
-    options: dict[str, Any] = {"progressive": {"progressive": True}, "4:2:0": {"subsampling": 2}}.get(
-        kind, {}
-    )
-    if kind == "restarts":
-        options = {"restart_marker_rows": 1}
-    image.convert(modes.get(kind, "RGB")).save(content, "JPEG", **options)
-    (result,) = post(service, **form(content.getvalue())).json()["results"]
-    assert result["warnings"] == []
+JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "4:4:4": ("RGB", {"subsampling": 0, "quality": 95}),
+    "4:2:2": ("RGB", {"subsampling": 1}),
+    "4:2:0": ("RGB", {"subsampling": 2, "quality": 30}),
+    "4:1:1": ("RGB", {"subsampling": "4:1:1"}),
+    "progressive": ("RGB", {"progressive": True, "subsampling": 2}),
+    "restarts": ("RGB", {"restart_marker_rows": 1}),
+    "RGB": ("RGB", {"keep_rgb": True}),
+    "grey": ("L", {}),
+    "CMYK": ("CMYK", {}),
+}
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(320, 240), (321, 43)])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_whole_jpeg_is_decoded_to_the_pixels_of_evaluation_and_not_called_damaged(
+    kind: str, size: tuple[int, int], orientation: int
+) -> None:
+    """Evaluation decodes with OpenCV; the endpoint with what tells of damage."""
+    (mode, options), content, exif = JPEGS[kind], io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(4, *size)).convert(mode).save(content, "JPEG", exif=exif, **options)
+    data = content.getvalue()
+    pixels, warnings = pixels_of(data, check_image(data))
+    assert warnings == []
+    np.testing.assert_array_equal(pixels, decode_image(data, apply_exif=True))
+
+
+def test_real_photographs_are_decoded_to_the_pixels_of_evaluation(real_data: Path) -> None:
+    files = sorted((real_data / "coco").rglob("*.jpg"))[:40]
+    assert files
+    for file in files:
+        data = file.read_bytes()
+        pixels, warnings = pixels_of(data, check_image(data))
+        assert warnings == []
+        np.testing.assert_array_equal(pixels, decode_image(data, apply_exif=True), err_msg=file.name)
 
 
 def test_an_unknown_query_parameter_is_refused_with_those_there_are(service: PoseService) -> None:
