@@ -136,7 +136,18 @@ def decode_checked(data: bytes, header: ImageHeader, *, apply_exif: bool) -> Ima
     turn = header.orientation if apply_exif else 1
     if header.format == "TIFF":  # OpenCV's reader turns it by itself, whatever its flags say
         turn = 1 if apply_exif else {6: 8, 8: 6}.get(header.orientation, header.orientation)
-    return _turned(_decode(header, data), turn)
+    return displayed(_decode(header, data), turn)
+
+
+def displayed(image: Image, orientation: int) -> Image:
+    """The stored picture (H, W, 3) as EXIF orientation 1 to 8 wants it displayed."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def read_image(file: str | Path) -> Image:
@@ -237,17 +248,6 @@ def _decode(header: ImageHeader, data: bytes) -> Image:
         )
     decoded: Image = image
     return decoded
-
-
-def _turned(image: Image, orientation: int) -> Image:
-    """The stored picture as EXIF orientation 1 to 8 wants it displayed."""
-    if orientation >= 5:
-        image = image.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
 
 
 def _encode(extension: str, image: Image, settings: list[int]) -> bytes:

@@ -27,9 +27,14 @@ job evaluate "$DATA/runs/$NAME/best" "$DATA/coco" --out "$DATA/runs/$NAME/evalua
 
 job promote
 
+# A key for whoever asks, made once; nodes read it from the shared folder.
+KEYS=$DATA/keys
+test -f "$KEYS" || (umask 077 && echo "walkthrough $(openssl rand -hex 24)" > "$KEYS")
+
 # All interfaces: HAProxy of one node talks to the replicas of others. Only SSH comes in from outside the cluster.
 job deploy models:/hrnet-pose@champion --run.storage "$DATA/runs" --serve.host 0.0.0.0 --serve.port "$PORT" \
-    ${GPU:+--serve.$GPU}
+    --serve.keys "$KEYS" ${GPU:+--serve.$GPU}
 
-curl --silent --show-error --fail-with-body -F "image=@$PHOTO" -F "boxes=$BOXES" "http://127.0.0.1:$PORT/v1/poses"
+curl --silent --show-error --fail-with-body -H "Authorization: Bearer $(cut -d' ' -f2 "$KEYS")" \
+    -F "image=@$PHOTO" -F "boxes=$BOXES" "http://127.0.0.1:$PORT/v1/poses"
 echo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -16,6 +17,8 @@ from hrnet_core.errors import ConfigError, PoseError
 from pipelines.config import RaySettings
 from pipelines.progress import Every
 from pipelines.stop import handlers_kept
+
+METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
 
 
 def on_cluster() -> bool:
@@ -40,12 +43,43 @@ def ray_session(settings: RaySettings, quiet: bool = False, workers_shown: bool 
         yield
 
 
+def with_metrics_port(settings: RaySettings) -> RaySettings:
+    """For a Ray that is started here: the metrics port asked for, which must be free, else the usual one if
+    it is free, else Ray takes any."""
+    port = settings.metrics_port or METRICS_PORT
+    if on_cluster():
+        return settings
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("0.0.0.0", port))
+    except OSError as error:
+        if settings.metrics_port is None:
+            return settings
+        raise ConfigError(
+            f"--ray.metrics-port {port} cannot be used ({error.strerror}): another program has it. Choose "
+            f"another, or leave it out: then any free one is taken."
+        ) from None
+    return settings.model_copy(update={"metrics_port": port})
+
+
+def metrics_port() -> int:
+    """Where this node's Ray shows Prometheus metrics."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here)
+
+
 @contextlib.contextmanager
 def _started(settings: RaySettings, workers_shown: bool) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = {"num_cpus": settings.num_cpus, "include_dashboard": False} if address == "local" else {}
+    local: dict[str, Any] = {}
+    if address == "local":
+        local = {"num_cpus": settings.num_cpus, "include_dashboard": False}
+        local["_metrics_export_port"] = settings.metrics_port
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.

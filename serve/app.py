@@ -38,14 +38,14 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         user_config=args.model_dump(include=set(ModelChoice.model_fields)),
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         # Our 429 must come first: it is problem+json. Serve's own queue only guards against a flood.
-        max_ongoing_requests=2 * args.max_requests + 16,
+        max_ongoing_requests=args.max_requests + args.max_bodies + 16,
         max_queued_requests=16 * args.max_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         # A checkpoint does not get better by loading it twenty times.
         max_constructor_retry_count=1,
         # Old replicas go on until their successors are ready.
         max_surge_percent=100,
-        graceful_shutdown_timeout_s=args.deadline_s + GRACE_S,
+        graceful_shutdown_timeout_s=args.limits.body_s + args.deadline_s + GRACE_S,
         health_check_timeout_s=args.deadline_s + GRACE_S,
         **scale,
     )

@@ -1,14 +1,16 @@
 """The body of a request: pictures and boxes, as a form or as JSON, under the limits.
 
 Nothing large is decoded, or even read to its end, before it is allowed. Whatever is wrong is a Problem that
-names the field.
+names the field. Reading (`read_body`) and understanding (`uploads_of`) are apart: a request takes a place in
+the replica when its body is whole.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,13 @@ from fastapi import Request
 from numpy.typing import NDArray
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from hrnet_core.geometry import FARTHEST
 from serve.schemas import Problem
 from serve.settings import Limits
+
+FORM_TYPE, JSON_TYPE = "multipart/form-data", "application/json"
 
 
 @dataclass(frozen=True)
@@ -34,49 +39,86 @@ class Upload:
     """(P, 4) px of the displayed picture; None: the whole picture is one person."""
 
 
-async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
-    """The pictures and boxes of a request body. Problem for anything else that it holds."""
+async def read_body(
+    request: Request, limits: Limits, grown: Callable[[int], None], types: tuple[str, ...]
+) -> bytes:
+    """The whole body. Problem where its headers or its length are refused, or where it comes too slowly.
+
+    grown: told the bytes of each chunk as it arrives; may raise.
+    types: media types that are read; () for any.
+    """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise Problem("media-type", f"Content-Encoding {encoding!r} is not read: send the body as it is.")
+    if types and _media_type(request) not in types:
+        raise Problem(
+            "media-type",
+            f"Content-Type {_media_type(request) or 'nothing'!r} is not read: send multipart/form-data with "
+            f"one or more `image` files, or application/json with base64.",
+            headers={"Accept": ", ".join(types)},
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_body_bytes:
         raise _too_large(limits)
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    body = _limited(request.stream(), limits)
-    if media_type == "multipart/form-data":
-        images, boxes = await _read_multipart(request, body, limits)
-    elif media_type == "application/json":
-        images, boxes = _read_json(b"".join([chunk async for chunk in body]))
-    else:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for chunk in _in_time(request.stream(), limits.body_idle_s):
+                body += chunk
+                grown(len(chunk))
+                if len(body) > limits.max_body_bytes:
+                    raise _too_large(limits)
+    except TimeoutError:
         raise Problem(
-            "media-type",
-            f"Content-Type {media_type or 'nothing'!r} is not read: send multipart/form-data with one or "
-            f"more `image` files, or application/json with base64.",
-            headers={"Accept": "multipart/form-data, application/json"},
-        )
-    if not images:
-        raise Problem.of_field("image", "invalid-field", "missing. Send at least one picture.")
-    if len(images) > limits.max_images:
-        raise _too_many_images(limits)
-    return _with_boxes(images, boxes, limits)
+            "slow-body",
+            f"the body: {len(body):,} bytes came, then nothing for {limits.body_idle_s:g} s, or "
+            f"not the whole within {limits.body_s:g} s. Send it again, smaller or over a faster line.",
+            headers={"Connection": "close"},
+        ) from None
+    except ClientDisconnect:
+        raise Problem("malformed-body", "the connection was closed before the body was whole.") from None
+    return bytes(body)
 
 
-async def _limited(stream: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[bytes]:
-    """The body's chunks, ended by a Problem once they are too many, with or without a Content-Length."""
-    total = 0
-    async for chunk in stream:
-        total += len(chunk)
-        if total > limits.max_body_bytes:
-            raise _too_large(limits)
+async def _in_time(stream: AsyncIterator[bytes], idle_s: float) -> AsyncIterator[bytes]:
+    """The chunks of a stream. TimeoutError where one lets itself be waited for."""
+    while True:
+        async with asyncio.timeout(idle_s):
+            chunk = await anext(stream, None)
+        if chunk is None:
+            return
         yield chunk
 
 
-async def _read_multipart(
-    request: Request, body: AsyncIterator[bytes], limits: Limits
-) -> tuple[list[bytes], Any]:
+async def uploads_of(request: Request, body: bytes, limits: Limits) -> list[Upload]:
+    """The pictures and boxes of a whole body. Problem for anything else that it holds."""
+    if _media_type(request) == FORM_TYPE:
+        images, boxes = await _read_multipart(request, body, limits)
+    else:
+        images, boxes = _read_json(body)
+    return _with_boxes(images, boxes, limits)
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+class _WholeForm(MultiPartParser):
+    """Starlette's parser, which takes a form that was cut off for one with fewer parts."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def _read_multipart(request: Request, body: bytes, limits: Limits) -> tuple[list[bytes], Any]:
+    async def once() -> AsyncIterator[bytes]:
+        yield body
+
     # One more than allowed, so that it is our message that refuses, not the parser's.
-    parser = MultiPartParser(request.headers, body, max_files=limits.max_images + 1, max_fields=8)
+    parser = _WholeForm(request.headers, once(), max_files=limits.max_images + 1, max_fields=8)
+    parser.spool_max_size = len(body) + 1  # it is in memory already: no file on the disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -84,6 +126,9 @@ async def _read_multipart(
             raise _too_many_images(limits) from None
         raise Problem("malformed-body", f"multipart/form-data: {error.message}") from None
     try:
+        if not parser.ended:
+            what = "ends before its closing boundary: it was cut off. Send it again, whole."
+            raise Problem("malformed-body", f"multipart/form-data: the body of {len(body):,} bytes {what}")
         return await _form_fields(form)
     finally:
         await form.close()
@@ -142,6 +187,7 @@ def _json(text: str | bytes, field: str, slug: str) -> Any:
 def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]:
     """Pair pictures with boxes: one list for one picture, a list (or null) for each of several."""
     count = len(images)
+    check_counts(count, 0, limits)
     if boxes is None or count == 1:
         lists = [boxes] * count
     elif isinstance(boxes, list) and len(boxes) == count:
@@ -154,13 +200,22 @@ def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]
             f"{count} pictures need a list of {count} lists of boxes (null: the whole picture), got {given}.",
         )
     people = sum(1 if one is None else len(one) for one in lists if one is None or isinstance(one, list))
-    if people > limits.max_people:
-        what = f"{people} people in one request, at most {limits.max_people}: send several requests."
-        raise Problem.of_field("boxes", "too-many-people", what, limit=limits.max_people)
+    check_counts(count, people, limits)
     return [
         Upload(_name("image", i, count), data, boxes_of_json(one, _name("boxes", i, count)))
         for i, (data, one) in enumerate(zip(images, lists, strict=True))
     ]
+
+
+def check_counts(images: int, people: int, limits: Limits) -> None:
+    """Problem where a request has no picture, or more pictures or people than one may have."""
+    if not images:
+        raise Problem.of_field("image", "invalid-field", "missing. Send at least one picture.")
+    if images > limits.max_images:
+        raise _too_many_images(limits)
+    if people > limits.max_people:
+        what = f"{people} people in one request, at most {limits.max_people}: send several requests."
+        raise Problem.of_field("boxes", "too-many-people", what, limit=limits.max_people)
 
 
 def boxes_of_json(boxes: Any, field: str) -> NDArray[np.float32] | None:
@@ -186,6 +241,11 @@ def _what_is_wrong(box: Any) -> str | None:
             return f"{name} must be finite and within ±{FARTHEST:,.0f} px"
     if not (np.array(box[2:], np.float32) > 0).all():  # 1e-50 is 0 to the predictor
         return f"w and h must be positive, got {box[2]} and {box[3]}"
+    if max(box[2:]) <= 1:
+        return (
+            f"w {box[2]} and h {box[3]} are no more than one px. Boxes are in px of the displayed picture: "
+            f"those in fractions of it are multiplied by its width and height first"
+        )
     return None
 
 
@@ -211,37 +271,3 @@ def _too_many_images(limits: Limits) -> Problem:
     limit = limits.max_images
     what = f"at most {limit} pictures in one request."
     return Problem.of_field("image", "too-many-images", what, limit=limit)
-
-
-FORM = {
-    "type": "object",
-    "required": ["image"],
-    "properties": {
-        "image": {
-            "type": "array",
-            "items": {"type": "string", "format": "binary"},
-            "description": "One or more pictures (JPEG, PNG and what else is read).",
-        },
-        "boxes": {
-            "type": "string",
-            "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a box. Several "
-            "pictures: a list of such lists, null for a whole picture.",
-        },
-    },
-}
-BASE64 = {"type": "string", "format": "byte"}
-LISTS = {"type": ["array", "null"], "items": {"type": ["array", "null"]}}
-JSON = {
-    "type": "object",
-    "required": ["image"],
-    "additionalProperties": False,
-    "properties": {
-        "image": {"anyOf": [BASE64, {"type": "array", "items": BASE64}]},
-        "boxes": {"description": "As in the form, not quoted.", **LISTS},
-    },
-}
-REQUEST_BODY = {
-    "required": True,
-    "content": {"multipart/form-data": {"schema": FORM}, "application/json": {"schema": JSON}},
-}
-"""For openapi.json: FastAPI does not read the body, so it cannot know."""

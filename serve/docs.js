@@ -33,25 +33,124 @@ function fields(schema, schemas, depth = 0) {
   }));
 }
 
-function operation(path, method, { description, summary, parameters, requestBody, responses }, schemas) {
+const here = location.href.replace(/docs[^/]*$/, "");
+
+// What to type for an operation: a form, JSON, or nothing but the address.
+function curlOf(path, method, { requestBody, security }) {
+  const key = security?.some((one) => one.key) ? ' -H "Authorization: Bearer $KEY"' : "";
+  if (method === "get") return `curl${key} ${here}${path.slice(1)}`;
+  const out = path.endsWith("overlay") ? " -o poses.png" : "";
+  const start = `curl${key}`, to = `${here}${path.slice(1)}${out}`;
+  return [
+    `${start} -F image=@photo.jpg -F 'boxes=[[120, 80, 200, 400]]' ${to}`,
+    `${start} -F image=@a.jpg -F image=@b.jpg -F 'boxes=[[[120, 80, 200, 400]], null]' ${to}`,
+    `${start} -H 'Content-Type: application/json' -d '${JSON.stringify(requestBody.content["application/json"].example)}' ${to}`,
+  ].slice(0, out ? 1 : 3).join("\n\n");
+}
+
+function operation(path, method, given, schemas) {
+  const { description, summary, parameters, requestBody, responses } = given;
   const parts = [element("h2", [element("code", `${method.toUpperCase()} ${path}`)]), element("p", description || summary || "")];
+  parts.push(element("pre", curlOf(path, method, given)));
   for (const { name, schema, description: about } of parameters || []) {
-    parts.push(element("p", [element("code", name), ` ${typeOf(schema, schemas)}, default ${schema.default}. ${about || ""}`]));
+    const values = schema.enum ? schema.enum.join(", ") : typeOf(schema, schemas);
+    parts.push(element("p", [element("code", `?${name}`), ` ${values}, default ${schema.default}. ${about || ""}`]));
   }
   for (const [type, { schema }] of Object.entries(requestBody?.content || {})) {
     parts.push(element("h3", `takes ${type}`), fields(schema, schemas));
   }
-  for (const [status, { description: about, content }] of Object.entries(responses)) {
-    const [type, body] = Object.entries(content || {})[0] || [];
-    if (status === "422" && path === "/v1/poses") continue; // FastAPI's own; ours are problems
-    parts.push(element("h3", `${status === "default" ? "otherwise" : status} ${type || ""} `));
-    parts.push(element("p", about === "Successful Response" ? "" : about || ""), fields(body?.schema, schemas));
+  const [[type, body] = []] = Object.entries(responses["200"].content || {});
+  parts.push(element("h3", `answers ${type}`));
+  for (const option of body.schema?.anyOf || [body.schema]) {
+    parts.push(element("p", element("small", typeOf(option, schemas))), fields(option, schemas));
   }
+  for (const [name, { value }] of Object.entries(body.examples || {})) {
+    parts.push(details(`an example, ${name}`, element("pre", JSON.stringify(value, null, 1))));
+  }
+  const others = Object.keys(responses).filter((status) => status !== "200");
+  parts.push(element("p", element("small", `Otherwise a problem: ${others.join(", ")}.`)));
+  if (requestBody) parts.push(details("try it", tryIt(path, parameters || [])));
   return element("section", parts);
 }
 
-fetch("openapi.json").then((response) => response.json()).then(({ paths, components }) => {
+function details(title, content) {
+  return element("details", [element("summary", title), content]);
+}
+
+function field(title, properties, tag = "input") {
+  const input = Object.assign(document.createElement(tag), properties);
+  return [element("label", [`${title} `, input]), input];
+}
+
+// A form that asks this server.
+function tryIt(path, parameters) {
+  const form = document.createElement("form"), result = document.createElement("div");
+  result.setAttribute("aria-live", "polite");
+  const [imageField, image] = field("picture", { type: "file", accept: "image/*", required: true, multiple: !path.endsWith("overlay") });
+  const [boxesField, boxes] = field("boxes", { type: "text", placeholder: "[[x, y, w, h]], or nothing" });
+  const [keyField, key] = field("key, if one is asked for", { type: "password", autocomplete: "off", value: sessionStorage.getItem("key") || "" });
+  const queries = parameters.map(({ name, schema }) => {
+    const [label, input] = field(name, schema.enum ? {} : { type: "text", value: schema.default }, schema.enum ? "select" : "input");
+    for (const value of schema.enum || []) input.append(element("option", value));
+    return { name, label, input };
+  });
+  const button = element("button", "Send");
+  form.append(imageField, boxesField, ...queries.map(({ label }) => label), keyField, button);
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const body = new FormData();
+    for (const file of image.files) body.append("image", file, file.name);
+    if (boxes.value.trim()) body.append("boxes", boxes.value);
+    const query = new URLSearchParams(queries.map(({ name, input }) => [name, input.value]));
+    if (key.value) sessionStorage.setItem("key", key.value);
+    const headers = key.value ? { Authorization: `Bearer ${key.value}` } : {};
+    button.disabled = true;
+    const started = performance.now();
+    try {
+      const response = await fetch(`${here}${path.slice(1)}?${query}`, { method: "POST", body, headers });
+      const blob = await response.blob(), ms = Math.round(performance.now() - started);
+      const shown = blob.type === "image/png"
+        ? Object.assign(document.createElement("img"), { src: URL.createObjectURL(blob), alt: "the picture with its poses" })
+        : element("pre", pretty(await blob.text()));
+      result.replaceChildren(element("p", `${response.status} in ${ms} ms`), shown);
+    } catch {
+      result.replaceChildren(element("p", "The server does not answer."));
+    } finally {
+      button.disabled = false;
+    }
+  });
+  return element("div", [form, result]);
+}
+
+function pretty(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 1);
+  } catch { // a proxy's own words
+    return text.slice(0, 2000);
+  }
+}
+
+function table(head, rows) {
+  const cells = (tag, row) => element("tr", row.map((cell) => element(tag, String(cell))));
+  return element("table", [element("thead", cells("th", head)), element("tbody", rows.map((row) => cells("td", row)))]);
+}
+
+function about(info) {
+  const limits = Object.entries(info["x-limits"]).map(([name, value]) => [name.replaceAll("_", " "), value.toLocaleString("en")]);
+  const problems = info["x-problems"].map(({ status, slug, title }) => [status, slug, title]);
+  return [
+    element("section", [element("h2", "Limits"), table(["", "of this endpoint"], limits)]),
+    element("section", [
+      element("h2", "Problems"),
+      element("p", ["Errors are ", element("code", "application/problem+json"), " of type ", element("code", "urn:hrnet:problem:SLUG"),
+        ". 408, 429 and 503 may be sent again, after Retry-After seconds where that is said."]),
+      table(["status", "slug", ""], problems),
+    ]),
+  ];
+}
+
+fetch("openapi.json").then((response) => response.json()).then(({ info, paths, components }) => {
   const sections = Object.entries(paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, given]) => operation(path, method, given, components.schemas)));
-  document.getElementById("operations").replaceChildren(...sections);
+  document.getElementById("operations").replaceChildren(...sections, ...about(info));
 }).catch(() => document.getElementById("operations").replaceChildren("openapi.json cannot be read: reload in a moment."));

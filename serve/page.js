@@ -241,9 +241,10 @@ async function find() {
   complain(null);
   const asked = performance.now(), blob = state.blob;
   try {
-    const response = await fetch("v1/poses", { method: "POST", body: form });
+    const response = await fetch("v1/poses", { method: "POST", body: form, headers: authorized() });
     const body = await asJson(response);
     if (blob !== state.blob) return; // another picture meanwhile
+    if (response.status === 401) $("keyfield").hidden = false;
     if (!response.ok) complain(body);
     else {
       body.seen_ms = performance.now() - asked;
@@ -258,6 +259,16 @@ async function find() {
     if (state.answer) $("found").focus({ preventScroll: window.innerWidth > 820 });
   }
 }
+
+// Where the endpoint asks for a key: typed once, kept until the tab is closed.
+function authorized() {
+  const key = sessionStorage.getItem("key");
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", $("key").value.trim());
+  find();
+});
 
 async function asJson(response) {
   const text = await response.text();

@@ -2,56 +2,80 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
+import re
+import time
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
-from serve.body import REQUEST_BODY
-from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
-from serve.service import Metrics, PoseService, logger
+from serve.front import REQUEST_ID
+from serve.metrics import Outcome
+from serve.model import ServedModel
+from serve.openapi import REQUEST_BODY, describe
+from serve.schemas import CocoResult, ModelsAnswer, OpenPoseAnswer, PosesAnswer, Problem
+from serve.service import PoseService, Protocol, logger
+from serve.v2 import HEADER_LENGTH, answer_of_v2, metadata, uploads_of_v2
 
+SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""Headers of every answer that does not have them otherwise."""
+Format = Literal["native", "coco", "openpose"]
+ImageId = Annotated[int, Query(ge=0, le=2**53)]
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
 class Envelope:
-    """Around every request: an id for it, its status counted, and no exception without an answer."""
+    """Around every request: an id for it, its end counted, and no exception without an answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, service: PoseService) -> None:
         self.app = app
-        self.metrics = metrics
+        self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
+        request, started = Request(scope), time.perf_counter()
         # Serve's proxies set the header where the client did not, and return it with the answer.
-        request.state.request_id = request.headers.get("x-request-id") or str(uuid.uuid4())
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
         status = 0
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # The route's own path: a series for each path that a stranger invents would have no end.
-                path = getattr(scope.get("route"), "path", "other")
-                self.metrics.requests.inc(tags={"path": path, "status": str(status)})
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE.items():
+                    headers.setdefault(name, value)
+                self._ended(request, status, time.perf_counter() - started)
             await send(message)
 
         try:
+            self._check_host(request)
             await self.app(scope, receive, counted)
+        except Problem as error:
+            response = await _as_response(request, error)
+            await response(scope, receive, counted)
         except Exception as error:
             logger.exception("request %s failed", request.state.request_id)
             if status:
@@ -59,15 +83,39 @@ class Envelope:
             response = await _as_response(request, error)
             await response(scope, receive, counted)
 
+    def _check_host(self, request: Request) -> None:
+        """A page from elsewhere, whose name was made to lead here, must not ask in its visitor's name."""
+        allowed = self.service.args.hosts
+        host = re.sub(r":\d+$", "", request.headers.get("host", "")).lower()
+        if allowed and not {host, "*"} & set(allowed) and request.url.path not in ("/livez", "/readyz"):
+            raise Problem("misdirected", f"{host or 'no name'}: not a host of this endpoint (--serve.hosts).")
+
+    def _ended(self, request: Request, status: int, seconds: float) -> None:
+        known = request.scope["state"]  # what was put there on the way
+        path = getattr(request.scope.get("route"), "path", "other")
+        names = ("slug", "reason", "key", "model", "stages")
+        told = {name: known[name] for name in names if name in known}
+        self.service.metrics.ended(Outcome(path, status, seconds, **told))
+        self.service.metrics.show(self.service.room)
+
 
 async def _as_response(request: Request, error: Exception) -> Response:
     problem = _as_problem(request, error)
-    return JSONResponse(
-        problem.body(request.url.path, request.state.request_id),
-        problem.status,
-        headers=problem.headers,
-        media_type="application/problem+json",
-    )
+    request.state.slug, request.state.reason = problem.slug, problem.members.get("reason", "")
+    body = problem.body(request.url.path, request.state.request_id)
+    # What the client sent may stand in it, such as half a surrogate pair, which is no text.
+    if request.url.path.startswith("/v2"):
+        body["error"] = problem.detail  # where that protocol's clients look
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+    return Response(content, problem.status, problem.headers, "application/problem+json")
+
+
+def _known_parameters(request: Request) -> None:
+    """Problem for a query parameter that the address does not know: it would be ignored."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    for unknown in sorted(set(request.query_params) - known):
+        there_are = f"there are {', '.join(sorted(known))}" if known else "there are none"
+        raise Problem.of_field(unknown, "invalid-field", f"unknown query parameter; {there_are}.")
 
 
 def _as_problem(request: Request, error: Exception) -> Problem:
@@ -89,30 +137,53 @@ def _as_problem(request: Request, error: Exception) -> Problem:
 
 def make_app(service: PoseService) -> FastAPI:
     """The HTTP side of a service."""
-    problem = {"application/problem+json": {"schema": ProblemAnswer.model_json_schema()}}
     app = FastAPI(
         title="hrnet pose",
         version="1",
         description="Keypoints of people in photographs. Errors are RFC 9457 problem+json.",
         docs_url=None,  # FastAPI's loads its scripts from elsewhere; ours is docs.html
         redoc_url=None,
-        responses={"default": {"description": "A problem.", "content": problem}},
+        generate_unique_id_function=lambda route: route.name,  # for clients that are made of openapi.json
     )
-    app.add_middleware(Envelope, metrics=service.metrics)
+    if service.args.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.args.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After", "X-Model-Version", "X-Warning"],
+            max_age=600,
+        )
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
+    app.add_middleware(Envelope, service=service)
+    api = APIRouter(dependencies=[Depends(_known_parameters)])
     for kind in (Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _as_response)
-    _add_poses(app, service)
-    _add_state(app, service)
+    _add_poses(api, service)
+    _add_state(api, service)
+    _add_v2(api, service)
+    app.include_router(api)
+    describe(app, service.args, service.keys.wanted)
     _add_page(app, service)
     return app
 
 
-def _add_poses(app: FastAPI, service: PoseService) -> None:
-    @app.post("/v1/poses", response_model=PosesAnswer, openapi_extra={"requestBody": REQUEST_BODY})
-    async def poses(request: Request) -> Response:
-        """Keypoints of each box, in its order; without boxes, of the whole picture as one person."""
-        answer, _ = await service.answer(request)
-        return Response(answer.model_dump_json(), media_type="application/json")
+def _add_poses(app: APIRouter, service: PoseService) -> None:
+    formats = PosesAnswer | list[CocoResult] | OpenPoseAnswer
+
+    @app.post("/v1/poses", response_model=formats, openapi_extra={"requestBody": REQUEST_BODY})
+    async def poses(request: Request, format: Format = "native", image_id: ImageId = 1) -> Response:
+        """Keypoints of each box, in its order; without boxes, of the whole picture as one person.
+
+        `native` is the answer with `results`. `coco`: a list of COCO keypoint results; pictures are numbered
+        from `image_id`. `openpose`: OpenPose's JSON of one picture, its 18 keypoints.
+        """
+        answered = await service.answer(request)
+        headers = {"X-Model-Version": answered.answer.model.version}
+        content = answered.answer.model_dump_json()
+        if format != "native":
+            content = json.dumps(_as_format(format, answered.poses, image_id), allow_nan=False)
+        return Response(content, headers=headers, media_type="application/json")
 
     @app.post(
         "/v1/overlay",
@@ -122,22 +193,90 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
     )
     async def overlay(request: Request, threshold: Threshold = 0.3) -> Response:
         """The displayed picture with boxes and with the keypoints that score above `threshold`, as PNG."""
-        answer, ((decoded, poses),) = await service.answer(request, draw=True)
-        png = await asyncio.to_thread(_drawn, decoded.image, poses, threshold)
-        return Response(png, media_type="image/png", headers={"X-Model-Version": answer.model.version})
+
+        def drawn(image: NDArray[np.uint8], poses: Poses) -> bytes:
+            points, boxes = poses.keypoints, poses.boxes.xywh
+            return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, boxes))
+
+        answered = await service.answer(request, drawn)
+        headers = {"X-Model-Version": answered.answer.model.version}
+        if warnings := answered.answer.results[0].warnings:
+            headers["X-Warning"] = warnings[0]
+        return Response(answered.file, media_type="image/png", headers=headers)
 
 
-def _drawn(image: NDArray[np.uint8], poses: Poses, threshold: float) -> bytes:
-    points = poses.keypoints
-    return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, poses.boxes.xywh))
+def _as_format(name: str, poses: list[Poses], image_id: int) -> Any:
+    """The people of a request as other programs read them. Problem where they cannot be said so."""
+    if name == "coco":
+        return [result for i, one in enumerate(poses) for result in one.to_coco(image_id + i)]
+    if len(poses) > 1:
+        raise Problem.of_field("image", "too-many-images", "an OpenPose answer is of one picture.", limit=1)
+    try:
+        return poses[0].to_openpose()
+    except DataError as error:
+        raise Problem.of_field("format", "invalid-field", str(error)) from None
 
 
-def _add_state(app: FastAPI, service: PoseService) -> None:
+def _add_v2(app: APIRouter, service: PoseService) -> None:
+    """The Open Inference Protocol: named and typed tensors instead of pictures and people (v2.py)."""
+    protocol, model = Protocol((), uploads_of_v2), "/v2/models/{name}"
+    hidden: dict[str, Any] = {"include_in_schema": False}  # it has a schema of its own
+
+    def named(name: str, version: str | None = None) -> ServedModel:
+        served = service.ready()
+        if name != served.choice.name or version not in (None, served.choice.version):
+            here = f"{served.choice.name} {served.choice.version}"
+            raise Problem("not-found", f"{name} {version or ''}: no such model; here is {here}.")
+        return served
+
+    @app.get("/v2", **hidden)
+    async def server() -> dict[str, Any]:
+        return {"name": "hrnet", "version": "1", "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live", **hidden)
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", **hidden)
+    async def ready() -> dict[str, bool]:
+        service.ready()
+        return {"ready": True}
+
+    @app.get(f"{model}/ready", **hidden)
+    @app.get(f"{model}/versions/{{version}}/ready", **hidden)
+    async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
+        return {"name": named(name, version).choice.name, "ready": True}
+
+    @app.get(model, **hidden)
+    @app.get(f"{model}/versions/{{version}}", **hidden)
+    async def described(name: str, version: str | None = None) -> dict[str, Any]:
+        served = named(name, version)
+        return metadata(served.info(), served.predictor.spec.skeleton.num_keypoints)
+
+    @app.post(f"{model}/infer", **hidden)
+    @app.post(f"{model}/versions/{{version}}/infer", **hidden)
+    async def inference(request: Request, name: str, version: str | None = None) -> Response:
+        named(name, version)
+        answered = await service.answer(request, protocol=protocol)
+        warnings = [warning for result in answered.answer.results for warning in result.warnings]
+        more = {"request_id": answered.answer.request_id, **({"warnings": warnings} if warnings else {})}
+        content, length = answer_of_v2(request.state.wish, answered.answer.model, answered.poses, more)
+        if length == len(content):
+            return Response(content, media_type="application/json")
+        return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+
+
+def _add_state(app: APIRouter, service: PoseService) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer)
-    async def models() -> ModelsAnswer:
-        """The model that answers, as it was loaded."""
-        loaded = [service.model.described()] if service.model else []
-        return ModelsAnswer(models=loaded, last_load_error=service.load_error)
+    async def models(request: Request) -> ModelsAnswer:
+        """The model that answers, as it was loaded. Where keys are asked for, who sends none is not told
+        where it lies and what it was made of."""
+        loaded, error = [service.model.described()] if service.model else [], service.load_error
+        if service.keys.wanted and service.keys.holder(request.headers.get("authorization")) is None:
+            untold = {"source": "", "checkpoint": "", "provenance": {}}
+            loaded = [model.model_copy(update=untold) for model in loaded]
+            error = error and "The model asked for last could not be loaded."
+        return ModelsAnswer(models=loaded, last_load_error=error)
 
     @app.get("/livez")
     async def livez() -> dict[str, bool]:
@@ -147,13 +286,18 @@ def _add_state(app: FastAPI, service: PoseService) -> None:
     @app.get("/readyz")
     async def readyz() -> dict[str, Any]:
         """A model is loaded; 503 with the reason where none is."""
-        model = service.ready()
-        return {"ready": True, "model": model.info(), "last_load_error": service.load_error}
+        model, error = service.ready(), service.load_error
+        if service.keys.wanted:
+            error = error and "The model asked for last could not be loaded."
+        return {"ready": True, "model": model.info(), "last_load_error": error}
 
 
 def _add_page(app: FastAPI, service: PoseService) -> None:
     # Nothing of the page comes from elsewhere, and nothing else may run in it.
-    policy = {"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"}
+    policy = {
+        "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+        "Cache-Control": "no-cache",
+    }
 
     def add(path: str, file: str, media_type: str) -> None:
         content = Path(__file__).with_name(file).read_bytes()

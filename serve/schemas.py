@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 class Answer(BaseModel):
     """The texts under the fields are in openapi.json and on /docs."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    # A number that JSON has not would be answered as null: better a defect that is seen.
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelInfo(Answer):
@@ -50,6 +51,8 @@ class Result(Answer):
     """request: the boxes sent. whole_image: none were sent, the picture is taken as one person."""
     persons: list[Person]
     """One for each box, in the order of the boxes."""
+    warnings: list[str] = []
+    """What may make the answer wrong although there is one, such as damaged JPEG data."""
 
 
 class PosesAnswer(Answer):
@@ -59,6 +62,35 @@ class PosesAnswer(Answer):
     """One for each picture, in the order sent."""
     timings_ms: dict[str, float]
     """read: the body. decode: pictures and crops. queue: for a batch. infer: forward passes. total."""
+
+
+class CocoResult(Answer):
+    """A person with ?format=coco: a COCO keypoint result."""
+
+    image_id: int
+    category_id: int
+    keypoints: list[float]
+    """x, y, score of each keypoint, one after the other."""
+    score: float
+    bbox: tuple[float, float, float, float]
+
+
+class OpenPosePerson(Answer):
+    person_id: list[int]
+    pose_keypoints_2d: list[float]
+    """x, y, score of OpenPose's 18 keypoints, one after the other."""
+    face_keypoints_2d: list[float]
+    hand_left_keypoints_2d: list[float]
+    hand_right_keypoints_2d: list[float]
+
+
+class OpenPoseAnswer(Answer):
+    """With ?format=openpose: OpenPose's JSON of a picture."""
+
+    version: float
+    converted: dict[str, Any]
+    """What was not OpenPose's: the neck is the middle of the shoulders."""
+    people: list[OpenPosePerson]
 
 
 class LoadedModel(ModelInfo):
@@ -95,9 +127,12 @@ class ProblemAnswer(Answer):
 
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed-body": (400, "The body cannot be read"),
+    "unauthorized": (401, "A key is needed"),
     "not-found": (404, "There is nothing at this address"),
     "method-not-allowed": (405, "This address does not take that method"),
+    "slow-body": (408, "The body came too slowly"),
     "body-too-large": (413, "The body is too large"),
+    "misdirected": (421, "This host is not served here"),
     "media-type": (415, "This media type is not read"),
     "several-frames": (415, "A file of several pictures is not read"),
     "invalid-field": (422, "A field is missing, unknown or wrong"),

@@ -6,32 +6,62 @@ The HTTP side (routes.py) is handed in, so that it may know the service and not 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
 from numpy.typing import NDArray
 from ray import serve
-from ray.serve.metrics import Counter, Histogram
 
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
-from serve.body import read_uploads
+from serve.body import FORM_TYPE, JSON_TYPE, Upload, read_body, uploads_of
+from serve.keys import Key, Keys
+from serve.metrics import Metrics
 from serve.model import ServedModel, load_model
+from serve.room import Room
 from serve.samples import load_samples
 from serve.schemas import PosesAnswer, Problem
-from serve.settings import ModelChoice, ServeArgs
-from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, result_of
+from serve.settings import Limits, ModelChoice, ServeArgs
+from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, inspect, result_of
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
 DECODING_THREADS = 4
-Answered = tuple[PosesAnswer, list[tuple[Decoded, Poses]]]
-"""The answer to a request, and of each of its pictures what it was made of."""
+# A thread costs more than the headers of pictures of so many bytes, whatever stands in them.
+INSPECTED_HERE = 2**19
+Drawing = Callable[[NDArray[np.uint8], Poses], bytes]
+"""From a picture and its poses to a file."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a request says its pictures and boxes."""
+
+    types: tuple[str, ...]
+    """Media types that are read; () for any."""
+    uploads_of: Callable[[Request, bytes, Limits], Awaitable[list[Upload]]]
+
+
+OURS = Protocol((FORM_TYPE, JSON_TYPE), uploads_of)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer to a request, and what it is made of."""
+
+    answer: PosesAnswer
+    poses: list[Poses]
+    """One for each picture."""
+    file: bytes | None
+    """What was drawn, where that was asked for."""
 
 
 class PoseService:
@@ -44,8 +74,8 @@ class PoseService:
         self.load_error: str | None = None
         self.samples = load_samples(args.samples) if args.samples else {}
         self.metrics = Metrics()
-        self.in_progress = 0
-        self._seconds = 1.0  # moving average of a request, for Retry-After
+        self.room = Room(args)
+        self.keys = Keys(args.keys, args.need_keys)
         self._last_success = -math.inf
         # @serve.batch closes a batch when its wait is over, even while the model is busy: requests that
         # come one by one would queue up as batches of one. They wait here until the model is idle.
@@ -79,6 +109,7 @@ class PoseService:
 
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""
+        self.metrics.show(self.room, at_once=True)
         model = self.ready()
         if time.monotonic() - self._last_success < 10:
             return
@@ -87,61 +118,109 @@ class PoseService:
         if isinstance(inferred, Exception):
             raise inferred
 
+    def admit(self, request: Request) -> Key | None:
+        """Whose request it is; None where no key is asked for. Problem (401) for one without a known key."""
+        if not self.keys.wanted:
+            return None
+        key = self.keys.holder(request.headers.get("authorization"))
+        if key is None:
+            what = "send the header Authorization: Bearer KEY. Whoever runs this endpoint gives keys."
+            raise Problem("unauthorized", what, headers={"WWW-Authenticate": 'Bearer realm="hrnet"'})
+        request.state.key = key.name
+        return key
+
     def ready(self) -> ServedModel:
         """The model that answers. Problem (503) where there is none."""
         if self.model is None:
             raise Problem("not-ready", self.load_error or "the model is still being loaded.")
         return self.model
 
-    async def answer(self, request: Request, draw: bool = False) -> Answered:
+    async def answer(
+        self, request: Request, drawing: Drawing | None = None, protocol: Protocol = OURS
+    ) -> Answered:
         """Everything between a request and its answer. Problem says why there is none.
 
-        draw: for an overlay: the request is of one picture, whose pixels are kept.
+        drawing: for an overlay: the request is of one picture, and the file that this makes of it comes too.
         """
-        model = self.ready()
-        if self.in_progress >= self.args.max_requests:
-            what = f"{self.in_progress} requests are in progress here, as many as are taken. Try again later."
-            raise Problem("overloaded", what, headers={"Retry-After": str(math.ceil(self._seconds))})
-        self.in_progress += 1
-        started = time.perf_counter()
-        try:
-            async with asyncio.timeout(self.args.deadline_s):
-                return await self._answer(model, request, draw)
-        except TimeoutError:
-            raise Problem(
-                "deadline",
-                f"no answer within {self.args.deadline_s:g} s. Send fewer people or smaller pictures, or "
-                f"try again when there is less to do.",
-            ) from None
-        finally:
-            self.in_progress -= 1
-            self._seconds += 0.1 * (time.perf_counter() - started - self._seconds)
+        model, started = self.ready(), time.perf_counter()
+        request.state.model = model.info()
+        key = self.admit(request)
+        with self.room.body(key) as grown:
+            with self.room.reading():
+                body = await read_body(request, self.args.limits, grown, protocol.types)
+            with self.room.place(key):
+                try:
+                    async with asyncio.timeout(self.args.deadline_s):
+                        uploads = await protocol.uploads_of(request, body, self.args.limits)
+                        return await self._answer(model, request, uploads, drawing, started)
+                except TimeoutError:
+                    raise Problem(
+                        "deadline",
+                        f"no answer within {self.args.deadline_s:g} s. Send fewer people or smaller "
+                        f"pictures, or try again when there is less to do.",
+                    ) from None
 
-    async def _answer(self, model: ServedModel, request: Request, draw: bool) -> Answered:
-        clock = [time.perf_counter()]
-        uploads = await read_uploads(request, self.args.limits)
-        if draw and len(uploads) > 1:
+    async def _answer(
+        self,
+        model: ServedModel,
+        request: Request,
+        uploads: list[Upload],
+        drawing: Drawing | None,
+        started: float,
+    ) -> Answered:
+        if drawing and len(uploads) > 1:
             raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
-        clock.append(time.perf_counter())
-        loop, pool, limits = asyncio.get_running_loop(), self._decoding, self.args.limits
-        decoded = await asyncio.gather(
-            *(loop.run_in_executor(pool, decode, model, upload, limits, draw) for upload in uploads)
-        )
-        people = [one.people for one in decoded]
-        clock.append(time.perf_counter())
-        inferred = await self._infer_people(model, np.concatenate([one.crops for one in people]))
-        clock += [inferred.started, inferred.ended]
-        poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
-        pictures = list(zip(decoded, poses, strict=True))
-        results = [result_of(*picture) for picture in pictures]
+        clock, file = [started, time.perf_counter()], None
+        async with self._decoded(model, uploads, drawing is not None) as decoded:
+            people = [one.people for one in decoded]
+            clock.append(time.perf_counter())
+            inferred = await self._infer_people(model, np.concatenate([one.crops for one in people]))
+            clock += [inferred.started, inferred.ended]
+            poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
+            if drawing:
+                file = await asyncio.to_thread(drawing, decoded[0].image, poses[0])
+        results = [result_of(*picture) for picture in zip(decoded, poses, strict=True)]
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
-        self.metrics.answered(sum(len(r.persons) for r in results), stages)
+        request.state.stages = {name: float(spent) for name, spent in stages.items()}
+        people, pixels = (
+            sum(len(r.persons) for r in results),
+            sum(r.image.width * r.image.height for r in results),
+        )
+        self.metrics.found(people, pixels, model.info())
         seconds = {**stages, "total": ended - clock[0]}
         timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
         request_id = request.state.request_id
         answer = PosesAnswer(request_id=request_id, model=model.info(), results=results, timings_ms=timings)
-        return answer, pictures
+        return Answered(answer, poses, file)
+
+    @asynccontextmanager
+    async def _decoded(
+        self, model: ServedModel, uploads: list[Upload], keep: bool
+    ) -> AsyncIterator[list[Decoded]]:
+        """A request's pictures, decoded and cut, once there is room for their pixels: all at once, or one
+        after the other where they are more than is ever held. keep: the pixels of its one picture, too."""
+        pool, limits, pixels = self._decoding, self.args.limits, self.room.pixels
+        if sum(len(upload.data) for upload in uploads) <= INSPECTED_HERE:
+            headers = [inspect(upload, limits) for upload in uploads]
+        else:
+            headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads], len(uploads))
+        areas = [header.width * header.height for header in headers]
+        width, height = model.predictor.spec.input_size
+        cut = sum(1 if one.boxes_xywh is None else len(one.boxes_xywh) for one in uploads) * width * height
+        together = cut + sum(areas) <= pixels.limit
+        jobs = [(model, upload, header, keep) for upload, header in zip(uploads, headers, strict=True)]
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(self.args.deadline_s / 2):
+                    need = cut + (sum(areas) if together else max(areas))
+                    keep_only = await held.enter_async_context(pixels.take(need))
+            except TimeoutError:
+                raise self.room.full("pixels") from None
+            decoded = await _in_threads(pool, decode, jobs, len(jobs) if together else 1)
+            if not keep:
+                keep_only(cut)
+            yield decoded
 
     async def _infer_people(self, model: ServedModel, crops: NDArray[np.uint8]) -> Inferred:
         """A request's people: in portions that fit a batch, each beside other requests'."""
@@ -166,7 +245,7 @@ class PoseService:
 
     @serve.batch(batch_size_fn=count_people)
     async def _infer_batched(self, portions: list[Portion]) -> list[Inferred | Exception]:
-        self.metrics.batch_people.observe(count_people(portions))
+        self.metrics.batches.observe(count_people(portions))
         self._idle.clear()
         try:
             return await self._infer(portions)
@@ -181,20 +260,17 @@ class PoseService:
         return inferred
 
 
-class Metrics:
-    """Prometheus series of a replica, exported by Ray on each node's metrics port with a ray_ prefix."""
-
-    def __init__(self) -> None:
-        self.requests = Counter("hrnet_requests", "Requests answered.", ("path", "status"))
-        self.people = Counter("hrnet_people", "People whose keypoints were found.")
-        stages = "Seconds of a request by stage: read, decode, queue, infer."
-        bounds = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
-        self.stage_seconds = Histogram("hrnet_stage_seconds", stages, bounds, ("stage",))
-        people = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-        self.batch_people = Histogram("hrnet_batch_people", "People of a forward pass.", people)
-
-    def answered(self, people: int, stages: dict[str, float]) -> None:
-        if people:
-            self.people.inc(people)
-        for stage, seconds in stages.items():
-            self.stage_seconds.observe(max(float(seconds), 1e-6), tags={"stage": stage})
+async def _in_threads(
+    pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: list[tuple[Any, ...]], at_once: int
+) -> list[Any]:
+    """work(*job) of each job, up to so many at once. Whoever is told of a failure, or gives up, is told when
+    no thread works on it any more: only then is its memory free."""
+    done: list[Any] = []
+    for i in range(0, len(jobs), at_once):
+        running = [pool.submit(work, *job) for job in jobs[i : i + at_once]]
+        try:
+            done += await asyncio.gather(*map(asyncio.wrap_future, running))
+        finally:
+            if not all(future.done() for future in running):
+                await asyncio.to_thread(wait, running)
+    return done

@@ -27,6 +27,10 @@ class Limits(Settings):
 
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
     """A longer body is not read to its end (413)."""
+    body_idle_s: float = Field(default=5.0, gt=0)
+    """A body of which nothing comes for this long is given up (408)."""
+    body_s: float = Field(default=30.0, gt=0)
+    """A body must be whole within this time (408). The deadline of the work begins when it is."""
     max_pixels: int = Field(default=50_000_000, ge=1)
     """A picture whose header promises more is refused before it is decoded."""
     max_people: int = Field(default=128, ge=1)
@@ -55,11 +59,32 @@ class ReplicaSettings(Settings):
     max_batch_people: int = Field(default=32, ge=1)
     """People of one forward pass, gathered over requests."""
     max_requests: int = Field(default=64, ge=1)
-    """Requests in progress in one replica; the next one gets 429."""
+    """Requests in progress in one replica, their bodies whole; the next one gets 429."""
+    max_bodies: int = Field(default=256, ge=1)
+    """Bodies that one replica reads at a time; the next one gets 429."""
+    max_bytes_held: int = Field(default=256 * 2**20, ge=1)
+    """Bytes of bodies in one replica, while they are read and worked on; the next one gets 429. At least
+    what one body may have is taken."""
+    max_pixels_held: int = Field(default=64_000_000, ge=1)
+    """Pixels in one replica's memory at a time, of pictures being decoded and of people cut out: 3 bytes
+    each, up to 12 while a progressive JPEG is decoded. Requests beyond wait their turn, in order, up to
+    half the deadline (then 429). One request is always let in."""
     deadline_s: float = Field(default=30.0, gt=0)
-    """A request that takes longer gets 504."""
+    """Work on a whole body that takes longer gets 504."""
     max_replicas: int | None = Field(default=None, ge=1)
     """With this, Ray Serve scales the replicas with the load, up to this many."""
+    keys: str | None = None
+    """File of the keys that requests must bring, a line each: NAME KEY [rate=5] [share=0.25]. Read again when
+    it changes. The environment variable HRNET_SERVE_KEYS of the replicas holds more of them."""
+    key_rate: float | None = Field(default=None, gt=0)
+    """Requests a second that one key may make in one replica (429); default: as many as there is room for."""
+    key_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of `max_requests` that one key may have in progress in one replica (429)."""
+    hosts: tuple[str, ...] = ()
+    """Host names that requests may be addressed to (421), * for any. Default: where `host` is a loopback
+    address its names, else any."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask from a browser, such as https://example.com; * for all."""
     samples: str | None = None
     """Pictures for the page: a folder with a boxes.json; `hrnet deploy` takes the picture folder of a COCO
     split too."""
@@ -81,6 +106,8 @@ class ServeArgs(ModelChoice, ReplicaSettings):
     """Arguments of `serve.app:build`; `args:` of a Serve config file."""
 
     limits: Limits = Limits()
+    need_keys: bool = False
+    """A replica that finds no keys does not start."""
     batch_wait_s: float = Field(default=BATCH_WAIT_S, ge=0)
     """How long an idle model waits for more people; while it is busy, the next batch gathers anyway."""
     num_replicas: int = Field(default=REPLICAS, ge=1)

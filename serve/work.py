@@ -6,16 +6,18 @@ The method is PosePredictor's: its `prepare` here, its `predict_crops` on a batc
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from hrnet_core.errors import ImageError
-from hrnet_core.images import check_image, decode_checked
+from hrnet_core.images import ImageHeader, check_image, decode_checked, displayed
 from hrnet_core.results import Poses
 from serve.body import Upload
 from serve.model import ServedModel
@@ -32,6 +34,7 @@ class Decoded:
 
     people: Prepared
     exif_rotated: bool
+    warnings: list[str]
     image: NDArray[np.uint8] | None
     """(H, W, 3), kept only where it will be drawn on."""
 
@@ -57,27 +60,63 @@ class Inferred:
     ended: float
 
 
-def decode(model: ServedModel, upload: Upload, limits: Limits, keep: bool) -> Decoded:
-    """Decode a picture as displayed and cut its people out. Problem names the field that is wrong."""
-    field = upload.field
-    try:
+def inspect(upload: Upload, limits: Limits) -> ImageHeader:
+    """A picture's header, after everything that can be judged without decoding a pixel. Problem names the
+    field that is wrong."""
+    with _named(upload.field):
         header = check_image(upload.data, limits.max_pixels)
-        if header.frames > 1 and not limits.first_frame:
-            raise Problem.of_field(
-                field,
-                "several-frames",
-                f"the {header.format} file holds several frames or pages, and which one is meant is not "
-                f"said. Send one picture.",
-            )
-        image = decode_checked(upload.data, header, apply_exif=True)
+    if header.frames > 1 and not limits.first_frame:
+        raise Problem.of_field(
+            upload.field,
+            "several-frames",
+            f"the {header.format} file holds several frames or pages, and which one is meant is not said. "
+            f"Send one picture.",
+        )
+    return header
+
+
+def decode(model: ServedModel, upload: Upload, header: ImageHeader, keep: bool) -> Decoded:
+    """Decode a picture as displayed and cut its people out. Problem names the field that is wrong.
+
+    keep: its pixels, too.
+    """
+    with _named(upload.field):
+        image, warnings = pixels_of(upload.data, header)
+    if upload.boxes_xywh is not None:
+        _refuse_outside(upload.boxes_xywh, image, upload.field.replace("image", "boxes"))
+    (people,) = model.predictor.prepare(image, upload.boxes_xywh)
+    return Decoded(people, header.orientation != 1, warnings, image if keep else None)
+
+
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
+    """An ImageError as the Problem of a field."""
+    try:
+        yield
     except ImageError as error:
         slugs = {"too_large": "too-many-pixels", "truncated": "truncated-picture"}
         slug = slugs.get(error.reason, "not-a-picture")
         raise Problem.of_field(field, slug, str(error), reason=error.reason) from None
-    if upload.boxes_xywh is not None:
-        _refuse_outside(upload.boxes_xywh, image, field.replace("image", "boxes"))
-    (people,) = model.predictor.prepare(image, upload.boxes_xywh)
-    return Decoded(people, header.orientation != 1, image if keep else None)
+
+
+def pixels_of(data: bytes, header: ImageHeader) -> tuple[NDArray[np.uint8], list[str]]:
+    """A picture as displayed, and what libjpeg says of data that it could not follow and decoded all the
+    same.
+
+    OpenCV tells nobody, so that JPEGs are decoded strictly first: to the same pixels, which a test holds.
+    About half of what falls on a file's data is noticed; the rest is data that JPEG allows.
+    """
+    warnings = []
+    if header.format == "JPEG":
+        try:
+            stored = simplejpeg.decode_jpeg(data, "RGB")
+            if stored.shape == (header.height, header.width, 3):
+                return displayed(stored, header.orientation), []
+        except ValueError as error:
+            why = str(error).removeprefix("Corrupt JPEG data: ")
+            what = f"The JPEG data are damaged ({why}): parts of the picture may be missing or displaced."
+            warnings.append(what)
+    return decode_checked(data, header, apply_exif=True), warnings
 
 
 def _refuse_outside(boxes_xywh: NDArray[np.float32], image: NDArray[np.uint8], boxes_field: str) -> None:
@@ -134,4 +173,5 @@ def result_of(decoded: Decoded, poses: Poses) -> Result:
         image=ImageInfo(width=width, height=height, exif_rotated=decoded.exif_rotated),
         boxes_source="request" if poses.boxes_source == "given" else poses.boxes_source,
         persons=[Person(bbox=box, score=score, keypoints=keypoints) for box, score, keypoints in rows],
+        warnings=decoded.warnings,
     )

@@ -29,7 +29,8 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.config import RunSettings, ServeSettings, TrackSettings
+from pipelines.cluster import with_metrics_port
+from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.deploy import deploy, serve_args
 from serve.settings import ServeArgs
 
@@ -152,6 +153,15 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "max_batch_people": 11,
         "max_requests": 13,
         "deadline_s": 17.0,
+        "max_bodies": 7,
+        "key_rate": 43.0,
+        "key_share": 0.47,
+        "hosts": ("poses.example.com",),
+        "cors_origins": ("https://example.com",),
+        "max_bytes_held": 37,
+        "max_pixels_held": 41,
+        "body_idle_s": 3.0,
+        "body_s": 5.0,
         "max_body_bytes": 19,
         "max_pixels": 23,
         "max_people": 29,
@@ -159,7 +169,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "first_frame": True,
     }
     renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
-    kept_here = {"host", "port", "haproxy", "samples"}
+    kept_here = {"host", "port", "haproxy", "samples", "keys", "anyone"}
     assert set(ServeSettings.model_fields) == {*same, *renamed, *kept_here}, "a new setting must go somewhere"
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}
@@ -298,6 +308,8 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         assert len(started) > 3
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         assert json.load(opener.open(f"http://127.0.0.1:{port}/readyz", timeout=30))["ready"] is True
+        (metrics,) = [line.split()[1] for line in lines if "Prometheus" in line]
+        assert b"ray_" in opener.open(metrics, timeout=30).read()
         process.send_signal(stop)
         assert process.wait(60) == 0, "".join(lines)
         _, alive = psutil.wait_procs(started, timeout=30)
@@ -306,3 +318,40 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         process.kill()
         reader.join(30)
     assert not any("Traceback" in line for line in lines), "".join(lines)
+
+
+def test_the_metrics_port_is_the_one_asked_for_or_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--ray.metrics-port {port}"):
+            with_metrics_port(RaySettings(metrics_port=port))
+        monkeypatch.setattr("pipelines.cluster.METRICS_PORT", port)
+        assert with_metrics_port(RaySettings()).metrics_port is None
+    assert with_metrics_port(RaySettings()).metrics_port == port
+    assert with_metrics_port(RaySettings(metrics_port=port)).metrics_port == port
+
+
+def test_other_machines_are_answered_with_keys_or_by_saying_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HRNET_SERVE_KEYS", raising=False)
+    file = tmp_path / "keys"
+    file.write_text("camera 0123456789abcdef\n")
+    here = args_of(str(checkpoint), tmp_path)
+    assert (here.keys, here.need_keys, "localhost" in here.hosts) == (None, False, True)
+    with pytest.raises(ConfigError, match=r"--serve\.keys FILE.*--serve\.anyone"):
+        args_of(str(checkpoint), tmp_path, host="0.0.0.0")
+    keyed = args_of(str(checkpoint), tmp_path, host="0.0.0.0", keys=str(file))
+    assert (keyed.keys, keyed.need_keys, keyed.hosts) == (str(file), True, ())
+    assert not args_of(str(checkpoint), tmp_path, host="0.0.0.0", anyone=True).need_keys
+    with pytest.raises(ConfigError, match="leave one out"):
+        args_of(str(checkpoint), tmp_path, keys=str(file), anyone=True)
+    monkeypatch.setenv("HRNET_SERVE_KEYS", "camera 0123456789abcdef")
+    assert args_of(str(checkpoint), tmp_path, host="0.0.0.0").need_keys
+    monkeypatch.setenv("HRNET_SERVE_KEYS", "camera secret")
+    with pytest.raises(ConfigError, match="at least 16") as caught:
+        args_of(str(checkpoint), tmp_path)
+    assert "secret" not in str(caught.value)

@@ -107,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines.registry": STAGES | {"mlflow"},
     "pipelines.mlflow_model": {"mlflow", "pandas", "numpy", "hrnet_core"},
     "pipelines": STAGES,
+    "serve.work": SERVER | {"simplejpeg"},
     "serve": SERVER,
 }
 # What a part of pipelines/ may import of pipelines/, beside itself.

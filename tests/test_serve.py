@@ -506,7 +506,7 @@ def test_a_request_that_takes_too_long_gets_504(checkpoint: Path) -> None:
     response = call(service, "POST", "/v1/poses", **form())
     assert response.status_code == 504
     assert response.json()["type"] == "urn:hrnet:problem:deadline"
-    assert service.in_progress == 0
+    assert service.room.in_progress == 0
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -807,6 +807,7 @@ def endpoint(ray_local: None, checkpoint: Path, tmp_path_factory: pytest.TempPat
         max_batch_people=6,
         batch_wait_ms=50,
         max_body_bytes=2_000_000,
+        body_idle_s=2.0,
         samples=str(samples),
         flip_test=True,
     )
@@ -880,6 +881,31 @@ def test_the_request_id_comes_back_once(server: httpx.Client) -> None:
 
 
 @pytest.mark.ray
+def test_a_request_id_that_serve_cannot_read_is_replaced(endpoint: str) -> None:
+    host, port = endpoint.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection.request("GET", "/nothing", headers={"X-Request-ID": b"caf\xe9", "X-Other": b"\xe9"})
+    response = connection.getresponse()
+    assert response.status == 404
+    assert json.loads(response.read())["request_id"] == response.headers["x-request-id"] != "café"
+    connection.close()
+
+
+@pytest.mark.ray
+def test_many_slow_bodies_keep_nobody_out(endpoint: str, server: httpx.Client) -> None:
+    host, port = endpoint.removeprefix("http://").split(":")
+    head = b"POST /v1/poses HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(80)]
+    for connection in slow:
+        connection.sendall(head + b"Content-Length: 1000\r\n\r\n-")
+    time.sleep(0.3)
+    assert server.post("/v1/poses", files={"image": PNG}).status_code == 200
+    assert b" 408 " in slow[0].recv(100)
+    for connection in slow:
+        connection.close()
+
+
+@pytest.mark.ray
 def test_a_stream_without_a_length_is_refused_through_the_proxy(endpoint: str) -> None:
     host, port = endpoint.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
@@ -913,13 +939,19 @@ def test_metrics_are_on_the_nodes_metrics_port(server: httpx.Client) -> None:
     import ray
 
     assert server.post("/v1/poses", files={"image": PNG}).status_code == 200
+    assert server.post("/v1/poses", files={"image": b"none"}).status_code == 422
+    assert server.get("/metrics").status_code == 404, "for the node's own network, not for clients"
     (node,) = [n for n in ray.nodes() if n["Alive"]]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {
-        "ray_hrnet_requests_total": 'path="/v1/poses"',
-        "ray_hrnet_people_total": "poses",
-        "ray_hrnet_stage_seconds_count": 'stage="infer"',
+        "ray_hrnet_requests_total": 'slug="not-a-picture"',
+        "ray_hrnet_people_total": 'mode="float32"',
+        "ray_hrnet_decoded_pixels_total": 'mode="float32"',
+        "ray_hrnet_request_seconds_bucket": 'le="+Inf"',
+        "ray_hrnet_stage_seconds_sum": 'stage="infer"',
         "ray_hrnet_batch_people_count": "poses",
+        "ray_hrnet_in_progress": "poses",
+        "ray_hrnet_pixels_held": "poses",
     }
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + 40  # Ray exports every ten seconds

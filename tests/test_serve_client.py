@@ -1,0 +1,192 @@
+"""The client, against the application over real HTTP and from an environment that holds nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import venv
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_serve import BOXES, PNG, photo, save_tiny, service_of
+from test_serve_protocols import running
+
+from hrnet_core.images import decode_image, encode_png
+from hrnet_core.predictor import PosePredictor
+from serve import client
+from serve.client import AsyncClient, Client, ServerError
+from serve.routes import make_app
+
+ROOT = Path(__file__).parents[1]
+SECRET = "0123456789abcdef-client"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", 0)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# who asks\nclient {SECRET}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint: Path, keys: Path) -> Iterator[str]:
+    with running(make_app(service_of(checkpoint, keys=str(keys)))) as address:
+        yield f"http://{address}"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("HRNET_KEY", raising=False)
+
+
+def keypoints_of(answer: Any) -> np.ndarray:
+    return np.array([person["keypoints"] for person in answer["results"][0]["persons"]])
+
+
+def test_every_address_is_asked_with_the_key(url: str, checkpoint: Path, tmp_path: Path) -> None:
+    expected = PosePredictor.load(checkpoint, device="cpu")(photo(), BOXES)[0]
+    file = tmp_path / "photo.png"
+    file.write_bytes(encode_png(photo()))
+    with Client(url, key=SECRET) as asking:
+        np.testing.assert_allclose(
+            keypoints_of(asking.poses(file, BOXES)), expected.keypoints.data, atol=1e-3
+        )
+        coco = asking.poses(file, BOXES, format="coco", image_id=9)
+        assert [result["image_id"] for result in coco] == [9, 9, 9]
+        assert len(asking.poses(str(file), BOXES, format="openpose")["people"]) == 3
+        assert decode_image(asking.overlay(file, BOXES), apply_exif=False).shape == photo().shape
+        assert asking.models()["models"][0]["checkpoint"] == str(checkpoint)
+        with pytest.raises(ServerError, match="422 The bytes are not a picture") as caught:
+            asking.poses(b"none")
+        assert caught.value.problem["field"] == "image"
+    with pytest.raises(ServerError, match="401"):
+        client.poses(url, file)
+    with pytest.raises(ValueError, match="expected an address"):
+        Client("127.0.0.1:8000")
+
+
+def test_many_come_in_order_with_their_failures_and_progress(url: str) -> None:
+    pictures = [encode_png(photo(seed)) for seed in range(9)]
+    pictures[4] = b"none"
+    told: list[tuple[int, int | None]] = []
+    with Client(url, key=SECRET) as asking:
+        pairs = [(picture, BOXES[: i % 3 + 1]) for i, picture in enumerate(pictures)]
+        found = list(asking.poses_of_many(pairs, at_once=3, progress=lambda *now: told.append(now)))
+        alone = [None if i == 4 else asking.poses(*pair) for i, pair in enumerate(pairs)]
+    assert [picture for picture, _ in found] == pictures
+    assert told == [(i + 1, 9) for i in range(9)]
+    for i, (_, answer) in enumerate(found):
+        if i == 4:
+            assert isinstance(answer, ServerError)
+        else:
+            np.testing.assert_allclose(keypoints_of(answer), keypoints_of(alone[i]), atol=1e-3)
+    given = iter(pictures[:2])
+    with Client(url, key=SECRET) as asking:
+        assert len(list(asking.poses_of_many(given))) == 2
+
+
+def test_asyncio_waits_for_many_at_once(url: str) -> None:
+    picture = encode_png(photo())
+
+    async def ask() -> list[Any]:
+        async with AsyncClient(url, key=SECRET, at_once=4) as asking:
+            answers = await asyncio.gather(*(asking.poses(picture, BOXES[:n]) for n in (1, 2, 3)))
+            return [*answers, await asking.overlay(PNG), await asking.models()]
+
+    *answers, png, models = asyncio.run(ask())
+    assert [len(keypoints_of(answer)) for answer in answers] == [1, 2, 3]
+    assert png.startswith(b"\x89PNG")
+    assert models["models"][0]["version"] == "7"
+
+
+def counting(close: bool) -> Iterator[tuple[str, list[str]]]:
+    """A server that answers {} over connections that it keeps, or closes without a word; the lines asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(f"{self.client_address[1]} {self.requestline}")
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+            self.close_connection = close
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_a_connection_is_used_again_and_opened_again_without_a_wait(
+    close: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.time, "sleep", lambda _: pytest.fail("nothing to wait for"))
+    for address, asked in counting(close):
+        with Client(address) as asking:
+            for _ in range(3):
+                assert asking.poses(PNG) == {}
+        ports = {line.split()[0] for line in asked}
+        assert (len(asked), len(ports)) == (3, 3 if close else 1)
+
+
+def test_the_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, asked in counting(False):
+        monkeypatch.setenv("http_proxy", address)
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        assert client.poses("http://poses.example/base", PNG) == {}
+        assert asked[0].split()[1:3] == ["POST", "http://poses.example/base/v1/poses"]
+
+
+@pytest.mark.slow
+def test_it_works_where_nothing_else_is_installed(url: str, keys: Path, tmp_path: Path) -> None:
+    """The wheel, without what it needs otherwise, in an environment of its own."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("hrnet_core", "pipelines", "serve"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "own")
+    own = tmp_path / "own" / "bin" / "python"
+    subprocess.run([*pip, "--python", own, "install", "-q", "--no-deps", wheel], check=True)
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(PNG)
+    command = [own, "-I", "-m", "serve.client", url, "--key-file", keys, "0.png", "1.png", "2.png"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("2.png: [Errno 2]")
+    answers = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [answer["file"] for answer in answers] == ["0.png", "1.png"]
+    assert keypoints_of(answers[0]).shape == (1, 17, 3)
+    program = "import sys, serve.client; print(*{'numpy', 'ray', 'torch', 'httpx'} & set(sys.modules))"
+    loaded = subprocess.run([own, "-I", "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == ""

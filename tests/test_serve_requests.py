@@ -1,0 +1,358 @@
+"""What a request may do to a replica: faults of its input are told, and what it holds is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from prometheus_client import CollectorRegistry, Histogram
+from test_serve import PNG, call, form, photo, save_tiny, service_of
+
+from hrnet_core.images import check_image, decode_image, encode_jpeg
+from serve.metrics import SECONDS, Sums
+from serve.room import Pixels
+from serve.routes import make_app
+from serve.service import PoseService
+from serve.settings import Limits
+from serve.work import pixels_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", 0)
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Path) -> PoseService:
+    return service_of(checkpoint)
+
+
+def post(service: PoseService, **options: Any) -> httpx.Response:
+    return call(service, "POST", "/v1/poses", **options)
+
+
+# --- faults of the input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1e-40, 1e-40), (1e-44, 5e-1), (0.3, 0.6), (1, 1)])
+def test_a_box_of_a_pixel_or_in_fractions_is_refused_with_the_way_out(
+    service: PoseService, size: tuple[float, float]
+) -> None:
+    response = post(service, **form(boxes=[[0.1, 0.2, *size]]))
+    assert response.status_code == 422
+    assert "multiplied by its width and height" in response.json()["detail"]
+
+
+def test_every_box_that_is_taken_is_answered_in_numbers(service: PoseService) -> None:
+    thin = [[3, 3, 1e-30, 1.5], [3, 3, 40, 1e-44], [63.9, 47.9, 1.01, 1.01]]
+    answer = post(service, **form(boxes=thin))
+    assert answer.status_code == 200, answer.text
+    points = np.array([person["keypoints"] for person in answer.json()["results"][0]["persons"]], float)
+    assert points.shape == (3, 17, 3)
+    assert np.isfinite(points).all()
+
+
+def test_half_a_surrogate_pair_in_a_name_is_a_problem_not_a_defect(service: PoseService) -> None:
+    body = b'{"image": "", "\\ud800": 1}'
+    response = post(service, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 422
+    assert response.json()["field"] == "?"
+
+
+@pytest.mark.parametrize("given", [b"caf\xe9", "café".encode(), b"x" * 300, b"a b"])
+def test_a_request_id_that_is_no_plain_text_is_replaced(service: PoseService, given: bytes) -> None:
+    response = post(service, **form(), headers={b"x-request-id": given})
+    assert response.status_code == 200
+    assert len(response.json()["request_id"]) == 36
+
+
+def test_damaged_jpeg_data_are_answered_with_a_warning(service: PoseService) -> None:
+    whole = encode_jpeg(photo())
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2 : len(whole) // 2 + 20] = b"\xa5" * 20
+    (result,) = post(service, **form(whole)).json()["results"]
+    assert result["warnings"] == []
+    (result,) = post(service, **form(bytes(damaged))).json()["results"]
+    assert "JPEG data are damaged" in result["warnings"][0]
+    drawn = call(service, "POST", "/v1/overlay", **form(bytes(damaged)))
+    assert drawn.headers["x-warning"] == result["warnings"][0]
+
+
+JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "4:4:4": ("RGB", {"subsampling": 0, "quality": 95}),
+    "4:2:2": ("RGB", {"subsampling": 1}),
+    "4:2:0": ("RGB", {"subsampling": 2, "quality": 30}),
+    "4:1:1": ("RGB", {"subsampling": "4:1:1"}),
+    "progressive": ("RGB", {"progressive": True, "subsampling": 2}),
+    "restarts": ("RGB", {"restart_marker_rows": 1}),
+    "RGB": ("RGB", {"keep_rgb": True}),
+    "grey": ("L", {}),
+    "CMYK": ("CMYK", {}),
+}
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(320, 240), (321, 43)])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_whole_jpeg_is_decoded_to_the_pixels_of_evaluation_and_not_called_damaged(
+    kind: str, size: tuple[int, int], orientation: int
+) -> None:
+    """Evaluation decodes with OpenCV; the endpoint with what tells of damage."""
+    (mode, options), content, exif = JPEGS[kind], io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(4, *size)).convert(mode).save(content, "JPEG", exif=exif, **options)
+    data = content.getvalue()
+    pixels, warnings = pixels_of(data, check_image(data))
+    assert warnings == []
+    np.testing.assert_array_equal(pixels, decode_image(data, apply_exif=True))
+
+
+def test_real_photographs_are_decoded_to_the_pixels_of_evaluation(real_data: Path) -> None:
+    files = sorted((real_data / "coco").rglob("*.jpg"))[:40]
+    assert files
+    for file in files:
+        data = file.read_bytes()
+        pixels, warnings = pixels_of(data, check_image(data))
+        assert warnings == []
+        np.testing.assert_array_equal(pixels, decode_image(data, apply_exif=True), err_msg=file.name)
+
+
+def test_an_unknown_query_parameter_is_refused_with_those_there_are(service: PoseService) -> None:
+    response = call(service, "POST", "/v1/overlay?treshold=0.5", **form())
+    assert response.status_code == 422
+    assert response.json()["detail"] == "treshold: unknown query parameter; there are threshold."
+    assert call(service, "POST", "/v1/overlay?threshold=0.5", **form()).status_code == 200
+    assert call(service, "GET", "/?from=a-newsletter").status_code == 200, "the page is for people"
+
+
+def test_a_form_that_was_cut_off_is_said_to_be(service: PoseService) -> None:
+    request = httpx.Request("POST", "http://test", files={"image": PNG, "boxes": (None, "[]")})
+    body, media_type = request.read(), {"content-type": request.headers["content-type"]}
+    assert post(service, content=body, headers=media_type).status_code == 200
+    for length in (len(body) // 2, len(body) - 5):
+        response = post(service, content=body[:length], headers=media_type)
+        assert response.status_code == 400
+        assert "cut off" in response.json()["detail"]
+
+
+# --- bodies and places --------------------------------------------------------------------------
+
+
+def app_client(service: PoseService) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url="http://test")
+
+
+def slow(first: bytes = b"-", pause_s: float = 60) -> dict[str, Any]:
+    """A request whose body begins and then goes on a byte at a time."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield first
+        while True:
+            await asyncio.sleep(pause_s)
+            yield b"-"
+
+    return {"content": body(), "headers": {"content-type": "multipart/form-data; boundary=b"}}
+
+
+def test_slow_bodies_take_no_place_and_are_given_up(checkpoint: Path) -> None:
+    """Sixty-four connections of one byte, which held every place for thirty seconds."""
+    service = service_of(checkpoint, max_requests=2, limits=Limits(body_idle_s=1.0))
+
+    async def together() -> tuple[httpx.Response, list[httpx.Response]]:
+        async with app_client(service) as http:
+            held = [asyncio.create_task(http.post("/v1/poses", **slow())) for _ in range(64)]
+            while service.room.bodies < 64:
+                await asyncio.sleep(0.01)
+            meanwhile = await http.post("/v1/poses", **form())
+            assert service.room.bodies == 64
+            return meanwhile, await asyncio.gather(*held)
+
+    meanwhile, held = asyncio.run(together())
+    assert meanwhile.status_code == 200, meanwhile.text
+    assert {response.status_code for response in held} == {408}
+    assert held[0].json()["type"] == "urn:hrnet:problem:slow-body"
+    assert (service.room.bodies, service.room.bytes_held) == (0, 0)
+
+
+def test_a_body_that_trickles_is_given_up_too(checkpoint: Path) -> None:
+    service = service_of(checkpoint, limits=Limits(body_idle_s=1.0, body_s=0.3))
+    response = post(service, **slow(pause_s=0.02))
+    assert response.status_code == 408
+    assert "within 0.3 s" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sent", "reason"),
+    [
+        ({"max_bodies": 2}, 1, "bodies"),
+        ({"max_bytes_held": 5000, "limits": Limits(max_body_bytes=4000)}, 3000, "bytes"),
+    ],
+)
+def test_bodies_and_their_bytes_are_bounded(
+    checkpoint: Path, settings: dict[str, Any], sent: int, reason: str
+) -> None:
+    service = service_of(checkpoint, **settings)
+
+    async def refused() -> httpx.Response:
+        async with app_client(service) as http:
+            held = [asyncio.create_task(http.post("/v1/poses", **slow(bytes(sent)))) for _ in range(3)]
+            (first, *_), others = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            return first.result()
+
+    response = asyncio.run(refused())
+    assert response.status_code == 429
+    assert (response.json()["type"], response.json()["reason"]) == ("urn:hrnet:problem:overloaded", reason)
+    assert int(response.headers["retry-after"]) >= 1
+    assert (service.room.bodies, service.room.bytes_held) == (0, 0)
+
+
+# --- pixels -------------------------------------------------------------------------------------
+
+
+def test_pixels_are_let_in_in_order_and_given_back_by_who_gives_up() -> None:
+    async def run() -> None:
+        pixels, entered = Pixels(10), []
+
+        async def work(name: str, count: int, until: asyncio.Event) -> None:
+            async with pixels.take(count) as keep_only:
+                entered.append(name)
+                keep_only(count // 2)
+                await until.wait()
+
+        ends = {name: asyncio.Event() for name in "abcde"}
+        sizes = {"a": 8, "b": 9, "c": 1, "d": 20, "e": 1}
+        tasks = {}
+        for name, size in sizes.items():
+            tasks[name] = asyncio.create_task(work(name, size, ends[name]))
+            await asyncio.sleep(0)
+        assert (entered, pixels.held) == (["a"], 4), "c fits, but b was first"
+        tasks["b"].cancel()
+        await asyncio.gather(tasks["b"], return_exceptions=True)
+        await asyncio.sleep(0)
+        assert (entered, pixels.held) == (["a", "c"], 4)
+        ends["a"].set()
+        ends["c"].set()
+        await asyncio.gather(tasks["a"], tasks["c"])
+        await asyncio.sleep(0)
+        assert entered == ["a", "c", "d"], "more than the limit, alone"
+        ends["d"].set()
+        ends["e"].set()
+        await asyncio.gather(tasks["d"], tasks["e"])
+        assert pixels.held == 0
+
+    asyncio.run(run())
+
+
+def test_no_room_for_pixels_is_429(checkpoint: Path) -> None:
+    service = service_of(checkpoint, deadline_s=0.2, max_pixels_held=1)
+
+    async def ask() -> httpx.Response:
+        async with service.room.pixels.take(1), app_client(service) as http:
+            return await http.post("/v1/poses", **form())
+
+    response = asyncio.run(ask())
+    assert response.status_code == 429
+    assert response.json()["reason"] == "pixels"
+    assert service.room.pixels.held == 0
+
+
+def test_twelve_large_pictures_at_once_need_the_memory_of_few(checkpoint: Path) -> None:
+    """Twelve of 49 Mpx took 2.8 GB more: as many are decoded at a time as max_pixels_held says."""
+    service = service_of(checkpoint)
+    data = bytes(cv2.imencode(".jpg", np.full((7000, 7000, 3), 99, np.uint8))[1])
+    process, stop, most = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    async def together() -> list[httpx.Response]:
+        async with app_client(service) as http:
+            return await asyncio.gather(*(http.post("/v1/poses", **form(data)) for _ in range(12)))
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        responses = asyncio.run(together())
+        stop.set()
+        watching.result()
+    assert [response.status_code for response in responses] == [200] * 12
+    grown = (most[0] - before) / 2**20
+    assert 100 < grown < 400, f"{grown:.0f} MB: one picture is 140"
+    assert service.room.pixels.held == 0
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+class Shown:
+    """A gauge that keeps what it is set to, by the values of its labels."""
+
+    def __init__(self, name: str, description: str, labels: tuple[str, ...] = ()) -> None:
+        self.name, self.labels, self.values = name, labels, {}
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.values[tuple((tags or {})[label] for label in self.labels)] = value
+
+    def inc(self, value: float = 1, tags: dict[str, str] | None = None) -> None:
+        self.set(value, tags)
+
+
+def test_a_histogram_is_what_prometheus_own_client_makes_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.metrics.Gauge", Shown)
+    ours = Sums("seconds", "Seconds.", SECONDS, ("stage",))
+    theirs = Histogram("seconds", "Seconds.", ("stage",), registry=CollectorRegistry(), buckets=SECONDS)
+    for seconds in [*np.random.default_rng(0).gamma(0.5, 1, 500), 0.01, 0.0, 99.0]:
+        ours.observe(float(seconds), "infer")
+        theirs.labels("infer").observe(seconds)
+    ours.observe(1.0, "read")
+    theirs.labels("read").observe(1.0)
+    ours.show()
+    samples = [s for metric in theirs.collect() for s in metric.samples if not s.name.endswith("_created")]
+    assert len(samples) == 2 * (len(SECONDS) + 3)
+    for name, labels, value, *_ in samples:
+        gauge = {"seconds_bucket": ours._bucket, "seconds_sum": ours._sum, "seconds_count": ours._count}[name]
+        key = tuple(labels[label] for label in gauge.labels)
+        key = tuple(
+            "+Inf" if one == "+Inf" else f"{float(one):g}" if one[0].isdigit() else one for one in key
+        )
+        assert gauge.values[key] == pytest.approx(value, rel=1e-12), (name, labels)
+
+
+def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.metrics.Gauge", Shown)
+    monkeypatch.setattr("serve.metrics.Counter", Shown)
+    service = service_of(checkpoint, max_bodies=1)
+    post(service, **form(boxes=[[1, 1, 20, 20], [1, 1, 30, 30]]))
+    with service.room.reading():
+        post(service, **form())
+    call(service, "GET", "/invented/by/a/stranger")
+    metrics = service.metrics
+    metrics.show(service.room, at_once=True)
+    assert set(metrics.requests.values) == {
+        ("/v1/poses", "200", "", "", "7", "float32"),
+        ("/v1/poses", "429", "overloaded", "", "7", "float32"),
+        ("other", "404", "not-found", "", "", ""),
+    }
+    assert set(metrics.refused.values) == {("bodies", "")}
+    assert metrics.people.values == {("7", "float32"): 2}
+    assert metrics.pixels.values == {("7", "float32"): 64 * 48}
+    assert metrics.seconds._count.values == {("/v1/poses", "7", "float32"): 1}
+    assert {key[0] for key in metrics.stages._count.values} == {"read", "decode", "queue", "infer"}
+    assert [gauge.values[()] for gauge in metrics._now.values()] == [0] * 5
