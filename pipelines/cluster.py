@@ -55,7 +55,7 @@ def _started(settings: RaySettings, workers_shown: bool) -> Iterator[None]:
             address=address,
             log_to_driver=workers_shown,
             logging_level="WARNING",
-            runtime_env={"worker_process_setup_hook": "pipelines.cluster.quiet_worker"},
+            runtime_env={"worker_process_setup_hook": "pipelines.quiet_worker.quiet_worker"},
             **local,
         )
     try:
@@ -126,18 +126,6 @@ def quiet_ray_data() -> Iterator[None]:
                 restored.callback(handler.setLevel, handler.level)
                 handler.setLevel(logging.ERROR)
         yield
-
-
-def quiet_worker() -> None:
-    """Ray's own chatter off in a worker process; what our code prints or raises there still arrives.
-
-    Without a dashboard, Ray Train warns each second that it cannot ask it about its controller; with two
-    Rays on a machine it asks for the address of "the" one and stumbles, unless this one is named.
-    """
-    import ray
-
-    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def room_for(cpus: float, gpus: float) -> int:
