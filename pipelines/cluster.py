@@ -24,28 +24,30 @@ def on_cluster() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(settings: RaySettings, quiet: bool = False, workers_shown: bool = True) -> Iterator[None]:
+def ray_session(
+    settings: RaySettings, quiet: bool = False, workers_shown: bool = True, dashboard: bool = False
+) -> Iterator[None]:
     """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
 
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
     Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
-    (`quiet_engines`). workers_shown: what workers print is.
+    (`quiet_engines`). workers_shown: what workers print is. dashboard: for stages that need what it knows.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, workers_shown):
+    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, workers_shown, dashboard):
         yield
 
 
 @contextlib.contextmanager
-def _started(settings: RaySettings, workers_shown: bool) -> Iterator[None]:
+def _started(settings: RaySettings, workers_shown: bool, dashboard: bool) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = {"num_cpus": settings.num_cpus, "include_dashboard": False} if address == "local" else {}
+    local = {"num_cpus": settings.num_cpus, "include_dashboard": dashboard} if address == "local" else {}
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.

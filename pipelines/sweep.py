@@ -114,7 +114,8 @@ def _run(this: Sweep) -> None:
         this = replace(this, config=this.config.model_copy(update={"track": track}), run_id=parent.run_id)
     status = "FAILED"
     try:
-        with ray_session(this.config.ray, quiet=True, workers_shown=False):
+        # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
+        with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True):
             from pipelines.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
