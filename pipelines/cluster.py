@@ -27,19 +27,21 @@ def on_cluster() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(settings: RaySettings, quiet: bool = False, workers_shown: bool = True) -> Iterator[None]:
+def ray_session(
+    settings: RaySettings, quiet: bool = False, workers_shown: bool = True, dashboard: bool = False
+) -> Iterator[None]:
     """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
 
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
     Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
-    (`quiet_engines`). workers_shown: what workers print is.
+    (`quiet_engines`). workers_shown: what workers print is. dashboard: for stages that need what it knows.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, workers_shown):
+    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, workers_shown, dashboard):
         yield
 
 
@@ -72,13 +74,13 @@ def metrics_port() -> int:
 
 
 @contextlib.contextmanager
-def _started(settings: RaySettings, workers_shown: bool) -> Iterator[None]:
+def _started(settings: RaySettings, workers_shown: bool, dashboard: bool) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
     local: dict[str, Any] = {}
     if address == "local":
-        local = {"num_cpus": settings.num_cpus, "include_dashboard": False}
+        local = {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}
         local["_metrics_export_port"] = settings.metrics_port
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
@@ -89,7 +91,7 @@ def _started(settings: RaySettings, workers_shown: bool) -> Iterator[None]:
             address=address,
             log_to_driver=workers_shown,
             logging_level="WARNING",
-            runtime_env={"worker_process_setup_hook": "pipelines.cluster.quiet_worker"},
+            runtime_env={"worker_process_setup_hook": "pipelines.quiet_worker.quiet_worker"},
             **local,
         )
     try:
@@ -160,18 +162,6 @@ def quiet_ray_data() -> Iterator[None]:
                 restored.callback(handler.setLevel, handler.level)
                 handler.setLevel(logging.ERROR)
         yield
-
-
-def quiet_worker() -> None:
-    """Ray's own chatter off in a worker process; what our code prints or raises there still arrives.
-
-    Without a dashboard, Ray Train warns each second that it cannot ask it about its controller; with two
-    Rays on a machine it asks for the address of "the" one and stumbles, unless this one is named.
-    """
-    import ray
-
-    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def room_for(cpus: float, gpus: float) -> int:

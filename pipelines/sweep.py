@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import yaml
 
@@ -114,7 +112,8 @@ def _run(this: Sweep) -> None:
         this = replace(this, config=this.config.model_copy(update={"track": track}), run_id=parent.run_id)
     status = "FAILED"
     try:
-        with ray_session(this.config.ray, quiet=True, workers_shown=False):
+        # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
+        with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True):
             from pipelines.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
@@ -176,10 +175,8 @@ class Parent:
                 self._end_trial(this.trial_folder(number), "KILLED", {})
         if self.tracker is None or self.run_id is None:
             return
-        with contextlib.suppress(Exception), tempfile.TemporaryDirectory(prefix="hrnet-sweep-") as made:
-            file = Path(made) / "trials.txt"
-            file.write_text(table(trials) + "\n")
-            self.tracker.log_files(self.run_id, [file])
+        with contextlib.suppress(Exception):
+            self.tracker.client.log_text(self.run_id, table(trials) + "\n", "trials.txt")
             self.tracker.log_metrics(self.run_id, {"best_ap": max(trial.ap for trial in trials)})
         self.tracker.close_run(self.run_id, status)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -175,35 +176,50 @@ def trial_of_known_aps(point: dict[str, Any], sweep: Sweep) -> None:
     tuning.run_trial(point, sweep)
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_asha_stops_the_worse_trial_and_the_same_command_goes_on(
-    ray_local: None, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each trial has both CPUs, so the next one starts only when a stopped one's workers are gone. Then one
-    that lost its result goes on, alone."""
-    from mlflow import MlflowClient
-    from ray import cloudpickle
+def known_sweep(manifest: Manifest, storage: Path) -> RunConfig:
+    """Three trials whose rates, and so their APs, are middle, low, high; each takes both CPUs."""
+    space = {"train.lr": {"loguniform": [1e-3, 1e-2]}}
 
+    def rates(seed: int) -> list[float]:
+        return [float(trial_values(space, seed, number)["train.lr"]) for number in range(3)]
+
+    def is_middle_low_high(found: list[float]) -> bool:
+        low, middle, high = sorted(found)
+        return found == [middle, low, high] and low < 0.7 * middle < 0.5 * high
+
+    seed = next(seed for seed in range(99) if is_middle_low_high(rates(seed)))
+    config = sweep_config(manifest, storage, space, seed=seed, reduction=2, concurrent=1)
+    train = config.train.model_copy(update={"num_workers": 2})
+    return config.model_copy(update={"train": train, "ray": config.ray.model_copy(update={"num_cpus": 2})})
+
+
+def sweep_of_known_aps(shards: str, storage: str) -> None:
+    """In a process of its own, on the Ray that the sweep starts."""
     from pipelines import tuning
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(tuning, "run_trial", trial_of_known_aps)
-    space = {"train.lr": {"loguniform": [1e-3, 1e-2]}}
-    seed = next(s for s in range(99) if is_middle_low_high([rate(space, s, n) for n in range(3)]))
-    settings = {"seed": seed, "reduction": 2, "concurrent": 1}
-    config = sweep_config(manifest, tmp_path, space, **settings)
-    train = config.train.model_copy(update={"num_workers": 2})
-    config = config.model_copy(update={"train": train})
-    told = sweep(config)
+    tuning.run_trial = trial_of_known_aps
+    print(sweep(known_sweep(Manifest.load(shards), Path(storage))))
+
+
+@pytest.mark.slow
+def test_asha_stops_the_worse_trial_and_the_same_command_goes_on(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third trial starts only when the workers of the second, which was stopped, are gone. Then the first
+    has lost its result, and goes on alone."""
+    from mlflow import MlflowClient
+
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, __file__, manifest.folder, str(tmp_path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+    config = known_sweep(manifest, tmp_path)
     this = Sweep(config, manifest, str(tmp_path / "r"))
     trials = this.trials()
     assert [trial.told for trial in trials] == ["through", "stopped after epoch 1", "through"]
-    assert [trial.ap for trial in trials] == [10 * rate(space, seed, number) for number in range(3)]
-    assert told.startswith(table(trials))
-    assert "best: r-02" in told
+    assert [trial.ap for trial in trials] == [10 * trial.values["train.lr"] for trial in trials]
+    assert table(trials) in said
+    assert "best: r-02" in said
 
     parent = json.loads((tmp_path / "r" / "sweep.json").read_text())["run_id"]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -214,17 +230,13 @@ def test_asha_stops_the_worse_trial_and_the_same_command_goes_on(
     assert below["r-01"].data.tags["stopped_by_sweep"] == "after epoch 1 of 4"
     assert client.get_run(parent).data.metrics["best_ap"] == trials[2].ap
 
-    weights = (Path(this.trial_folder(2)) / "best" / "model.safetensors").stat().st_mtime_ns
+    weights = Path(this.trial_folder(2)) / "best" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
     Path(this.trial_folder(0), "result.json").unlink()
-    sweep(config)
-    assert [trial.told for trial in this.trials()] == ["through", "stopped after epoch 1", "through"]
-    assert (Path(this.trial_folder(2)) / "best" / "model.safetensors").stat().st_mtime_ns == weights
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    assert this.trials() == trials
+    assert weights.stat().st_mtime_ns == written
 
 
-def rate(space: Any, seed: int, number: int) -> float:
-    return float(trial_values(space, seed, number)["train.lr"])
-
-
-def is_middle_low_high(rates: list[float]) -> bool:
-    low, middle, high = sorted(rates)
-    return rates == [middle, low, high] and low < 0.7 * middle < 0.5 * high
+if __name__ == "__main__":
+    sweep_of_known_aps(*sys.argv[1:])
