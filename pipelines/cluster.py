@@ -24,27 +24,30 @@ def on_cluster() -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(settings: RaySettings, quiet: bool = False) -> Iterator[None]:
-    """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
+def ray_session(settings: RaySettings, quiet: bool = False, address: str | None = None) -> Iterator[None]:
+    """Ray for the time of the block. Joins `address`, one that a process of this machine has started, else
+    RAY_ADDRESS if set, else starts one and ends it after.
 
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
     Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
     (`quiet_engines`).
     """
+    if address:  # of a Ray started here, which asks for its token; read when ray is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings):
+    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, address):
         yield
 
 
 @contextlib.contextmanager
-def _started(settings: RaySettings) -> Iterator[None]:
+def _started(settings: RaySettings, address: str | None) -> Iterator[None]:
     import ray
 
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = address or os.environ.get("RAY_ADDRESS", "local")
     local = {"num_cpus": settings.num_cpus, "include_dashboard": False} if address == "local" else {}
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
@@ -62,6 +65,13 @@ def _started(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def ray_address() -> str:
+    """By which another process of this machine joins the Ray of this one."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @contextlib.contextmanager

@@ -135,9 +135,8 @@ def _drawn(image: NDArray[np.uint8], poses: Poses, threshold: float) -> bytes:
 def _add_state(app: FastAPI, service: PoseService) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer)
     async def models() -> ModelsAnswer:
-        """The model that answers, as it was loaded."""
-        loaded = [service.model.described()] if service.model else []
-        return ModelsAnswer(models=loaded, last_load_error=service.load_error)
+        """The model that answers, as it was loaded; the one that is to answer; the one before."""
+        return service.models()
 
     @app.get("/livez")
     async def livez() -> dict[str, bool]:
@@ -148,7 +147,7 @@ def _add_state(app: FastAPI, service: PoseService) -> None:
     async def readyz() -> dict[str, Any]:
         """A model is loaded; 503 with the reason where none is."""
         model = service.ready()
-        return {"ready": True, "model": model.info(), "last_load_error": service.load_error}
+        return {"ready": True, "model": model.info(), "last_load_error": service.failure}
 
 
 def _add_page(app: FastAPI, service: PoseService) -> None:

@@ -74,10 +74,25 @@ class LoadedModel(ModelInfo):
     provenance: dict[str, Any]
 
 
+class NamedModel(Answer):
+    """A model as it was deployed, loaded here or not."""
+
+    name: str
+    version: str
+    sha256: str
+    source: str
+
+
 class ModelsAnswer(Answer):
     models: list[LoadedModel]
+    """What answers here."""
+    intended: NamedModel | None
+    """What is to answer: of the last deploy that was not taken back."""
+    previous: NamedModel | None
+    """What answered before, and what `hrnet deploy --rollback` brings back."""
     last_load_error: str | None
-    """Why the model asked for last is not the one above; null where it is."""
+    """Why the model asked for last is not the one above, or why its deploy was taken back; null where neither
+    is so."""
 
 
 class ProblemAnswer(Answer):
@@ -110,6 +125,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "overloaded": (429, "All places are taken"),
     "internal-error": (500, "The server failed"),
     "not-ready": (503, "No model is ready"),
+    "draining": (503, "The endpoint takes no more requests"),
     "deadline": (504, "The answer took too long"),
 }
 """Slug of a problem's type (urn:hrnet:problem:SLUG): status and title. docs/serving.md lists them."""
