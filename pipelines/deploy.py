@@ -8,6 +8,7 @@ already, on a laptop the one on the same port, deploy changes what is live there
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -64,6 +65,8 @@ def deploy(
             return _roll_back(settings, ray_settings, there)
         with local_checkpoint(checkpoint, track, run.storage) as found:
             args, spec = serve_args(found, settings, run, track)
+        # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with ray_session(ray_settings, address=there.address if there else None):
             if block and settings.cpus_per_replica is None:
                 args = args.model_copy(update=_share_of_the_machine(args))

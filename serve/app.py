@@ -36,7 +36,9 @@ def deployment(args: ServeArgs) -> serve.Deployment:
     if args.max_replicas is not None:
         replicas = {"min_replicas": args.num_replicas, "max_replicas": args.max_replicas}
         load = max(1, args.max_requests // 4)
-        scale = {"autoscaling_config": {**replicas, "target_ongoing_requests": load}}
+        # Serve's own half a minute of looking and another of waiting is long for who stands in a queue.
+        pace = {"look_back_period_s": 15, "upscale_delay_s": 5}
+        scale = {"autoscaling_config": {**replicas, **pace, "target_ongoing_requests": load}}
     return serve.deployment(
         serve.ingress()(PoseService),
         name="poses",

@@ -19,6 +19,7 @@ from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
 from serve.body import REQUEST_BODY
+from serve.methods import Methods
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem, ProblemAnswer
 from serve.service import Metrics, PoseService, logger
 
@@ -98,6 +99,7 @@ def make_app(service: PoseService) -> FastAPI:
         redoc_url=None,
         responses={"default": {"description": "A problem.", "content": problem}},
     )
+    app.add_middleware(Methods)
     app.add_middleware(Envelope, metrics=service.metrics)
     for kind in (Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _as_response)

@@ -115,8 +115,8 @@ class PoseService:
         return model
 
     async def state(self) -> dict[str, Any]:
-        """Of this replica, for whoever deploys: what is to be live, whether that has been tried, and how it
-        ended."""
+        """Of this replica, for whoever deploys: what is to be live, whether that was tried, how it ended, and
+        how many requests are in progress."""
         assert self.live
         intended = self.args.model_copy(update=dict(self.live))
         return {
@@ -125,6 +125,7 @@ class PoseService:
             "settled": self._settled == self.live,
             "serving": self.model.choice.model_dump() if self.model else None,
             "load_error": self.load_error,
+            "in_progress": self.in_progress,
         }
 
     def models(self) -> ModelsAnswer:

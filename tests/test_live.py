@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from hrnet_core.predictor import PosePredictor
 from pipelines.config import RaySettings, RunSettings, ServeSettings
 from pipelines.deploy import deploy
 from pipelines.serving import live
+from serve import client
 from serve.settings import ServeArgs
 
 pytestmark = pytest.mark.ray
@@ -55,6 +57,7 @@ class Endpoint:
         self.poses = {
             one.spec.weights_sha256: one(IMAGE, BOX, flip_test=False)[0].keypoints.xy for one in predictors
         }
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
     def deploy(self, version: int) -> str:
@@ -167,11 +170,13 @@ def test_a_version_that_fails_in_the_replica_is_taken_back_for_good(
     (old,) = replica_ids()
     save(endpoint.folders[0], seed=7)
     kill_replica()
-    response = endpoint.ask()  # waits until there is a replica again
-    assert response.status_code == 200, response.text
-    assert endpoint.check(response.json()) == good.sha256
+    answer = client.poses(endpoint.url, encode_png(IMAGE), BOX, attempts=10)
+    assert endpoint.check(answer) == good.sha256
     assert replica_ids() != [old]
-    assert "bad" in endpoint.models()["last_load_error"]
+    deadline = time.monotonic() + 20  # a replica that starts while something changes is told of it later
+    while "bad" not in (endpoint.models()["last_load_error"] or "") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert "bad" in (endpoint.models()["last_load_error"] or ""), live.states()
 
 
 @pytest.mark.slow
@@ -191,6 +196,44 @@ def test_settings_that_no_replica_starts_with_are_taken_back(endpoint: Endpoint,
     assert {response.status_code for response in responses} == {200}
     assert replica_ids() != before
     assert endpoint.models()["last_load_error"] is None
+
+
+@pytest.mark.slow
+def test_a_killed_proxy_comes_back(endpoint: Endpoint) -> None:
+    cut = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "haproxy"]
+    ours = [p for p in cut if any("hrnet-haproxy-" in argument for argument in p.info["cmdline"] or ())]
+    listening = [p for p in ours if endpoint.port in {c.laddr.port for c in p.net_connections("tcp")}]
+    assert listening
+    for process in listening:
+        process.kill()
+    answer = client.poses(endpoint.url, encode_png(IMAGE), BOX, attempts=9)
+    assert endpoint.check(answer) in endpoint.sha256
+
+
+def test_the_end_waits_for_requests_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ServeArgs(checkpoint="somewhere", version="1", deadline_s=20)
+    told: list[ServeArgs] = []
+    left = [2, 1, 0]
+    monkeypatch.setattr(live, "intended", lambda: args)
+    monkeypatch.setattr(live, "_run", told.append)
+    monkeypatch.setattr(live, "states", lambda: [{"in_progress": 0}, {"in_progress": left.pop(0)}])
+    live.drain()
+    assert [one.draining for one in told] == [True]
+    assert left == []
+
+
+def test_two_deploys_at_once_do_not_undo_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to come finds that another one has named a third version, and leaves that alone."""
+    before, mine, theirs = (ServeArgs(checkpoint="somewhere", version=v) for v in "123")
+    ran: list[str] = []
+    said = [
+        {"intended": theirs.model_dump(mode="json"), "settled": True, "serving": None, "load_error": None}
+    ]
+    monkeypatch.setattr(live, "_run", lambda args: ran.append(args.version))
+    monkeypatch.setattr(live, "states", lambda: said)
+    with pytest.raises(live.Overtaken, match="another deploy"):
+        live._change(mine, before)
+    assert ran == ["2"]
 
 
 def test_there_is_nothing_to_go_back_to_at_first() -> None:

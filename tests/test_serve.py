@@ -418,6 +418,25 @@ def test_other_errors_are_problems_too(
         assert response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/livez", "GET, HEAD, OPTIONS"), ("/", "GET, HEAD, OPTIONS"), ("/v1/poses", "OPTIONS, POST")],
+)
+def test_every_address_answers_head_and_options(service: PoseService, path: str, allowed: str) -> None:
+    options = call(service, "OPTIONS", path)
+    assert (options.status_code, options.headers["allow"], options.content) == (204, allowed, b"")
+    head = call(service, "HEAD", path)
+    if "GET" in allowed:
+        got = call(service, "GET", path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == got.headers["content-length"] != "0"
+        assert head.headers["content-type"] == got.headers["content-type"]
+    else:
+        assert head.status_code == 405
+    for method in ("HEAD", "OPTIONS"):
+        assert call(service, method, "/nothing").status_code == 404
+
+
 def test_a_body_without_a_length_is_read_no_further_than_the_limit(service: PoseService) -> None:
     sent = 0
 

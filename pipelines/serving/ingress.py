@@ -45,10 +45,8 @@ def environment(settings: ServeSettings) -> dict[str, str]:
     """
     # Replicas without the threads, gRPC for their calls, logs in blocks: docs/benchmarks/serving.md.
     variables = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    if not on_cluster():
-        variables["RAY_SERVE_LOG_TO_STDERR"] = "0"
-        # A killed proxy is back in seconds, not in half a minute.
-        variables["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
+    # A killed proxy is back in seconds, not in half a minute.
+    variables["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
     if haproxy(settings):
         ends = int(settings.deadline_s) + SERVE_GRACE_S
         variables |= {

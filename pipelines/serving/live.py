@@ -26,6 +26,11 @@ from serve.settings import LiveSettings, ModelChoice, ServeArgs
 if TYPE_CHECKING:
     from ray import serve
 
+
+class Overtaken(ConfigError):
+    """Another deploy has changed what is to be live since."""
+
+
 APP = "hrnet"
 LOADING_S = 600
 """How long running replicas may take to load another model, a compiled one too."""
@@ -97,10 +102,16 @@ def back(before: ServeArgs) -> ServeArgs:
 
 
 def drain() -> None:
-    """Replicas answer new requests with 503 and Retry-After, and those in progress as ever."""
+    """Replicas answer new requests with 503 and Retry-After; returns when those in progress are answered."""
     now = intended()
-    if now is not None:
+    if now is None:
+        return
+    with contextlib.suppress(RuntimeError):  # it ends anyway
         _run(now.model_copy(update={"draining": True}))
+    deadline = time.monotonic() + now.deadline_s
+    while any(one["in_progress"] for one in states()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)  # an answer is on its way after the work on it is done
 
 
 def end_proxies() -> None:
@@ -132,12 +143,14 @@ def _change(args: ServeArgs, before: ServeArgs) -> None:
     if _code(args) != _code(before):
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
         print(f"replacing what runs: the old replicas go on until there is room for {more}", flush=True)
+    elif another:
+        print(f"loading {args.version} beside {before.version} in the running replicas", flush=True)
     with _taken_back(args, before):
         try:
             _run(args)
         except RuntimeError as error:
             raise ConfigError(_why_not(str(error))) from None
-        _wait_settled(args)
+        _wait_settled(args, before)
 
 
 @contextlib.contextmanager
@@ -145,16 +158,17 @@ def _taken_back(args: ServeArgs, before: ServeArgs) -> Iterator[None]:
     """Where the block fails or is interrupted, what was live before is what Serve runs, and starts again."""
     try:
         yield
+    except Overtaken:
+        raise
     except BaseException as error:
         reason = str(error) if isinstance(error, ConfigError) else f"stopped ({type(error).__name__})."
         told = f"{args.name} {args.version}: {reason}"
         try:
             _run(before.model_copy(update={"last_failure": told}))
-            _wait_settled(before, strict=False)
-        except RuntimeError as again:
+            _wait_settled(before, args)
+        except (RuntimeError, ConfigError) as again:
             raise ConfigError(
-                f"{reason} {before.name} {before.version} could not be put back either: "
-                f"{_why_not(str(again))}"
+                f"{reason} {before.name} {before.version} could not be put back: {again}"
             ) from None
         if not isinstance(error, ConfigError):
             raise
@@ -187,19 +201,21 @@ def _code(args: ServeArgs) -> str:
     return hashlib.sha256(f"{code_version()} {fixed}".encode()).hexdigest()[:16]
 
 
-def _wait_settled(args: ServeArgs, strict: bool = True) -> None:
-    """Until every replica has tried what it was told last. ConfigError where one serves something else."""
+def _wait_settled(args: ServeArgs, before: ServeArgs) -> None:
+    """Until every replica has tried what it was told. ConfigError where one serves something else."""
     deadline = time.monotonic() + LOADING_S
     while time.monotonic() < deadline:
         said = states()
-        if said and all(one["settled"] for one in said):
+        told = [ServeArgs.model_validate(one["intended"]).choice() for one in said]
+        if any(choice not in (args.choice(), before.choice()) for choice in told):
+            raise Overtaken(f"{args.name} {args.version}: another deploy has named another version since.")
+        if said and all(one["settled"] for one in said) and set(told) == {args.choice()}:
             failed = [one for one in said if one["serving"] != args.choice().model_dump()]
-            if failed and strict:
+            if failed:
                 raise ConfigError(f"a replica could not load it: {failed[0]['load_error']}")
             return
         time.sleep(0.2)
-    if strict:
-        raise ConfigError(f"the replicas have not loaded it after {LOADING_S} s.")
+    raise ConfigError(f"the replicas have not loaded it after {LOADING_S} s.")
 
 
 def _why_not(error: str) -> str:
