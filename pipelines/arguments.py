@@ -152,6 +152,8 @@ class Promote(Section):
 class Deploy(Section):
     checkpoint: Annotated[str | None, *positional("CHECKPOINT")] = None
     """Checkpoint folder, URI or registered version; default: the champion of --track.registered-model."""
+    rollback: bool = False
+    """Bring back the version that was live before the one that is."""
     serve: ServeSettings = ServeSettings()
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()

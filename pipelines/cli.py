@@ -278,7 +278,8 @@ def deploy(args: arguments.Deploy) -> None:
     """serve a checkpoint over HTTP on Ray Serve"""
     from pipelines.deploy import deploy
 
-    deploy(args.checkpoint, args.serve, run=args.run, track=args.track, ray_settings=args.ray)
+    given = {"run": args.run, "track": args.track, "ray_settings": args.ray}
+    deploy(args.checkpoint, args.serve, rollback=args.rollback, **given)
 
 
 def import_(args: arguments.Import) -> None:

@@ -28,20 +28,28 @@ def on_cluster() -> bool:
 
 @contextlib.contextmanager
 def ray_session(
-    settings: RaySettings, quiet: bool = False, workers_shown: bool = True, dashboard: bool = False
+    settings: RaySettings,
+    quiet: bool = False,
+    address: str | None = None,
+    workers_shown: bool = True,
+    dashboard: bool = False,
 ) -> Iterator[None]:
-    """Ray for the time of the block. Joins RAY_ADDRESS if set, else starts one and ends it after.
+    """Ray for the time of the block. Joins `address`, one that a process of this machine has started, else
+    RAY_ADDRESS if set, else starts one and ends it after.
 
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
     Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
     (`quiet_engines`). workers_shown: what workers print is. dashboard: for stages that need what it knows.
     """
+    if address:  # of a Ray started here, which asks for its token; read when ray is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    with quiet_engines() if quiet else contextlib.nullcontext(), _started(settings, workers_shown, dashboard):
+    started = _started(settings, address, workers_shown, dashboard)
+    with quiet_engines() if quiet else contextlib.nullcontext(), started:
         yield
 
 
@@ -74,10 +82,12 @@ def metrics_port() -> int:
 
 
 @contextlib.contextmanager
-def _started(settings: RaySettings, workers_shown: bool, dashboard: bool) -> Iterator[None]:
+def _started(
+    settings: RaySettings, address: str | None, workers_shown: bool, dashboard: bool
+) -> Iterator[None]:
     import ray
 
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = address or os.environ.get("RAY_ADDRESS", "local")
     local: dict[str, Any] = {}
     if address == "local":
         local = {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}
@@ -98,6 +108,13 @@ def _started(settings: RaySettings, workers_shown: bool, dashboard: bool) -> Ite
         yield
     finally:
         ray.shutdown()
+
+
+def ray_address() -> str:
+    """By which another process of this machine joins the Ray of this one."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @contextlib.contextmanager

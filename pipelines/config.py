@@ -342,15 +342,16 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
     cpus_per_replica: float | None = Field(default=None, gt=0)
-    """CPUs of a replica, and threads of its network. Default: the machine's, shared by the replicas; on a
-    cluster 1."""
+    """CPUs of a replica, and threads of its network. Default: the machine's, shared by the replicas (Ray
+    counts half of them, so that their successors fit beside them); on a cluster 1."""
     use_gpu: bool = False
     """One GPU for each replica."""
     batch_wait_ms: float = Field(default=1000 * BATCH_WAIT_S, ge=0)
     """How long an idle model waits for more people. While it is busy, the next batch gathers anyway."""
     haproxy: bool | None = None
-    """HAProxy instead of Serve's Python proxy takes the requests: cheaper, but it opens ports 8404 and 9101
-    on every interface. Default: on a cluster yes (unless `host` is a loopback address), on a laptop no."""
+    """True: HAProxy takes the requests; False: Serve's Python proxy, which is slower and answers its own
+    errors in plain text. Default: HAProxy where it is installed (Linux), on a cluster unless `host` is a
+    loopback address."""
 
     @model_validator(mode="after")
     def _check(self) -> ServeSettings:

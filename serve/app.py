@@ -6,7 +6,7 @@ A batch is formed of people, not of requests: each request hands in its crops, i
 batch, and gets its own rows back. Decoding runs in a few threads, the network in one of its own, so the
 event loop always answers /livez and /readyz.
 
-The model comes with Serve's user_config (ModelChoice): a changed one is loaded beside the old and takes
+The model comes with Serve's user_config (LiveSettings): a changed one is loaded beside the old and takes
 its place once it has passed its self-test; one that fails leaves the old in place and says so.
 """
 
@@ -18,7 +18,7 @@ from ray import serve
 
 from serve.routes import make_app
 from serve.service import PoseService
-from serve.settings import ModelChoice, ServeArgs
+from serve.settings import LiveSettings, ServeArgs
 
 # After the work ends, requests that were already sent get this long for their answer.
 GRACE_S = 10
@@ -27,15 +27,22 @@ GRACE_S = 10
 def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     """The Serve application (`serve.app:build` in a Serve config file, `args:` as in ServeArgs)."""
     args = ServeArgs.model_validate(args)
+    return deployment(args).bind(args, make_app)
+
+
+def deployment(args: ServeArgs) -> serve.Deployment:
+    """How Serve runs the replicas."""
     scale: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
         replicas = {"min_replicas": args.num_replicas, "max_replicas": args.max_replicas}
         load = max(1, args.max_requests // 4)
-        scale = {"autoscaling_config": {**replicas, "target_ongoing_requests": load}}
-    deployment = serve.deployment(
+        # Serve's own half a minute of looking and another of waiting is long for who stands in a queue.
+        pace = {"look_back_period_s": 15, "upscale_delay_s": 5}
+        scale = {"autoscaling_config": {**replicas, **pace, "target_ongoing_requests": load}}
+    return serve.deployment(
         serve.ingress()(PoseService),
         name="poses",
-        user_config=args.model_dump(include=set(ModelChoice.model_fields)),
+        user_config=args.model_dump(include=set(LiveSettings.model_fields)),
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         # Our 429 must come first: it is problem+json. Serve's own queue only guards against a flood.
         max_ongoing_requests=args.max_requests + args.max_bodies + 16,
@@ -49,4 +56,3 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         health_check_timeout_s=args.deadline_s + GRACE_S,
         **scale,
     )
-    return deployment.bind(args, make_app)

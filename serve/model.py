@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.schemas import LoadedModel, ModelInfo
-from serve.settings import ModelChoice, ServeArgs
+from ray.serve.metrics import Gauge
+
+from hrnet_core.errors import CheckpointError
+from serve.schemas import LoadedModel, ModelInfo, NamedModel
+from serve.settings import LiveSettings, ModelChoice, ServeArgs
 
 if TYPE_CHECKING:
     from hrnet_core.predictor import PosePredictor
@@ -44,8 +47,16 @@ class ServedModel:
         )
 
 
+def named(choice: ModelChoice) -> NamedModel:
+    """What /v1/models says of a model that need not be loaded."""
+    source = choice.source or choice.checkpoint
+    return NamedModel(name=choice.name, version=choice.version, sha256=choice.sha256, source=source)
+
+
 def load_model(choice: ModelChoice, args: ServeArgs) -> ServedModel:
-    """Fetch, check, load and warm up a checkpoint. CheckpointError says what is wrong with it."""
+    """Fetch, check, load and warm up a checkpoint. CheckpointError says what is wrong with it, also where
+    its weights are not those of `choice.sha256`: an answer names the version that made it, or there is none.
+    """
     from hrnet_core.checkpoint import fetch_checkpoint, verify_checkpoint
     from hrnet_core.predictor import PosePredictor
 
@@ -54,6 +65,34 @@ def load_model(choice: ModelChoice, args: ServeArgs) -> ServedModel:
         verify_checkpoint(folder)
         threads = args.threads or max(1, int(args.num_cpus))
         predictor = PosePredictor.load(folder, args.device, args.mode, threads, args.compile_cache)
+    loaded = predictor.spec.weights_sha256 or ""
+    # Of what was loaded: the folder may change after any check.
+    if choice.sha256 not in ("", loaded):
+        raise CheckpointError(
+            f"{choice.checkpoint}: holds weights with sha256 {loaded[:12]}..., but {choice.name} "
+            f"{choice.version} was deployed with {choice.sha256[:12]}...: the folder has changed since. "
+            f"Deploy it again, or put the old weights back."
+        )
     flip_test = predictor.spec.flip_test if args.flip_test is None else args.flip_test
     predictor.warm_up(args.max_batch_people, flip_test)
     return ServedModel(predictor, choice, flip_test)
+
+
+class ModelGauges:
+    """Prometheus: which model is to answer, which does, and whether the last deploy failed."""
+
+    def __init__(self) -> None:
+        what = "1 for the version that has the role: intended is to answer, serving does."
+        self.models = Gauge("hrnet_model", what, ("role", "name", "version", "sha256"))
+        self.failed = Gauge("hrnet_deploy_failed", "1 where the model asked for last does not answer.")
+        self._shown: set[tuple[str, str, str, str]] = set()
+
+    def show(self, live: LiveSettings, model: ServedModel | None, failed: bool) -> None:
+        """What is so now; what was shown before and is no longer so becomes 0."""
+        choices = {"intended": live.choice(), **({"serving": model.choice} if model else {})}
+        now = {(role, c.name, c.version, c.sha256) for role, c in choices.items()}
+        for labels in self._shown | now:
+            tags = dict(zip(("role", "name", "version", "sha256"), labels, strict=True))
+            self.models.set(int(labels in now), tags=tags)
+        self._shown |= now
+        self.failed.set(int(failed))

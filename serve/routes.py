@@ -24,10 +24,11 @@ from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
 from serve.front import REQUEST_ID
+from serve.methods import Methods
 from serve.metrics import Outcome
 from serve.model import ServedModel
 from serve.openapi import REQUEST_BODY, describe
-from serve.schemas import CocoResult, ModelsAnswer, OpenPoseAnswer, PosesAnswer, Problem
+from serve.schemas import UNTOLD, CocoResult, ModelsAnswer, OpenPoseAnswer, PosesAnswer, Problem
 from serve.service import PoseService, Protocol, logger
 from serve.v2 import HEADER_LENGTH, answer_of_v2, metadata, uploads_of_v2
 
@@ -145,6 +146,7 @@ def make_app(service: PoseService) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,  # for clients that are made of openapi.json
     )
+    app.add_middleware(Methods)
     if service.args.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -269,14 +271,12 @@ def _add_v2(app: APIRouter, service: PoseService) -> None:
 def _add_state(app: APIRouter, service: PoseService) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer)
     async def models(request: Request) -> ModelsAnswer:
-        """The model that answers, as it was loaded. Where keys are asked for, who sends none is not told
-        where it lies and what it was made of."""
-        loaded, error = [service.model.described()] if service.model else [], service.load_error
+        """The model that answers, as it was loaded; the one that is to answer; the one before. Where keys are
+        asked for, who sends none is not told where they lie and what they were made of."""
+        answer = service.models()
         if service.keys.wanted and service.keys.holder(request.headers.get("authorization")) is None:
-            untold = {"source": "", "checkpoint": "", "provenance": {}}
-            loaded = [model.model_copy(update=untold) for model in loaded]
-            error = error and "The model asked for last could not be loaded."
-        return ModelsAnswer(models=loaded, last_load_error=error)
+            return answer.without_places()
+        return answer
 
     @app.get("/livez")
     async def livez() -> dict[str, bool]:
@@ -286,9 +286,9 @@ def _add_state(app: APIRouter, service: PoseService) -> None:
     @app.get("/readyz")
     async def readyz() -> dict[str, Any]:
         """A model is loaded; 503 with the reason where none is."""
-        model, error = service.ready(), service.load_error
+        model, error = service.ready(), service.failure
         if service.keys.wanted:
-            error = error and "The model asked for last could not be loaded."
+            error = error and UNTOLD
         return {"ready": True, "model": model.info(), "last_load_error": error}
 
 

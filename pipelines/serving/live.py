@@ -1,0 +1,246 @@
+"""What Serve runs: brought up, switched, taken back where a change fails, drained.
+
+Intent is Serve's user_config, which Serve starts replicas with; truth is what the replicas say. A change that
+only names another model is made inside the running replicas; any other brings new ones up beside them. Where
+a change fails in one replica, all get back what was live: what Serve starts after a crash has worked before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import logging
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hrnet_core.errors import ConfigError
+from pipelines.cluster import on_cluster, require
+from pipelines.code_version import code_version
+from pipelines.config import RaySettings, ServeSettings
+from pipelines.serving.ingress import environment, longest_request, refuse_port_in_use, remove_folder
+from serve.settings import LiveSettings, ModelChoice, ServeArgs
+
+if TYPE_CHECKING:
+    from ray import serve
+
+
+class Overtaken(ConfigError):
+    """Another deploy has changed what is to be live since."""
+
+
+APP = "hrnet"
+LOADING_S = 600
+"""How long running replicas may take to load another model, a compiled one too."""
+
+
+def bring_up(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings) -> str:
+    """The application as `args` say on the Ray of this process; returns its address once it answers.
+
+    ConfigError where it does not come up. What was live before then goes on, and is what Serve starts again.
+    """
+    require(ray_settings, args.num_replicas, args.num_cpus, args.num_gpus, "hrnet deploy")
+    start_serve(settings)
+    before = intended()
+    if before is None:
+        _first(args)
+    else:
+        _change(args, before)
+    shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://{shown}:{settings.port}"
+    _wait_ready(url)
+    return url
+
+
+def start_serve(settings: ServeSettings) -> None:
+    """Serve's controller and proxies, where they do not run yet."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if serve.status().proxies:
+        return
+    if not on_cluster():
+        refuse_port_in_use(settings.host, settings.port)
+    timeout, variables = longest_request(settings), environment(settings)
+    atexit.register(remove_folder, variables)
+    serve.start(
+        proxy_location="EveryNode" if on_cluster() else "HeadOnly",
+        http_options={"host": settings.host, "port": settings.port, "request_timeout_s": timeout},
+        controller_options={"runtime_env": {"env_vars": variables}},
+    )
+
+
+def states(seconds: float = 30) -> list[dict[str, Any]]:
+    """What each replica says of itself (`PoseService.state`); none where nothing runs."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    if APP not in serve.status().applications:
+        return []
+    try:
+        return list(serve.get_app_handle(APP).broadcast("state").results(timeout_s=seconds))
+    except (RayServeException, TimeoutError, RuntimeError):  # none is ready, or one has just ended
+        return []
+
+
+def intended() -> ServeArgs | None:
+    """What is to be live: of the last deploy that was not taken back. None where no replica can say."""
+    said = states()
+    return ServeArgs.model_validate(said[0]["intended"]) if said else None
+
+
+def back(before: ServeArgs) -> ServeArgs:
+    """The version that was live before the one that is, all else as it is. ConfigError where none was."""
+    if before.previous is None:
+        raise ConfigError(
+            f"{before.name} {before.version} is the first version that was deployed here: there is none to "
+            f"go back to. Name one: hrnet deploy models:/{before.name}/NUMBER."
+        )
+    return before.model_copy(update=dict(before.previous))
+
+
+def drain() -> None:
+    """Replicas answer new requests with 503 and Retry-After; returns when those in progress are answered."""
+    now = intended()
+    if now is None:
+        return
+    with contextlib.suppress(RuntimeError):  # it ends anyway
+        _run(now.model_copy(update={"draining": True}))
+    deadline = time.monotonic() + now.deadline_s
+    while any(one["in_progress"] for one in states()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)  # an answer is on its way after the work on it is done
+
+
+def end_proxies() -> None:
+    """Close the port: a proxy without replicas would answer in plain text."""
+    import ray
+    from ray import serve
+
+    for proxy in serve.status().proxies:
+        with contextlib.suppress(ValueError):  # gone already
+            ray.kill(ray.get_actor(f"SERVE_PROXY_ACTOR-{proxy}", namespace="serve"))
+
+
+def _first(args: ServeArgs) -> None:
+    from ray import serve
+
+    try:
+        _run(args)
+    except RuntimeError as error:
+        reason = _why_not(str(error))
+        serve.delete(APP)  # else Serve would go on trying, or start it after a crash
+        raise ConfigError(reason) from None
+
+
+def _change(args: ServeArgs, before: ServeArgs) -> None:
+    """From one configuration that works to the next, or back to it."""
+    another = _identity(before) != _identity(args)
+    previous = before.choice() if another else before.previous
+    args = args.model_copy(update={"previous": previous, "last_failure": "", "draining": False})
+    if _code(args) != _code(before):
+        more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
+        print(f"replacing what runs: the old replicas go on until there is room for {more}", flush=True)
+    elif another:
+        print(f"loading {args.version} beside {before.version} in the running replicas", flush=True)
+    with _taken_back(args, before):
+        try:
+            _run(args)
+        except RuntimeError as error:
+            raise ConfigError(_why_not(str(error))) from None
+        _wait_settled(args, before)
+
+
+@contextlib.contextmanager
+def _taken_back(args: ServeArgs, before: ServeArgs) -> Iterator[None]:
+    """Where the block fails or is interrupted, what was live before is what Serve runs, and starts again."""
+    try:
+        yield
+    except Overtaken:
+        raise
+    except BaseException as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"stopped ({type(error).__name__})."
+        told = f"{args.name} {args.version}: {reason}"
+        try:
+            _run(before.model_copy(update={"last_failure": told}))
+            _wait_settled(before, args)
+        except (RuntimeError, ConfigError) as again:
+            raise ConfigError(
+                f"{reason} {before.name} {before.version} could not be put back: {again}"
+            ) from None
+        if not isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{reason} {before.name} {before.version} answers as before, and is what Serve starts again."
+        ) from None
+
+
+def _run(args: ServeArgs) -> None:
+    """Serve told of a configuration; returns once its replicas run. RuntimeError where they do not."""
+    from ray import serve
+
+    from serve.app import deployment
+    from serve.routes import make_app
+
+    # With a version of its own Serve changes running replicas where only user_config differs; without one it
+    # would replace them each time. A Serve config file does the same.
+    told = deployment(args).options(version=_code(args), _internal=True)
+    application: serve.Application = told.bind(args, make_app)
+    serve.run(application, name=APP)
+
+
+def _identity(choice: ModelChoice) -> tuple[str, str, str]:
+    return choice.name, choice.version, choice.sha256
+
+
+def _code(args: ServeArgs) -> str:
+    """Changes with whatever needs new replicas."""
+    fixed = args.model_dump_json(exclude=set(LiveSettings.model_fields))
+    return hashlib.sha256(f"{code_version()} {fixed}".encode()).hexdigest()[:16]
+
+
+def _wait_settled(args: ServeArgs, before: ServeArgs) -> None:
+    """Until every replica has tried what it was told. ConfigError where one serves something else."""
+    deadline = time.monotonic() + LOADING_S
+    while time.monotonic() < deadline:
+        said = states()
+        told = [ServeArgs.model_validate(one["intended"]).choice() for one in said]
+        if any(choice not in (args.choice(), before.choice()) for choice in told):
+            raise Overtaken(f"{args.name} {args.version}: another deploy has named another version since.")
+        if said and all(one["settled"] for one in said) and set(told) == {args.choice()}:
+            failed = [one for one in said if one["serving"] != args.choice().model_dump()]
+            if failed:
+                raise ConfigError(f"a replica could not load it: {failed[0]['load_error']}")
+            return
+        time.sleep(0.2)
+    raise ConfigError(f"the replicas have not loaded it after {LOADING_S} s.")
+
+
+def _why_not(error: str) -> str:
+    """What Serve knows of a deployment that did not come up, as one paragraph."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    messages = [d.message for d in application.deployments.values()] if application else []
+    # Serve's message ends with the replica's traceback, and that with the exception.
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    reason = next((line for line in reversed(lines) if "Error" in line.split(":")[0]), error)
+    return f"Serve could not start the model: {reason} Logs: the folder logs/serve of Ray's session."
+
+
+def _wait_ready(url: str, seconds: float = 60) -> None:
+    """Until the proxy knows the way to the replica. On a cluster the address may not be reachable here."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of http_proxy
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with opener.open(f"{url}/readyz", timeout=5):
+                return
+        except OSError:  # URLError and HTTPError are
+            time.sleep(0.1)
+    message = f"{url}/readyz did not answer within {seconds:g} s, although Serve runs the application"
+    if not on_cluster():
+        raise ConfigError(f"{message}. Logs: the folder logs/serve of Ray's session.")
+    print(f"note: {message}: from here the address may not be reachable.", flush=True)

