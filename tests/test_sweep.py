@@ -24,6 +24,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.space import trial_config, trial_values
 from pipelines.storage import write_json
 from pipelines.sweep import sweep
+from pipelines.tracking import quiet_mlflow
 from pipelines.training.state import Job
 from pipelines.trials import FAILED, STOPPED, Sweep, table
 
@@ -222,7 +223,8 @@ def test_asha_stops_the_worse_trial_and_the_same_command_goes_on(
     assert "best: r-02" in said
 
     parent = json.loads((tmp_path / "r" / "sweep.json").read_text())["run_id"]
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    with quiet_mlflow():
+        client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_run(parent).info.experiment_id])
     below = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
     assert sorted(below) == ["r-00", "r-01", "r-02"]
