@@ -11,9 +11,11 @@ docs/predict.md has a declaration for each. ONNX Runtime is imported when a dete
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from hrnet_core.errors import ConfigError, first_line
 from hrnet_core.files import from_json, read_object
 from hrnet_core.geometry import Float32, UInt8
+from hrnet_core.locations import fetch, is_uri, one_line
 
 Outputs = dict[str, NDArray[Any]]
 """By name, without the batch axis."""
@@ -109,8 +112,29 @@ class PersonDetector:
 
     @classmethod
     def load(cls, file: str | Path, threads: int = 1, use_gpu: bool = False) -> PersonDetector:
-        """MODEL.onnx with MODEL.json beside it, tried on a black image. ConfigError says what is wrong."""
-        file = Path(file)
+        """MODEL.onnx (path or URI) with MODEL.json beside it, tried on a black image. ConfigError says what
+        is wrong, DataError that of a URI."""
+        if not is_uri(str(file)):
+            return cls._open(Path(file), threads, use_gpu)
+        address, mark, query = str(file).partition("?")
+        folder, _, name = address.rpartition("/")
+        model = Path(unquote(name))
+        with tempfile.TemporaryDirectory(prefix="hrnet-detector-") as copy:
+            try:
+                names = [model.name, model.with_suffix(".json").name]
+                at_hand = fetch(f"{folder}{mark}{query}", Path(copy), names)
+            except OSError as error:
+                raise ConfigError(
+                    f"{address}: cannot be read ({one_line(error)}). Name an ONNX detector with MODEL.json "
+                    f"beside it, and the bucket's credentials in the environment."
+                ) from None
+            try:
+                return replace(cls._open(at_hand / model.name, threads, use_gpu), name=address)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace(str(at_hand), folder)) from None
+
+    @classmethod
+    def _open(cls, file: Path, threads: int, use_gpu: bool) -> PersonDetector:
         declaration = read_declaration(file.with_suffix(".json"))
         try:
             model = file.read_bytes()

@@ -39,16 +39,21 @@ def is_uri(path: str) -> bool:
     return "://" in path
 
 
-def here(place: str | Path, what: str) -> Path:
-    """The path of something that is written on this machine; `what` names it in the ConfigError of a URI.
-    Asked before any work: taken for a path, a URI becomes a folder called "s3:"."""
-    if re.match(r"\w[\w+.-]+:/", str(place)):  # a Path has lost one of the slashes
-        refuse_credentials(str(place))
-        raise ConfigError(
-            f"{what} {place}: this is written to a path of this machine, not to a bucket. Give a path, and "
-            f"copy what lies there on afterwards."
-        )
-    return Path(place)
+def destination(place: str | Path, what: str) -> str:
+    """Where a verb is to write, path or URI; asked before any work. `what` names it in the ConfigError of a
+    URI that has lost a slash, as pathlib does to them, and in the DataError of a bucket that is not there.
+    DataError also as of `open_folder`."""
+    text = str(place)
+    if not is_uri(text):
+        if lost := re.match(r"(\w[\w+.-]+:/)(.*)", text):
+            refuse_credentials("/".join(lost.groups()))
+            raise ConfigError(
+                f"{what} {text}: a URI has two slashes, {lost[1]}/{lost[2]}. Give it as a text."
+            )
+        return str(Path(text).expanduser())
+    open_folder(text)
+    refuse_no_bucket(text, what)
+    return text
 
 
 def refuse_credentials(text: str) -> None:

@@ -34,7 +34,7 @@ def positional(name: str) -> tuple[Any, Any]:
 
 class Draw(Section):
     out: Annotated[str, *positional("OUT")]
-    """Folder to write the COCO root into."""
+    """Folder or URI to write the COCO root into."""
     images: int = Field(default=200, ge=1)
     """Training pictures."""
     val_images: int | None = Field(default=None, ge=1)
@@ -46,7 +46,7 @@ class Draw(Section):
 
 class Validate(Section):
     coco: Annotated[str, *positional("COCO")]
-    """COCO root."""
+    """COCO root, a folder or URI."""
     decode: bool = True
     """Decode every picture, as preprocess will. Without: header and end only, several times faster; damage
     in between is not seen."""
@@ -70,7 +70,8 @@ class Inspect(Section):
     shards: Annotated[str, *positional("SHARDS")]
     """Folder or URI of a dataset that hrnet preprocess wrote."""
     out: str | None = None
-    """Folder for the page, the pictures and card.json; default: SHARDS_inspection beside the dataset."""
+    """Folder or URI for the page, the pictures and card.json; default: SHARDS_inspection beside the
+    dataset."""
     coco: str | None = None
     """The COCO root it was made from: shows the pictures of what was left out."""
     log: bool = False
@@ -81,9 +82,9 @@ class Inspect(Section):
 
 class Evaluate(Section):
     checkpoint: Annotated[str | None, *positional("CHECKPOINT")] = None
-    """Checkpoint folder, or models:/hrnet-pose@champion."""
+    """Checkpoint folder, URI, or models:/hrnet-pose@champion."""
     coco: Annotated[str | None, *positional("COCO")] = None
-    """COCO root."""
+    """COCO root, a folder or URI."""
     boxes: str | None = None
     """Person detections as COCO results JSON; default: the ground truth's boxes."""
     split: str = DATA.val_split
@@ -100,7 +101,7 @@ class Evaluate(Section):
     report: str | None = None
     """Also write one HTML file with figures and pictures here."""
     out: str | None = None
-    """Folder for results, report and pictures; default: beside the checkpoint. For `results`: for
+    """Folder or URI for results and pictures; default: beside the checkpoint. For `results`: for
     figures.json with all digits."""
     evaluate: EvaluateSettings = EvaluateSettings()
     run: RunSettings = RunSettings()
@@ -135,7 +136,7 @@ class Predict(Section):
     detector: str | None = None
     """ONNX person detector, its declaration MODEL.json beside it. Neither: each picture is one person."""
     out: str | None = None
-    """Folder for the results; default: STORAGE/predictions/NAME-DIGEST."""
+    """Folder or URI for the results; default: STORAGE/predictions/NAME-DIGEST."""
     predict: PredictSettings = PredictSettings()
     run: RunSettings = RunSettings()
     track: TrackSettings = TrackSettings()
@@ -164,7 +165,7 @@ class Import(Section):
     file: Annotated[str, *positional("FILE")]
     """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""
     out: Annotated[str, *positional("OUT")]
-    """Checkpoint folder to write."""
+    """Checkpoint folder to write, or the URI of one."""
     codec: CodecName = DATA.codec
     """What the weights were trained for."""
     input_size: tuple[int, int] = DATA.input_size
@@ -175,7 +176,7 @@ class Import(Section):
 
 class Export(Section):
     checkpoint: Annotated[str, *positional("CHECKPOINT")]
-    """Checkpoint folder, or models:/hrnet-pose@champion."""
+    """Checkpoint folder, URI, or models:/hrnet-pose@champion."""
     out: Annotated[str | None, *positional("OUT")] = None
     """File to write (.onnx, or .xml with a .bin beside it); default: model.onnx or openvino_int8.xml in the
     checkpoint folder, where modes find them; the other formats have none."""

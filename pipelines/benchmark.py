@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.choices import MODES
 from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.locations import one_line
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig, TrackSettings
@@ -57,11 +58,12 @@ class Benchmark:
         }
 
     def write(self, file: str | Path) -> None:
-        """`as_dict` as JSON. ConfigError where it cannot be written."""
+        """`as_dict` as JSON (path or URI). ConfigError where it cannot be written."""
         try:
             write_json(file, self.as_dict())
         except OSError as error:
-            reason = f"{file}: cannot be written ({error.strerror}). The table above is what was measured."
+            why = error.strerror or one_line(error)
+            reason = f"{file}: cannot be written ({why}). The table above is what was measured."
             raise ConfigError(reason) from None
 
     def __str__(self) -> str:

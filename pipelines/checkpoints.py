@@ -1,4 +1,5 @@
-"""A checkpoint as it is named: a folder, a URI of one, or a version of the registry -> a folder here."""
+"""A checkpoint as it is named: a folder, a URI of one, or a version of the registry -> a folder here; and
+into a bucket."""
 
 from __future__ import annotations
 
@@ -7,12 +8,21 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hrnet_core.errors import CheckpointError
-from hrnet_core.locations import is_uri, refuse_credentials
+from hrnet_core.locations import is_uri, open_folder, refuse_credentials
 from pipelines.config import TrackSettings
 from pipelines.registry import CHAMPION, REGISTERED, Registry, champion_of
+from pipelines.storage import join, list_files, put_file, writable
 from pipelines.tracking import Tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from hrnet_core.checkpoint import CheckpointSpec
 
 
 @dataclass(frozen=True)
@@ -61,3 +71,26 @@ def local_checkpoint(
             from hrnet_core.checkpoint import fetch_checkpoint
 
             yield LocalCheckpoint(name, fetch_checkpoint(name, Path(copy)), copied=is_uri(name))
+
+
+def put_checkpoint(place: str, weights: Mapping[str, Tensor], spec: CheckpointSpec) -> CheckpointSpec:
+    """save_checkpoint at a path or URI. In a bucket file after file, what describes the others last: who
+    reads meanwhile finds weights of another sha256 than described, and refuses them. DataError where the
+    bucket does not take it."""
+    from hrnet_core.checkpoint import DESCRIPTION, EXPORTED, SELFTEST, TRAINER, WEIGHTS, save_checkpoint
+
+    if not is_uri(place):
+        return save_checkpoint(place, weights, spec)
+    there = list_files(place)
+    if others := sorted(set(there) - {DESCRIPTION, WEIGHTS, SELFTEST, TRAINER, *EXPORTED}):
+        raise CheckpointError(f"{place}: holds other files ({', '.join(others[:5])}). Name a new folder.")
+    with tempfile.TemporaryDirectory(prefix="hrnet-saved-") as temporary, writable(place):
+        made = Path(temporary) / "checkpoint"
+        spec = save_checkpoint(made, weights, spec)
+        for name in (TRAINER, *EXPORTED):  # of other weights
+            if name in there:
+                files, key = open_folder(join(place, name))
+                files.delete_file(key)
+        for name in (WEIGHTS, SELFTEST, DESCRIPTION):
+            put_file(made / name, join(place, name))
+    return spec

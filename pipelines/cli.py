@@ -23,7 +23,7 @@ import tyro
 from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
-from hrnet_core.locations import here, refuse_credentials, refuse_no_bucket
+from hrnet_core.locations import destination, is_uri, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
 from pipelines.config import RunConfig, Section
 from pipelines.config_file import explain, load_config
@@ -188,15 +188,16 @@ def evaluate(args: arguments.Evaluate) -> None:
     both = "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json"
     _need(args.checkpoint, "CHECKPOINT", both)
     _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
-    out = here(args.out, "--out") if args.out else _evaluation_folder(args)
+    out = args.out or _evaluation_folder(args)
     what = {"split": args.split, "boxes": args.boxes, "settings": args.evaluate, "ray": args.ray}
     if args.measure_modes:
         if args.report:
             raise ConfigError("--measure-modes writes no report: evaluate again with --report alone.")
         from pipelines.measure_modes import measure_modes
+        from pipelines.storage import join
 
-        print(measure_modes(args.checkpoint, args.coco, out=args.out or f"{out}_modes", **what))
-        print(f"written into {Path(args.checkpoint) / 'checkpoint.json'}")
+        print(measure_modes(args.checkpoint, args.coco, out=args.out or _beside(out, "_modes"), **what))
+        print(f"written into {join(args.checkpoint, 'checkpoint.json')}")
         return
     from pipelines.evaluate import evaluate
 
@@ -215,9 +216,9 @@ def _score(args: arguments.Evaluate) -> None:
     _need(args.ground_truth, "--ground-truth GT.json", "the annotations to score them against")
     from hrnet_core.skeleton import load_skeleton
     from pipelines.poses.oks_ap import evaluate_results
-    from pipelines.storage import write_json
+    from pipelines.storage import join, writable, write_json
 
-    folder = here(args.out, "--out") if args.out else None
+    folder = destination(args.out, "--out") if args.out else None
     if args.report or args.boxes or args.measure_modes or args.checkpoint:
         raise ConfigError(
             "--results scores a file: CHECKPOINT, --boxes, --report and --measure-modes belong to running a "
@@ -228,25 +229,35 @@ def _score(args: arguments.Evaluate) -> None:
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
     if folder:
-        write_json(folder / "figures.json", stats)
-        print(f"all digits: {folder}/figures.json")
+        with writable(folder):
+            write_json(join(folder, "figures.json"), stats)
+        print(f"all digits: {join(folder, 'figures.json')}")
 
 
-def _evaluation_folder(args: arguments.Evaluate) -> Path:
+def _beside(folder: str, ending: str) -> str:
+    """A path or URI with something at the end of its name."""
+    address, mark, query = folder.partition("?") if is_uri(folder) else (folder, "", "")
+    return f"{address}{ending}{mark}{query}"
+
+
+def _evaluation_folder(args: arguments.Evaluate) -> str:
     """Beside a local checkpoint; in the storage folder for one that comes from elsewhere."""
     from pipelines.checkpoints import is_folder_here
+    from pipelines.storage import join
 
     kind = "evaluation_det" if args.boxes else "evaluation_gt"
     if not is_folder_here(args.checkpoint):
         name = re.sub(r"[^\w.-]+", "_", args.checkpoint)
-        return here(args.run.storage, "--run.storage") / "evaluations" / name / kind
-    return Path(args.checkpoint).parent / kind
+        return join(destination(args.run.storage, "--run.storage"), f"evaluations/{name}/{kind}")
+    return str(Path(args.checkpoint).parent / kind)
 
 
 def benchmark(args: arguments.Benchmark) -> int:
     """how fast each execution mode answers here, as a table to paste; needs no data"""
     from pipelines.benchmark import benchmark
 
+    if args.json_file:
+        destination(args.json_file, "--json")
     what = {"modes": args.modes, "batch_sizes": args.batch_sizes}
     where = {"threads": args.threads, "device": args.device, "track": args.track, "storage": args.run.storage}
     measured = benchmark(args.checkpoint, **what, **where)

@@ -26,11 +26,20 @@ from typing import Any
 import cv2
 
 from hrnet_core.errors import ConfigError, DataError
-from hrnet_core.locations import here
+from hrnet_core.locations import destination
 from hrnet_core.skeleton import COCO17
 from pipelines.drawn.picture import FIRST_ID, SPLITS, annotate, draw_picture
 from pipelines.sources.layout import annotations_of
-from pipelines.storage import write_whole
+from pipelines.storage import (
+    is_empty,
+    is_file,
+    join,
+    list_files,
+    read_json,
+    writable,
+    write_whole,
+    writing_many,
+)
 
 VERSION = 1
 """Raised with every change of what is drawn: an older set is not taken for this one's."""
@@ -41,7 +50,8 @@ PICTURES_PER_JOB = 32
 class DrawnSet:
     """What `draw` left in its folder."""
 
-    folder: Path
+    folder: str
+    """Path or URI"""
     images: dict[str, int]
     """Pictures by split"""
     people: dict[str, int]
@@ -55,7 +65,7 @@ class DrawnSet:
 def draw(
     out: str | Path, images: int, seed: int = 0, val_images: int | None = None, workers: int = 1
 ) -> DrawnSet:
-    """Write a COCO root of drawn people: annotations/, train2017/, val2017/.
+    """Write a COCO root of drawn people, at a path or URI: annotations/, train2017/, val2017/.
 
     images: training pictures. val_images: validation pictures in addition; default images // 5, at
     least 4. workers: processes. A folder that holds the same set already is left as it is; one that
@@ -69,16 +79,13 @@ def draw(
         least = 0 if name == "seed" else 1
         if value < least:
             raise ConfigError(f"draw: {name} must be at least {least}, got {value}.")
-    folder = here(out, "OUT")
+    folder = destination(out, "OUT")
     finished = _claim(folder, wanted)
     if finished is not None:
         return finished
     counts = _counts(wanted)
-    for split in SPLITS:
-        (folder / split).mkdir(exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
     jobs = [
-        (str(folder), seed, split, start, min(start + PICTURES_PER_JOB, counts[split]))
+        (folder, seed, split, start, min(start + PICTURES_PER_JOB, counts[split]))
         for split in SPLITS
         for start in range(0, counts[split], PICTURES_PER_JOB)
     ]
@@ -94,21 +101,21 @@ def draw(
         pictures = [image for part in mine for image in part[0]]
         annotations = [annotation for part in mine for annotation in part[1]]
         found[split] = sum(a["num_keypoints"] > 0 for a in annotations)
-        _write_json(Path(annotations_of(folder, split)), _coco(seed, split, pictures, annotations))
-    _write_json(folder / "drawn.json", {**wanted, "people": found})
+        _write_json(annotations_of(folder, split), _coco(seed, split, pictures, annotations))
+    _write_json(join(folder, "drawn.json"), {**wanted, "people": found})
     return DrawnSet(folder, counts, found)
 
 
-def _claim(folder: Path, wanted: dict[str, int]) -> DrawnSet | None:
+def _claim(folder: str, wanted: dict[str, int]) -> DrawnSet | None:
     """Mark the folder as ours. A finished set of the same parameters is returned; else DataError."""
-    marker = folder / "drawn.json"
-    if folder.exists() and not folder.is_dir():
+    marker = join(folder, "drawn.json")
+    if is_file(folder):
         raise DataError(f"{folder}: is a file; draw needs a folder to write to.")
-    if marker.is_file():
-        try:
-            there = dict(json.loads(marker.read_text()))
-        except (ValueError, TypeError):
-            there = {}
+    try:
+        there = read_json(marker)
+    except (ValueError, TypeError):
+        there = {}
+    if there is not None:
         if any(there.get(name) != value for name, value in wanted.items()):
             raise DataError(
                 f"{folder}: holds a drawn set of other parameters ({_parameters(there)}; "
@@ -116,11 +123,10 @@ def _claim(folder: Path, wanted: dict[str, int]) -> DrawnSet | None:
             )
         if "people" in there and _complete(folder, wanted):
             return DrawnSet(folder, _counts(wanted), there["people"])
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not is_empty(folder):
         raise DataError(
             f"{folder}: is not empty and was not made by draw (it has no drawn.json). Choose another folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     _write_json(marker, wanted)
     return None
 
@@ -129,10 +135,10 @@ def _counts(parameters: dict[str, int]) -> dict[str, int]:
     return dict(zip(SPLITS, (parameters["images"], parameters["val_images"]), strict=True))
 
 
-def _complete(folder: Path, parameters: dict[str, int]) -> bool:
+def _complete(folder: str, parameters: dict[str, int]) -> bool:
     return all(
-        Path(annotations_of(folder, split)).is_file()
-        and sum(1 for _ in (folder / split).glob("*.jpg")) == count
+        is_file(annotations_of(folder, split))
+        and sum(name.endswith(".jpg") for name in list_files(join(folder, split))) == count
         for split, count in _counts(parameters).items()
     )
 
@@ -148,17 +154,18 @@ def _draw_some(
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     images, annotations = [], []
-    for index in range(start, stop):
-        drawing = draw_picture(seed, split, index)
-        image_id = FIRST_ID[split] + index
-        name = f"{image_id:012d}.jpg"
-        quality = 86 + (index * 7) % 10
-        bgr = cv2.cvtColor(drawing.picture, cv2.COLOR_RGB2BGR)
-        _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        (Path(folder) / split / name).write_bytes(data.tobytes())
-        height, width = drawing.ids.shape
-        images.append({"id": image_id, "file_name": name, "width": width, "height": height, "license": 1})
-        annotations += annotate(drawing, image_id)
+    with writing_many(sync=False) as put:
+        for index in range(start, stop):
+            drawing = draw_picture(seed, split, index)
+            image_id = FIRST_ID[split] + index
+            name = f"{image_id:012d}.jpg"
+            quality = 86 + (index * 7) % 10
+            bgr = cv2.cvtColor(drawing.picture, cv2.COLOR_RGB2BGR)
+            _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+            put(join(folder, f"{split}/{name}"), data.tobytes())
+            height, width = drawing.ids.shape
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height, "license": 1})
+            annotations += annotate(drawing, image_id)
     cv2.setNumThreads(threads)
     return images, annotations
 
@@ -183,5 +190,6 @@ def _coco(
     }
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_whole(file, json.dumps(content, separators=(",", ":")))
+def _write_json(file: str, content: dict[str, Any]) -> None:
+    with writable(file):
+        write_whole(file, json.dumps(content, separators=(",", ":")))

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from pycocotools import mask
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import destination
 from hrnet_core.skeleton import Skeleton, load_skeleton
 from pipelines.sources.annotations import read_annotations
 from pipelines.sources.records import BOX_AREA, People
-from pipelines.storage import write_json
+from pipelines.storage import writable, write_json
 
 Float64 = NDArray[np.float64]
 SAME_BOX = 0.5
@@ -89,7 +90,8 @@ def estimate_sigmas(
     skeleton: str | Path | None = None,
     use_area: bool = True,
 ) -> Estimate:
-    """Sigmas from two or more COCO keypoint files of the same people; writes a skeleton file to `out`.
+    """Sigmas from two or more COCO keypoint files of the same people; writes a skeleton file to `out`;
+    all of them paths or URIs.
 
     People are matched by annotation id where all files hold the same (image, id) pairs on boxes that overlap
     (IoU at least 0.5), else by their boxes alone, one to one, the best IoU first. A crowd is nobody.
@@ -105,6 +107,7 @@ def estimate_sigmas(
             "sigmas come from differences: name two or more annotation files of the same people, one an "
             "annotator (hrnet estimate-sigmas A.json B.json --out skeleton.json)."
         )
+    out = destination(out, "--out")
     read = [_read(file, use_area) for file in files]
     for other in read[1:]:
         if other.names != read[0].names:
@@ -127,7 +130,8 @@ def estimate_sigmas(
             f"annotator. Name files that were labelled independently."
         )
     body = replace(body, oks_sigmas=tuple(float(f"{sigma:.4g}") for sigma in sigmas))
-    write_json(out, body.as_dict())
+    with writable(out):
+        write_json(out, body.as_dict())
     return Estimate(body, sigmas, errors, medians, counts, repeated)
 
 

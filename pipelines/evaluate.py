@@ -14,8 +14,6 @@ import functools
 import hashlib
 import io
 import json
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -26,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError
-from hrnet_core.locations import here
+from hrnet_core.errors import CheckpointError, DataError
+from hrnet_core.locations import destination
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
@@ -36,9 +34,18 @@ from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
 from pipelines.poses.units import UNFINISHED, cut, digest_of, run_units
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
-from pipelines.sources.photos import check_photo, decode_photo
+from pipelines.sources.photos import check_photo, decode_photo, left_out
 from pipelines.sources.records import People, Photo, Rejection
-from pipelines.storage import write_json, write_whole
+from pipelines.storage import (
+    file_stamps,
+    join,
+    on_this_machine,
+    read_files,
+    remove_folder,
+    writable,
+    write_json,
+    write_whole,
+)
 from pipelines.tracking import store_of
 
 if TYPE_CHECKING:
@@ -64,8 +71,9 @@ def evaluate(
 ) -> Evaluation:
     """OKS-AP of a checkpoint on the photographs of a COCO split.
 
-    checkpoint: a folder, a URI of one, or "models:/name@alias". boxes: a detector's COCO results file; None
-    takes the ground truth's boxes, of people with keypoints, as published. track: record the figures with
+    checkpoint: a folder, a URI of one, or "models:/name@alias". coco_root, boxes, out and report are paths or
+    URIs. boxes: a detector's COCO results file; None takes the ground truth's boxes, of people with
+    keypoints, as published. track: record the figures with
     the registered version (`storage` is the folder of MLflow's database where no server is named); None: no.
     Writes into `out`: results.json (COCO results), evaluation.json, overlays/*.jpg; `report` names one
     HTML page. A call that was cut short goes on from the units it has.
@@ -75,8 +83,8 @@ def evaluate(
     """
     from hrnet_core.checkpoint import read_spec
 
-    out = here(out, "--out")
-    report = None if report is None else here(report, "--report")
+    out = destination(out, "--out")
+    report = None if report is None else destination(report, "--report")
     if track is not None:
         store_of(track, storage)  # refused here, not when the figures are there
     with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:
@@ -84,10 +92,10 @@ def evaluate(
         of = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
         units, work = group_photos(of, 2 * settings.batch_size), functools.partial(answer, settings=settings)
         start = time.monotonic()
-        store = out / UNFINISHED / _plan_digest(of, spec, settings)
+        store = join(out, f"{UNFINISHED}/{_plan_digest(of, spec, settings)}")
         done = run_units(units, work, found.folder, settings, ray, store, "evaluate")
     refuse_unusable(done.problems)
-    answers = read_answers((file.read_bytes() for file in done.answers), of.asked)
+    answers = read_answers(read_files(done.answers), of.asked)
     keypoints, scores = answers["keypoints"], answers["scores"]
     stats, results = score_poses(keypoints, scores, of.asked, of.split.truth, spec, settings)
     matched = match_people(keypoints, scores, of, spec.skeleton)
@@ -103,15 +111,17 @@ def evaluate(
         "doubts": dict(of.doubts),
     }
     evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, out)
-    files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    with writable(out):
+        files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)
+    remove_folder(join(out, UNFINISHED))
     if track is None:
         return evaluation
     from pipelines.registry import REGISTERED, record_evaluation
 
     # An alias may have moved meanwhile; a folder is known by its weights.
     ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
-    version = record_evaluation(ref, stats, evaluation.protocol, files, track=track, storage=storage)
+    with on_this_machine(files) as copies:
+        version = record_evaluation(ref, stats, evaluation.protocol, copies, track=track, storage=storage)
     return replace(evaluation, version=version)
 
 
@@ -157,7 +167,10 @@ def _cut_out(
 ) -> Prepared | Rejection:
     """The people of a photograph, whose pixels are not kept, or why it is out."""
     photo, boxes = asked
-    checked = check_photo(photo, max_pixels)
+    try:
+        checked = check_photo(photo, max_pixels)
+    except DataError as error:  # a bucket that does not answer costs this unit, not those that are asked yet
+        return left_out(photo, "unreadable", str(error).rstrip("."))
     if isinstance(checked, Rejection):
         return checked
     with threads.decoding:
@@ -195,13 +208,12 @@ def read_answers(contents: Iterable[bytes], asked: People) -> NDArray[Any]:
 
 def _plan_digest(of: EvaluationSet, spec: CheckpointSpec, settings: EvaluateSettings) -> str:
     """16 hex digits of all that decides the answers of a unit, the photographs' size and time included."""
-    files = [os.stat(photo.path) if os.path.exists(photo.path) else None for photo, _ in of.photos]
     return digest_of(
         spec.as_dict(),
         of.asked.image_id.tolist(),
         of.asked.ann_id.tolist(),
         of.asked.bbox_xywh.tolist(),
-        [(f.st_size, f.st_mtime_ns) if f else None for f in files],
+        file_stamps([photo.path for photo, _ in of.photos]),
         settings.model_dump(include={"flip_test", "preset", "batch_size", "mode", "use_gpu"}),
         settings.threads,
     )
@@ -215,10 +227,10 @@ def _write(
     spec: CheckpointSpec,
     max_pixels: int,
     checkpoint: str,
-    report: Path | None,
-) -> list[Path]:
+    report: str | None,
+) -> list[str]:
     """results.json, evaluation.json, overlays and the page; returns the files."""
-    content, summary = json.dumps(results, allow_nan=False), evaluation.folder / "evaluation.json"
+    content, summary = json.dumps(results, allow_nan=False), join(evaluation.folder, "evaluation.json")
     made = {
         "checkpoint": checkpoint,
         "weights_sha256": spec.weights_sha256,
@@ -230,7 +242,7 @@ def _write(
     write_whole(evaluation.results_file, content)
     write_json(summary, {**found, **made, "results_sha256": hashlib.sha256(content.encode()).hexdigest()})
     paths = {photo.image_id: photo.path for photo in of.split.photos}
-    sheets = contact_sheets(matched, paths, spec.skeleton, evaluation.folder / "overlays", max_pixels)
+    sheets = contact_sheets(matched, paths, spec.skeleton, join(evaluation.folder, "overlays"), max_pixels)
     files = [evaluation.results_file, summary, *sheets.values()]
     if report is not None:
         write_report(report, evaluation, matched, sheets, spec.skeleton, made)

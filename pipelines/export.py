@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 
 from hrnet_core.choices import FormatName
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
-from hrnet_core.locations import here
-from pipelines.checkpoints import is_folder_here, local_checkpoint
+from hrnet_core.locations import destination, is_uri, one_line
+from pipelines.checkpoints import local_checkpoint
 from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
 from pipelines.poses.actor import Threads
 from pipelines.poses.protocol import score_poses
+from pipelines.registry import REGISTERED
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import CROP_COLUMNS
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.records import on_photos
-from pipelines.storage import writing
+from pipelines.storage import join, writing
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -62,7 +63,8 @@ COMPARED = 32
 class Parity:
     """How far a file is from torch in float32, on the same crops."""
 
-    file: Path
+    file: str
+    """Path or URI."""
     format: FormatName
     megabytes: float
     crops: int
@@ -114,7 +116,8 @@ def export(
     track: TrackSettings = TrackSettings(),
     storage: str | Path = "runs",
 ) -> Parity:
-    """Write the checkpoint's network for another runtime (docs/export.md) and compare it with torch.
+    """Write the checkpoint's network for another runtime (docs/export.md) and compare it with torch. All
+    paths may be URIs.
 
     out: default model.onnx or openvino_int8.xml in the checkpoint folder, where modes find them; the other
     formats must name a file. A .bin is written beside an .xml. shards: int8 is calibrated on crops of their
@@ -126,16 +129,16 @@ def export(
     """
     from hrnet_core.checkpoint import load_checkpoint, read_spec
 
-    if out is None and not is_folder_here(checkpoint):
+    if out is None and str(checkpoint).startswith(REGISTERED):
         raise ConfigError(
-            f"name the file to write, hrnet export {checkpoint} OUT: only a checkpoint folder of this "
-            f"machine is ours to add to."
+            f"name the file to write, hrnet export {checkpoint} OUT: the files of a registered version stay "
+            f"as they are."
         )
-    file = None if out is None else here(out, "OUT")
+    file = None if out is None else destination(out, "OUT")
     with local_checkpoint(checkpoint, track, storage) as found:
         folder = found.folder
         spec = read_spec(folder)  # before a folder is made where there is none
-        targets = _targets(folder, file, format)
+        targets = _targets(str(checkpoint), file, format)
         crops = recorded_crops(folder)
         if format == "openvino_int8":
             crops = shard_crops(shards, shards_split, spec)
@@ -152,27 +155,28 @@ def export(
                 for part, content in zip(parts, contents, strict=True):
                     part.write_bytes(content)
         except OSError as error:
-            reason = f"{targets[0]}: cannot be written ({error.strerror}). Name another file."
-            raise CheckpointError(reason) from None
+            why = error.strerror or one_line(error)
+            raise CheckpointError(f"{targets[0]}: cannot be written ({why}). Name another file.") from None
     return Parity(targets[0], format, sum(map(len, contents)) / 2**20, **figures)
 
 
-def _targets(folder: Path, out: Path | None, format: FormatName) -> list[Path]:
-    """The files of a format: one, or an .xml with its .bin."""
+def _targets(checkpoint: str, out: str | None, format: FormatName) -> list[str]:
+    """The files of a format: one, or an .xml with its .bin. Paths or URIs."""
     from hrnet_core.checkpoint import INT8, ONNX
 
     names = {"onnx": [ONNX], "openvino_int8": INT8}
     if out is None:
         if format not in names:
             raise ConfigError(
-                f"name the file to write, hrnet export {folder} OUT --format {format}: no mode runs from "
+                f"name the file to write, hrnet export {checkpoint} OUT --format {format}: no mode runs from "
                 f"one, so it has no place in the checkpoint folder."
             )
-        return [folder / name for name in names[format]]
+        return [join(checkpoint, name) for name in names[format]]
     suffixes = [".xml", ".bin"] if format.startswith("openvino") else [".onnx"]
-    if out.suffix != suffixes[0]:
+    address, mark, query = out.partition("?") if is_uri(out) else (out, "", "")
+    if not address.endswith(suffixes[0]):
         raise ConfigError(f"{out}: a file of format {format} ends in {suffixes[0]}.")
-    return [out.with_suffix(suffix) for suffix in suffixes]
+    return [f"{address.removesuffix(suffixes[0])}{suffix}{mark}{query}" for suffix in suffixes]
 
 
 def _both(
@@ -197,7 +201,7 @@ def _both(
     return pair, one, PosePredictor(model, spec, "cpu", "openvino_int8", dict(zip(INT8, pair, strict=True)))
 
 
-def _refuse_another_network(target: Path, format: FormatName, figures: dict[str, Any]) -> None:
+def _refuse_another_network(target: str, format: FormatName, figures: dict[str, Any]) -> None:
     """ConfigError where a file's answers are further from torch's than its format allows."""
     runtime, cell, keypoint = FORMATS[format]
     # NaN is not near either.

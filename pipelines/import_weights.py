@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from hrnet_core.choices import CodecName
 from hrnet_core.errors import CheckpointError, ConfigError
-from hrnet_core.locations import here
+from hrnet_core.locations import destination
 from hrnet_core.skeleton import load_skeleton
+from pipelines.checkpoints import put_checkpoint
 from pipelines.code_version import code_version
+from pipelines.storage import base_name, is_file, sha256_of
 
 
 def import_weights(
@@ -21,6 +22,7 @@ def import_weights(
     sigma: float | None = None,
 ) -> None:
     """Read FILE (every published layout: published.read_weights), write the folder OUT, print the report.
+    Both are paths or URIs.
 
     Width, modules and keypoints are read from the shapes. codec, input_size (width, height) and sigma are
     the caller's word: no weights file tells what it was trained for, and a wrong codec costs accuracy
@@ -29,11 +31,11 @@ def import_weights(
     CheckpointError: unreadable, incomplete, another number of keypoints than the skeleton, no keypoint head.
     ConfigError: a codec or size there is not. Nothing is written then.
     """
-    from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
+    from hrnet_core.checkpoint import CheckpointSpec
     from hrnet_core.heatmaps import HeatmapCodec
     from hrnet_core.published import fit_weights, read_weights
 
-    out = here(out, "OUT")
+    out = destination(out, "OUT")
     try:
         heatmaps = HeatmapCodec(codec, input_size, sigma)
         if any(side % 32 for side in heatmaps.input_size):
@@ -51,12 +53,12 @@ def import_weights(
     state, report = fit_weights(published, architecture)
     provenance = {
         "code_version": code_version(),
-        "imported_from": Path(file).name,
-        "file_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None,
+        "imported_from": base_name(str(file)),
+        "file_sha256": sha256_of(file) if is_file(str(file)) else None,
         "key_names": report.scheme,
     }
     spec = CheckpointSpec(architecture, heatmaps, body, provenance=provenance)
-    save_checkpoint(out, state, spec)
+    put_checkpoint(out, state, spec)
     width, height = spec.input_size
     print(report)
     print(

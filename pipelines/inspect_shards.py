@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import here, is_uri
+from hrnet_core.locations import destination, is_uri, refuse_no_bucket
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
 from pipelines.progress import ProgressLine
 from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, figures_of
 from pipelines.shards.manifest import REPAIR, Manifest
-from pipelines.storage import join, sha256_of, write_json
+from pipelines.storage import absolute, is_folder, join, on_this_machine, sha256_of, write_json
 
 
 def inspect_shards(
@@ -33,8 +33,9 @@ def inspect_shards(
     log: bool = False,
     track: TrackSettings | None = None,
     storage: str | Path = "runs",
-) -> Path:
-    """Check, count and draw the dataset in `shards` (path or URI); prints as it goes, returns the page.
+) -> str:
+    """Check, count and draw the dataset in `shards`; prints as it goes, returns the page. shards, out and
+    coco_root are paths or URIs.
 
     out: folder for card.json (equal for equal digests), the pictures and index.html; default: beside a local
     dataset, in `storage` for one in a bucket. coco_root: where the dataset came from, to show the pictures of
@@ -43,9 +44,10 @@ def inspect_shards(
     """
     manifest = Manifest.load(shards)
     folder = output_folder(manifest, out, storage)
-    coco = None if coco_root is None else Path(coco_root).expanduser()
-    missing = [split for split in manifest.splits if coco and not (coco / split).is_dir()]
+    coco = None if coco_root is None else absolute(coco_root)
+    missing = [split for split in manifest.splits if coco and not is_folder(join(coco, split))]
     if missing:
+        refuse_no_bucket(str(coco), "--coco")
         raise DataError(
             f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
             f"made from, or leave --coco out: then rejections are told, not shown."
@@ -54,7 +56,7 @@ def inspect_shards(
     card = make_card(manifest, {split: figures_of(manifest, split) for split in manifest.splits})
     print(card_text(card), flush=True)
     try:
-        write_json(folder / "card.json", card)
+        write_json(join(folder, "card.json"), card)
         page, pictures = write_gallery(manifest, card, folder, coco)
     except OSError as error:
         raise DataError(
@@ -64,21 +66,25 @@ def inspect_shards(
     if log:
         from pipelines.tracking import record_dataset
 
-        files = [folder / "card.json", page, *pictures]
-        run_id, others = record_dataset(card, files, manifest.folder, track, storage)
+        with on_this_machine([join(folder, "card.json"), page, *pictures]) as files:
+            run_id, others = record_dataset(card, files, manifest.folder, track, storage)
         print(f"MLflow run {run_id}; other runs on this dataset: {', '.join(others) or 'none yet'}")
     return page
 
 
-def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Path) -> Path:
-    """Where the pictures go: never into the dataset, whose folder holds nothing but its own files."""
+def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Path) -> str:
+    """Where the pictures go, path or URI: never into the dataset, whose folder holds its own files only."""
     if out is None and is_uri(manifest.folder):
         name = re.sub(r"[^\w.-]+", "_", manifest.folder)
-        return here(storage, "--run.storage").absolute() / "inspections" / name
+        return join(absolute(destination(storage, "--run.storage")), f"inspections/{name}")
     if out is None:
-        return Path(f"{manifest.folder}_inspection")
-    folder = here(out, "--out").expanduser().absolute()
-    if not is_uri(manifest.folder) and folder.resolve().is_relative_to(Path(manifest.folder).resolve()):
+        return f"{manifest.folder}_inspection"
+    folder = absolute(destination(out, "--out"))
+    if is_uri(folder) or is_uri(manifest.folder):
+        inside = f"{folder}/".startswith(f"{manifest.folder.partition('?')[0]}/")
+    else:
+        inside = Path(folder).resolve().is_relative_to(Path(manifest.folder).resolve())
+    if inside:
         raise DataError(
             f"--out {out} lies inside the dataset {manifest.folder}, which holds its own files only: hrnet "
             f"preprocess would refuse it the next time. Give a folder beside it."

@@ -15,19 +15,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hrnet_core.choices import MODES
-from hrnet_core.errors import ConfigError
-from hrnet_core.locations import here
-from pipelines.checkpoints import is_folder_here
+from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.locations import destination, fetch, is_uri
+from pipelines.checkpoints import local_checkpoint
 from pipelines.cluster import ray_session
-from pipelines.config import EvaluateSettings, RaySettings
+from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import evaluate
 from pipelines.poses.protocol import Evaluation
 from pipelines.poses.timing import Timings, processor, time_modes
+from pipelines.registry import REGISTERED
+from pipelines.storage import join, put_file, read_file, writable
+
+if TYPE_CHECKING:
+    from hrnet_core.checkpoint import CheckpointSpec
 
 BATCH = 16
 """Batch size of ms_per_crop, by which "auto" decides."""
@@ -71,39 +76,41 @@ def measure_modes(
     settings: EvaluateSettings = EvaluateSettings(),
     ray: RaySettings = RaySettings(),
 ) -> Measured:
-    """Evaluate the checkpoint in every mode that runs here and write the differences into checkpoint.json.
+    """Evaluate the checkpoint, a folder or a URI of one, in every mode that runs here and write the
+    differences into its checkpoint.json, where that lies.
 
     Each mode's results go to `out`/MODE. Times and memory are measured in a Ray task with the CPUs and GPU of
     an evaluation's actor, the modes in turn. What "auto" decides by, `ms_per_crop`, is the fastest call of 16
     crops without flip test.
 
-    ConfigError: a registered version or a URI instead of a folder: figures are written into it.
-    CheckpointError, DataError: as in evaluating.
+    ConfigError: a registered version instead of a folder: figures are written into it. CheckpointError: it
+    was replaced meanwhile. CheckpointError, DataError: as in evaluating.
     """
-    from hrnet_core.checkpoint import exported_names, read_spec, record_modes
+    from hrnet_core.checkpoint import exported_names, read_spec
     from hrnet_core.modes import fastest_exact, unusable
 
-    out = here(out, "--out")
-    if not is_folder_here(checkpoint):
+    name, out = str(checkpoint), destination(out, "--out")
+    if name.startswith(REGISTERED):
         raise ConfigError(
-            f"{checkpoint} is no folder of this machine, and files of the registry stay as they are. Measure "
-            f"the checkpoint folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."
+            f"{name} is a version of the registry, whose files stay as they are. Measure the checkpoint "
+            f"folder (runs/NAME/best), and name the mode when you deploy (--serve.mode)."
         )
     device = settings.device
     wanted = dict.fromkeys(["float32", *modes])
-    read_spec(checkpoint)  # before Ray starts
-    exported = exported_names(checkpoint)
-    left_out = {mode: why for mode in wanted if (why := unusable(mode, device, exported))}
-    usable = [mode for mode in wanted if mode not in left_out]
-    found: dict[str, Evaluation] = {}
-    with ray_session(ray, quiet=True):
-        for mode in usable:
-            print(f"--- {mode}", flush=True)
-            place, of_mode = out / mode, settings.model_copy(update={"mode": mode})
-            found[mode] = evaluate(
-                checkpoint, coco_root, out=place, split=split, boxes=boxes, settings=of_mode, ray=ray
-            )
-        timings, measured_on = _timed_on_ray(Path(checkpoint), usable, settings)
+    with local_checkpoint(name, TrackSettings(), "runs") as at_hand:
+        measured = read_spec(at_hand.folder)  # before Ray starts
+        exported = exported_names(at_hand.folder)
+        left_out = {mode: why for mode in wanted if (why := unusable(mode, device, exported))}
+        usable = [mode for mode in wanted if mode not in left_out]
+        found: dict[str, Evaluation] = {}
+        with ray_session(ray, quiet=True):
+            for mode in usable:
+                print(f"--- {mode}", flush=True)
+                place, of_mode = join(out, mode), settings.model_copy(update={"mode": mode})
+                found[mode] = evaluate(
+                    name, coco_root, out=place, split=split, boxes=boxes, settings=of_mode, ray=ray
+                )
+            timings, measured_on = _timed_on_ray(at_hand.folder, usable, settings)
     left_out |= timings.left_out
     timings.left_out = {}
     for mode, speed in timings.modes.items():
@@ -125,11 +132,31 @@ def measure_modes(
         for mode, of in found.items()
         if mode not in left_out
     }
-    spec = record_modes(checkpoint, device, figures)
+    spec = _record(name, measured, device, figures)
     return Measured(device, figures, left_out, timings, fastest_exact(spec.modes, device, exported))
 
 
-def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
+def _record(
+    checkpoint: str, measured: CheckpointSpec, device: str, figures: dict[str, Any]
+) -> CheckpointSpec:
+    """Write the figures into the checkpoint.json of a folder or URI, if these are still the weights that were
+    measured: training may have put others there."""
+    from hrnet_core.checkpoint import DESCRIPTION, read_spec, record_modes
+
+    with tempfile.TemporaryDirectory(prefix="hrnet-described-") as copy, writable(checkpoint):
+        folder = fetch(checkpoint, Path(copy), [DESCRIPTION])
+        if read_spec(folder).weights_sha256 != measured.weights_sha256:
+            raise CheckpointError(
+                f"{checkpoint}: other weights lie there now than those that were measured, so nothing was "
+                f"written. Measure again when training is through."
+            )
+        spec = record_modes(folder, device, figures)
+        if is_uri(checkpoint):
+            put_file(folder / DESCRIPTION, join(checkpoint, DESCRIPTION))
+    return spec
+
+
+def keypoint_differences(one: str | Path, other: str | Path) -> dict[str, Any]:
     """Distances in photo px between two results files of the same boxes: mean, largest, and how many people
     were compared. Photographs where OKS-NMS kept another number of people are left out of it."""
     first, second = _by_image(one), _by_image(other)
@@ -146,9 +173,9 @@ def keypoint_differences(one: Path, other: Path) -> dict[str, Any]:
     }
 
 
-def _by_image(file: Path) -> dict[int, list[list[float]]]:
+def _by_image(file: str | Path) -> dict[int, list[list[float]]]:
     """Keypoints of the people of each image: results are in order of their images."""
-    groups = itertools.groupby(json.loads(file.read_text()), key=itemgetter("image_id"))
+    groups = itertools.groupby(json.loads(read_file(str(file))), key=itemgetter("image_id"))
     return {image_id: [result["keypoints"] for result in results] for image_id, results in groups}
 
 

@@ -9,19 +9,18 @@ actor and the list of file names; everything else goes to disk unit by unit, and
 from __future__ import annotations
 
 import datetime
-import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
-from hrnet_core.locations import here
+from hrnet_core.locations import destination
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
@@ -31,7 +30,7 @@ from pipelines.poses.units import UNFINISHED, Outcomes, run_units
 from pipelines.poses.worker import Worker
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.media import Media, list_media
-from pipelines.storage import write_json
+from pipelines.storage import join, read_files, read_json, remove_folder, writable, write_json
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -44,7 +43,8 @@ SUMMARY = "prediction.json"
 class Prediction:
     """What `predict` did; the same stands in `folder`/prediction.json."""
 
-    folder: Path
+    folder: str
+    """Path or URI."""
     summary: dict[str, Any]
     people_per_second: float = 0.0
     """While actors were at work; 0 where all was there."""
@@ -79,7 +79,8 @@ def predict(
     track: TrackSettings = TrackSettings(),
     storage: str | Path = "runs",
 ) -> Prediction:
-    """Poses of all pictures and videos that the sources name (pipelines/sources/media.py).
+    """Poses of all pictures and videos that the sources name (pipelines/sources/media.py). Sources, boxes,
+    detector, out and storage are paths or URIs.
 
     checkpoint: a folder, a URI of one or "models:/name@alias"; None: the champion of `track`.
     boxes: a JSON file (pipelines/sources/boxes.py). detector: an ONNX file with its declaration beside it
@@ -94,13 +95,13 @@ def predict(
     if boxes is not None and detector is not None:
         raise ConfigError("boxes and detector are both given: where do the boxes come from? Leave one out.")
     if out is None:
-        storage = here(storage, "--run.storage")  # where the default is
+        storage = destination(storage, "--run.storage")  # where the default is
     else:
-        out = here(out, "--out")
+        out = destination(out, "--out")
     with local_checkpoint(checkpoint, track, storage) as found:
         spec = read_spec(found.folder)
         check_formats(settings.formats, spec.skeleton)
-        media, passed_over = list_media(sources, exclude=out or Path(storage) / "predictions")
+        media, passed_over = list_media(sources, exclude=out or join(str(storage), "predictions"))
         given = None
         if boxes is not None:
             given = read_boxes(boxes, settings.score_threshold or 0.0, settings.boxes_category)
@@ -111,33 +112,34 @@ def predict(
         out = out or _default_folder(storage, media[0], plan)
         if (done := _finished(out, plan)) is not None:
             return done
-        start, store = time.monotonic(), out / UNFINISHED / plan.digest
+        start, store = time.monotonic(), join(out, f"{UNFINISHED}/{plan.digest}")
         work = Worker(settings, people)
         outcomes = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
     rows = _rows(plan.rejected, outcomes.answers)
-    counts, rejected = write_all(rows, media, out, settings, spec.skeleton)
+    with writable(out):
+        counts, rejected = write_all(rows, media, out, settings, spec.skeleton)
     summary = _summary(plan, passed_over, settings, spec, outcomes) | {
         "checkpoint": found.name,
         "counts": dict(+counts),
         "rejected": dict(rejected),
         "seconds": round(time.monotonic() - start, 3),
     }
-    write_json(out / SUMMARY, summary)
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    with writable(out):
+        write_json(join(out, SUMMARY), summary)
+    remove_folder(join(out, UNFINISHED))
     return Prediction(out, summary, outcomes.people_per_second)
 
 
-def _default_folder(storage: str | Path, first: Media, plan: Plan) -> Path:
+def _default_folder(storage: str | Path, first: Media, plan: Plan) -> str:
     name = Path(first.name).parts[0]
-    return Path(storage) / "predictions" / f"{Path(name).stem}-{plan.digest[:8]}"
+    return join(str(storage), f"predictions/{Path(name).stem}-{plan.digest[:8]}")
 
 
-def _finished(out: Path, plan: Plan) -> Prediction | None:
+def _finished(out: str, plan: Plan) -> Prediction | None:
     """The prediction that lies in `out`, if it is this one. ConfigError if it is another."""
-    file = out / SUMMARY
-    if not file.is_file():
+    summary = read_json(join(out, SUMMARY))
+    if summary is None:
         return None
-    summary = json.loads(file.read_text())
     if summary.get("plan") != plan.digest:
         raise ConfigError(
             f"{out}: holds a prediction of other sources, boxes, weights or settings. Name another --out, or "
@@ -170,8 +172,8 @@ def _summary(
     }
 
 
-def _rows(rejected: list[Row], answers: list[Path]) -> Iterator[Row]:
-    """Rows of all units in their order, one unit in memory at a time."""
+def _rows(rejected: list[Row], answers: list[str]) -> Iterator[Row]:
+    """Rows of all units in their order, one unit in memory at a time; of a bucket's, some are read ahead."""
     yield from rejected
-    for file in answers:
-        yield from pq.read_table(file, page_checksum_verification=True).to_pylist()
+    for content in read_files(answers):
+        yield from pq.read_table(pa.BufferReader(content), page_checksum_verification=True).to_pylist()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
-from hrnet_core.locations import here
+from hrnet_core.locations import destination
 from pipelines.config import EvaluateSettings, RaySettings
 from pipelines.config_file import load_config
 from pipelines.evaluate import evaluate
 from pipelines.import_weights import import_weights
 from pipelines.poses.oks_ap import STATS
 from pipelines.poses.protocol import Evaluation
+from pipelines.storage import is_file, join
 
 SOURCE = "leoxiaobin/deep-high-resolution-net.pytorch"
 """Where README links the weights (model zoo, pose_coco) and the detector's file (data preparation)."""
@@ -91,24 +92,24 @@ def reproduce(
     """Import each weights file (strictly), evaluate it with the detector's boxes, compare the AP.
 
     Protocol: preset official, flip test, float32, whatever `settings` says of them; its workers, batch and
-    GPU are used. Writes OUT/MODEL/checkpoint and OUT/MODEL/evaluation, and prints each table as it comes.
+    GPU are used. Writes OUT/MODEL/checkpoint and OUT/MODEL/evaluation, and prints each table as it comes. All
+    places are paths or URIs.
     The caller looks at `passed`. ConfigError for a model there is not; DataError names every missing file.
     """
     chosen = list(models or published)
     unknown = [model for model in chosen if model not in published]
     if unknown:
         raise ConfigError(f"--models: no {', '.join(unknown)}; there are {', '.join(published)}.")
-    out, weights_dir = here(out, "--out"), here(weights_dir, "--weights-dir")
-    weights = {model: weights_dir / published[model].file for model in chosen}
-    _check_files(weights, Path(boxes))
+    out = destination(out, "--out")
+    weights = {model: join(str(weights_dir), published[model].file) for model in chosen}
+    _check_files(weights, str(boxes))
     protocol = {"preset": "official", "flip_test": True, "mode": "float32", "score_threshold": 0.0}
     settings = settings.model_copy(update=protocol)
     ours = {}
     for model in chosen:
-        folder = out / model
-        print(f"--- {model}: {weights[model].name}", flush=True)
+        print(f"--- {model}: {published[model].file}", flush=True)
         data = load_config(published[model].config).data
-        checkpoint, evaluation = folder / "checkpoint", folder / "evaluation"
+        checkpoint, evaluation = (join(out, f"{model}/{what}") for what in ("checkpoint", "evaluation"))
         import_weights(weights[model], checkpoint, data.codec, data.input_size, data.skeleton, data.sigma)
         ours[model] = evaluate(checkpoint, coco_root, out=evaluation, boxes=boxes, settings=settings, ray=ray)
         print(ours[model].table(), flush=True)
@@ -117,14 +118,14 @@ def reproduce(
     return found
 
 
-def _check_files(weights: Mapping[str, Path], boxes: Path) -> None:
+def _check_files(weights: Mapping[str, str], boxes: str) -> None:
     """DataError that lists what is missing: the file, what it is, and where it was published."""
     missing = [
         f"{file} (weights of {model}, in the model zoo of {SOURCE}, folder pose_coco)"
         for model, file in weights.items()
-        if not file.is_file()
+        if not is_file(file)
     ]
-    if not boxes.is_file():
+    if not is_file(boxes):
         missing.append(
             f"{boxes} (person detections of COCO val2017 with AP 56.4, {BOXES}, linked under data "
             f"preparation in the README of {SOURCE})"

@@ -19,9 +19,11 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import psutil
@@ -30,8 +32,12 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError
 from hrnet_core.files import put_in_place
-from hrnet_core.locations import is_uri, one_line, open_folder
+from hrnet_core.locations import fetch_file, is_uri, one_line, open_folder
 
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+AT_ONCE = 16
+"""Files of a bucket that a process reads or writes at a time: a request waits much longer than it works."""
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
 
@@ -53,6 +59,19 @@ def answering(place: str) -> Iterator[None]:
             f"{place.partition('?')[0]}: the bucket did not give it ({one_line(error)}). Check the bucket's "
             f"name, the credentials in the environment and the network, then run the same command again: "
             f"what is finished is kept."
+        ) from None
+
+
+@contextlib.contextmanager
+def writable(place: str) -> Iterator[None]:
+    """OSErrors of the block, which writes to `place` (path or URI) or into it, as a DataError."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or place.partition("?")[0], error.strerror or one_line(error)
+        raise DataError(
+            f"{where}: cannot be written ({why}). Check the rights and the room there or name another place, "
+            f"then run the same command again: what is finished is kept."
         ) from None
 
 
@@ -95,10 +114,35 @@ def writing(file: str | Path, *, sync: bool = True) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_whole(file: str | Path, content: str | bytes) -> None:
+def write_whole(file: str | Path, content: str | bytes, *, sync: bool = True) -> None:
     """A file (path or URI) as `writing` leaves it; text as UTF-8."""
-    with writing(file) as part:
+    with writing(file, sync=sync) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing_many(*, sync: bool = True) -> Iterator[Callable[[str, bytes], None]]:
+    """Takes files (path or URI, content) to write as `write_whole` does, those of a bucket AT_ONCE at a time.
+    All are there when the block ends well. DataError, from a later call or the block, where one failed."""
+
+    def write(file: str, content: bytes) -> None:
+        with writable(file):
+            write_whole(file, content, sync=sync)
+
+    begun = deque[Future[None]]()
+    with ThreadPoolExecutor(AT_ONCE, "write") as pool:
+
+        def take(file: str, content: bytes) -> None:
+            if not is_uri(file):
+                write(file, content)
+                return
+            begun.append(pool.submit(write, file, content))
+            if len(begun) > AT_ONCE:
+                begun.popleft().result()
+
+        yield take
+        while begun:
+            begun.popleft().result()
 
 
 def put_file(source: str | Path, file: str | Path) -> None:
@@ -213,6 +257,16 @@ def is_folder(path: str) -> bool:
     return _kind(path) == "Directory" if is_uri(path) else os.path.isdir(path)
 
 
+def is_empty(folder: str) -> bool:
+    """Whether nothing lies in a folder, or there is none. In a bucket an object that marks a folder is
+    nothing."""
+    if not is_uri(folder):
+        return not (os.path.isdir(folder) and os.listdir(folder))
+    files, key = open_folder(folder)
+    with answering(folder):
+        return not files.get_file_info(fs.FileSelector(key, allow_not_found=True))
+
+
 def _kind(uri: str) -> str:
     files, key = open_folder(uri)
     with answering(uri):
@@ -230,6 +284,48 @@ def read_file(path: str, size: int | None = None) -> bytes:
     return content
 
 
+def read_files(paths: Iterable[str]) -> Iterator[bytes]:
+    """Files (paths or URIs) in their order, those of a bucket AT_ONCE at a time. Errors as of `read_file`."""
+    paths = list(paths)
+    yield from ahead(read_file, paths, AT_ONCE) if any(map(is_uri, paths)) else map(read_file, paths)
+
+
+def ahead(one: Callable[[Asked], Found], asked: Iterable[Asked], most: int) -> Iterator[Found]:
+    """`one` of each in order, in `most` threads, no further ahead than there are threads."""
+    begun = deque[Future[Found]]()
+    pool = ThreadPoolExecutor(most, "ahead")
+    try:
+        for each in asked:
+            begun.append(pool.submit(one, each))
+            if len(begun) > most:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def on_this_machine(files: Iterable[str]) -> Iterator[list[Path]]:
+    """Paths of the files while the block lasts: of those in a bucket, of copies. Errors as of `read_file`."""
+    with tempfile.TemporaryDirectory(prefix="hrnet-copies-") as copies:
+        found = []
+        for number, file in enumerate(files):
+            with answering(file):
+                found.append(fetch_file(file, Path(copies) / str(number)))
+        yield found
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder (path or URI) that nobody needs, with all that is in it, as far as that can be."""
+    if not is_uri(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    files, key = open_folder(folder)
+    with contextlib.suppress(OSError):
+        files.delete_dir(key)
+
+
 def list_files(folder: str) -> dict[str, int]:
     """Name -> bytes of the files in a folder (none of its subfolders'); nothing where there is none."""
     if not is_uri(folder):
@@ -240,24 +336,36 @@ def list_files(folder: str) -> dict[str, int]:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check its rights.") from None
+    return {name: size for name, (size, _) in _stamps_in(folder).items()}
+
+
+def _stamps_in(folder: str) -> dict[str, tuple[int, int]]:
+    """Name -> bytes, ns of the last change, of the files in a folder of a bucket."""
     files, key = open_folder(folder)
     with answering(folder):
         found = files.get_file_info(fs.FileSelector(key, allow_not_found=True))
-    return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
+    return {i.base_name: (i.size, i.mtime_ns or 0) for i in found if i.type == fs.FileType.File}
+
+
+def file_stamps(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Bytes and the time of the last change (ns) of each file, None where it is gone. A bucket's folders are
+    listed, not asked a file at a time."""
+    listed = functools.cache(_stamps_in)
+
+    def stamp(path: str) -> tuple[int, int] | None:
+        if not is_uri(path):
+            try:
+                found = os.stat(path)
+            except OSError:  # gone since the folder was listed: opening it will tell
+                return None
+            return found.st_size, found.st_mtime_ns
+        address, mark, query = path.partition("?")
+        folder, _, name = address.rpartition("/")
+        return listed(f"{folder}{mark}{query}").get(unquote(name))
+
+    return [stamp(path) for path in paths]
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
-    """Bytes of each file, -1 where it is gone. A bucket's folders are listed, not asked a file at a time."""
-    listed = functools.cache(list_files)
-
-    def size(path: str) -> int:
-        if not is_uri(path):
-            try:
-                return os.stat(path).st_size
-            except OSError:  # gone since the folder was listed: opening it will tell
-                return -1
-        address, mark, query = path.partition("?")
-        folder, _, name = address.rpartition("/")
-        return listed(f"{folder}{mark}{query}").get(unquote(name), -1)
-
-    return [size(path) for path in paths]
+    """Bytes of each file, -1 where it is gone."""
+    return [-1 if stamp is None else stamp[0] for stamp in file_stamps(paths)]

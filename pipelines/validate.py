@@ -31,7 +31,7 @@ from pipelines.sources.findings import CheckedSplit, Validation
 from pipelines.sources.photos import left_out
 from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
-from pipelines.storage import writing
+from pipelines.storage import read_file, writing
 
 
 def validate(
@@ -231,7 +231,7 @@ def _unscorable(checked: CheckedSplit) -> Iterator[str]:
 def read_checksums(file: str | Path) -> dict[str, str]:
     """Path relative to the COCO root -> hex sha256, from lines as sha256sum writes them."""
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = read_file(str(file)).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: the checksum list cannot be read ({error}).") from None
     known = {}

@@ -202,11 +202,12 @@ def test_results_are_the_same_bytes_at_1_2_and_4_threads(
     for count in (1, 2, 4):
         monkeypatch.setattr("pipelines.poses.units.rows_on_ray", units_at_once(count))
         out = tmp_path / str(count)
-        found[count] = evaluate(checkpoint, root, out=out, settings=settings).results_file.read_bytes()
+        done = evaluate(checkpoint, root, out=out, settings=settings)
+        found[count] = Path(done.results_file).read_bytes()
     monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
     one = evaluate(checkpoint, root, out=tmp_path / "one", settings=settings)
-    assert len(json.loads(one.results_file.read_text())) == 20
-    assert set(found.values()) == {one.results_file.read_bytes()}
+    assert len(json.loads(Path(one.results_file).read_text())) == 20
+    assert set(found.values()) == {Path(one.results_file).read_bytes()}
 
 
 def test_the_threads_of_the_network_change_rounding_only(
@@ -218,7 +219,7 @@ def test_the_threads_of_the_network_change_rounding_only(
     for cpus in (1, 2):
         settings = EvaluateSettings(batch_size=4, cpus_per_worker=cpus)
         done = evaluate(checkpoint, root, out=tmp_path / str(cpus), settings=settings)
-        found.append([r["keypoints"] for r in json.loads(done.results_file.read_text())])
+        found.append([r["keypoints"] for r in json.loads(Path(done.results_file).read_text())])
     np.testing.assert_allclose(*found, atol=1e-3)
 
 

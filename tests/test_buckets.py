@@ -254,7 +254,7 @@ def test_what_goes_on_failing_is_named(bucket: str, server: Bucket, coco: Path, 
 def test_a_missing_bucket_and_a_missing_root(bucket: str, coco: Path, plain: list[str]) -> None:
     missing = "s3://no-such-bucket-anywhere"
     refused(lambda: preprocess(config(coco, f"{missing}/s")), missing, "no bucket")  # type: ignore[arg-type]
-    refused(lambda: read_coco(f"{missing}/coco", TRAIN, COCO17), f"{missing}/coco", "not a folder")
+    refused(lambda: read_coco(f"{missing}/coco", TRAIN, COCO17), f"{missing}/coco", "no bucket")
     refused(lambda: Manifest.load(f"{missing}/s"), f"{missing}/s", "no bucket")
     refused(lambda: Manifest.load(f"{bucket}/s"), f"{bucket}/s", "no manifest.json")
     upload(coco, f"{bucket}/coco")

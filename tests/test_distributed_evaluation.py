@@ -39,7 +39,7 @@ def run(checkpoint: Path, root: Path, out: Path, actors: int, batch_size: int = 
 def test_drawn_people(checkpoint: Path, tmp_path: Path) -> None:
     draw(tmp_path / "coco", 4, 3, 16, 2)
     one, two = (run(checkpoint, tmp_path / "coco", tmp_path / str(n), n) for n in (1, 2))
-    assert one.results_file.read_bytes() == two.results_file.read_bytes()
+    assert Path(one.results_file).read_bytes() == Path(two.results_file).read_bytes()
     assert one.stats == two.stats
     assert one.figures["people"] == two.figures["people"] > 20
 
@@ -59,7 +59,7 @@ def test_real_people_with_both_kinds_of_boxes(checkpoint: Path, real_data: Path,
             )
             for actors in (1, 2)
         ]
-        assert found[0].results_file.read_bytes() == found[1].results_file.read_bytes()
+        assert Path(found[0].results_file).read_bytes() == Path(found[1].results_file).read_bytes()
         assert found[0].stats == found[1].stats
         assert people in (None, found[1].figures["people"])
 
@@ -86,4 +86,4 @@ def test_a_killed_actor_loses_and_doubles_nothing(checkpoint: Path, tmp_path: Pa
     thread.join()
     assert killed
     assert hurt.figures["people"] == 160
-    assert hurt.results_file.read_bytes() == whole.results_file.read_bytes()
+    assert Path(hurt.results_file).read_bytes() == Path(whole.results_file).read_bytes()

@@ -68,7 +68,7 @@ def test_one_and_two_actors_give_the_same_bytes(dots: dict[str, Any], tmp_path: 
         found[actors] = evaluate(
             dots["checkpoint"], dots["root"], out=tmp_path / str(actors), settings=settings
         )
-    one, two = (found[n].results_file.read_bytes() for n in (1, 2))
+    one, two = (Path(found[n].results_file).read_bytes() for n in (1, 2))
     assert one == two
     assert found[1].stats == found[2].stats
     truth = dots["root"] / "annotations" / "person_keypoints_val2017.json"
@@ -133,7 +133,7 @@ def test_what_is_written(
     for name in ("data_digest", "boxes", "flip_test", "preset", "score_threshold", "mode", "codec"):
         assert name in summary["protocol"]
     assert summary["protocol"]["boxes"] == "gt"
-    results = json.loads(found.results_file.read_text())
+    results = json.loads(Path(found.results_file).read_text())
     assert set(results[0]) == {"image_id", "category_id", "keypoints", "score"}
     assert not (tmp_path / "out" / "unfinished").exists()
 
@@ -170,7 +170,7 @@ def test_a_run_that_was_cut_short_goes_on(
     again = evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "a", settings=settings)
     whole = evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "b", settings=settings)
     assert asked == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
-    assert again.results_file.read_bytes() == whole.results_file.read_bytes()
+    assert Path(again.results_file).read_bytes() == Path(whole.results_file).read_bytes()
 
 
 def test_an_interrupted_run_of_other_settings_is_not_taken_over(dots: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ def test_ap_is_of_photographs_people_and_poses(
     assert found_here.stats == base["found"].stats
     assert repaired is None or f"{repaired} " in found_here.table()
     images = {image["id"]: image["id"] for image in truth_of(coco)["images"]}
-    results = json.loads(base["found"].results_file.read_text())
+    results = json.loads(Path(base["found"].results_file).read_text())
     assert {row["image_id"] for row in results} <= set(images)
     with caplog.at_level(logging.INFO):
         assert evaluate_results(results, file) == base["found"].stats, "foreign results likewise"
@@ -532,7 +532,7 @@ def test_nested_keypoints_and_two_names_for_people(base: dict[str, Any], coco: P
 def test_nobody_to_score_against(base: dict[str, Any], coco: Path) -> None:
     file = changed(coco, everyone(iscrowd=1))
     with pytest.raises(DataError, match="nobody in it has labelled keypoints"):
-        evaluate_results(json.loads(base["found"].results_file.read_text()), file)
+        evaluate_results(json.loads(Path(base["found"].results_file).read_text()), file)
 
 
 def test_annotations_without_their_pictures_folder(coco: Path) -> None:

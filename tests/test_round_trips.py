@@ -120,7 +120,7 @@ def test_predictions_open_in_supervision(sv: Any, root: Path, tmp_path: Path) ->
         row |= {"width": photo["width"], "height": photo["height"], "exif_rotated": False}
         row |= {"boxes_source": "boxes", "boxes_xywh": [10, 12, 70.5, 130, 105, 12, 70, 130.25]}
         rows.append(row | {"box_scores": [0.9, 0.5], "keypoints": points})
-    write_all(rows, listed, tmp_path, PredictSettings(formats=("coco",)), COCO17)
+    write_all(rows, listed, str(tmp_path), PredictSettings(formats=("coco",)), COCO17)
     images, poses = (json.loads((tmp_path / name).read_text()) for name in ("images.json", "poses.json"))
     for row in rows:
         theirs = poses_of(row, COCO17).to_supervision()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.pages.frame import definitions, embedded, figure, section, table, tiles, write_page
 from pipelines.shards.figures import ANGLES, FACTORS, LENGTHS
+from pipelines.storage import join
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,17 +27,17 @@ MOST = 15
 # ---------------------------------------------------------------------------------- figures
 
 
-def write_figures(card: Mapping[str, Any], folder: Path) -> list[tuple[str, Path]]:
+def write_figures(card: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
     """(title, PNG file) of each figure: keypoints, people, views where there are augmented ones."""
     splits = card["splits"]
-    files = [("Keypoints", _keypoints(splits, folder / "figure-keypoints.png"))]
-    files.append(("People", _people(splits, folder / "figure-people.png")))
+    files = [("Keypoints", _keypoints(splits, join(folder, "figure-keypoints.png")))]
+    files.append(("People", _people(splits, join(folder, "figure-people.png"))))
     if augmented := {name: split for name, split in splits.items() if split["variants"] > 1}:
-        files.append(("Augmented views", _views(augmented, folder / "figure-views.png")))
+        files.append(("Augmented views", _views(augmented, join(folder, "figure-views.png"))))
     return files
 
 
-def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
+def _keypoints(splits: Mapping[str, Any], file: str) -> str:
     """Of each keypoint the share of people where it is seen, hidden, not labelled."""
     names = list(next(iter(splits.values()))["keypoints"])
     with figure(file, 1, len(splits), (WIDTH, 0.9 + 0.22 * len(names))) as axes:
@@ -55,7 +55,7 @@ def _keypoints(splits: Mapping[str, Any], file: Path) -> Path:
     return file
 
 
-def _people(splits: Mapping[str, Any], file: Path) -> Path:
+def _people(splits: Mapping[str, Any], file: str) -> str:
     """Box heights, people of one photo, labelled keypoints of a person: shares, one line a split."""
     with figure(file, 1, 3, (WIDTH, 3.2)) as axes:
         for color, (split, card) in zip(COLORS, splits.items(), strict=False):
@@ -74,7 +74,7 @@ def _people(splits: Mapping[str, Any], file: Path) -> Path:
     return file
 
 
-def _views(splits: Mapping[str, Any], file: Path) -> Path:
+def _views(splits: Mapping[str, Any], file: str) -> str:
     """Rotation and zoom of the augmented views together, and what they lose of the keypoints."""
     with figure(file, 1, 3, (WIDTH, 3.2)) as axes:
         for color, (split, card) in zip(COLORS, splits.items(), strict=False):
@@ -129,9 +129,9 @@ def _plain_numbers(ax: Axes) -> None:
 
 
 def write_dataset_page(
-    file: Path,
+    file: str,
     card: Mapping[str, Any],
-    pictures: Mapping[str, Sequence[tuple[str, Path]]],
+    pictures: Mapping[str, Sequence[tuple[str, str]]],
     rejected: Sequence[Mapping[str, Any]],
 ) -> None:
     """The page of a dataset. pictures: (title, file) under figures, views, rejected."""
@@ -190,7 +190,7 @@ def _tiles(name: str, split: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _left_out(
     splits: Mapping[str, Any],
     rejected: Sequence[Mapping[str, Any]],
-    pictures: Sequence[tuple[str, Path]],
+    pictures: Sequence[tuple[str, str]],
 ) -> str:
     counts = [
         (name, reason, f"{count['rows']:,}", f"{count['people']:,}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import definitions, embedded, section, tiles, write_page
 from pipelines.poses.protocol import Evaluation, Matched, protocol_line, work_line
 from pipelines.sources.photos import open_picture
-from pipelines.storage import write_whole
+from pipelines.storage import join, write_whole
 
 PAIRS = 12
 """People of a contact sheet."""
@@ -38,9 +37,10 @@ MEANINGS = {
 
 
 def contact_sheets(
-    matched: Matched, paths: Mapping[int, str], skeleton: Skeleton, folder: Path, max_pixels: int
-) -> dict[str, Path]:
-    """Write best.jpg, median.jpg and worst.jpg: of each person truth (left) beside prediction (right).
+    matched: Matched, paths: Mapping[int, str], skeleton: Skeleton, folder: str, max_pixels: int
+) -> dict[str, str]:
+    """Write best.jpg, median.jpg and worst.jpg into a folder (path or URI): of each person truth (left)
+    beside prediction (right).
 
     paths: of the photographs by image_id.
     """
@@ -55,7 +55,7 @@ def contact_sheets(
             pairs.append(_pair(picture, matched, row, skeleton))
             labels.append(f"OKS {matched.oks[row]:.2f}  image {image_id}")
         if pairs:
-            files[name] = folder / f"{name}.jpg"
+            files[name] = join(folder, f"{name}.jpg")
             write_whole(files[name], encode_jpeg(tile(pairs, 4, labels), 90))
     return files
 
@@ -80,10 +80,10 @@ def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skelet
 
 
 def write_report(
-    file: str | Path,
+    file: str,
     evaluation: Evaluation,
     matched: Matched,
-    sheets: Mapping[str, Path],
+    sheets: Mapping[str, str],
     skeleton: Skeleton,
     made_by: Mapping[str, Any],
 ) -> None:

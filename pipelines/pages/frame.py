@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import one_line
-from pipelines.storage import write_whole, writing
+from pipelines.storage import base_name, read_file, write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +46,10 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
     return f'<section class="stats">{"".join(stats)}</section>'
 
 
-def embedded(path: Path, alt: str) -> str:
-    """A picture file inside the page itself."""
-    return picture(path.read_bytes(), {".png": "png", ".jpg": "jpeg"}[path.suffix], alt)
+def embedded(file: str, alt: str) -> str:
+    """A picture file (path or URI) inside the page itself."""
+    kind = {".png": "png", ".jpg": "jpeg"}[os.path.splitext(base_name(file))[1]]
+    return picture(read_file(file), kind, alt)
 
 
 def picture(content: bytes, kind: str, alt: str) -> str:
@@ -72,7 +74,7 @@ def definitions(fields: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def figure(file: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
+def figure(file: str | Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
     """Axes in rows, of a figure of (width, height) x 100 px; `file` is its PNG once the block has ended well.
     No pyplot, whose state is the process's."""
     from matplotlib.figure import Figure

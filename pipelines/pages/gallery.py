@@ -22,7 +22,7 @@ from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import ImageError
 from hrnet_core.geometry import FARTHEST, box_to_center_scale
 from hrnet_core.images import encode_jpeg
-from hrnet_core.locations import open_folder
+from hrnet_core.locations import is_uri, open_folder
 from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_dataset_page, write_figures
@@ -32,7 +32,7 @@ from pipelines.sources.annotations import read_annotations
 from pipelines.sources.layout import locate
 from pipelines.sources.photos import open_picture
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
-from pipelines.storage import is_file, write_whole
+from pipelines.storage import is_file, join, write_whole
 
 Picture = NDArray[np.uint8]
 Address = tuple[int, int, int]
@@ -51,12 +51,13 @@ RED = (255, 80, 60)
 
 
 def write_gallery(
-    manifest: Manifest, card: Mapping[str, Any], folder: Path, coco: Path | None
-) -> tuple[Path, list[Path]]:
+    manifest: Manifest, card: Mapping[str, Any], folder: str, coco: str | None
+) -> tuple[str, list[str]]:
     """Pictures and index.html in `folder`; returns the page and the pictures. OSError where they cannot be
     written.
 
     card: of inspect_shards.make_card. coco: the root with the photos of what was left out, if at hand.
+    Paths or URIs.
     """
     views, left_out = [], []
     for split in manifest.splits:
@@ -74,13 +75,13 @@ def write_gallery(
         sheet = rejected_sheet(rejected, coco, recipe.settings.max_pixels, recipe.skeleton)
         left_out.append(_write(folder, "rejected", "left out", sheet))
     pictures = {"figures": write_figures(card, folder), "views": views, "rejected": left_out}
-    page = folder / "index.html"
+    page = join(folder, "index.html")
     write_dataset_page(page, card, pictures, rejected)
     return page, [file for _, file in chain(*pictures.values())]
 
 
-def _write(folder: Path, name: str, title: str, picture: Picture) -> tuple[str, Path]:
-    file = folder / f"{name}.jpg"
+def _write(folder: str, name: str, title: str, picture: Picture) -> tuple[str, str]:
+    file = join(folder, f"{name}.jpg")
     write_whole(file, encode_jpeg(picture, 90))
     return title, file
 
@@ -202,7 +203,7 @@ def heaviest_rejections(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def rejected_sheet(
-    rejected: Sequence[Mapping[str, Any]], coco: Path, max_pixels: int, skeleton: Skeleton
+    rejected: Sequence[Mapping[str, Any]], coco: str, max_pixels: int, skeleton: Skeleton
 ) -> Picture:
     """The photos of what was left out, with the annotated box of a person; the reason where there is no
     picture to see."""
@@ -216,14 +217,14 @@ def rejected_sheet(
 
 
 def _rejected_picture(
-    row: Mapping[str, Any], coco: Path, max_pixels: int, box: Sequence[float] | None
+    row: Mapping[str, Any], coco: str, max_pixels: int, box: Sequence[float] | None
 ) -> Picture:
-    folder = (coco / row["split"]).resolve()
+    folder = join(coco, row["split"])
     try:
-        file = (folder / row["file"]).resolve()
-        if not file.is_relative_to(folder):
+        file = join(folder, row["file"])
+        if not is_uri(file) and not Path(file).resolve().is_relative_to(Path(folder).resolve()):
             return _words(row["detail"])
-        photo = open_picture(str(file), max_pixels, apply_exif=False).decode()
+        photo = open_picture(file, max_pixels, apply_exif=False).decode()
     except (ImageError, ValueError):  # ValueError: a name with a zero byte
         return _words(row["detail"])
     left, top = 0, 0
@@ -265,7 +266,7 @@ def _words(text: str) -> Picture:
 
 
 def _annotated_boxes(
-    rejected: Sequence[Mapping[str, Any]], coco: Path, skeleton: Skeleton
+    rejected: Sequence[Mapping[str, Any]], coco: str, skeleton: Skeleton
 ) -> dict[tuple[str, int], list[float]]:
     """(split, ann_id) -> bbox of the rejected people who have one; none where annotations are gone."""
     boxes = {}

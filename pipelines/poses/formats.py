@@ -12,7 +12,6 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -25,7 +24,7 @@ from hrnet_core.results import Boxes, Keypoints, Poses
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import PredictSettings
 from pipelines.sources.media import Media, Video
-from pipelines.storage import remove_leftovers, writing
+from pipelines.storage import join, read_file, remove_leftovers, writing, writing_many
 
 Row = dict[str, Any]
 """Some columns of ROW; one that is not there is null."""
@@ -52,6 +51,8 @@ TABLE_ROWS = 4096
 """People of a row group of poses.parquet."""
 Write = Callable[[int, Row, Poses], None]
 """Takes the image_id, the row and its people."""
+Put = Callable[[str, bytes], None]
+"""Takes a file (path or URI) and its content."""
 
 
 def rejected_row(media: Media, reason: str, detail: str, frame: int | None = None) -> Row:
@@ -81,29 +82,30 @@ def check_formats(formats: Sequence[str], skeleton: Skeleton) -> None:
 
 
 def write_all(
-    rows: Iterable[Row], media: Sequence[Media], out: Path, settings: PredictSettings, skeleton: Skeleton
+    rows: Iterable[Row], media: Sequence[Media], out: str, settings: PredictSettings, skeleton: Skeleton
 ) -> tuple[Counter[str], Counter[str]]:
-    """Every format of the settings, and images.json and rejected.json.
+    """Every format of the settings, and images.json and rejected.json, in a folder (path or URI).
 
     Returns how many pictures, frames and people were answered, and how many rejected, by reason. DataError,
-    once all is written, where no picture was usable.
+    once all is written, where no picture was usable; OSError where a file cannot be written.
     """
     counts, left_out, writers = Counter[str](), Counter[str](), list[Write]()
     remove_leftovers(out)
     with contextlib.ExitStack() as files:
-        images = files.enter_context(json_list(out / "images.json"))
-        rejected = files.enter_context(json_list(out / "rejected.json"))
+        put = files.enter_context(writing_many(sync=False))  # thousands, all written again where it fails
+        images = files.enter_context(json_list(join(out, "images.json")))
+        rejected = files.enter_context(json_list(join(out, "rejected.json")))
         if "coco" in settings.formats:
-            results = files.enter_context(json_list(out / "poses.json"))
+            results = files.enter_context(json_list(join(out, "poses.json")))
             writers.append(lambda image_id, row, poses: results(*poses.to_coco(image_id)))
         if "parquet" in settings.formats:
-            writers.append(files.enter_context(_table(out / "poses.parquet", skeleton)))
+            writers.append(files.enter_context(_table(join(out, "poses.parquet"), skeleton)))
         if "openpose" in settings.formats:
-            writers.append(_openpose(out / "openpose", media))
+            writers.append(_openpose(join(out, "openpose"), media, put))
         if "overlays" in settings.formats:
-            writers.append(functools.partial(_overlay, out / "overlays"))
+            writers.append(functools.partial(_overlay, join(out, "overlays"), put))
         if "videos" in settings.formats:
-            writers.append(files.enter_context(_videos(out / "videos", settings)))
+            writers.append(files.enter_context(_videos(join(out, "videos"), settings)))
         for row in rows:
             if row["reason"] is not None:
                 left_out[row["reason"]] += 1
@@ -121,16 +123,17 @@ def write_all(
             for write in writers:
                 write(image_id, row, poses)
     if not counts["pictures"] + counts["frames"]:
-        first = json.loads((out / "rejected.json").read_text())[0]
+        file = join(out, "rejected.json")
+        first = json.loads(read_file(file))[0]
         raise DataError(
             f"none of {len(media)} pictures and videos could be used. The first, {first['name']}: "
-            f"{first['detail'].rstrip('.')}. All of them: {out / 'rejected.json'}."
+            f"{first['detail'].rstrip('.')}. All of them: {file}."
         )
     return counts, left_out
 
 
 @contextlib.contextmanager
-def json_list(file: Path) -> Iterator[Callable[..., None]]:
+def json_list(file: str) -> Iterator[Callable[..., None]]:
     """A JSON list, one entry a line; takes entries."""
     with writing(file) as part, part.open("w", encoding="utf-8") as stream:
         between = itertools.chain(["[\n"], itertools.repeat(",\n"))
@@ -144,7 +147,7 @@ def json_list(file: Path) -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def _table(file: Path, skeleton: Skeleton) -> Iterator[Write]:
+def _table(file: str, skeleton: Skeleton) -> Iterator[Write]:
     """poses.parquet: a row a person. The names of the keypoints stand in the schema's metadata."""
     schema = pa.schema(
         [
@@ -182,7 +185,7 @@ def _table(file: Path, skeleton: Skeleton) -> Iterator[Write]:
         flush()
 
 
-def _openpose(folder: Path, media: Sequence[Media]) -> Write:
+def _openpose(folder: str, media: Sequence[Media], put: Put) -> Write:
     """STEM_keypoints.json, of frames STEM_000000000012_keypoints.json, as OpenPose names them.
 
     Where two pictures differ in their suffix only, it stays part of the stem.
@@ -193,8 +196,8 @@ def _openpose(folder: Path, media: Sequence[Media]) -> Write:
         stem = posixpath.splitext(row["name"])[0]
         stem = stem if twins[stem] == 1 else row["name"]
         frame = "" if row["frame"] is None else f"_{row['frame']:012d}"
-        with writing(folder / f"{stem}{frame}_keypoints.json", sync=False) as part:
-            part.write_text(json.dumps(poses.to_openpose(), allow_nan=False))
+        content = json.dumps(poses.to_openpose(), allow_nan=False)
+        put(join(folder, f"{stem}{frame}_keypoints.json"), content.encode())
 
     return take
 
@@ -204,15 +207,14 @@ def _with_suffix(name: str, *suffixes: str) -> str:
     return name if name.lower().endswith(suffixes) else name + suffixes[0]
 
 
-def _overlay(folder: Path, image_id: int, row: Row, poses: Poses) -> None:
+def _overlay(folder: str, put: Put, image_id: int, row: Row, poses: Poses) -> None:
     """A picture with its poses: a.jpg stays a.jpg, a.png becomes a.png.jpg."""
     if row["overlay"] is not None:
-        with writing(folder / _with_suffix(row["name"], ".jpg", ".jpeg"), sync=False) as part:
-            part.write_bytes(row["overlay"])
+        put(join(folder, _with_suffix(row["name"], ".jpg", ".jpeg")), row["overlay"])
 
 
 @contextlib.contextmanager
-def _videos(folder: Path, settings: PredictSettings) -> Iterator[Write]:
+def _videos(folder: str, settings: PredictSettings) -> Iterator[Write]:
     """Videos with their poses drawn in: clip.avi becomes clip.avi.mp4, clip.mp4 stays clip.mp4.
 
     Frames come in order, video after video; each video is decoded once more.
@@ -226,7 +228,7 @@ def _videos(folder: Path, settings: PredictSettings) -> Iterator[Write]:
                 return
             if row["name"] != name:
                 last.close()
-                file = folder / _with_suffix(row["name"], ".mp4")
+                file = join(folder, _with_suffix(row["name"], ".mp4"))
                 name, draw = row["name"], last.enter_context(_video(file, row, settings))
             draw(row["frame"], poses)
 
@@ -234,7 +236,7 @@ def _videos(folder: Path, settings: PredictSettings) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _video(file: Path, first: Row, settings: PredictSettings) -> Iterator[Callable[[int, Poses], None]]:
+def _video(file: str, first: Row, settings: PredictSettings) -> Iterator[Callable[[int, Poses], None]]:
     """MPEG-4 in MP4, of the video's own size and pace; the sound is not kept. Takes frame and people."""
     try:
         video = Video(first["uri"], settings.max_pixels)

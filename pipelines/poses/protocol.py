@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipelines.config import EvaluateSettings
 from pipelines.poses.oks_ap import MAX_DETS, STATS, evaluate_results
 from pipelines.sources.evaluation_set import EvaluationSet
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, GroundTruth, People, counted
+from pipelines.storage import join
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -65,7 +65,8 @@ class Evaluation:
     """people, photos, results, seconds, people_per_second (0 where all was there), median_oks, and
     left_out: annotations or boxes not predicted, by reason; repaired, doubts: people of the annotations by
     kind (docs/bad-data.md)."""
-    folder: Path
+    folder: str
+    """Path or URI."""
     version: str | None = None
     """The registered model that the figures were recorded with, "hrnet-pose/3"."""
 
@@ -75,8 +76,8 @@ class Evaluation:
         return "eval_gt" if self.protocol["boxes"] == "gt" else "eval_det"
 
     @property
-    def results_file(self) -> Path:
-        return self.folder / "results.json"
+    def results_file(self) -> str:
+        return join(self.folder, "results.json")
 
     def table(self) -> str:
         """The ten figures under their names, the protocol above them and the work below."""

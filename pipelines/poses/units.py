@@ -25,7 +25,7 @@ from pipelines.cluster import cpus_per_gpu, on_cluster, quiet_ray_data, ray_sess
 from pipelines.config import RaySettings, WorkerSettings
 from pipelines.poses.actor import Actor, Unit, Work
 from pipelines.progress import ProgressLine
-from pipelines.storage import write_whole
+from pipelines.storage import join, list_files, writing_many
 
 UNFINISHED = "unfinished"
 """Folder of the answers of a run that has not ended; a second call goes on from it."""
@@ -52,7 +52,7 @@ def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> l
 class Outcomes:
     """What became of all units of a call of `run_units`."""
 
-    answers: list[Path]
+    answers: list[str]
     """The files in `store`, in the order of the units."""
     mode: str
     """The execution mode of every answer, also of those that were there."""
@@ -68,14 +68,14 @@ def run_units(
     checkpoint: Path,
     settings: WorkerSettings,
     ray: RaySettings,
-    store: Path,
+    store: str,
     verb: str,
 ) -> Outcomes:
-    """Answer every unit that is not in `store` yet; each answer goes there at once.
+    """Answer every unit that is not in `store` (path or URI of a folder) yet; each answer goes there at once.
 
-    ConfigError where the actors computed in different modes, or are more than Ray has room for.
+    ConfigError where the actors computed in different modes, or are more than Ray has room for. DataError
+    where the store cannot be written.
     """
-    store.mkdir(parents=True, exist_ok=True)
     done = _stored(store)
     pending = {index: unit for index, unit in enumerate(units) if index not in done}
     speed, problems = 0.0, []
@@ -85,7 +85,7 @@ def run_units(
         rows = rows_on_ray(pending, work, checkpoint, settings, ray, verb)
         speed, problems = _collect(rows, pending, store, verb)
     answers = list(_stored(store).values())
-    modes = {file.suffix[1:] for file in answers}
+    modes = {file.partition("?")[0].rpartition(".")[2] for file in answers}
     if len(modes) > 1:
         raise ConfigError(
             f"the actors computed in different modes ({', '.join(sorted(modes))}), whose results differ: the "
@@ -94,10 +94,10 @@ def run_units(
     return Outcomes(answers, next(iter(modes), ""), speed, sorted(problems))
 
 
-def _stored(store: Path) -> dict[int, Path]:
-    """The answers in a store by unit, in order: files named UNIT.MODE, whole because they were renamed."""
-    files = (file for file in sorted(store.iterdir()) if file.stem.isdigit())
-    return {int(file.stem): file for file in files}
+def _stored(store: str) -> dict[int, str]:
+    """The answers in a store by unit, in order: files named UNIT.MODE, which are whole."""
+    names = (name for name in sorted(list_files(store)) if name.partition(".")[0].isdigit())
+    return {int(name.partition(".")[0]): join(store, name) for name in names}
 
 
 def digest_of(*decides: Any) -> str:
@@ -163,23 +163,24 @@ def rows_on_ray(
 
 
 def _collect(
-    rows: Iterable[dict[str, Any]], pending: dict[int, Unit], store: Path, verb: str
+    rows: Iterable[dict[str, Any]], pending: dict[int, Unit], store: str, verb: str
 ) -> tuple[float, list[tuple[str, str]]]:
     """Answers into the store, each as it comes; people/s while actors were at work, and all problems."""
     seen: set[int] = set()
     problems: list[tuple[str, str]] = []
     spans: dict[str, list[float]] = {}
     line = ProgressLine(verb, len(pending), "units", "people", seconds=10)
-    for row in rows:
-        if row["unit"] in seen:
-            raise RuntimeError(f"unit {row['unit']} was answered twice")
-        seen.add(row["unit"])
-        here = json.loads(row["problems"])
-        problems += map(tuple, here)
-        if not here:
-            write_whole(store / f"{row['unit']:06d}.{row['mode']}", row["content"])
-        spans.setdefault(row["actor"], []).extend([row["start"], row["end"]])
-        line.add(row["people"])
+    with writing_many() as put:
+        for row in rows:
+            if row["unit"] in seen:
+                raise RuntimeError(f"unit {row['unit']} was answered twice")
+            seen.add(row["unit"])
+            here = json.loads(row["problems"])
+            problems += map(tuple, here)
+            if not here:
+                put(join(store, f"{row['unit']:06d}.{row['mode']}"), row["content"])
+            spans.setdefault(row["actor"], []).extend([row["start"], row["end"]])
+            line.add(row["people"])
     if seen != set(pending):
         raise RuntimeError(f"{len(pending)} units were asked and {len(seen)} answered")
     return line.work / max(max(times) - min(times) for times in spans.values()), problems

@@ -6,6 +6,7 @@ photo -> its people -> views, crops or one cut, heatmaps -> a row group of each 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +20,17 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import Float64, PhotoCuts, box_to_center_scale, crop_people, cut_around, cut_photo
 from hrnet_core.heatmaps import float16_heatmaps
 from hrnet_core.images import encode_jpeg, encode_png
+from hrnet_core.locations import is_uri
 from pipelines.config import DataSettings
 from pipelines.shards.plan import BuiltShard, ShardWork, cannot_write, find_built
 from pipelines.shards.schema import shard_schema
 from pipelines.shards.writer import writing_shard
-from pipelines.sources.photos import open_photo
+from pipelines.sources.photos import check_photo, decode_photo
 from pipelines.sources.records import Rejection
-from pipelines.storage import join
+from pipelines.storage import ahead, join
 
+READ_AHEAD = 8
+"""Photographs of a bucket that a task waits for at a time, a file's bytes each."""
 LARGEST_CUT = 4
 """A side of a stored cut (data.context 2.0) is at most this many times the network's longer input side; a
 larger cut is made smaller. The plain view then has two pixels of the cut to one of the crop, and a view of
@@ -100,12 +104,15 @@ def _rows(shard: _Shard, rejected: list[Rejection]) -> Iterator[_Row]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
     work, settings = shard.work, shard.work.recipe.settings
     matrices = np.stack([image_to_crop for _, image_to_crop in shard.views], axis=1)
-    for photo, people in zip(work.photos, work.people.by_image().values(), strict=True):
-        opened = open_photo(photo, settings.max_pixels)
-        if isinstance(opened, Rejection):
-            rejected.append(replace(opened, people=people.stop - people.start))
+    check = functools.partial(check_photo, max_pixels=settings.max_pixels)
+    far = any(is_uri(photo.path) for photo in work.photos)
+    checks = ahead(check, work.photos, READ_AHEAD) if far else map(check, work.photos)
+    for photo, checked, people in zip(work.photos, checks, work.people.by_image().values(), strict=True):
+        image = checked if isinstance(checked, Rejection) else decode_photo(photo, checked)
+        if isinstance(checked, Rejection) or isinstance(image, Rejection):
+            rejected.append(replace(image, people=people.stop - people.start))
             continue
-        image, sha256 = opened
+        sha256 = checked.sha256
         for index in range(people.start, people.stop):
             if settings.context == 1.0:
                 crops = crop_people(image, matrices[index], settings.input_size)

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from hrnet_core.errors import DataError, ImageError
-from hrnet_core.locations import is_uri
+from hrnet_core.locations import is_uri, refuse_no_bucket
 from hrnet_core.skeleton import Skeleton
 from pipelines.sources.annotations import TO_CROP, Wanted, read_annotations
 from pipelines.sources.layout import locate, splits_there
@@ -81,6 +81,7 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted =
 
 def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -> None:
     if not is_folder(root):
+        refuse_no_bucket(root)
         raise DataError(f"{root} is not a folder: give the root of a COCO set (preprocess: --data.root).")
     if not is_file(annotation_file):
         there = splits_there(root)

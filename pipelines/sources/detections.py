@@ -25,11 +25,11 @@ def read_detections(
     file (official coco.py:246-287). Entries whose box is no box are rejected. DataError where the file is
     of another kind, names images that the split does not have, or leaves no box.
     """
-    file = Path(file)
+    file = str(file)
     rows, _ = load(file)
     _check_detections(file, rows)
     category = split.truth.category_id if category is None else category
-    refuse_other_category(str(file), rows, category, "--evaluate.boxes-category")
+    refuse_other_category(file, rows, category, "--evaluate.boxes-category")
     names = {photo.image_id: photo.file_name for photo in split.photos}
     gone = {r.image_id for r in split.rejected if r.ann_id is None}
     unknown = sorted({whole(r["image_id"]) for r in rows} - names.keys() - gone)
@@ -70,7 +70,7 @@ def read_detections(
     return people, rejected
 
 
-def _check_detections(file: Path, rows: Any) -> None:
+def _check_detections(file: str, rows: Any) -> None:
     """DataError unless `rows` is a list of detection entries; boxes are looked at one by one later."""
     entry = '{"image_id", "category_id", "bbox": [x, y, w, h], "score": a finite number}'
     wanted = f"a detection file is a JSON list of {entry}"

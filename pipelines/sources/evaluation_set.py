@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import Skeleton
 from pipelines.config import EvaluateSettings
 from pipelines.sources.annotations import Wanted
@@ -18,7 +17,7 @@ from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
 from pipelines.sources.doubts import doubts_of, refuse_misread, refuse_misread_boxes, seen_of
 from pipelines.sources.records import People, Photo, Split
-from pipelines.storage import sha256_of
+from pipelines.storage import base_name, sha256_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +49,12 @@ def read_evaluation_set(
     skeleton: Skeleton,
     checkpoint: str = "the checkpoint",
 ) -> EvaluationSet:
-    """The split's people, or the detector's boxes on its photographs.
+    """The split's people, or the detector's boxes on its photographs; all may lie in a bucket.
 
     A person whose annotation is unusable is left out of the prediction (as published) and stays in the
     ground truth: it counts as missed. DataError: annotations of another skeleton, people whose keypoints or
     area cannot be read, pictures that are missing (both listed), nobody to predict.
     """
-    if is_uri(str(coco_root)):
-        raise DataError(
-            f"{coco_root}: evaluate reads photographs from a folder. Copy the split's files to one."
-        )
     way_out = f"evaluate on annotations of the skeleton that {checkpoint} was trained for"
     labelled = read_coco(
         coco_root, split, skeleton, Wanted(True, way_out, settings.category, "--evaluate.category")
@@ -73,7 +68,7 @@ def read_evaluation_set(
         asked, rejected = read_detections(boxes, labelled, settings.score_threshold, settings.boxes_category)
         if len(asked):
             refuse_misread_boxes(str(boxes), seen_of(labelled, asked), "--boxes")
-        detector = Path(boxes).name, sha256_of(boxes)
+        detector = base_name(str(boxes)), sha256_of(boxes)
         return EvaluationSet(labelled, asked, tuple(r.reason for r in rejected), detector, told)
     asked = labelled.people
     if settings.preset == "mmpose":

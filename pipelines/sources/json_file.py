@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from hrnet_core.errors import DataError
+from hrnet_core.locations import refuse_no_bucket
 from pipelines.storage import file_sizes, read_file
 
 
@@ -41,6 +42,8 @@ def load_marked(file: str, kind: Any) -> tuple[Any, str, bool]:
         text = raw.removeprefix(codecs.BOM_UTF8)  # Windows writes it, JSON knows no such thing
         return _parsed(text, kind), hashlib.sha256(raw).hexdigest(), text is not raw
     except (OSError, EOFError) as error:
+        if isinstance(error, FileNotFoundError):
+            refuse_no_bucket(file)
         problem, way_out = (
             f"cannot be read ({getattr(error, 'strerror', None) or error})",
             "Check its name and its rights.",

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
-from hrnet_core.locations import is_uri, open_folder
-from pipelines.storage import answering
+from hrnet_core.locations import is_uri, open_folder, refuse_no_bucket
+from pipelines.storage import absolute, answering
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREAD = (".heic", ".heif", ".avif", ".jp2")
@@ -57,12 +57,13 @@ def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> tup
     """
     found: dict[str, Media] = {}
     passed_over = 0
-    outside = None if exclude is None else os.path.abspath(exclude) + os.sep
+    outside = None if exclude is None else f"{absolute(str(exclude)).partition('?')[0]}/"
     for source in sources:
         some, passed = _of_uri(source) if is_uri(source) else _of_path(os.path.expanduser(source))
         some = [m for m in some if outside is None or not m.uri.startswith(outside)]
         if not some:
             nothing = "no picture or video there" if passed else "nothing there"
+            refuse_no_bucket(source)
             raise DataError(
                 f"{source}: {nothing}. A source is a picture, a video, a folder, a glob such as "
                 f"'photos/*.jpg' or a URI such as s3://bucket/photos; in folders, pictures are "
