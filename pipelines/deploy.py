@@ -18,27 +18,18 @@ from typing import TYPE_CHECKING
 
 from hrnet_core.errors import ConfigError
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import (
-    metrics_port,
-    on_cluster,
-    ray_address,
-    ray_session,
-    room_for,
-    with_metrics_port,
-)
+from pipelines.cluster import metrics_port, on_cluster, ray_address, ray_session, room_for, with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
-from pipelines.serving.ingress import LOOPBACK, haproxy
+from pipelines.serving.guard import who_may_ask
+from pipelines.serving.ingress import haproxy
 from pipelines.serving.pinned import pinned, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_folder
-from pipelines.storage import absolute
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
-
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them
 
 
 def deploy(
@@ -77,9 +68,7 @@ def deploy(
             args, spec = serve_args(found, settings, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        if there is None:
-            ray_settings = with_metrics_port(ray_settings)
-        with ray_session(ray_settings, address=there.address if there else None):
+        with ray_session(with_metrics_port(ray_settings), address=there.address if there else None):
             if block and settings.cpus_per_replica is None:
                 args = args.model_copy(update=_share_of_the_machine(args))
             if block and there is None:
@@ -101,9 +90,7 @@ def serve_args(
     sha256 = spec.weights_sha256 or ""
     name, _, version = (found.version or f"{track.registered_model}/{sha256[:12]}").rpartition("/")
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
-    replica["keys"] = absolute(settings.keys) if settings.keys else None
-    if not settings.hosts and settings.host in LOOPBACK:
-        replica["hosts"] = LOOPBACK_NAMES
+    replica |= who_may_ask(settings)
     replica["samples"] = samples_folder(settings, spec.skeleton, run.storage)
     return ServeArgs(
         **replica,
@@ -112,7 +99,6 @@ def serve_args(
         source=found.name,
         name=name,
         sha256=sha256,
-        need_keys=_need_keys(settings),
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
@@ -134,23 +120,6 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     return read_spec(folder)
 
 
-def _need_keys(settings: ServeSettings) -> bool:
-    """Whether requests must bring keys. ConfigError where there are none, or none that can be used, and the
-    endpoint would listen to everyone."""
-    from serve.keys import VARIABLE, Keys
-
-    keys = Keys(absolute(settings.keys) if settings.keys else None)
-    if settings.anyone and keys.wanted:
-        raise ConfigError(f"--serve.anyone, but keys are given (--serve.keys or {VARIABLE}): leave one out.")
-    if not keys.wanted and not settings.anyone and settings.host not in LOOPBACK:
-        raise ConfigError(
-            f"--serve.host {settings.host} is reached from other machines and no keys are given: anyone may "
-            f"ask. Give --serve.keys FILE (a line each: NAME KEY), set {VARIABLE} for the replicas, or say "
-            f"--serve.anyone if something in front asks for keys."
-        )
-    return keys.wanted
-
-
 def _share_of_the_machine(args: ServeArgs) -> dict[str, float | int]:
     """All its cores as threads. Half of them as what Ray counts: a change of settings starts new replicas
     beside the old ones, and they have to fit."""
@@ -165,8 +134,8 @@ def _until_a_signal(
     url = live.bring_up(args, settings, ray_settings)
     by_haproxy = haproxy(settings)
     with announced(settings.port, ray_address(), settings.host, by_haproxy):
-        watched = f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics"
-        print("\n".join([_told(url, args, spec), watched, "  end   Ctrl-C"]), flush=True)
+        metrics = f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics"
+        print(f"{_told(url, args, spec)}\n{metrics}\n  end   Ctrl-C", flush=True)
         _wait_for_signal()
     print("stopping ...", flush=True)
     live.drain()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 from starlette.datastructures import MutableHeaders
@@ -112,7 +112,10 @@ async def _as_response(request: Request, error: Exception) -> Response:
 
 
 def _known_parameters(request: Request) -> None:
-    """Problem for a query parameter that the address does not know: it would be ignored."""
+    """Problem for a query parameter that the address does not know: it would be ignored. Pages are for
+    people, who follow links with more in them."""
+    if not request.url.path.startswith(("/v1/", "/v2")):
+        return
     known = {field.alias for field in request.scope["route"].dependant.query_params}
     for unknown in sorted(set(request.query_params) - known):
         there_are = f"there are {', '.join(sorted(known))}" if known else "there are none"
@@ -144,8 +147,11 @@ def make_app(service: PoseService) -> FastAPI:
         description="Keypoints of people in photographs. Errors are RFC 9457 problem+json.",
         docs_url=None,  # FastAPI's loads its scripts from elsewhere; ours is docs.html
         redoc_url=None,
+        dependencies=[Depends(_known_parameters)],
         generate_unique_id_function=lambda route: route.name,  # for clients that are made of openapi.json
     )
+    # The last one is asked first: a page's OPTIONS is CORS's, others are Methods'; HEAD tells what is packed.
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(Methods)
     if service.args.cors_origins:
         app.add_middleware(
@@ -156,21 +162,18 @@ def make_app(service: PoseService) -> FastAPI:
             expose_headers=["X-Request-ID", "Retry-After", "X-Model-Version", "X-Warning"],
             max_age=600,
         )
-    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(Envelope, service=service)
-    api = APIRouter(dependencies=[Depends(_known_parameters)])
     for kind in (Problem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _as_response)
-    _add_poses(api, service)
-    _add_state(api, service)
-    _add_v2(api, service)
-    app.include_router(api)
+    _add_poses(app, service)
+    _add_state(app, service)
+    _add_v2(app, service)
     describe(app, service.args, service.keys.wanted)
     _add_page(app, service)
     return app
 
 
-def _add_poses(app: APIRouter, service: PoseService) -> None:
+def _add_poses(app: FastAPI, service: PoseService) -> None:
     formats = PosesAnswer | list[CocoResult] | OpenPoseAnswer
 
     @app.post("/v1/poses", response_model=formats, openapi_extra={"requestBody": REQUEST_BODY})
@@ -219,7 +222,7 @@ def _as_format(name: str, poses: list[Poses], image_id: int) -> Any:
         raise Problem.of_field("format", "invalid-field", str(error)) from None
 
 
-def _add_v2(app: APIRouter, service: PoseService) -> None:
+def _add_v2(app: FastAPI, service: PoseService) -> None:
     """The Open Inference Protocol: named and typed tensors instead of pictures and people (v2.py)."""
     protocol, model = Protocol((), uploads_of_v2), "/v2/models/{name}"
     hidden: dict[str, Any] = {"include_in_schema": False}  # it has a schema of its own
@@ -268,14 +271,14 @@ def _add_v2(app: APIRouter, service: PoseService) -> None:
         return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
 
 
-def _add_state(app: APIRouter, service: PoseService) -> None:
+def _add_state(app: FastAPI, service: PoseService) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer)
     async def models(request: Request) -> ModelsAnswer:
         """The model that answers, as it was loaded; the one that is to answer; the one before. Where keys are
         asked for, who sends none is not told where they lie and what they were made of."""
         answer = service.models()
         if service.keys.wanted and service.keys.holder(request.headers.get("authorization")) is None:
-            return answer.without_places()
+            return answer.without_paths()
         return answer
 
     @app.get("/livez")

@@ -115,8 +115,7 @@ class NamedModel(Answer):
     source: str
 
 
-UNTOLD = "The model asked for last could not be loaded."
-"""In place of a reason that may name paths."""
+UNTOLD = "The model asked for last does not answer; whoever has a key is told why."
 
 
 class ModelsAnswer(Answer):
@@ -130,14 +129,16 @@ class ModelsAnswer(Answer):
     """Why the model asked for last is not the one above, or why its deploy was taken back; null where neither
     is so."""
 
-    def without_places(self) -> ModelsAnswer:
-        """Without where models lie and what they were made of."""
-        here, named = {"source": "", "checkpoint": "", "provenance": {}}, {"source": ""}
-        return ModelsAnswer(
-            models=[model.model_copy(update=here) for model in self.models],
-            intended=self.intended and self.intended.model_copy(update=named),
-            previous=self.previous and self.previous.model_copy(update=named),
-            last_load_error=self.last_load_error and UNTOLD,
+    def without_paths(self) -> ModelsAnswer:
+        """For whoever has no key: what answers, not where it lies and what it was made of."""
+        untold = {"source": "", "checkpoint": "", "provenance": {}}
+        named = {
+            role: model and model.model_copy(update={"source": ""})
+            for role, model in (("intended", self.intended), ("previous", self.previous))
+        }
+        models = [model.model_copy(update=untold) for model in self.models]
+        return self.model_copy(
+            update={"models": models, **named, "last_load_error": self.last_load_error and UNTOLD}
         )
 
 

@@ -38,24 +38,20 @@ def haproxy(settings: ServeSettings) -> bool:
     return settings.haproxy
 
 
-def longest_request(settings: ServeSettings) -> float:
-    """Seconds after which Serve and HAProxy end a request: later than the application itself."""
-    return settings.body_s + settings.deadline_s + SERVE_GRACE_S
-
-
 def environment(settings: ServeSettings) -> dict[str, str]:
     """For Serve's controller and everything that it starts. Makes HAProxy's folder where it needs one.
 
     On a cluster what a node's environment says of RAY_SERVE_* holds beside this (docs/cluster.md).
     """
     # Replicas without the threads, gRPC for their calls, logs in blocks: docs/benchmarks/serving.md.
-    variables = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    # Headers that Serve itself could not read.
-    variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.front:middlewares"
-    # A killed proxy is back in seconds, not in half a minute.
-    variables["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
+    variables = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # A killed proxy is back in seconds, not in half a minute.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
+    }
     if haproxy(settings):
-        ends = int(longest_request(settings))
+        ends = int(settings.body_s + settings.deadline_s) + SERVE_GRACE_S
         variables |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             # What is still open on a process that a reload replaced ends with the longest request.

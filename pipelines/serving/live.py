@@ -20,7 +20,7 @@ from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster, require
 from pipelines.code_version import code_version
 from pipelines.config import RaySettings, ServeSettings
-from pipelines.serving.ingress import environment, longest_request, refuse_port_in_use, remove_folder
+from pipelines.serving.ingress import SERVE_GRACE_S, environment, refuse_port_in_use, remove_folder
 from serve.settings import LiveSettings, ModelChoice, ServeArgs
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def start_serve(settings: ServeSettings) -> None:
         return
     if not on_cluster():
         refuse_port_in_use(settings.host, settings.port)
-    timeout, variables = longest_request(settings), environment(settings)
+    timeout = settings.body_s + settings.deadline_s + SERVE_GRACE_S
+    variables = environment(settings)
     atexit.register(remove_folder, variables)
     serve.start(
         proxy_location="EveryNode" if on_cluster() else "HeadOnly",
@@ -75,13 +76,15 @@ def start_serve(settings: ServeSettings) -> None:
 def states(seconds: float = 30) -> list[dict[str, Any]]:
     """What each replica says of itself (`PoseService.state`); none where nothing runs."""
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.exceptions import RayServeException
 
     if APP not in serve.status().applications:
         return []
     try:
         return list(serve.get_app_handle(APP).broadcast("state").results(timeout_s=seconds))
-    except (RayServeException, TimeoutError, RuntimeError):  # none is ready, or one has just ended
+    # None is ready, or one has just ended.
+    except (RayServeException, RayActorError, TimeoutError, RuntimeError):
         return []
 
 
