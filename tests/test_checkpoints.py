@@ -22,10 +22,11 @@ from hrnet_core.model import HRNet
 from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.cli import main
 from pipelines.config import ServeSettings, TrackSettings
-from pipelines.deploy import _published, deploy
+from pipelines.deploy import deploy
 from pipelines.export import export
 from pipelines.measure_modes import measure_modes
 from pipelines.predict import predict
+from pipelines.serving.pinned import published
 from serve.model import load_model
 from serve.samples import load_samples
 from serve.settings import ModelChoice, ServeArgs
@@ -333,7 +334,7 @@ def test_a_checkpoint_and_the_pages_pictures_lie_in_a_bucket(
 ) -> None:
     """Put there by deploy, taken from there by stages and replicas; what fails for good is named."""
     uri, server = bucket
-    assert _published(checkpoint, f"{uri}/runs/w32") == f"{uri}/runs/w32"
+    assert published(checkpoint, f"{uri}/runs/w32") == f"{uri}/runs/w32"
     originals = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     server.asked.clear()
     with local_checkpoint(f"{uri}/runs/w32", OTHER, tmp_path) as found:
@@ -344,7 +345,7 @@ def test_a_checkpoint_and_the_pages_pictures_lie_in_a_bucket(
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "a #1.jpg").write_bytes(b"picture")
     (tmp_path / "samples" / "boxes.json").write_text(json.dumps({"a #1.jpg": [[1, 2, 30, 40]]}))
-    samples = load_samples(_published(tmp_path / "samples", f"{uri}/samples"))
+    samples = load_samples(published(tmp_path / "samples", f"{uri}/samples"))
     assert {name: sample.data for name, sample in samples.items()} == {"a #1.jpg": b"picture"}
     with pytest.raises(ConfigError, match=rf"{uri}/nothing/boxes\.json: no boxes\.json there"):
         load_samples(f"{uri}/nothing")
@@ -361,4 +362,4 @@ def test_a_checkpoint_and_the_pages_pictures_lie_in_a_bucket(
             pass
     server.faults[:] = [Fault("PUT", "w48", 403, "AccessDenied")]
     with pytest.raises(ConfigError, match=r"s3://models/runs/w48: .*--run\.storage"):
-        _published(checkpoint, f"{uri}/runs/w48")
+        published(checkpoint, f"{uri}/runs/w48")

@@ -173,6 +173,28 @@ def test_what_is_not_the_applications_answer_is_a_problem(
     assert {address.ip for address in listening} == {"127.0.0.1"}, "nothing is open to other machines"
 
 
+def test_it_ends_with_serves_process_even_where_that_is_killed(tmp_path: Path) -> None:
+    port = free_port()
+    configuration(tmp_path, [port, free_port(), free_port()], None)
+    arguments = [sys.executable, "-I", serve.haproxy.__file__, "-db", "-f", str(tmp_path / "haproxy.cfg")]
+    starts = f"import subprocess; subprocess.Popen({arguments!r}).wait()"
+    parent = subprocess.Popen([sys.executable, "-c", starts], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (child,) = psutil.Process(parent.pid).children()
+    finally:
+        parent.kill()
+        parent.wait()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive
+
+
 def test_every_change_finds_its_place_in_rays_template(tmp_path: Path) -> None:
     """Of another version of Ray a line may read otherwise: then it would stay as it is, without a word."""
     before = configuration(tmp_path, [1, 2, 3], 4)

@@ -128,11 +128,15 @@ def replica_ids() -> list[str]:
 
 
 def kill_replica() -> None:
+    """The only one, as a crash would end it; returns once it is gone."""
     import ray
 
     (replica,) = replica_ids()
-    name = f"SERVE_REPLICA::{live.APP}#poses#{replica}"
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::{live.APP}#poses#{replica}", namespace="serve"))
+    deadline = time.monotonic() + 20
+    while replica in replica_ids():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_another_version_comes_live_in_place_and_goes_back_without_a_lost_request(endpoint: Endpoint) -> None:

@@ -76,15 +76,14 @@ def start_serve(settings: ServeSettings) -> None:
 def states(seconds: float = 30) -> list[dict[str, Any]]:
     """What each replica says of itself (`PoseService.state`); none where nothing runs."""
     from ray import serve
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     if APP not in serve.status().applications:
         return []
     try:
         return list(serve.get_app_handle(APP).broadcast("state").results(timeout_s=seconds))
-    # None is ready, or one has just ended.
-    except (RayServeException, RayActorError, TimeoutError, RuntimeError):
+    except (RayServeException, RayError, TimeoutError, RuntimeError):  # none is ready, or one has just ended
         return []
 
 
