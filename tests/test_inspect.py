@@ -263,15 +263,15 @@ def test_the_heaviest_of_each_reason_with_pictures_or_words(pristine: Manifest, 
     rows = heaviest_rejections(pristine)
     told = [(row["reason"], row["ann_id"], row["people"]) for row in rows if row["split"] == TRAIN]
     assert told == [("missing_image", None, 2), ("crowd", 6, 1), ("no_keypoints", 4, 1)]
-    boxes = gallery._annotated_boxes(rows, coco, COCO17)
+    boxes = gallery._annotated_boxes(rows, str(coco), COCO17)
     assert set(boxes) == {(TRAIN, 4), (TRAIN, 6)}
-    missing, crowd, _ = (gallery._rejected_picture(row, coco, 10**6, None) for row in rows[:3])
+    missing, crowd, _ = (gallery._rejected_picture(row, str(coco), 10**6, None) for row in rows[:3])
     photo = decode_image((coco / TRAIN / rows[1]["file"]).read_bytes(), apply_exif=False)
     assert crowd.shape == (256, 341, 3)  # 160 x 120 px enlarged to the height
     assert np.abs(crowd.mean(axis=(0, 1)) - photo.mean(axis=(0, 1))).max() < 3
     assert (missing == 225).any(axis=-1).mean() > 0.8
     outside = {**rows[1], "file": f"../{VAL}/{VAL}-0.jpg"}
-    assert (gallery._rejected_picture(outside, coco, 10**6, None)[0, 0] == (225, 227, 231)).all()
+    assert (gallery._rejected_picture(outside, str(coco), 10**6, None)[0, 0] == (225, 227, 231)).all()
     # A person's part of the photo: at 160 x 120 px with a box of 10 x 10 it is 50 px wide and high.
     part, left, top = gallery._surroundings(photo, (60, 40, 10, 10))
     np.testing.assert_array_equal(part, photo[20:70, 40:90])
@@ -322,7 +322,7 @@ def test_views_that_are_never_rotated_have_a_figure(card: dict[str, Any], tmp_pa
         view["rotation_deg"] = {"5 %": 0, "median": 0, "95 %": 0, "edges": [], "counts": []}
     files = dict(write_figures(still, str(tmp_path)))
     assert list(files) == ["Keypoints", "People", "Augmented views"]
-    assert all(file.stat().st_size > 5000 for file in files.values())
+    assert all(Path(file).stat().st_size > 5000 for file in files.values())
 
 
 # ---------------------------------------------------------------------------------- MLflow

@@ -25,7 +25,7 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.locations import destination, open_folder
 from pipelines import measure_modes as measure_module
-from pipelines.checkpoints import put_checkpoint
+from pipelines.checkpoints import local_checkpoint, put_checkpoint
 from pipelines.cli import main
 from pipelines.config import EvaluateSettings, PredictSettings, TrackSettings
 from pipelines.draw import draw
@@ -190,32 +190,24 @@ def test_a_prediction_in_a_bucket_goes_on_there_and_is_the_one_on_disk(
 def test_measured_modes_are_written_where_the_checkpoint_lies(
     away: str, bucket: str, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speed = Speed(1.0, {1: AtSize([0.01], [0.02]), 16: AtSize([0.1], [0.2])})
-    timings = Timings({"float32": speed, "channels_last": speed})
+    timings = Timings({"float32": Speed(1.0, {1: AtSize([0.01], [0.02]), 16: AtSize([0.1], [0.2])})})
     monkeypatch.setattr(measure_module, "_timed_on_ray", lambda *_: (timings, "Some CPU"))
     monkeypatch.setattr(measure_module, "ray_session", lambda _, quiet: contextlib.nullcontext())
-    before = objects(f"{away}/checkpoint")
-
-    def measure() -> Any:
-        out = f"{bucket}/modes"
-        return measure_modes(f"{away}/checkpoint", f"{away}/coco", modes=["channels_last"], out=out)
-
-    found = measure()
-    after = objects(f"{away}/checkpoint")
+    place, before = f"{away}/checkpoint", objects(f"{away}/checkpoint")
+    found = measure_modes(place, f"{away}/coco", modes=[], out=f"{bucket}/modes")
+    after = objects(place)
     assert json.loads(after["checkpoint.json"])["modes"] == {"cpu": found.figures}
-    assert found.figures["channels_last"]["people"] == 12
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"checkpoint.json"}
-    assert {name.partition("/")[0] for name in objects(f"{bucket}/modes")} == {"float32", "channels_last"}
+    assert found.figures["float32"]["people"] == 12
+    assert {name for name in after if after[name] != before.get(name)} == {"checkpoint.json"}
+    assert "float32/evaluation.json" in objects(f"{bucket}/modes")
 
-    def replaced(*_: Any) -> Any:
-        other = json.loads(after["checkpoint.json"]) | {"weights_sha256": "0" * 64}
-        write_whole(f"{away}/checkpoint/checkpoint.json", json.dumps(other))
-        return timings, "Some CPU"
-
-    monkeypatch.setattr(measure_module, "_timed_on_ray", replaced)
+    with local_checkpoint(place, TrackSettings(), "runs") as copy:
+        measured = read_spec(copy.folder)
+    other = json.dumps(json.loads(after["checkpoint.json"]) | {"weights_sha256": "0" * 64})
+    write_whole(f"{place}/checkpoint.json", other)
     with pytest.raises(CheckpointError, match=r"other weights lie there now.*nothing was written"):
-        measure()
+        measure_module._record(place, measured, "cpu", {})
+    assert read_file(f"{place}/checkpoint.json").decode() == other
 
 
 def test_an_export_lies_beside_the_weights_or_where_it_is_told_to(
