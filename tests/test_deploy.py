@@ -96,6 +96,7 @@ def test_replicas_share_the_machine_unless_it_is_said_otherwise(
     started: list[ServeArgs] = []
     monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(deploying, "ray_address", lambda: "somewhere")
+    monkeypatch.setattr(deploying, "metrics_port", lambda: 9464)  # it would start a Ray
     monkeypatch.setattr(deploying, "room_for", lambda *_: 6)
     monkeypatch.setattr(live, "bring_up", lambda args, *_: started.append(args) or "http://here")
     monkeypatch.setattr(deploying, "_wait_for_signal", lambda: None)

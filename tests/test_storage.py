@@ -180,6 +180,7 @@ NOT_WHOLE = {
     ("tracking", "open"): "a lock, empty",
     ("run_folder", "open"): "a lock, empty",
     ("cluster", "open"): "the terminal itself, while what engines say goes elsewhere",
+    ("ingress", "write_text"): "a wrapper around HAProxy in a folder of this process",
     ("measure_modes", "write_bytes"): "a checkpoint's copy in a temporary folder",
     ("pictures", "write_bytes"): "in a temporary folder, put in place as a whole",
     ("state", "open"): "trainer.pt, as below",
