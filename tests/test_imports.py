@@ -150,7 +150,6 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.run_folder": {"pipelines.config", "pipelines.storage", "pipelines.lease"},
     "pipelines.metric_log": {"pipelines.config", "pipelines.tracking", "pipelines.storage"},
     "pipelines.training": {
-        "pipelines.checkpoints",
         "pipelines.code_version",
         "pipelines.config",
         "pipelines.storage",

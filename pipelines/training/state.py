@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from hrnet_core.checkpoint import (
+    DESCRIPTION,
+    SELFTEST,
     TRAINER,
+    WEIGHTS,
     CheckpointSpec,
     read_trainer_state,
+    save_checkpoint,
 )
 from hrnet_core.errors import ConfigError
-from hrnet_core.locations import fetch, open_folder
+from hrnet_core.locations import fetch, is_uri, open_folder
 from hrnet_core.model import HRNet
 from hrnet_core.modes import cannot_compile
 from hrnet_core.published import start_from
-from pipelines.checkpoints import put_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig, TrainSettings
 from pipelines.metric_log import MetricLog
@@ -314,8 +317,21 @@ def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
     run.standing.best_ap, run.standing.best_epoch = ap, run.standing.epoch
     found = {"epoch": run.standing.epoch, "val_gt/AP": ap}
     spec = replace(run.spec, provenance={**run.spec.provenance, **found})
-    put_checkpoint(join(run.folder, "best"), run.scored.state_dict(), spec)
+    _put_checkpoint(join(run.folder, "best"), run.scored.state_dict(), spec)
     write_whole(join(run.folder, "predictions.json"), json.dumps(results) + "\n")
+
+
+def _put_checkpoint(place: str, weights: dict[str, Tensor], spec: CheckpointSpec) -> None:
+    """A checkpoint folder at a path or URI, as pipelines/checkpoints.py puts one. An OSError stays one here:
+    Ray Train then tries again."""
+    if not is_uri(place):
+        save_checkpoint(place, weights, spec)
+        return
+    with tempfile.TemporaryDirectory(prefix="hrnet-best-") as temporary:
+        made = Path(temporary) / "best"
+        save_checkpoint(made, weights, spec)
+        for name in (WEIGHTS, SELFTEST, DESCRIPTION):
+            put_file(made / name, join(place, name))
 
 
 def report_to_ray(run_folder: str, figures: dict[str, Any], folder: str | None) -> None:
