@@ -179,3 +179,30 @@ def test_each_job_is_a_command_that_the_project_has(file: Path, capsys: pytest.C
     known = capsys.readouterr().out
     for flag in (argument for argument in arguments if argument.startswith("--")):
         assert flag in known
+
+
+def test_the_endpoint_is_what_serve_and_the_application_take() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.settings import LiveSettings, ServeArgs
+
+    service, _ = documents(FOLDER / "serve.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == "serve.app:build"
+    args = ServeArgs.model_validate(application.args)
+    assert args.need_keys
+    (mount,) = [
+        mount
+        for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]
+        if mount["name"] == "keys"
+    ]
+    assert str(args.keys) == f"{mount['mountPath']}/keys"
+    (deployment,) = application.deployments
+    assert LiveSettings.model_validate(deployment.user_config).sha256
+    assert config.http_options.port in {
+        port["containerPort"]
+        for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        for port in group["template"]["spec"]["containers"][0]["ports"]
+    }
