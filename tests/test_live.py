@@ -67,7 +67,7 @@ class Endpoint:
         return deploy(None, self.settings, run=self.run, rollback=True, block=False)
 
     def models(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/v1/models", trust_env=False).json()
+        return httpx.get(f"{self.url}/v1/models", timeout=60, trust_env=False).json()
 
     def ask(self, http: Any = httpx) -> httpx.Response:
         """On a connection of its own, or of a client that keeps one."""
