@@ -1,8 +1,8 @@
 """Sweep: trials of a declared space under Ray Tune's ASHA, each a training run of its own.
 
 A trial is a run like any other (STORAGE/NAME-00, NAME-01, ...): it goes on to the batch, and `hrnet train`
-can go on with it. Its values follow from `sweep.seed` and its number (space.py), what came of it lies in its
-folder (trials.py): the same command goes on with a sweep. Who decides which goes on: tuning.py.
+can go on with it. Its values follow from `sweep.seed` and its number (sweeps/space.py), what came of it lies
+in its folder (sweeps/trials.py): the same command goes on with a sweep. Who goes on: sweeps/tuning.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipelines.run_folder import only_one, read_record, run_folder, storage_of
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import in_a_thread
 from pipelines.storage import absolute, join, write_json, write_whole
+from pipelines.sweeps.trials import Sweep, table
 from pipelines.tracking import StoreAway, Tracker, store_of
 from pipelines.train import check_settings, check_start
-from pipelines.trials import Sweep, table
 
 
 def sweep(config: RunConfig) -> str:
@@ -114,7 +114,7 @@ def _run(this: Sweep) -> None:
     try:
         # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
         with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True):
-            from pipelines.tuning import tune_trials
+            from pipelines.sweeps.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
             at_once = settings.concurrent or room_for(train.cpus_per_worker, gpus) // train.num_workers

@@ -21,12 +21,12 @@ from pipelines.config import RunConfig
 from pipelines.config_file import load_config
 from pipelines.run_folder import TrainResult
 from pipelines.shards.manifest import Manifest
-from pipelines.space import trial_config, trial_values
 from pipelines.storage import write_json
 from pipelines.sweep import sweep
+from pipelines.sweeps.space import trial_config, trial_values
+from pipelines.sweeps.trials import FAILED, STOPPED, Sweep, table
 from pipelines.tracking import quiet_mlflow
 from pipelines.training.state import Job
-from pipelines.trials import FAILED, STOPPED, Sweep, table
 
 SPACE = {"train.lr": {"loguniform": ["1e-4", 0.01]}, "train.loss": {"choice": ["official", "linear"]}}
 

@@ -22,9 +22,9 @@ from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
 from pipelines.run_folder import check_same_run, keep_error, only_one
 from pipelines.storage import base_name, join, write_json
+from pipelines.sweeps.trials import FAILED, STOPPED, Sweep, Trial
 from pipelines.train import fit
 from pipelines.training.loop import Diverged
-from pipelines.trials import FAILED, STOPPED, Sweep, Trial
 
 TUNE_DEFAULTS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # figures lie in the trials' own folders

@@ -11,8 +11,8 @@ from pipelines.config import RunConfig
 from pipelines.metric_log import read_rows
 from pipelines.run_folder import read_record, run_folder
 from pipelines.shards.manifest import Manifest
-from pipelines.space import trial_config, trial_values
 from pipelines.storage import join
+from pipelines.sweeps.space import trial_config, trial_values
 
 STOPPED, FAILED = "stopped.json", "failed.json"
 """In the folder of a trial that ASHA ended, {"epoch"}, and of one whose loss did not stay finite, {"why"}."""
