@@ -170,6 +170,8 @@ def train(config: RunConfig) -> None:
     _need(config.data.shards, "--data.shards SHARDS", "the folder that hrnet preprocess wrote")
     from pipelines.train import train
 
+    if config.sweep.space:
+        print("one run: its section `sweep` is hrnet sweep's", flush=True)
     train(config)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hrnet_core.errors import ConfigError
+from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import metrics_port, on_cluster, ray_address, ray_session, room_for, with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
@@ -64,8 +64,10 @@ def deploy(
             if checkpoint is not None:
                 raise ConfigError("--rollback takes no CHECKPOINT: it brings back what was live before.")
             return _roll_back(settings, ray_settings, there)
+        # Who reaches it is decided by where it listens already.
+        here = settings.model_copy(update={"host": there.host}) if there else settings
         with local_checkpoint(checkpoint, track, run.storage) as found:
-            args, spec = serve_args(found, settings, run, track)
+            args, spec = serve_args(found, here, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
         os.environ.setdefault("RAY_worker_niceness", "0")
         with ray_session(with_metrics_port(ray_settings), address=there.address if there else None):
@@ -85,7 +87,10 @@ def serve_args(
 ) -> tuple[ServeArgs, CheckpointSpec]:
     """(ServeArgs, the checkpoint's spec), with everything checked that can be before Serve starts."""
     with standing_still(found) as still:
-        spec = _checked(still, settings)
+        try:
+            spec = _checked(still, settings)
+        except (CheckpointError, ConfigError) as error:  # of the copy: it is gone when this is read
+            raise type(error)(str(error).replace(str(still), found.name)) from None
         reachable = pinned(found, still, run.storage)
     sha256 = spec.weights_sha256 or ""
     name, _, version = (found.version or f"{track.registered_model}/{sha256[:12]}").rpartition("/")
@@ -192,11 +197,12 @@ def _wait_for_signal() -> None:
 
 def _told(url: str, args: ServeArgs, spec: CheckpointSpec) -> str:
     width, height = spec.input_size
+    key = "-H 'Authorization: Bearer KEY' " if args.need_keys else ""
     return "\n".join(
         [
             f"serving {args.name} {args.version} ({height}x{width}, {spec.codec.name}) from {args.source}",
             f"  page  {url}/",
-            f"  try   curl -F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
+            f"  try   curl {key}-F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
             f"  API   {url}/docs",
         ]
     )

@@ -71,21 +71,21 @@ def promote(
     store = registry.tracker.shown
     new = registry.version(candidate)
     if new is None:
+        what = f"{candidate} is not" if candidate else "no version is"
         raise DataError(
-            f"promote: {candidate or 'no version at all'} is not registered as {registry.model} in {store}. "
-            f"hrnet train registers its best checkpoint; --run.storage, --track.uri or MLFLOW_TRACKING_URI "
-            f"choose the store."
+            f"{what} registered as {registry.model} in {store}. hrnet train registers its best checkpoint; "
+            f"--run.storage, --track.uri or MLFLOW_TRACKING_URI choose the store."
         )
     name, found = f"{new.name}/{new.version}", evaluations(new)
     if not found:
-        raise DataError(f"promote: {name} has no AP in {store}. Run hrnet evaluate models:/{name} COCO.")
+        raise DataError(f"{name} has no AP in {store}. Run hrnet evaluate models:/{name} COCO.")
     champion = registry.version(champion_of(new.name))
     old = f"{champion.name}/{champion.version}" if champion else None
     theirs = evaluations(champion) if champion else {}
     common = sorted(found.keys() & theirs.keys() if champion else found)
     if not common:
         raise DataError(
-            f"promote: {name} and the champion {old} were not evaluated under the same protocol (data, "
+            f"{name} and the champion {old} were not evaluated under the same protocol (data, "
             f"boxes, flip test, preset), so their APs say nothing about each other. {name} has: "
             f"{_listed(found)}; {old} has: {_listed(theirs)}. Run hrnet evaluate on both with the same COCO "
             f"folder and options."

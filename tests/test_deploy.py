@@ -39,7 +39,7 @@ from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSetti
 from pipelines.deploy import deploy, serve_args
 from pipelines.serving import ingress, live
 from pipelines.serving.pinned import published
-from pipelines.serving.running import announced, endpoint_at
+from pipelines.serving.running import Endpoint, announced, endpoint_at
 from serve.settings import ServeArgs
 
 
@@ -515,3 +515,37 @@ def test_other_machines_are_answered_with_keys_or_by_saying_so(
     with pytest.raises(ConfigError, match="at least 16") as caught:
         args_of(str(checkpoint), tmp_path)
     assert "secret" not in str(caught.value)
+
+
+def test_an_endpoint_that_listens_to_others_is_not_left_without_keys(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another deploy, as the docs have it: hrnet promote && hrnet deploy."""
+    monkeypatch.delenv("HRNET_SERVE_KEYS", raising=False)
+    there = Endpoint("somewhere", "0.0.0.0", True, 1, 0.0)
+    monkeypatch.setattr(deploying, "endpoint_at", lambda port: there)
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: pytest.fail("nothing is told to Serve"))
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0 is reached from other machines and no keys are given"):
+        deploy(str(checkpoint), ServeSettings(), run=RunSettings(storage=str(tmp_path)))
+
+
+def test_keys_go_only_where_that_is_said() -> None:
+    without = ServeArgs(checkpoint="a")
+    keyed = without.model_copy(update={"keys": "/etc/keys", "need_keys": True})
+    with pytest.raises(ConfigError, match=r"--serve\.keys /etc/keys as before.*--serve\.anyone"):
+        live.refuse_taking_keys_off(without, keyed, ServeSettings())
+    with pytest.raises(ConfigError, match="HRNET_SERVE_KEYS as before"):
+        live.refuse_taking_keys_off(without, keyed.model_copy(update={"keys": None}), ServeSettings())
+    live.refuse_taking_keys_off(without, keyed, ServeSettings(anyone=True))
+    live.refuse_taking_keys_off(keyed, keyed, ServeSettings())
+    live.refuse_taking_keys_off(keyed, without, ServeSettings())
+
+
+def test_what_is_wrong_with_a_checkpoint_is_told_of_the_folder_that_was_named(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(checkpoint, bad)
+    (bad / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=f"^{bad}/model.safetensors: "):
+        args_of(str(bad), tmp_path)

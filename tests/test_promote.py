@@ -104,7 +104,7 @@ def test_worse_under_one_of_two_common_protocols_is_worse(store: Path, track: Tr
 
 
 def test_a_version_without_an_ap_or_none_at_all_is_refused(store: Path, track: TrackSettings) -> None:
-    with pytest.raises(DataError, match="no version at all is not registered"):
+    with pytest.raises(DataError, match="no version is registered"):
         promote(track=track, storage=store)
     version(store, track)
     with pytest.raises(DataError, match=r"has no AP.*hrnet evaluate"):

@@ -47,11 +47,22 @@ def bring_up(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings
     if before is None:
         _first(args)
     else:
+        refuse_taking_keys_off(args, before, settings)
         _change(args, before)
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{shown}:{settings.port}"
     _wait_ready(url)
     return url
+
+
+def refuse_taking_keys_off(args: ServeArgs, before: ServeArgs, settings: ServeSettings) -> None:
+    """ConfigError where an endpoint that asks for keys would go on without, and nobody said so."""
+    if before.need_keys and not args.need_keys and not settings.anyone:
+        where = f"--serve.keys {before.keys}" if before.keys else "HRNET_SERVE_KEYS"
+        raise ConfigError(
+            f"the endpoint asks for keys, and this deploy names none: give {where} as before, or say "
+            f"--serve.anyone to answer whoever reaches it."
+        )
 
 
 def start_serve(settings: ServeSettings) -> None:
@@ -79,6 +90,7 @@ def states(seconds: float = 30) -> list[dict[str, Any]]:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if APP not in serve.status().applications:
         return []
     try:
