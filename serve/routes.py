@@ -311,9 +311,9 @@ def _add_page(app: FastAPI, service: PoseService) -> None:
 
     add("/", "page.html", "text/html")
     add("/page.css", "page.css", "text/css")
-    add("/page.js", "page.js", "text/javascript")
     add("/docs", "docs.html", "text/html")
-    add("/docs.js", "docs.js", "text/javascript")
+    for script in ("page.js", "picture.js", "boxes.js", "docs.js"):
+        add(f"/{script}", script, "text/javascript")
 
     @app.get("/samples", include_in_schema=False)
     async def samples() -> list[dict[str, Any]]:
