@@ -171,6 +171,8 @@ class PoseService:
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""
         self.metrics.show(self.room, at_once=True)
+        for handler in logger.handlers:  # Serve writes its log in blocks, of which a quiet day fills none
+            handler.flush()
         if (model := self.model) is None:
             raise RuntimeError(self.load_error or "no model")
         if time.monotonic() - self._last_success < 10:
@@ -252,6 +254,7 @@ class PoseService:
             sum(len(r.persons) for r in results),
             sum(r.image.width * r.image.height for r in results),
         )
+        request.state.pictures, request.state.people = len(results), people
         self.metrics.found(people, pixels, model.info())
         seconds = {**stages, "total": ended - clock[0]}
         timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
