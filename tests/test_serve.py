@@ -1038,6 +1038,7 @@ def test_metrics_are_on_the_nodes_metrics_port(server: httpx.Client) -> None:
         "ray_hrnet_request_seconds_bucket": 'le="+Inf"',
         "ray_hrnet_stage_seconds_sum": 'stage="infer"',
         "ray_hrnet_batch_people_count": "poses",
+        "ray_hrnet_keypoint_score_count": 'mode="float32"',
         "ray_hrnet_in_progress": "poses",
         "ray_hrnet_pixels_held": "poses",
     }

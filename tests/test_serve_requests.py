@@ -318,14 +318,18 @@ def test_a_histogram_is_what_prometheus_own_client_makes_of_the_same(monkeypatch
     monkeypatch.setattr("serve.metrics.Gauge", Shown)
     ours = Sums("seconds", "Seconds.", SECONDS, ("stage",))
     theirs = Histogram("seconds", "Seconds.", ("stage",), registry=CollectorRegistry(), buckets=SECONDS)
-    for seconds in [*np.random.default_rng(0).gamma(0.5, 1, 500), 0.01, 0.0, 99.0]:
+    many = np.array([*np.random.default_rng(0).gamma(0.5, 1, 500), 0.01, 0.0, 99.0])
+    for seconds in many:
         ours.observe(float(seconds), "infer")
         theirs.labels("infer").observe(seconds)
+    ours.observe_all(many.reshape(-1, 1), "all")
+    for seconds in many:
+        theirs.labels("all").observe(seconds)
     ours.observe(1.0, "read")
     theirs.labels("read").observe(1.0)
     ours.show()
     samples = [s for metric in theirs.collect() for s in metric.samples if not s.name.endswith("_created")]
-    assert len(samples) == 2 * (len(SECONDS) + 3)
+    assert len(samples) == 3 * (len(SECONDS) + 3)
     for name, labels, value, *_ in samples:
         gauge = {"seconds_bucket": ours._bucket, "seconds_sum": ours._sum, "seconds_count": ours._count}[name]
         key = tuple(labels[label] for label in gauge.labels)
@@ -341,7 +345,8 @@ def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
     monkeypatch.setattr("serve.metrics.Gauge", Shown)
     monkeypatch.setattr("serve.metrics.Counter", Shown)
     service = service_of(checkpoint, max_bodies=1)
-    post(service, **form(boxes=[[1, 1, 20, 20], [1, 1, 30, 30]]))
+    (result,) = post(service, **form(boxes=[[1, 1, 20, 20], [1, 1, 30, 30]])).json()["results"]
+    scores = [score for person in result["persons"] for _, _, score in person["keypoints"]]
     with service.room.reading():
         post(service, **form())
     call(service, "GET", "/invented/by/a/stranger")
@@ -355,6 +360,8 @@ def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
     assert set(metrics.refused.values) == {("bodies", "")}
     assert metrics.people.values == {("7", "float32"): 2}
     assert metrics.pixels.values == {("7", "float32"): 64 * 48}
+    assert metrics.scores._count.values == {("7", "float32"): 2 * 17}
+    assert metrics.scores._sum.values[("7", "float32")] == pytest.approx(sum(scores), rel=1e-5)
     assert metrics.seconds._count.values == {("/v1/poses", "7", "float32"): 1}
     assert {key[0] for key in metrics.stages._count.values} == {"read", "decode", "queue", "infer"}
     assert [gauge.values[()] for gauge in metrics._now.values()] == [0] * 5
