@@ -161,6 +161,31 @@ class Deploy(Section):
     ray: RaySettings = RaySettings()
 
 
+class LoadTest(Section):
+    url: Annotated[str, *positional("URL")]
+    """Such as http://127.0.0.1:8000."""
+    sources: Annotated[tuple[str, ...], *positional("SOURCE...")] = ()
+    """Pictures, folders, globs, URIs of buckets; asked for in turn."""
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = (5.0,)
+    """Requests a second, one after the other; each is a row of the table."""
+    seconds: float = Field(default=30.0, gt=0)
+    """How long requests come at each rate."""
+    boxes: str | None = None
+    """JSON with people's boxes, as hrnet predict takes it; pictures without are left out. Default: each
+    picture is one person."""
+    even: bool = False
+    """Arrivals at equal distances; default: at random (Poisson), as of clients that know nothing of each
+    other."""
+    seed: int = Field(default=0, ge=0)
+    at_once: int = Field(default=512, ge=1)
+    """Requests on the way at most; beyond, they are sent late, and that is said."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    key_file: str | None = None
+    """Its first key is sent; default: HRNET_KEY of the environment."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write every figure into this JSON file."""
+
+
 class Import(Section):
     file: Annotated[str, *positional("FILE")]
     """Published weights: official, MMPose 0.x or 1.x, or any file with the published names."""

@@ -295,6 +295,22 @@ def deploy(args: arguments.Deploy) -> None:
     deploy(args.checkpoint, args.serve, rollback=args.rollback, **given)
 
 
+def load(args: arguments.LoadTest) -> None:
+    """how an endpoint answers requests that come at given rates: latencies, statuses, share of 429"""
+    _need(args.sources, "SOURCE", "the pictures to ask with, as files, folders or globs")
+    if args.json_file:
+        destination(args.json_file, "--json")
+    from pipelines.load import load
+    from pipelines.storage import writable, write_json
+
+    measured = load(**{name: value for name, value in _given(args).items() if name != "json_file"})
+    print(f"\n{measured}")
+    if args.json_file:
+        with writable(args.json_file):
+            write_json(args.json_file, measured.as_dict())
+        print(f"\nall figures: {args.json_file}")
+
+
 def import_(args: arguments.Import) -> None:
     """published weights into a checkpoint folder, with a match report"""
     from pipelines.import_weights import import_weights
@@ -345,6 +361,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], type[Section], str]] = {
     "predict": (predict, arguments.Predict, "Predict poses of pictures and videos."),
     "promote": (promote, arguments.Promote, "Move the champion alias, if the AP allows it."),
     "deploy": (deploy, arguments.Deploy, "Serve a checkpoint over HTTP."),
+    "load": (load, arguments.LoadTest, "Ask an endpoint at given rates, and time its answers."),
     "import": (import_, arguments.Import, "Turn a published weights file into a checkpoint folder."),
     "export": (export, arguments.Export, "Write the network for other runtimes and compare it with torch."),
     "estimate-sigmas": (estimate_sigmas, arguments.EstimateSigmas, "Estimate OKS constants."),

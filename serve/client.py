@@ -273,7 +273,7 @@ def _problem(reason: str, body: bytes) -> dict[str, Any]:
         return {"title": reason, "detail": text[:500]}
 
 
-def _key(file: Path | None) -> str | None:
+def first_key(file: Path | None) -> str | None:
     """The first key of a file (a line NAME KEY, or the key alone), else HRNET_KEY of the environment."""
     if file is None:
         return os.environ.get("HRNET_KEY")
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     failed = 0
     try:
-        with Client(args.url, key=_key(args.key_file)) as client:
+        with Client(args.url, key=first_key(args.key_file)) as client:
             pairs: list[Any] = [(image, args.boxes) for image in args.image]
             progress = tell if len(pairs) > 1 and sys.stderr.isatty() else None
             for image, answer in client.poses_of_many(pairs, progress=progress):

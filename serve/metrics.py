@@ -13,12 +13,15 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from ray.serve.metrics import Counter, Gauge
 
 from serve.room import Room
 from serve.schemas import ModelInfo
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+SCORES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 PEOPLE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODEL = ("version", "mode")
 # How often gauges are set. Ray takes them every ten seconds.
@@ -50,6 +53,15 @@ class Sums:
         series = self._series.setdefault(labels, _Series([0] * len(self.bounds)))
         series.counts[bisect_left(self.bounds, value)] += 1
         series.total += value
+        self._changed.add(labels)
+
+    def observe_all(self, values: NDArray[np.float32], *labels: str) -> None:
+        """observe, of each of the values (any shape)."""
+        series = self._series.setdefault(labels, _Series([0] * len(self.bounds)))
+        places = np.searchsorted(self.bounds, values.ravel())
+        for place, count in zip(*np.unique(places, return_counts=True), strict=True):
+            series.counts[place] += int(count)
+        series.total += float(values.sum(dtype=np.float64))
         self._changed.add(labels)
 
     def show(self) -> None:
@@ -100,6 +112,7 @@ class Metrics:
         )
         stages = "Seconds of an answered request by stage: read, decode, queue, infer."
         self.stages = Sums("hrnet_stage_seconds", stages, SECONDS, ("stage", *MODEL))
+        self.scores = Sums("hrnet_keypoint_score", "Scores of all keypoints.", SCORES, MODEL)
         self.batches = Sums("hrnet_batch_people", "People of a forward pass.", PEOPLE, ())
         now = {
             "in_progress": "Requests that have a place.",
@@ -123,11 +136,13 @@ class Metrics:
             for stage, seconds in outcome.stages.items():
                 self.stages.observe(max(seconds, 0.0), stage, *model)
 
-    def found(self, people: int, pixels: int, model: ModelInfo) -> None:
-        """Count the work on a request."""
+    def found(self, scores: NDArray[np.float32], pixels: int, model: ModelInfo) -> None:
+        """Count the work on a request. scores: (P, K) of its people's keypoints."""
+        people = len(scores)
         tags = {"version": model.version, "mode": model.mode}
         if people:  # Ray's counters refuse 0
             self.people.inc(people, tags=dict(tags))
+            self.scores.observe_all(scores, model.version, model.mode)
         self.pixels.inc(pixels, tags=dict(tags))
 
     def show(self, room: Room, at_once: bool = False) -> None:
@@ -138,5 +153,5 @@ class Metrics:
         counts = (room.in_progress, room.bodies, room.bytes_held, room.pixels.held, room.pixels.waiting)
         for gauge, count in zip(self._now.values(), counts, strict=True):
             gauge.set(count)
-        for histogram in (self.seconds, self.stages, self.batches):
+        for histogram in (self.seconds, self.stages, self.scores, self.batches):
             histogram.show()

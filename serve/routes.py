@@ -39,6 +39,9 @@ SAFE = {
     "Cache-Control": "no-store",
 }
 """Headers of every answer that does not have them otherwise."""
+PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
+"""Asked every few seconds by machines: logged where they are not answered with 200."""
+LOGGED = ("request_id", "slug", "reason", "key", "pictures", "people")
 Format = Literal["native", "coco", "openpose"]
 ImageId = Annotated[int, Query(ge=0, le=2**53)]
 Threshold = Annotated[float, Query(ge=0, le=1)]
@@ -98,6 +101,21 @@ class Envelope:
         told = {name: known[name] for name in names if name in known}
         self.service.metrics.ended(Outcome(path, status, seconds, **told))
         self.service.metrics.show(self.service.room)
+        if path not in PROBES or status != 200:
+            _log(request, path, status, seconds)
+
+
+def _log(request: Request, path: str, status: int, seconds: float) -> None:
+    """A line for a request that has ended. Of what the client sent its id alone: no picture, box or key."""
+    known = request.scope["state"]
+    told = {name: known[name] for name in LOGGED if known.get(name) not in (None, "")}
+    if "model" in known:
+        told["version"] = known["model"].version
+    for stage, spent in known.get("stages", {}).items():
+        told[f"{stage}_ms"] = round(1000 * spent, 2)
+    milliseconds = round(1000 * seconds, 2)
+    fields = {"status": status, "path": path, "ms": milliseconds, **told, "log_to_stderr": False}
+    logger.info("%s %s %d %.1f ms", request.method, path, status, milliseconds, extra=fields)
 
 
 async def _as_response(request: Request, error: Exception) -> Response:
@@ -311,9 +329,9 @@ def _add_page(app: FastAPI, service: PoseService) -> None:
 
     add("/", "page.html", "text/html")
     add("/page.css", "page.css", "text/css")
-    add("/page.js", "page.js", "text/javascript")
     add("/docs", "docs.html", "text/html")
-    add("/docs.js", "docs.js", "text/javascript")
+    for script in ("page.js", "picture.js", "boxes.js", "docs.js"):
+        add(f"/{script}", script, "text/javascript")
 
     @app.get("/samples", include_in_schema=False)
     async def samples() -> list[dict[str, Any]]:

@@ -171,6 +171,8 @@ class PoseService:
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""
         self.metrics.show(self.room, at_once=True)
+        for handler in logger.handlers:  # Serve writes its log in blocks, of which a quiet day fills none
+            handler.flush()
         if (model := self.model) is None:
             raise RuntimeError(self.load_error or "no model")
         if time.monotonic() - self._last_success < 10:
@@ -248,11 +250,10 @@ class PoseService:
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
         request.state.stages = {name: float(spent) for name, spent in stages.items()}
-        people, pixels = (
-            sum(len(r.persons) for r in results),
-            sum(r.image.width * r.image.height for r in results),
-        )
-        self.metrics.found(people, pixels, model.info())
+        pixels = sum(r.image.width * r.image.height for r in results)
+        scores = np.concatenate([one.keypoints.conf for one in poses])
+        request.state.pictures, request.state.people = len(results), len(scores)
+        self.metrics.found(scores, pixels, model.info())
         seconds = {**stages, "total": ended - clock[0]}
         timings = {name: round(1000 * spent, 2) for name, spent in seconds.items()}
         request_id = request.state.request_id

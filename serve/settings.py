@@ -85,6 +85,9 @@ class ReplicaSettings(Settings):
     address its names, else any."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask from a browser, such as https://example.com; * for all."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the replicas' log: a line for each request, with its id, status, problem, key's name, version and
+    times; never pictures or boxes."""
     samples: str | None = None
     """Pictures for the page: a folder with a boxes.json; `hrnet deploy` takes the picture folder of a COCO
     split too."""

@@ -54,6 +54,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         ("predict", "predict a.jpg b.jpg"),
         ("promote", "promote 3"),
         ("deploy", "deploy"),
+        ("load", "load http://127.0.0.1:8000 a.jpg b.jpg --rates 5 10"),
         ("import_weights", "import FILE OUT"),
         ("export", "export CHECKPOINT --coco COCO"),
         ("benchmark", "benchmark CHECKPOINT --modes float32 --batch-sizes 1 2"),

@@ -102,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hrnet_core.skeleton",
     },
     "pipelines.deploy": STAGES | {"serve", "fastapi", "starlette"},
+    "pipelines.load": STAGES | {"serve.client"},
     "pipelines.serving": STAGES | {"serve"},
     "pipelines.tracking": STAGES | {"mlflow"},
     "pipelines.metric_log": STAGES | {"mlflow"},

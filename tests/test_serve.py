@@ -897,6 +897,7 @@ def endpoint(ray_local: None, checkpoint: Path, tmp_path_factory: pytest.TempPat
         body_idle_s=2.0,
         samples=str(samples),
         flip_test=True,
+        log_format="json",
     )
     try:
         yield deploy(str(checkpoint), settings, block=False)
@@ -1037,6 +1038,7 @@ def test_metrics_are_on_the_nodes_metrics_port(server: httpx.Client) -> None:
         "ray_hrnet_request_seconds_bucket": 'le="+Inf"',
         "ray_hrnet_stage_seconds_sum": 'stage="infer"',
         "ray_hrnet_batch_people_count": "poses",
+        "ray_hrnet_keypoint_score_count": 'mode="float32"',
         "ray_hrnet_in_progress": "poses",
         "ray_hrnet_pixels_held": "poses",
     }
@@ -1049,3 +1051,21 @@ def test_metrics_are_on_the_nodes_metrics_port(server: httpx.Client) -> None:
             break
         threading.Event().wait(0.5)
     assert not missing
+
+
+@pytest.mark.ray
+def test_a_replica_writes_a_line_of_json_for_a_request(server: httpx.Client) -> None:
+    from ray._private.worker import _global_node  # the folder of this session's logs has no public name
+
+    sent = server.post("/v1/poses", files={"image": PNG}, headers={"X-Request-ID": "logged-1"}).json()
+    deadline = time.monotonic() + 40  # written with Serve's health checks, every ten seconds
+    lines: list[str] = []
+    while not lines and time.monotonic() < deadline:
+        files = Path(_global_node.get_logs_dir_path()).glob("serve/replica_*.log")
+        lines = [line for file in files for line in file.read_text().splitlines() if "logged-1" in line]
+        threading.Event().wait(0.5)
+    (line,) = lines
+    told = json.loads(line)
+    assert told["request_id"] == sent["request_id"] == "logged-1"
+    assert (told["status"], told["path"], told["people"]) == (200, "/v1/poses", 1)
+    assert told["version"] == sent["model"]["version"]

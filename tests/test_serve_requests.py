@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -316,14 +318,18 @@ def test_a_histogram_is_what_prometheus_own_client_makes_of_the_same(monkeypatch
     monkeypatch.setattr("serve.metrics.Gauge", Shown)
     ours = Sums("seconds", "Seconds.", SECONDS, ("stage",))
     theirs = Histogram("seconds", "Seconds.", ("stage",), registry=CollectorRegistry(), buckets=SECONDS)
-    for seconds in [*np.random.default_rng(0).gamma(0.5, 1, 500), 0.01, 0.0, 99.0]:
+    many = np.array([*np.random.default_rng(0).gamma(0.5, 1, 500), 0.01, 0.0, 99.0])
+    for seconds in many:
         ours.observe(float(seconds), "infer")
         theirs.labels("infer").observe(seconds)
+    ours.observe_all(many.reshape(-1, 1), "all")
+    for seconds in many:
+        theirs.labels("all").observe(seconds)
     ours.observe(1.0, "read")
     theirs.labels("read").observe(1.0)
     ours.show()
     samples = [s for metric in theirs.collect() for s in metric.samples if not s.name.endswith("_created")]
-    assert len(samples) == 2 * (len(SECONDS) + 3)
+    assert len(samples) == 3 * (len(SECONDS) + 3)
     for name, labels, value, *_ in samples:
         gauge = {"seconds_bucket": ours._bucket, "seconds_sum": ours._sum, "seconds_count": ours._count}[name]
         key = tuple(labels[label] for label in gauge.labels)
@@ -339,7 +345,8 @@ def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
     monkeypatch.setattr("serve.metrics.Gauge", Shown)
     monkeypatch.setattr("serve.metrics.Counter", Shown)
     service = service_of(checkpoint, max_bodies=1)
-    post(service, **form(boxes=[[1, 1, 20, 20], [1, 1, 30, 30]]))
+    (result,) = post(service, **form(boxes=[[1, 1, 20, 20], [1, 1, 30, 30]])).json()["results"]
+    scores = [score for person in result["persons"] for _, _, score in person["keypoints"]]
     with service.room.reading():
         post(service, **form())
     call(service, "GET", "/invented/by/a/stranger")
@@ -353,6 +360,80 @@ def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(
     assert set(metrics.refused.values) == {("bodies", "")}
     assert metrics.people.values == {("7", "float32"): 2}
     assert metrics.pixels.values == {("7", "float32"): 64 * 48}
+    assert metrics.scores._count.values == {("7", "float32"): 2 * 17}
+    assert metrics.scores._sum.values[("7", "float32")] == pytest.approx(sum(scores), rel=1e-5)
     assert metrics.seconds._count.values == {("/v1/poses", "7", "float32"): 1}
     assert {key[0] for key in metrics.stages._count.values} == {"read", "decode", "queue", "infer"}
     assert [gauge.values[()] for gauge in metrics._now.values()] == [0] * 5
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+
+class Kept(logging.Handler):
+    """The records of a logger as Serve's JSON formatter sees them: what is not the standard library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[dict[str, Any]] = []
+        self.flushed = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        standard = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+        fields = {name: value for name, value in vars(record).items() if name not in standard}
+        self.records.append({"said": record.getMessage(), **fields})
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+
+@pytest.fixture
+def log() -> Iterator[Kept]:
+    logger, kept = logging.getLogger("ray.serve"), Kept()
+    level = logger.level
+    logger.addHandler(kept)
+    logger.setLevel(logging.INFO)
+    yield kept
+    logger.removeHandler(kept)
+    logger.setLevel(level)
+
+
+def test_a_request_is_a_line_of_the_log_with_its_id_and_without_its_picture(
+    checkpoint: Path, tmp_path: Path, log: Kept
+) -> None:
+    (tmp_path / "keys").write_text("camera-1 0123456789abcdef-log\n")
+    asked = service_of(checkpoint, keys=str(tmp_path / "keys"))
+    headers = {"X-Request-ID": "abc-7", "Authorization": "Bearer 0123456789abcdef-log"}
+    assert post(asked, headers=headers, **form(boxes=[[1, 2, 30, 40], [3, 4, 31, 41]])).status_code == 200
+    assert post(asked, headers=headers, **form(b"secret picture")).status_code == 422
+    assert (
+        post(asked, headers={"Authorization": "Bearer a-wrong-key-of-someone"}, **form()).status_code == 401
+    )
+    assert call(asked, "GET", "/nothing/of?that=kind").status_code == 404
+    assert call(asked, "GET", "/livez").status_code == 200
+    good, bad, stranger, nowhere = log.records
+    stages = {"read_ms", "decode_ms", "queue_ms", "infer_ms"}
+    assert good.keys() == stages | {
+        *("said", "status", "path", "ms", "request_id", "key", "pictures", "people", "version"),
+        "log_to_stderr",
+    }
+    told = {
+        name: good[name] for name in ("status", "path", "request_id", "key", "pictures", "people", "version")
+    }
+    assert told == {
+        **{"status": 200, "path": "/v1/poses", "request_id": "abc-7", "key": "camera-1"},
+        **{"pictures": 1, "people": 2, "version": "7"},
+    }
+    assert good["said"].startswith("POST /v1/poses 200 ")
+    assert (bad["status"], bad["slug"], bad["key"]) == (422, "not-a-picture", "camera-1")
+    assert (stranger["slug"], "key" in stranger) == ("unauthorized", False)
+    assert (nowhere["path"], nowhere["status"]) == ("other", 404)
+    everything = json.dumps(log.records)  # and so as JSON
+    for private in ("secret", "0123456789abcdef", "wrong-key", "that=kind"):
+        assert private not in everything
+    assert all(len(json.dumps(record)) < 500 for record in log.records)
+
+
+def test_the_log_is_written_with_the_health_checks(service: PoseService, log: Kept) -> None:
+    asyncio.run(service.check_health())
+    assert log.flushed == 1
