@@ -33,6 +33,7 @@ from pipelines.pages.evaluation import contact_sheets, write_report
 from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
 from pipelines.poses.units import UNFINISHED, cut, digest_of, run_units
+from pipelines.shared_paths import LOOKED_AT
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.photos import check_photo, decode_photo, left_out
 from pipelines.sources.records import People, Photo, Rejection
@@ -93,7 +94,8 @@ def evaluate(
         units, work = group_photos(of, 2 * settings.batch_size), functools.partial(answer, settings=settings)
         start = time.monotonic()
         store = join(out, f"{UNFINISHED}/{_plan_digest(of, spec, settings)}")
-        done = run_units(units, work, found.folder, settings, ray, store, "evaluate")
+        read = [("COCO", photo.path) for photo, _ in of.photos[:LOOKED_AT]]
+        done = run_units(units, work, found.folder, settings, ray, store, "evaluate", read)
     refuse_unusable(done.problems)
     answers = read_answers(read_files(done.answers), of.asked)
     keypoints, scores = answers["keypoints"], answers["scores"]

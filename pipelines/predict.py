@@ -28,6 +28,7 @@ from pipelines.poses.formats import Row, check_formats, write_all
 from pipelines.poses.plan import Plan, make_plan
 from pipelines.poses.units import UNFINISHED, Outcomes, run_units
 from pipelines.poses.worker import Worker
+from pipelines.shared_paths import LOOKED_AT
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.media import Media, list_media
 from pipelines.storage import join, read_files, read_json, remove_folder, writable, write_json
@@ -114,7 +115,8 @@ def predict(
             return done
         start, store = time.monotonic(), join(out, f"{UNFINISHED}/{plan.digest}")
         work = Worker(settings, people)
-        outcomes = run_units(plan.units, work, found.folder, settings, ray, store, "predict")
+        read = [("SOURCE", one.uri) for one in media[:LOOKED_AT]]
+        outcomes = run_units(plan.units, work, found.folder, settings, ray, store, "predict", read)
     rows = _rows(plan.rejected, outcomes.answers)
     with writable(out):
         counts, rejected = write_all(rows, media, out, settings, spec.skeleton)

@@ -46,6 +46,7 @@ from pipelines.shards.plan import (
 )
 from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
+from pipelines.shared_paths import refuse_unshared
 from pipelines.sources.doubts import doubts_of, refuse_misread, seen_of
 from pipelines.sources.layout import locate
 from pipelines.sources.records import Split, counted, refuse_rejected
@@ -84,6 +85,7 @@ def run_preprocess(config: RunConfig) -> tuple[Manifest, TaskLog]:
 
             session.enter_context(ray_session(config.ray, quiet=True))
             require(config.ray, 1, 1, 0, "preprocess")
+            refuse_unshared([("--data.root", data.root)], [("--data.shards", data.shards)])
             log.begin(int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 1)
             for task in _on_ray(pending):
                 built[task.key] = task.built

@@ -199,6 +199,20 @@ def remove_leftovers(folder: str | Path) -> None:
                     path.unlink()
 
 
+@contextlib.contextmanager
+def passing_file(folder: str) -> Iterator[str]:
+    """A new, empty file in a folder of this machine, for the time of the block; the folder is made and stays.
+    DataError where it cannot be written."""
+    file = temporary_name(fs.LocalFileSystem(), join(folder, "passing"))
+    with writable(folder):
+        os.makedirs(folder, exist_ok=True)
+        Path(file).touch(exist_ok=False)
+    try:
+        yield file
+    finally:
+        Path(file).unlink(missing_ok=True)
+
+
 def _uploads() -> str:
     """Where this user's files for buckets are made."""
     return os.path.join(tempfile.gettempdir(), f"hrnet-uploads-{os.getuid()}")

@@ -33,6 +33,7 @@ from pipelines.run_folder import (
 )
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
+from pipelines.shared_paths import refuse_unshared
 from pipelines.stop import in_a_thread
 from pipelines.storage import absolute, base_name, join
 from pipelines.tracking import store_of
@@ -91,6 +92,10 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     with opening(config, folder) as tracker, ray_session(config.ray, quiet=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
+        read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]
+        refuse_unshared(
+            [*read, ("--train.teacher", settings.teacher)], [("--run.storage", config.run.storage)]
+        )
         followed = follow(tracker, config, manifest, folder)
         result = result or fit(config, manifest, folder, followed)
     result = hand_over(config, manifest, result, followed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ def rows_here(
     settings: WorkerSettings,
     ray: RaySettings,
     verb: str,
+    reads: Sequence[tuple[str, str]] = (),
 ) -> Iterator[dict[str, Any]]:
     """In place of units.rows_on_ray: the same actor, in this process and on one thread."""
     before = torch.get_num_threads()

@@ -252,6 +252,43 @@ def test_workers_come_when_they_are_asked_for(written: dict[str, Any]) -> None:
         assert line in said.splitlines(), said
 
 
+# --- what not all nodes have ------------------------------------------------------------------
+
+
+def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against nodes with a disk of nothing; tests/cluster asks real ones."""
+    from hrnet_core.errors import ConfigError
+    from pipelines import shared_paths
+
+    asked: list[list[str]] = []
+
+    def nothing(files: list[str]) -> list[tuple[str, list[str]]]:
+        asked.append(files)
+        assert all(Path(file).exists() for file in files)
+        return [("w1 (10.0.0.2)", files)] if files else []
+
+    monkeypatch.setattr(shared_paths, "_missing_on_nodes", nothing)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    coco, runs = tmp_path / "coco", tmp_path / "runs"
+    (coco / "annotations").mkdir(parents=True)
+    both = {"reads": [("--data.root", str(coco))], "writes": [("--run.storage", str(runs))]}
+    shared_paths.refuse_unshared(**both)
+    assert asked == []
+    assert not runs.exists()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for name, flag in (("reads", "--data.root"), ("writes", "--run.storage")):
+        with pytest.raises(ConfigError, match=rf"^{flag}: {dict(both[name])[flag]} is a folder .* node w1"):
+            shared_paths.refuse_unshared(**{name: both[name]})
+    assert asked[0] == [str(coco / "annotations")]
+    with pytest.raises(ConfigError, match=r"^--data\.root: "):
+        shared_paths.refuse_unshared([("--data.root", f"file://{coco}")])
+    assert list(runs.iterdir()) == []
+    shared_paths.refuse_unshared(
+        [("COCO", "s3://b/coco"), ("--model.init", None)], [("--run.storage", "s3://b/r")]
+    )
+    assert asked[-1] == []
+
+
 # --- what the reader has to do ---------------------------------------------------------------
 
 

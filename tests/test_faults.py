@@ -264,7 +264,9 @@ def test_the_one_that_died_is_named_and_not_those_that_miss_it() -> None:
     missing = RuntimeError("Connection closed by peer")
     gone = RuntimeError("The actor is dead because its node died.")
     assert what_happened({0: missing, 1: gone}) == "worker 1 was lost (its machine is gone)"
-    assert what_happened({0: missing}) == "worker 0 failed (RuntimeError: Connection closed by peer)"
+    told = "worker 0 lost the connection to another worker (its machine or process is gone)"
+    assert what_happened({0: missing}) == told
+    assert what_happened({0: RuntimeError("odd")}) == "worker 0 failed (RuntimeError: odd)"
 
 
 def test_what_is_unexpected_is_a_sentence_with_a_file(tmp_path: Path) -> None:

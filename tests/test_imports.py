@@ -119,6 +119,7 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.storage": set(),
     "pipelines.progress": set(),
     "pipelines.cluster": {"pipelines.config", "pipelines.progress", "pipelines.stop"},
+    "pipelines.shared_paths": {"pipelines.cluster", "pipelines.storage"},
     "pipelines.drawn": set(),
     "pipelines.sources": {"pipelines.config", "pipelines.storage"},
     "pipelines.shards": {"pipelines.config", "pipelines.storage", "pipelines.sources"},
@@ -127,6 +128,7 @@ STANDS_ON: dict[str, set[str]] = {
         "pipelines.storage",
         "pipelines.progress",
         "pipelines.cluster",
+        "pipelines.shared_paths",
         "pipelines.sources",
     },
     "pipelines.pages": {

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +21,18 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import cpus_per_gpu, on_cluster, quiet_ray_data, ray_session, require, room_for
+from pipelines.cluster import (
+    cpus_per_gpu,
+    on_cluster,
+    quiet_ray_data,
+    ray_session,
+    require,
+    room_for,
+)
 from pipelines.config import RaySettings, WorkerSettings
 from pipelines.poses.actor import Actor, Unit, Work
 from pipelines.progress import ProgressLine
+from pipelines.shared_paths import refuse_unshared
 from pipelines.storage import join, list_files, writing_many
 
 UNFINISHED = "unfinished"
@@ -70,11 +78,13 @@ def run_units(
     ray: RaySettings,
     store: str,
     verb: str,
+    reads: Sequence[tuple[str, str]] = (),
 ) -> Outcomes:
     """Answer every unit that is not in `store` (path or URI of a folder) yet; each answer goes there at once.
 
-    ConfigError where the actors computed in different modes, or are more than Ray has room for. DataError
-    where the store cannot be written.
+    reads: what actors read, as `refuse_unshared` takes it, whose errors are raised. ConfigError where the
+    actors computed in different modes, or are more than Ray has room for. DataError where the store cannot be
+    written.
     """
     done = _stored(store)
     pending = {index: unit for index, unit in enumerate(units) if index not in done}
@@ -82,7 +92,7 @@ def run_units(
     if done:
         print(f"{verb}: going on, {len(done)} of {len(units)} units are there", flush=True)
     if pending:
-        rows = rows_on_ray(pending, work, checkpoint, settings, ray, verb)
+        rows = rows_on_ray(pending, work, checkpoint, settings, ray, verb, reads)
         speed, problems = _collect(rows, pending, store, verb)
     answers = list(_stored(store).values())
     modes = {file.partition("?")[0].rpartition(".")[2] for file in answers}
@@ -116,6 +126,7 @@ def rows_on_ray(
     settings: WorkerSettings,
     ray_settings: RaySettings,
     verb: str,
+    reads: Sequence[tuple[str, str]] = (),
 ) -> Iterator[dict[str, Any]]:
     """What Actor returns for each pending unit, in the order of finishing."""
     import ray
@@ -134,6 +145,7 @@ def rows_on_ray(
     with ray_session(ray_settings, quiet=True), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker or 1, int(settings.use_gpu)
         require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
+        refuse_unshared(reads)
         workers = min(settings.num_workers or room_for(cpus, gpus), len(rows))
         # A GPU answers a unit before Ray brings the next. Who starts first must not take all of a few units.
         waiting = UNITS_AT_ONCE * (2 if gpus else 1)

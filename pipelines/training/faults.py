@@ -21,6 +21,9 @@ DEATHS = {
 }
 """Ray's words for the end of a process, the most telling first -> ours. It does not know the signal."""
 
+PEER_GONE = ("Connection reset by peer", "Connection closed by peer")
+"""What gloo says in a worker whose fellow is gone, before Ray knows of that."""
+
 
 class Faults(UserCallback):  # type: ignore[misc]
     """In Ray Train's controller: a sentence for a worker that was lost, its traceback into errors.log. What
@@ -58,6 +61,8 @@ def what_happened(worker_exceptions: Mapping[int, Exception]) -> str:
     for words, why in DEATHS.items():
         if words in text:
             return f"worker {rank} was lost ({why})"
+    if any(words in text for words in PEER_GONE):
+        return f"worker {rank} lost the connection to another worker (its machine or process is gone)"
     return f"worker {rank} failed ({type(error).__name__}: {first_line(error)})"
 
 
