@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format clean
+.PHONY: help setup demo test test-slow test-cluster lint types format clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## .venv with the exact versions of constraints.txt
 
@@ -27,6 +27,9 @@ test: setup  ## the tests, a few minutes on 2 cores
 
 test-slow: setup  ## the long tests
 	@$(BIN)/python -m pytest -q -m slow
+
+test-cluster: setup  ## a cluster of three machines made of Linux namespaces, machines lost in it
+	@bash tests/cluster/run.sh $(BIN)/python
 
 lint: setup  ## style of the whole tree
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -64,16 +64,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def running() -> Iterator[Bucket]:
-    """Server and proxy for the time of the block."""
+def running(host: str = "127.0.0.1") -> Iterator[Bucket]:
+    """Server and proxy for the time of the block; the proxy listens on `host`."""
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    bucket = Bucket(f"http://127.0.0.1:{proxy.server_address[1]}")
+    proxy = ThreadingHTTPServer((host, 0), BaseHTTPRequestHandler)
+    bucket = Bucket(f"http://{host}:{proxy.server_address[1]}")
     proxy.RequestHandlerClass = _handler(bucket, port)
     proxy.daemon_threads = True
     try:

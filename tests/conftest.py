@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from bucket_server import Bucket
 
+collect_ignore = ["cluster"]  # run by make test-cluster
 REFERENCE = Path(__file__).parent / "reference"
 
 
