@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from bucket_server import Bucket, Fault
 from machines import Cluster, until
-from stages import DRAWN, begin_training, losses, preprocess, shards, train
+from stages import DRAWN, TWO, begin_training, losses, objects, preprocess, shards, train
 
 from pipelines.storage import read_file
 
@@ -45,3 +46,71 @@ def test_training_is_stopped_and_goes_on(cluster: Cluster, alone: dict[str, Any]
     again = cluster.submit("train-2", train("s3://team/shards", "s3://team/runs", "stopped"))
     assert again.ends() == 0, again.said()
     assert losses(read_file("s3://team/runs/stopped/metrics.jsonl")) == alone["losses"]
+
+
+def test_training_loses_a_machine(cluster: Cluster, alone: dict[str, Any]) -> None:
+    job = begin_training(cluster, "train-3", "lost")
+    cluster.machines["w2"].kill()
+    job.says("going on from the checkpoint of epoch")
+    cluster.start_worker("w2")
+    assert job.ends() == 0, job.said()
+    lost = ("its machine is gone", "lost the connection to another worker")
+    assert any(words in job.said() for words in lost), job.said()
+    assert losses(read_file("s3://team/runs/lost/metrics.jsonl")) == alone["losses"]
+
+
+def test_evaluation_loses_a_machine(cluster: Cluster, bucket: Bucket, alone: dict[str, Any]) -> None:
+    evaluate = "hrnet evaluate s3://team/runs/stopped/best {} --out {} --evaluate.batch-size 2"
+    slow = Fault("GET", "team/coco/val2017/", delay=0.5)
+    bucket.faults.append(slow)
+    command = evaluate.format("s3://team/coco", "s3://team/evaluation")
+    job = cluster.submit("evaluate", f"{command} --evaluate.num-workers 2")
+    w1 = cluster.machines["w1"]
+    until(
+        lambda: objects("evaluation/unfinished") and w1.works_at("MapWorker(MapBatches(Actor))"),
+        300,
+        job.said,
+    )
+    w1.kill()
+    there = len(objects("evaluation/unfinished"))
+    bucket.faults.remove(slow)
+    cluster.start_worker("w1")
+    assert job.ends() == 0, job.said()
+    assert 1 <= there < 6, there
+    cluster.laptop.run(f"{evaluate.format('coco', 'evaluation')} {TWO}")
+    here = json.loads(cluster.laptop.run("cat evaluation/evaluation.json"))
+    found = json.loads(read_file("s3://team/evaluation/evaluation.json"))
+    assert found["stats"] == here["stats"]
+    assert len(here["stats"]) == 10
+    assert found["results_sha256"] == here["results_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (preprocess("coco", "s3://team/other"), "--data.root"),
+        (preprocess("s3://team/coco", "shards"), "--data.shards"),
+        (train("s3://team/shards", "runs", "mine"), "--run.storage"),
+        ("hrnet evaluate s3://team/runs/stopped/best coco --out evaluation", "COCO"),
+    ],
+    ids=["pictures", "shards", "run", "evaluated"],
+)
+def test_what_only_the_driver_has_is_refused(cluster: Cluster, command: str, flag: str) -> None:
+    head = cluster.machines["head"]
+    head.run(f"hrnet draw coco {DRAWN}")
+    job = cluster.submit(f"refused-{flag.strip('-')}", command)
+    assert job.ends() == 1
+    said = job.said()
+    assert f"{flag}: /tmp/home/" in said, said
+    assert "is a folder of head, where this job's driver runs; node w" in said, said
+    assert "Traceback" not in said, said
+    assert not objects("other")
+
+
+def test_a_cluster_without_a_tracking_server_is_refused(cluster: Cluster) -> None:
+    job = cluster.submit(
+        "no-mlflow", f"env -u MLFLOW_TRACKING_URI {train('s3://team/shards', 's3://team/runs', 'no')}"
+    )
+    assert job.ends() == 1
+    assert "MLFLOW_TRACKING_URI is not set" in job.said(), job.said()
+    assert not objects("runs/no")
