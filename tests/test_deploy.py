@@ -181,6 +181,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "max_pixels_held": 41,
         "body_idle_s": 3.0,
         "body_s": 5.0,
+        "log_format": "json",
         "max_body_bytes": 19,
         "max_pixels": 23,
         "max_people": 29,

@@ -54,7 +54,8 @@ def predictor(checkpoint: Path) -> PosePredictor:
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """HOST:PORT of an application over real HTTP."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    # Its logging would close the handlers there are: absl's, which nncf brings, closes pytest's stderr then.
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
