@@ -14,14 +14,10 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import torch
+from test_serve import save_tiny
 
-from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
 from hrnet_core.errors import ConfigError
-from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.images import encode_png
-from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from pipelines.config import RaySettings, RunSettings, ServeSettings
 from pipelines.deploy import deploy
@@ -34,24 +30,13 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (120, 90, 3), np.uint8)
 BOX = [[5.0, 5.0, 60.0, 100.0]]
 
 
-def save(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = HRNetConfig(width=4, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
-    model = HRNet(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            torch.nn.init.kaiming_normal_(parameter)
-    save_checkpoint(folder, model, CheckpointSpec(config, HeatmapCodec("official", (64, 96), sigma=1.0)))
-    return folder
-
-
 class Endpoint:
     """A deployment on the shared Ray, as `hrnet deploy` makes it, and the two versions it is given."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.run = RunSettings(storage=str(folder / "runs"))
         self.settings = ServeSettings(port=port, cpus_per_replica=0.5, flip_test=False)
-        self.folders = [save(folder / str(seed), seed) for seed in (0, 1)]
+        self.folders = [save_tiny(folder / str(seed), seed) for seed in (0, 1)]
         predictors = [PosePredictor.load(one, device="cpu") for one in self.folders]
         self.sha256 = [one.spec.weights_sha256 or "" for one in predictors]
         self.poses = {
@@ -170,7 +155,7 @@ def test_a_version_that_fails_in_the_replica_is_taken_back_for_good(
 
     # What Serve starts after a crash is what worked, whatever has become of the folder it came from.
     (old,) = replica_ids()
-    save(endpoint.folders[0], seed=7)
+    save_tiny(endpoint.folders[0], seed=7)
     kill_replica()
     answer = client.poses(endpoint.url, encode_png(IMAGE), BOX, attempts=10)
     assert endpoint.check(answer) == good.sha256

@@ -108,8 +108,8 @@ def _rows(shard: _Shard, rejected: list[Rejection]) -> Iterator[_Row]:
     far = any(is_uri(photo.path) for photo in work.photos)
     checks = ahead(check, work.photos, READ_AHEAD) if far else map(check, work.photos)
     for photo, checked, people in zip(work.photos, checks, work.people.by_image().values(), strict=True):
-        image = checked if isinstance(checked, Rejection) else decode_photo(photo, checked)
-        if isinstance(checked, Rejection) or isinstance(image, Rejection):
+        image = decode_photo(photo, checked)
+        if isinstance(image, Rejection):
             rejected.append(replace(image, people=people.stop - people.start))
             continue
         sha256 = checked.sha256
