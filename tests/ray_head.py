@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from free_ports import free_ports
 
 BIN = Path(sys.executable).parent
 """Of the venv: a job's `hrnet` and `python` are found on the PATH that the head was started with."""
@@ -41,7 +40,7 @@ class Head:
         self.folder = folder
         self.home = folder / "home"
         self.flags = flags
-        self.ports = dict(zip((*FLAGS, *VARIABLES), _free_ports(len(FLAGS + VARIABLES)), strict=True))
+        self.ports = dict(zip((*FLAGS, *VARIABLES), free_ports(len(FLAGS + VARIABLES)), strict=True))
         self.dashboard = f"http://127.0.0.1:{self.ports['dashboard-port']}"
         self.token = "ab" * 32
         file = self.home / ".ray" / "auth_token"
@@ -112,18 +111,6 @@ class Head:
             stderr=subprocess.STDOUT,
             text=True,
         )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different, and of a range that nobody is given at random."""
-    with contextlib.ExitStack() as stack:
-        free: list[int] = []
-        while len(free) < count:
-            port = random.randrange(20000, 30000)  # above Ray's workers, below Serve's replicas
-            with contextlib.suppress(OSError):
-                stack.enter_context(socket.socket()).bind(("", port))
-                free.append(port)
-        return free
 
 
 def _end(head: psutil.Popen, home: str) -> None:

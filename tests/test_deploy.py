@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from free_ports import free_port
 from PIL import Image
 
 import pipelines.deploy as deploying
@@ -340,9 +341,7 @@ class Verb:
     """`hrnet deploy` in a process of its own, on a port of its own."""
 
     def __init__(self, folder: Path, *more: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.more = ["--serve.port", str(self.port), "--run.storage", str(folder), *more]
         kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         self.environment = {**kept, "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder)}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from free_ports import free_ports
 
 import serve.haproxy
 from serve.haproxy import edited
@@ -50,12 +51,6 @@ class Stub(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def configuration(folder: Path, ports: list[int], server: int | None) -> str:
@@ -96,8 +91,8 @@ def started(
     request: pytest.FixtureRequest, tmp_path: Path, stub: int
 ) -> Iterator[tuple[str, list[int], psutil.Process]]:
     """HAProxy as Serve starts it with our file for a binary: (the case, its ports, its process)."""
-    ports = [free_port() for _ in range(3)]
-    server = {"replica": stub, "nothing there": free_port(), "nothing deployed": None}[request.param]
+    *ports, nobody = free_ports(4)
+    server = {"replica": stub, "nothing there": nobody, "nothing deployed": None}[request.param]
     configuration(tmp_path, ports, server)
     ours, file = serve.haproxy.__file__, str(tmp_path / "haproxy.cfg")
     command = [sys.executable, "-I", ours, "-db", "-f", file, "-dR"]
@@ -183,8 +178,8 @@ def test_what_is_not_the_applications_answer_is_a_problem(
 
 
 def test_it_ends_with_serves_process_even_where_that_is_killed(tmp_path: Path) -> None:
-    port = free_port()
-    configuration(tmp_path, [port, free_port(), free_port()], None)
+    ports = free_ports(3)
+    configuration(tmp_path, ports, None)
     arguments = [sys.executable, "-I", serve.haproxy.__file__, "-db", "-f", str(tmp_path / "haproxy.cfg")]
     starts = f"import subprocess; subprocess.Popen({arguments!r}).wait()"
     parent = subprocess.Popen([sys.executable, "-c", starts], stderr=subprocess.DEVNULL)
@@ -192,7 +187,7 @@ def test_it_ends_with_serves_process_even_where_that_is_killed(tmp_path: Path) -
         deadline = time.monotonic() + 20
         while True:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                if probe.connect_ex(("127.0.0.1", ports[0])) == 0:
                     break
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from free_ports import free_port
 from test_serve import save_tiny
 
 from hrnet_core.errors import ConfigError
@@ -73,9 +73,7 @@ class Endpoint:
 def endpoint(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from ray import serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     endpoint = Endpoint(tmp_path_factory.mktemp("live"), port)
     try:
         endpoint.deploy(0)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bucket_server import free_port
+from free_ports import free_port
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

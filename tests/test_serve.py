@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from free_ports import free_port
 from PIL import Image
 
 from hrnet_core.architecture import HRNetConfig
@@ -882,9 +883,7 @@ def endpoint(ray_local: None, checkpoint: Path, tmp_path_factory: pytest.TempPat
     from pipelines.config import ServeSettings
     from pipelines.deploy import deploy
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     samples = tmp_path_factory.mktemp("samples")
     (samples / "a.png").write_bytes(PNG)
     (samples / "boxes.json").write_text('{"a.png": [[0, 0, 40, 40]]}')

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bucket_server
 import psutil
 import pytest
 import torch
 from bucket_server import Bucket, Fault
+from free_ports import free_port
 from pyarrow import fs
 from test_feed import dotted_shards
 from test_train import SMALL, losses, small_config
@@ -216,7 +216,7 @@ def test_killed_and_resumed_from_the_bucket_with_equal_weights(
 ) -> None:
     """The real command through Ray Train: killed with all its processes after a checkpoint within an epoch,
     and again: the trainer's state of a run that was never interrupted, bit for bit."""
-    port = bucket_server.free_port()
+    port = free_port()
     (tmp_path / "mlflow").mkdir()
     serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     serve += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow/db", "--workers", "1"]

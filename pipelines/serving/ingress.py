@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import socket
 import sys
@@ -104,14 +106,17 @@ def remove_folder(variables: dict[str, str]) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Of a range that nobody is given at random: HAProxy binds them seconds after they were found free."""
+    with contextlib.ExitStack() as stack:
+        free: list[int] = []
+        while len(free) < count:
+            port = random.SystemRandom().randrange(
+                20000, 30000
+            )  # Ray's workers lie below, Serve's replicas above
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                free.append(port)
+        return free
 
 
 def refuse_port_in_use(host: str, port: int) -> None:
