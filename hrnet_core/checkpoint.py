@@ -180,7 +180,7 @@ def fetch_checkpoint(place: str, into: Path) -> Path:
     except OSError as error:
         raise CheckpointError(
             f"{place}: cannot be read as a checkpoint ({one_line(error)}). Name a checkpoint folder, or the "
-            f"URI of one (s3://, gs://, file://) with its credentials in the environment."
+            f"URI of one (s3://, gs://, az://, file://) with its credentials in the environment."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Where a folder or file lies: a path of this machine, or a URI that pyarrow.fs knows, s3:// and gs://.
+"""Where a folder or file lies: a path of this machine, or a URI that pyarrow.fs opens, s3://, gs:// and az://.
 
 pyarrow is imported by who opens one: nobody else pays for it. Requests to a bucket are repeated by its
 client, with growing random pauses. Credentials come from the environment, never with a URI: it is printed.
@@ -6,6 +6,7 @@ client, with growing random pauses. Credentials come from the environment, never
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import re
@@ -27,8 +28,10 @@ RETRY_SECONDS = 60
 """How long Google's client repeats a request."""
 PIECE = 8 << 20
 """Bytes of a file that are in memory while it is copied."""
+BUCKETS = ("s3://", "gs://", "gcs://", "az://")
+"""What begins the URI of a bucket, or of what others call a container."""
 CREDENTIALS = re.compile(
-    r"(?:s3|gs|gcs)://(?!anonymous@)[^/?\s]*[@:]"  # a bucket's name has neither; a secret may have a slash
+    r"(?:s3|gs|gcs|az)://(?!anonymous@)[^/?\s]*[@:]"  # a bucket's name has neither; a secret may have a slash
     r"|://[^/?\s@]*:[^/?\s@]*@"  # user:password@
     r"|://\S*[?&][^=&\s]*(?:secret|password|token|key|signature|credential)[^=&\s]*=",
     re.IGNORECASE,
@@ -86,8 +89,11 @@ def open_folder(folder: str) -> tuple[fs.FileSystem, str]:
     try:
         if parts.scheme == "s3":
             return _s3(parts.netloc, parts.query), unquote(parts.netloc + parts.path).rstrip("/")
-        if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
-            folder += f"{'&' if parts.query else '?'}retry_limit_seconds={RETRY_SECONDS}"
+        if parts.scheme == "az":
+            return _azure(parts.query), unquote(parts.netloc + parts.path).rstrip("/")
+        if parts.scheme in ("gs", "gcs"):
+            who, _, bucket = parts.netloc.rpartition("@")
+            return _google(who == "anonymous", parts.query), unquote(bucket + parts.path).rstrip("/")
         files, path = fs.FileSystem.from_uri(folder)
         return files, path
     except (pa.ArrowException, ValueError, OSError) as error:
@@ -99,7 +105,7 @@ def refuse_no_bucket(place: str, what: str = "") -> None:
     a store that does not say is left to the reading."""
     from pyarrow import fs
 
-    if not place.startswith(("s3://", "gs://", "gcs://")):
+    if not place.startswith(BUCKETS):
         return
     files, key = open_folder(place)
     bucket = key.partition("/")[0]
@@ -123,9 +129,7 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     """
     from pyarrow import fs
 
-    options = {key: values[-1] for key, values in parse_qs(query, strict_parsing=bool(query)).items()}
-    if unknown := sorted(set(options) - {"region", "scheme", "endpoint_override"}):
-        raise ValueError(f"unknown {', '.join(unknown)}; an s3 URI takes region, scheme, endpoint_override")
+    options = _options(query, "s3", "region", "scheme", "endpoint_override")
     env = os.environ.get
     endpoint = options.get("endpoint_override") or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
     region = options.get("region") or env("AWS_REGION") or env("AWS_DEFAULT_REGION")
@@ -137,6 +141,47 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
         allow_delayed_open=True,  # a small file is one request
         **{**options, "region": region, "endpoint_override": endpoint},
     )
+
+
+@functools.cache
+def _google(anonymous: bool, query: str) -> fs.GcsFileSystem:
+    """The client of Google's storage: credentials as its libraries look for them, or none."""
+    from pyarrow import fs
+
+    options = _options(query, "gs", "scheme", "endpoint_override", "retry_limit_seconds")
+    seconds = float(options.pop("retry_limit_seconds", RETRY_SECONDS))
+    limit = datetime.timedelta(seconds=seconds)
+    return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=limit, **options)
+
+
+@functools.cache
+def _azure(query: str) -> fs.AzureFileSystem:
+    """The client of a storage account: account and endpoint from the URI's query, else from the environment;
+    key or SAS token from there, else Azure's usual chain. The variables are those of Azure's command line."""
+    from pyarrow import fs
+
+    options = _options(query, "az", "account", "scheme", "endpoint_override")
+    env = os.environ.get
+    endpoint = urlsplit(env("AZURE_STORAGE_SERVICE_ENDPOINT", ""))
+    account = options.get("account") or env("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise ValueError("no storage account: set AZURE_STORAGE_ACCOUNT, or ?account= in the URI")
+    authority = options.get("endpoint_override") or endpoint.netloc or None
+    scheme = options.get("scheme") or endpoint.scheme or None
+    return fs.AzureFileSystem(
+        account_name=account,
+        account_key=env("AZURE_STORAGE_KEY"),
+        sas_token=env("AZURE_STORAGE_SAS_TOKEN"),
+        **dict.fromkeys(("blob_storage_authority", "dfs_storage_authority"), authority),
+        **dict.fromkeys(("blob_storage_scheme", "dfs_storage_scheme"), scheme),
+    )
+
+
+def _options(query: str, scheme: str, *known: str) -> dict[str, str]:
+    options = {key: values[-1] for key, values in parse_qs(query, strict_parsing=bool(query)).items()}
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"unknown {', '.join(unknown)}; an {scheme} URI takes {', '.join(known)}")
+    return options
 
 
 def fetch(place: str, into: Path, names: Collection[str], optional: Collection[str] = ()) -> Path:

@@ -40,7 +40,7 @@ SOURCES = ("root", "format", "category", "shards", "strict")
 
 class DataSettings(Section):
     root: str = ""
-    """Folder or URI (s3://, gs://) of the annotated pictures; what lies there: docs/sources.md."""
+    """Folder or URI (s3://, gs://, az://) of the annotated pictures; what lies there: docs/sources.md."""
     format: Literal["coco", "yolo_pose"] = "coco"
     """coco: annotations/person_keypoints_SPLIT.json beside SPLIT/ with the pictures. yolo_pose: images/ and
     labels/ with a text file a picture; for training, not for AP."""

@@ -1,7 +1,7 @@
 """Files on this machine or in a bucket: written whole or not at all, read, listed.
 
 Local: temporary name, fsync, rename. Bucket: made here, copied there in one go; an object is visible once
-it is complete. A folder is a path, or a URI that pyarrow.fs knows: s3:// and gs:// (docs/sources.md).
+it is complete. A folder is a path, or a URI that pyarrow.fs opens: s3://, gs://, az:// (docs/sources.md).
 What a bucket does not give is a DataError that names the key (`answering`), a file that is not there a
 FileNotFoundError as everywhere.
 """
@@ -38,6 +38,8 @@ Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 AT_ONCE = 16
 """Files of a bucket that a process reads or writes at a time: a request waits much longer than it works."""
+PARTS = ".hrnet-uploads"
+"""Folder of an Azure container in which uploads begin."""
 OUR_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(?P<process>\d+)@(?P<host>.*)\.tmp")
 
 
@@ -227,11 +229,27 @@ def _upload(files: fs.FileSystem, temporary: str, path: str) -> None:
     were well. All in one write: closing after a part of it would make that part the object."""
     with pa.memory_map(temporary) as source:
         content = source.read_buffer()
-        with files.open_output_stream(path) as target:
-            target.write(content)
+        if isinstance(files, fs.AzureFileSystem):
+            _put_in_azure(files, content, path)
+        else:
+            with files.open_output_stream(path) as target:
+                target.write(content)
         size = content.size
     if files.get_file_info(path).size != size:
         raise OSError(f"after its upload {path} has not the {size} bytes that were sent")
+
+
+def _put_in_azure(files: fs.AzureFileSystem, content: pa.Buffer, path: str) -> None:
+    """Under a name of its own first: Arrow's stream empties an object when it is opened. A copy within the
+    account replaces it in one go."""
+    part = f"{path.partition('/')[0]}/{PARTS}/{uuid.uuid4().hex}"
+    try:
+        with files.open_output_stream(part) as target:
+            target.write(content)
+        files.copy_file(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            files.delete_file(part)
 
 
 def absolute(folder: str) -> str:

@@ -97,7 +97,7 @@ class ModelChoice(Settings):
     """A checkpoint, and the name and version that its answers carry."""
 
     checkpoint: str
-    """Checkpoint folder, or its URI (s3://, gs://, file://) that pyarrow can read."""
+    """Checkpoint folder, or its URI (s3://, gs://, az://, file://) that pyarrow can read."""
     version: str = ""
     """Version of the registered model, or anything that tells this checkpoint from the next."""
     source: str = ""

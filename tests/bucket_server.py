@@ -63,22 +63,51 @@ class Bucket:
 def running(host: str = "127.0.0.1") -> Iterator[Bucket]:
     """Server and proxy for the time of the block; the proxy listens on `host`."""
     port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    proxy = ThreadingHTTPServer((host, 0), BaseHTTPRequestHandler)
-    bucket = Bucket(f"http://{host}:{proxy.server_address[1]}")
-    proxy.RequestHandlerClass = _handler(bucket, port)
-    proxy.daemon_threads = True
+    with _process(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port), port=port):
+        proxy = ThreadingHTTPServer((host, 0), BaseHTTPRequestHandler)
+        bucket = Bucket(f"http://{host}:{proxy.server_address[1]}")
+        proxy.RequestHandlerClass = _handler(bucket, port)
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            yield bucket
+        finally:
+            proxy.shutdown()
+            proxy.server_close()
+
+
+@contextmanager
+def google() -> Iterator[dict[str, str]]:
+    """An emulator of Google's storage, for the time of the block: the environment that leads there."""
+    port = free_port()
+    command = "import sys; from gcp_storage_emulator.server import create_server as c; "
+    command += "s = c('127.0.0.1', int(sys.argv[1]), in_memory=True); s.run()"
+    with _process(sys.executable, "-c", command, str(port), port=port):
+        yield {"CLOUD_STORAGE_EMULATOR_ENDPOINT": f"http://127.0.0.1:{port}"}
+
+
+@contextmanager
+def azure(azurite: str) -> Iterator[dict[str, str]]:
+    """Azurite (the path of `azurite-blob`) for the time of the block: the environment that leads there.
+    Account and key are those that it is published with."""
+    port = free_port()
+    flags = "--inMemoryPersistence --skipApiVersionCheck --disableTelemetry --blobHost 127.0.0.1 --blobPort"
+    with _process(azurite, *flags.split(), str(port), port=port):
+        yield {
+            "AZURE_STORAGE_ACCOUNT": "devstoreaccount1",
+            "AZURE_STORAGE_KEY": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/"
+            "K1SZFPTOtr/KBHBeksoGMGw==",
+            "AZURE_STORAGE_SERVICE_ENDPOINT": f"http://127.0.0.1:{port}",
+        }
+
+
+@contextmanager
+def _process(*command: str, port: int) -> Iterator[None]:
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait(server, port)
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        yield bucket
-        proxy.shutdown()
+        yield
     finally:
-        proxy.server_close()
         server.terminate()
         server.wait()
 
@@ -90,7 +119,7 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise RuntimeError(f"the S3 server did not start (exit code {server.poll()})")
+    raise RuntimeError(f"the server did not start (exit code {server.poll()})")
 
 
 def _handler(bucket: Bucket, port: int) -> type[BaseHTTPRequestHandler]:

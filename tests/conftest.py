@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,3 +82,33 @@ def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     yield f"s3://{name}"
     server.faults.clear()
     locations._s3.cache_clear()
+
+
+@pytest.fixture(params=["s3", "gs", "az"])
+def any_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of an empty bucket: on moto, on an emulator of Google's, and where Azurite is installed
+    (`npm install -g azurite`) on that."""
+    import bucket_server
+    from pyarrow import fs
+
+    from hrnet_core import locations
+
+    if request.param == "s3":
+        yield request.getfixturevalue("bucket")
+        return
+    azurite = shutil.which("azurite-blob")
+    if request.param == "az" and not azurite:
+        pytest.skip("needs Azurite: npm install -g azurite")
+    with bucket_server.google() if request.param == "gs" else bucket_server.azure(azurite) as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        locations._azure.cache_clear()
+        locations._google.cache_clear()
+        if request.param == "gs":
+            fs.GcsFileSystem(anonymous=True, project_id="test").create_dir("team")
+            yield "gs://anonymous@team"
+        else:
+            locations._azure("").create_dir("team")
+            yield "az://team"
+        locations._azure.cache_clear()
+        locations._google.cache_clear()

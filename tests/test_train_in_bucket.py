@@ -123,9 +123,9 @@ def test_the_version_of_a_checkpoint_in_a_bucket_is_found(
 
 
 def test_a_second_driver_is_refused_and_a_dead_ones_run_is_taken_over(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
+    any_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, lock = f"{bucket}/runs/r", f"{bucket}/runs/.r.lock"
+    run, lock = f"{any_bucket}/runs/r", f"{any_bucket}/runs/.r.lock"
     with only_one(run):
         owner = json.loads(read_file(lock))
         assert owner["process"] == os.getpid()
@@ -134,7 +134,7 @@ def test_a_second_driver_is_refused_and_a_dead_ones_run_is_taken_over(
             only_one(run),
         ):
             pass
-    assert list_files(f"{bucket}/runs") == {}
+    assert list_files(f"{any_bucket}/runs") == {}
     # Of another machine: alive for all we know, until it was silent too long.
     write_json(lock, {**owner, "host": "elsewhere"})
     with pytest.raises(ConfigError, match="on elsewhere has it"), only_one(run):

@@ -27,8 +27,9 @@ from pipelines.storage import read_file
 from pipelines.training.loop import train_epochs
 
 
-def test_from_drawn_people_to_poses(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_drawn_people_to_poses(any_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray, whose workers do the same in other processes (the slow test below)."""
+    bucket = any_bucket
     without_ray(monkeypatch)
     monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows_here)
     (tmp_path / "work").mkdir()
@@ -59,8 +60,9 @@ def test_from_drawn_people_to_poses(bucket: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_the_verbs_in_a_row(bucket: str, tmp_path: Path) -> None:
+def test_the_verbs_in_a_row(any_bucket: str, tmp_path: Path) -> None:
     """Real commands, Ray's workers, MLflow's store in the work folder: each ends with 0."""
+    bucket = any_bucket
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     variables = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | store
 
