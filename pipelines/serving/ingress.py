@@ -67,11 +67,11 @@ def environment(settings: ServeSettings) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**18),
         }
         if not on_cluster():
-            variables |= _of_this_machine()
+            variables |= _of_this_machine(settings.port)
     return variables
 
 
-def _of_this_machine() -> dict[str, str]:
+def _of_this_machine(port: int) -> dict[str, str]:
     """A folder and ports of its own, so that two endpoints do not meet, and our wrapper around HAProxy."""
     import serve.haproxy
 
@@ -87,7 +87,7 @@ def _of_this_machine() -> dict[str, str]:
         "METRICS_SOCKET_PATH": "metrics.sock",
         "BINARY_PATH": "haproxy",
     }
-    ports = _free_ports(2)
+    ports = _free_ports(2, port)
     return {
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -105,17 +105,16 @@ def remove_folder(variables: dict[str, str]) -> None:
         shutil.rmtree(Path(wrapper).parent, ignore_errors=True)
 
 
-def _free_ports(count: int) -> list[int]:
-    """Of a range that nobody is given at random: HAProxy binds them seconds after they were found free."""
+def _free_ports(count: int, besides: int) -> list[int]:
+    """None of them `besides`, on which nobody listens yet. Of a range that nobody is given at random, above
+    Ray's workers and below Serve's replicas: HAProxy binds them seconds after they were found free."""
     with contextlib.ExitStack() as stack:
         free: list[int] = []
         while len(free) < count:
-            port = random.SystemRandom().randrange(
-                20000, 30000
-            )  # Ray's workers lie below, Serve's replicas above
+            port = random.SystemRandom().randrange(20000, 30000)
             with contextlib.suppress(OSError):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                free.append(port)
+                free += [port] if port != besides else []
         return free
 
 

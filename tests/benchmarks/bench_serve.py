@@ -6,7 +6,7 @@
 
 added       one client at a fixed pace: the request's time less that of the same picture through the predictor
             in this process, in turn (A B A B ...), both as medians
-saturation  people per second of 4, 16 and 64 clients that ask as fast as they are answered, and of the
+saturation  people per second of 4, 16, 64 and 256 clients that ask as fast as they are answered, and of the
             predictor alone in turn with them; the limit is on people per second of CPU, which other work
             on the machine lengthens less; shares of 200 and 429; how long /readyz takes meanwhile
 ramp        replicas over time while clients come and go, with --serve.max-replicas 2
@@ -23,7 +23,6 @@ import collections
 import http.client
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,9 @@ import cv2
 import numpy as np
 import psutil
 from ratios import exit_code, judge
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from free_ports import free_port
 
 from hrnet_core.images import decode_image, encode_jpeg
 from hrnet_core.predictor import PosePredictor
@@ -57,7 +59,7 @@ def main() -> int:
     parser.add_argument("--config", default="w32_256x192", help="of saturation")
     parser.add_argument("--haproxy", default="True", choices=["True", "False"])
     parser.add_argument("--people", type=int, default=4, help="of a request")
-    parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--only", nargs="*", default=["added", "saturation", "ramp"])
     args = parser.parse_args()
@@ -81,19 +83,15 @@ def endpoint(config: str, **settings: object) -> Iterator[tuple[str, PosePredict
     import ray
     from ray import serve
 
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         save_random(checkpoint, load_config(config))
         predictor = PosePredictor.load(checkpoint, "cpu", "float32", threads=1)
         os.environ.setdefault("RAY_worker_niceness", "0")  # as hrnet deploy does
         ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         try:
-            given = ServeSettings(
-                port=port, cpus_per_replica=0.5, deadline_s=600, mode="float32", flip_test=False, **settings
-            )
+            fixed = {"port": free_port(), "cpus_per_replica": 0.5, "mode": "float32", "flip_test": False}
+            given = ServeSettings(**{**fixed, "deadline_s": 600, **settings})  # type: ignore[arg-type]
             yield deploy(str(checkpoint), given, run=RunSettings(storage=folder), block=False), predictor
         finally:
             serve.shutdown()
@@ -124,9 +122,10 @@ class Client:
         body += b'\r\n--b\r\nContent-Disposition: form-data; name="boxes"\r\n\r\n'
         body += json.dumps(boxes).encode() + b"\r\n--b--\r\n"
         kind = "Content-Type: multipart/form-data; boundary=b"
-        head = f"POST /v1/poses HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/poses HTTP/1.1\r\nHost: {self.host}\r\n{kind}\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         self.poses = head.encode() + body
-        self.ready = b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+
         self.reader: asyncio.StreamReader | None = None
 
     async def ask(self, request: bytes) -> Answered:
@@ -177,15 +176,25 @@ def added(url: str, predictor: PosePredictor, pairs: int = 150, pace_s: float = 
     judge("p50 that the endpoint adds, ms", float(p50), ADDED_MS)
 
 
+async def asking(
+    url: str, data: bytes, boxes: list[list[float]], clients: int, seconds: float
+) -> list[Answered]:
+    """What so many clients were answered that ask as fast as they are answered."""
+    answers: list[Answered] = []
+    end = time.monotonic() + seconds
+    await asyncio.gather(*(Client(url, data, boxes).go_on(answers, end) for _ in range(clients)))
+    return answers
+
+
+def closed_loop(url: str, data: bytes, boxes: list[list[float]], clients: int, seconds: float) -> float:
+    """Answers per second of such clients."""
+    started = time.perf_counter()
+    answers = asyncio.run(asking(url, data, boxes, clients, seconds))
+    return sum(a.status == 200 for a in answers) / (time.perf_counter() - started)
+
+
 def saturation(url: str, predictor: PosePredictor, people: int, clients: list[int], seconds: float) -> None:
     data, boxes = picture(people)
-
-    async def load(count: int) -> list[Answered]:
-        answers: list[Answered] = []
-        end = time.monotonic() + seconds
-        asking = [asyncio.create_task(Client(url, data, boxes).go_on(answers, end)) for _ in range(count)]
-        await asyncio.gather(*asking)
-        return answers
 
     def alone() -> tuple[float, float]:
         """People per second, and per second of CPU."""
@@ -200,7 +209,7 @@ def saturation(url: str, predictor: PosePredictor, people: int, clients: list[in
         started, cpu = time.perf_counter(), cpu_of_replicas()
         with get_context("spawn").Pool(1) as pool:  # a process of its own: these clients keep a loop busy
             ready = pool.apply_async(slowest_ready, (url, seconds))
-            answers = asyncio.run(load(count))
+            answers = asyncio.run(asking(url, data, boxes, count, seconds))
             slowest = ready.get()
         done = people * sum(a.status == 200 for a in answers)
         rate, by_cpu = done / (time.perf_counter() - started), done / (cpu_of_replicas() - cpu)
@@ -230,11 +239,14 @@ def slowest_ready(url: str, seconds: float) -> float:
     return max(times)
 
 
+def replicas() -> list[psutil.Process]:
+    title = f"ray::ServeReplica:{live.APP}"
+    return [p for p in psutil.Process().children(recursive=True) if "".join(p.cmdline()).startswith(title)]
+
+
 def cpu_of_replicas() -> float:
     """Seconds of CPU that the replicas have used."""
-    title = f"ray::ServeReplica:{live.APP}"
-    own = [p for p in psutil.Process().children(recursive=True) if "".join(p.cmdline()).startswith(title)]
-    return sum(sum(p.cpu_times()[:2]) for p in own)
+    return sum(sum(p.cpu_times()[:2]) for p in replicas())
 
 
 def ramp(url: str, seconds: float) -> None:
@@ -243,19 +255,16 @@ def ramp(url: str, seconds: float) -> None:
     async def run() -> None:
         started = time.monotonic()
         for count in (1, 12, 12, 1):
-            answers: list[Answered] = []
-            end = time.monotonic() + seconds
-            asking = [asyncio.create_task(Client(url, data, boxes).go_on(answers, end)) for _ in range(count)]
-            await asyncio.gather(*asking)
-            replicas = len(await asyncio.to_thread(live.states))
+            answers = await asking(url, data, boxes, count, seconds)
+            there = len(await asyncio.to_thread(live.states))
             statuses = dict(collections.Counter(a.status for a in answers))
             p50 = np.median([a.seconds for a in answers if a.status == 200])
             print(
-                f"after {time.monotonic() - started:4.0f} s, {count:2d} clients: {replicas} replicas, "
+                f"after {time.monotonic() - started:4.0f} s, {count:2d} clients: {there} replicas, "
                 f"{len(answers) / seconds:.0f} requests/s, p50 {1000 * p50:.0f} ms, {statuses}",
                 flush=True,
             )
-            most.append(replicas)
+            most.append(there)
 
     most: list[int] = []
     asyncio.run(run())
