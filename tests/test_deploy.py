@@ -190,7 +190,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "first_frame": True,
     }
     renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
-    kept_here = {"host", "port", "haproxy", "samples", "keys", "anyone"}
+    kept_here = {"host", "port", "grpc_port", "haproxy", "samples", "keys", "anyone"}
     assert set(ServeSettings.model_fields) == {*same, *renamed, *kept_here}, "a new setting must go somewhere"
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}

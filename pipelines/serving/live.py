@@ -74,14 +74,27 @@ def start_serve(settings: ServeSettings) -> None:
         return
     if not on_cluster():
         refuse_port_in_use(settings.host, settings.port)
+        if settings.grpc_port:
+            refuse_port_in_use(settings.host, settings.grpc_port, "grpc-port")
     timeout = settings.body_s + settings.deadline_s + SERVE_GRACE_S
     variables = environment(settings)
     atexit.register(remove_folder, variables)
     serve.start(
         proxy_location="EveryNode" if on_cluster() else "HeadOnly",
         http_options={"host": settings.host, "port": settings.port, "request_timeout_s": timeout},
+        grpc_options=_grpc_options(settings, timeout),
         controller_options={"runtime_env": {"env_vars": variables}},
     )
+
+
+def _grpc_options(settings: ServeSettings, timeout: float) -> dict[str, Any] | None:
+    """None: no gRPC. Serve's reflection knows the messages of the common descriptor pool only, not ours."""
+    from serve.v2_grpc import SERVICER
+
+    if settings.grpc_port is None:
+        return None
+    taken = {"port": settings.grpc_port, "grpc_servicer_functions": [SERVICER]}
+    return {**taken, "request_timeout_s": timeout, "enable_reflection": False}
 
 
 def states(seconds: float = 30) -> list[dict[str, Any]]:
