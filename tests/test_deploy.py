@@ -502,10 +502,12 @@ def test_other_machines_are_answered_with_keys_or_by_saying_so(
     file.write_text("camera 0123456789abcdef\n")
     here = args_of(str(checkpoint), tmp_path)
     assert (here.keys, here.need_keys, "localhost" in here.hosts) == (None, False, True)
+    assert here.here_only
     with pytest.raises(ConfigError, match=r"--serve\.keys FILE.*--serve\.anyone"):
         args_of(str(checkpoint), tmp_path, host="0.0.0.0")
     keyed = args_of(str(checkpoint), tmp_path, host="0.0.0.0", keys=str(file))
     assert (keyed.keys, keyed.need_keys, keyed.hosts) == (str(file), True, ())
+    assert not keyed.here_only
     assert not args_of(str(checkpoint), tmp_path, host="0.0.0.0", anyone=True).need_keys
     with pytest.raises(ConfigError, match="leave one out"):
         args_of(str(checkpoint), tmp_path, keys=str(file), anyone=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,10 +18,11 @@ import numpy as np
 import pytest
 from ray.serve.grpc_util import RayServegRPCContext
 from test_serve import BOXES, photo, save_tiny, service_of
+from test_serve_protocols import running as over_http
 
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.predictor import PosePredictor
-from serve import v2_grpc
+from serve import routes, v2_grpc
 from serve.metrics import Outcome
 from serve.service import PoseService
 from serve.settings import Limits, LiveSettings
@@ -384,3 +387,32 @@ def test_the_compiled_protocol_is_the_written_one(tmp_path: Path) -> None:
     tool = [sys.executable, "-m", "grpc_tools.protoc", "-Iserve", f"--descriptor_set_out={made}"]
     subprocess.run([*tool, "serve/inference.proto"], cwd=ROOT, check=True)
     assert made.read_bytes() == (ROOT / "serve" / "inference.binpb").read_bytes()
+
+
+@pytest.mark.slow
+def test_kserves_clients_get_what_the_predictor_finds(
+    checkpoint: Path, predictor: PosePredictor, tmp_path: Path
+) -> None:
+    """In a Python of their own (tests/kserve_client.py), over HTTP and gRPC."""
+    python = os.environ.get("HRNET_KSERVE_PYTHON")
+    if not python:
+        pytest.skip("HRNET_KSERVE_PYTHON names no Python that has kserve")
+    (tmp_path / "keys").write_text(f"kserve {KEY}\n")
+    (tmp_path / "photo.png").write_bytes(PNG)
+    service = service_of(checkpoint, keys=str(tmp_path / "keys"))
+    with running(service) as address, over_http(routes.make_app(service)) as http:
+        script = [python, str(ROOT / "tests" / "kserve_client.py"), f"http://{http}", address]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        said = subprocess.run(
+            [*script, str(tmp_path / "photo.png"), json.dumps(BOXES), KEY],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout.splitlines()[-1])
+    assert set(found) == {"rest raw", "rest mixed", "grpc"}
+    for answer in found.values():
+        assert answer["counts"] == [3]
+        expected = predictor(photo(), BOXES)[0].keypoints.data
+        np.testing.assert_allclose(answer["keypoints"], expected, rtol=1e-5, atol=1e-3)
