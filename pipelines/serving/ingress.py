@@ -50,6 +50,8 @@ def environment(settings: ServeSettings) -> dict[str, str]:
     # Replicas without the threads, gRPC for their calls, logs in blocks: docs/benchmarks/serving.md.
     variables = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # A busy machine starts a process in more than Serve's 5 s, and would never have a proxy.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         # A killed proxy is back in seconds, not in half a minute.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
