@@ -54,6 +54,16 @@ def add_to_server(servicer: Any, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
 
+def is_ready(address: str, timeout_s: float) -> bool:
+    """Whether HOST:PORT says over gRPC that a model answers."""
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = channel.unary_unary(f"/{SERVICE}/ServerReady")(b"", timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+    return message("ServerReadyResponse").FromString(answer).ready
+
+
 @functools.cache
 def _pool() -> descriptor_pool.DescriptorPool:
     """The protocol. Not in the common pool, where it would clash with other programs' files of its names."""

@@ -462,14 +462,15 @@ def test_a_port_is_known_as_long_as_its_process_lives(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert endpoint_at(8123) is None
-    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True):
+    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True, grpc_port=9000):
         found = endpoint_at(8123)
         assert found
-        assert (found.address, found.host, found.haproxy, found.pid) == (
+        assert (found.address, found.host, found.haproxy, found.pid, found.grpc_port) == (
             "127.0.0.1:6000",
             "127.0.0.1",
             True,
             os.getpid(),
+            9000,
         )
         assert endpoint_at(8124) is None
         (file,) = tmp_path.glob("hrnet/serving/*.json")
@@ -529,6 +530,48 @@ def test_an_endpoint_that_listens_to_others_is_not_left_without_keys(
     monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: pytest.fail("nothing is told to Serve"))
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0 is reached from other machines and no keys are given"):
         deploy(str(checkpoint), ServeSettings(), run=RunSettings(storage=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("there_port", "said"), [(None, "answering HTTP alone"), (9001, "to gRPC on 9001")])
+def test_an_endpoint_keeps_its_grpc_port(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    there_port: int | None,
+    said: str,
+) -> None:
+    there = Endpoint("somewhere", "127.0.0.1", True, 1, 0.0, there_port)
+    brought: list[ServeSettings] = []
+    monkeypatch.setattr(deploying, "endpoint_at", lambda port: there)
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "room_for", lambda *_: 2)
+    bring_up = lambda args, settings, _: brought.append(settings) or "http://127.0.0.1:8000"  # noqa: E731
+    monkeypatch.setattr(live, "bring_up", bring_up)
+    deploy(str(checkpoint), ServeSettings(grpc_port=9000), run=RunSettings(storage=str(tmp_path)))
+    assert brought[0].grpc_port == there_port
+    told = capsys.readouterr().out
+    assert said in told
+    assert ("gRPC  127.0.0.1:9001 " in told) == (there_port == 9001)
+
+
+def test_grpc_takes_messages_as_long_as_bodies_and_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServeSettings(grpc_port=9000, max_body_bytes=1000, haproxy=False)
+    variables = ingress.environment(settings)
+    assert variables["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == "1000"
+    assert int(variables["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) > 1000
+    first, last = (int(variables[f"RAY_SERVE_DIRECT_INGRESS_{end}_GRPC_PORT"]) for end in ("MIN", "MAX"))
+    assert last - first == 99
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):  # endpoints that are there already: their calls would be answered by this one
+            taken = stack.enter_context(socket.create_server(("", ingress._free_ports(1, in_a_row=100)[0])))
+            port = taken.getsockname()[1]
+            found = int(ingress.environment(settings)["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"])
+            assert not found <= port < found + 100
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" not in ingress.environment(settings)
+    with pytest.raises(ValueError, match="grpc_port 8000 is the port of HTTP"):
+        ServeSettings(grpc_port=8000)
 
 
 def test_keys_go_only_where_that_is_said() -> None:

@@ -26,7 +26,7 @@ from serve import routes, v2_grpc
 from serve.metrics import Outcome
 from serve.service import PoseService
 from serve.settings import Limits, LiveSettings
-from serve.v2_grpc import METHODS, SERVICE, answer_call, make_app, message
+from serve.v2_grpc import METHODS, SERVICE, answer_call, is_ready, make_app, message
 
 triton = pytest.importorskip("tritonclient.grpc", reason="tritonclient of the dev extra")
 ROOT = Path(__file__).parents[1]
@@ -281,6 +281,7 @@ def test_a_full_draining_or_slow_replica_says_so(checkpoint: Path, monkeypatch: 
     service = service_of(checkpoint, max_requests=1, deadline_s=0.5)
     asked = request(inputs=[TYPED])
     with running(service) as address, triton.InferenceServerClient(address) as client:
+        assert is_ready(address, 20)
         with place_taken(service):
             full = refused(lambda: raw_call(address, asked))
         assert full.code() == Code.RESOURCE_EXHAUSTED
@@ -295,6 +296,7 @@ def test_a_full_draining_or_slow_replica_says_so(checkpoint: Path, monkeypatch: 
         assert dict(draining.trailing_metadata())["retry-after"] == "5"
         assert client.is_server_live()
         assert not client.is_server_ready()
+        assert not is_ready(address, 20)
 
 
 @contextmanager

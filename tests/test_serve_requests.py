@@ -228,8 +228,8 @@ def test_bodies_and_their_bytes_are_bounded(
 def test_who_would_wait_past_the_deadline_is_told_at_once_and_others_are_answered(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network of 5 s a person and a deadline of 20 s: behind three there is no time for two, behind four for
-    none; who is alone is let in, whatever the network was like."""
+    """A network of 5 s a person and a deadline of 20 s: behind three there is no time for two, behind four
+    for none; who is alone is let in, whatever the network was like."""
     service = service_of(checkpoint, deadline_s=20, max_batch_people=1)
     assert service.model
     go, predict = threading.Event(), service.model.predictor.predict_crops

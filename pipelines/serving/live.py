@@ -52,6 +52,8 @@ def bring_up(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{shown}:{settings.port}"
     _wait_ready(url)
+    if settings.grpc_port:
+        _wait_answered(f"{shown}:{settings.grpc_port}")
     return url
 
 
@@ -271,3 +273,21 @@ def _wait_ready(url: str, seconds: float = 60) -> None:
     if not on_cluster():
         raise ConfigError(f"{message}. Logs: the folder logs/serve of Ray's session.")
     print(f"note: {message}: from here the address may not be reachable.", flush=True)
+
+
+def _wait_answered(address: str, seconds: float = 60) -> None:
+    """_wait_ready, of gRPC."""
+    from serve.v2_grpc import is_ready
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if is_ready(address, timeout_s=5):
+            return
+        time.sleep(0.1)
+    message = (
+        f"{address} did not answer over gRPC within {seconds:g} s. --serve.grpc-port is for the start of "
+        f"Serve; where that runs already, it listens as before."
+    )
+    if not on_cluster():
+        raise ConfigError(f"{message} Logs: the folder logs/serve of Ray's session.")
+    print(f"note: {message} Or from here the address may not be reachable.", flush=True)
