@@ -35,6 +35,8 @@ SERVICER = "serve.v2_grpc:add_to_server"
 """For Serve's gRPCOptions."""
 TAKEN = ("authorization", "x-request-id")
 """Metadata of a call that the application sees as headers."""
+LONGEST_DETAIL = 600
+"""Characters: names that a client invents stand in it, and gRPC sends 8 KB of metadata, up to 12 a character."""
 CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
@@ -248,8 +250,8 @@ def _contents(tensor: Any) -> list[Any]:
 async def answer_call(app: FastAPI, method: str, content: bytes, context: RayServegRPCContext) -> Given:
     """Put a call to the application. A problem becomes code, details and trailing metadata of `context`."""
     given = dict(context.invocation_metadata())
-    trailing = dict(context.trailing_metadata())  # Serve's request_id
-    headers = {"x-request-id": trailing.get("request_id", ""), **{k: given[k] for k in TAKEN if k in given}}
+    of_serve = dict(context.trailing_metadata()).get("request_id", "")
+    headers = {"x-request-id": of_serve, **{name: given[name] for name in TAKEN if name in given}}
     headers["content-length"] = str(len(content))
     scope: Scope = {
         "type": "http",
@@ -264,19 +266,17 @@ async def answer_call(app: FastAPI, method: str, content: bytes, context: RaySer
         "state": {},
     }
     status, answer_headers, answer = await _through(app, scope, content)
-    request_id = scope["state"]["request_id"]
-    trailing |= {"request_id": request_id, "x-request-id": request_id}
-    if status == 200:
-        context.set_trailing_metadata(list(trailing.items()))
-        return Given(answer)
-    problem = json.loads(answer)
-    trailing["problem"] = problem["type"]
-    if retry := answer_headers.get("retry-after"):
-        trailing["retry-after"] = retry
-    context.set_code(CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT))
-    context.set_details(problem["detail"])
+    trailing = {"x-request-id": scope["state"]["request_id"]}
+    if status != 200:
+        problem = json.loads(answer)
+        trailing["problem"] = problem["type"]
+        if retry := answer_headers.get("retry-after"):
+            trailing["retry-after"] = retry
+        context.set_code(CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT))
+        context.set_details(problem["detail"][:LONGEST_DETAIL])
+        answer = b""  # an exception would be logged as a defect
     context.set_trailing_metadata(list(trailing.items()))
-    return Given(b"")  # an exception would be logged as a defect
+    return Given(answer)
 
 
 async def _through(app: ASGIApp, scope: Scope, content: bytes) -> tuple[int, dict[str, str], bytes]:
