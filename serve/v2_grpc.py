@@ -36,7 +36,7 @@ SERVICER = "serve.v2_grpc:add_to_server"
 TAKEN = ("authorization", "x-request-id")
 """Metadata of a call that the application sees as headers."""
 LONGEST_DETAIL = 600
-"""Characters: names that a client invents stand in it, and gRPC sends 8 KB of metadata, up to 12 a character."""
+"""Characters, of up to 12 bytes each: names that a client invents stand in it, and gRPC sends 8 KB."""
 CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
