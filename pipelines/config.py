@@ -339,6 +339,8 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     anyone: bool = False
     """Answer whoever reaches the endpoint, without keys, wherever it listens."""
     port: int = Field(default=8000, ge=1, le=65535)
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Also answer the Open Inference Protocol over gRPC, on this port."""
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
     cpus_per_replica: float | None = Field(default=None, gt=0)
@@ -357,6 +359,8 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     def _check(self) -> ServeSettings:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
+        if self.grpc_port == self.port:
+            raise ValueError(f"grpc_port {self.grpc_port} is the port of HTTP: give it another one")
         if self.device.startswith("cuda") and not self.use_gpu:
             raise ValueError(f"device {self.device!r} needs use_gpu: Ray hides GPUs that nobody asked for")
         return self

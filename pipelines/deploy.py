@@ -65,7 +65,9 @@ def deploy(
                 raise ConfigError("--rollback takes no CHECKPOINT: it brings back what was live before.")
             return _roll_back(settings, ray_settings, there)
         # Who reaches it is decided by where it listens already.
-        here = settings.model_copy(update={"host": there.host}) if there else settings
+        here = settings
+        if there:
+            here = settings.model_copy(update={"host": there.host, "grpc_port": there.grpc_port})
         with local_checkpoint(checkpoint, track, run.storage) as found:
             args, spec = serve_args(found, here, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
@@ -77,8 +79,8 @@ def deploy(
                 return _until_a_signal(args, spec, settings, ray_settings)
             if there:
                 _say_what_stays(settings, there)
-            url = live.bring_up(args, settings, ray_settings)
-            print(_told(url, args, spec), flush=True)
+            url = live.bring_up(args, here, ray_settings)
+            print(_told(url, args, spec, here), flush=True)
     return url
 
 
@@ -138,9 +140,9 @@ def _until_a_signal(
     """The endpoint, as long as this process lives."""
     url = live.bring_up(args, settings, ray_settings)
     by_haproxy = haproxy(settings)
-    with announced(settings.port, ray_address(), settings.host, by_haproxy):
+    with announced(settings.port, ray_address(), settings.host, by_haproxy, settings.grpc_port):
         metrics = f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics"
-        print(f"{_told(url, args, spec)}\n{metrics}\n  end   Ctrl-C", flush=True)
+        print(f"{_told(url, args, spec, settings)}\n{metrics}\n  end   Ctrl-C", flush=True)
         _wait_for_signal()
     print("stopping ...", flush=True)
     live.drain()
@@ -174,6 +176,9 @@ def _say_what_stays(settings: ServeSettings, there: Endpoint) -> None:
     print(f"the endpoint of process {there.pid} on port {settings.port} changes its model", flush=True)
     if (settings.host, haproxy(settings)) != (there.host, there.haproxy):
         print(f"note: it keeps listening on {there.host}; --serve.host and --serve.haproxy are for a start")
+    if settings.grpc_port not in (None, there.grpc_port):
+        keeps = f"listening to gRPC on {there.grpc_port}" if there.grpc_port else "answering HTTP alone"
+        print(f"note: it keeps {keeps}; --serve.grpc-port is for a start")
 
 
 # --- waiting -----------------------------------------------------------------------------------
@@ -195,14 +200,16 @@ def _wait_for_signal() -> None:
             time.sleep(1)
 
 
-def _told(url: str, args: ServeArgs, spec: CheckpointSpec) -> str:
+def _told(url: str, args: ServeArgs, spec: CheckpointSpec, settings: ServeSettings) -> str:
     width, height = spec.input_size
     key = "-H 'Authorization: Bearer KEY' " if args.need_keys else ""
+    calls = f"{url.removeprefix('http://').rpartition(':')[0]}:{settings.grpc_port}"
     return "\n".join(
         [
             f"serving {args.name} {args.version} ({height}x{width}, {spec.codec.name}) from {args.source}",
             f"  page  {url}/",
             f"  try   curl {key}-F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
             f"  API   {url}/docs",
+            *([f"  gRPC  {calls} (Open Inference Protocol)"] if settings.grpc_port else []),
         ]
     )

@@ -17,8 +17,8 @@ from typing import Any
 from ray import serve
 
 from serve.routes import make_app
-from serve.service import PoseService
 from serve.settings import LiveSettings, ServeArgs
+from serve.v2_grpc import PoseEndpoint
 
 # After the work ends, requests that were already sent get this long for their answer.
 GRACE_S = 10
@@ -40,7 +40,7 @@ def deployment(args: ServeArgs) -> serve.Deployment:
         pace = {"look_back_period_s": 15, "upscale_delay_s": 5}
         scale = {"autoscaling_config": {**replicas, **pace, "target_ongoing_requests": load}}
     return serve.deployment(
-        serve.ingress()(PoseService),
+        serve.ingress()(PoseEndpoint),
         name="poses",
         user_config=args.model_dump(include=set(LiveSettings.model_fields)),
         # Serve's line for each request says less than ours (routes.py).

@@ -38,6 +38,10 @@ class Upload:
     boxes_xywh: NDArray[np.float32] | None
     """(P, 4) px of the displayed picture; None: the whole picture is one person."""
 
+    @property
+    def people(self) -> int:
+        return 1 if self.boxes_xywh is None else len(self.boxes_xywh)
+
 
 async def read_body(
     request: Request, limits: Limits, grown: Callable[[int], None], types: tuple[str, ...]

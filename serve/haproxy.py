@@ -25,6 +25,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HEADERS_S = 10
 RETRY_S = 1
+UNAVAILABLE = 14  # grpc.StatusCode
 UNREADABLE = (400, "malformed-request", "The request cannot be read", "this is not HTTP as it is read here.")
 SLOW = (408, "slow-request", "The request came too slowly", "it was not whole in time. Send it again.")
 FULL = (429, "overloaded", "All places are taken", "too many requests wait already. Try again later.")
@@ -52,12 +53,15 @@ def edited(config: str) -> str:
         "    option http-ignore-probes",
         *stated,
     ]
+    away = f'hdr grpc-status {UNAVAILABLE} hdr grpc-message "{AWAY[-1]}"'
     changes = {
         r"^( *bind )\*?:(?=\d+\n *(mode http\n *http-request use-service|stats enable))": r"\g<1>127.0.0.1:",
         r"^ *errorfile 50\d .*\n": "",
         r"^defaults$": "\n".join(defaults),
         r"^(frontend http_frontend\n *bind .*)$": "\n".join([r"\g<1>", *_rules()]),
         r"^( *http-request return status) 404 .*$": rf"\g<1> 503 {_sent(AWAY)}",
+        # Over gRPC the same: no application, or none at the moment.
+        r'hdr grpc-status 5 hdr grpc-message "Application [^"]*"': away,
     }
     for found, becomes in changes.items():
         config = re.sub(found, becomes, config, flags=re.MULTILINE)

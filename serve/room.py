@@ -1,4 +1,4 @@
-"""What one replica has room for: bodies being read, their bytes, places for work, pixels in memory.
+"""What one replica has room for: bodies being read, their bytes, places for work, pixels in memory, time.
 
 Each is counted apart, so that many small things of one kind do not keep out another: a thousand slow bodies
 take no place, and a place held for a long time stops no body from being read. All of it is of one event loop.
@@ -30,6 +30,9 @@ class Room:
         self.pixels = Pixels(args.max_pixels_held)
         self.usual_s = 1.0
         """Moving average of the work on a request, for Retry-After."""
+        self.people = 0
+        """Whose crops wait for the network or are in it."""
+        self._recent_people = self._recent_s = 0.0
 
     @contextmanager
     def body(self, key: Key | None) -> Iterator[Callable[[int], None]]:
@@ -39,6 +42,7 @@ class Room:
         """
         self._within_rate(key)
         self._has_place(key)  # else it would be read for nothing
+        self._in_time(0)
         held = 0
 
         def add(more: int) -> None:
@@ -79,6 +83,33 @@ class Room:
             self._of_key[name] -= 1
             self.usual_s += 0.1 * (asyncio.get_running_loop().time() - started - self.usual_s)
 
+    @contextmanager
+    def time_for(self, people: int) -> Iterator[None]:
+        """While so many people of a request are worked on. Problem (429) where those before them take so long
+        that there would be no answer before the deadline."""
+        self._in_time(people)
+        self.people += people
+        try:
+            yield
+        finally:
+            self.people -= people
+
+    def worked(self, people: int, seconds: float) -> None:
+        """Remember how long the network took for so many people."""
+        self._recent_people = 0.9 * self._recent_people + people
+        self._recent_s = 0.9 * self._recent_s + seconds
+
+    @property
+    def seconds_a_person(self) -> float:
+        """Of the network, over its last ten or so batches; 0 before the first."""
+        return self._recent_s / self._recent_people if self._recent_people else 0.0
+
+    def _in_time(self, people: int) -> None:
+        """Who is too slow alone is let in: it would be too slow at any time, and 504 says so."""
+        own = people * self.seconds_a_person
+        if own <= self.args.deadline_s < own + self.people * self.seconds_a_person:
+            raise self.full("wait", own + self.people * self.seconds_a_person - self.args.deadline_s)
+
     def _has_place(self, key: Key | None) -> None:
         if self.in_progress >= self.args.max_requests:
             raise self.full("places")
@@ -96,15 +127,18 @@ class Room:
             retry = {"Retry-After": str(math.ceil(wait))}
             raise Problem("overloaded", what, headers=retry, reason="rate")
 
-    def full(self, reason: str) -> Problem:
+    def full(self, reason: str, wait_s: float | None = None) -> Problem:
+        """wait_s: until there is room again, where that is known; else as long as a request usually takes."""
         what = {
             "places": f"{self.in_progress} requests are in progress here, as many as are taken.",
             "share": "the key has as many requests in progress here as it may.",
             "bodies": f"{self.bodies} bodies are being read here, as many as are taken.",
             "bytes": f"bodies of {self.bytes_held:,} bytes are held here, as many as are taken.",
+            "wait": f"{self.people} people are waiting here, {self.people * self.seconds_a_person:.0f} s of "
+            f"work: behind them no answer would come within {self.args.deadline_s:g} s.",
             "pixels": f"{self.pixels.held:,} decoded pixels are in memory here, as many as are taken.",
         }[reason]
-        retry = {"Retry-After": str(math.ceil(self.usual_s))}
+        retry = {"Retry-After": str(math.ceil(self.usual_s if wait_s is None else wait_s))}
         return Problem("overloaded", f"{what} Try again later.", headers=retry, reason=reason)
 
 

@@ -30,7 +30,7 @@ from serve.model import ServedModel
 from serve.openapi import REQUEST_BODY, describe
 from serve.schemas import UNTOLD, CocoResult, ModelsAnswer, OpenPoseAnswer, PosesAnswer, Problem
 from serve.service import PoseService, Protocol, logger
-from serve.v2 import HEADER_LENGTH, answer_of_v2, metadata, uploads_of_v2
+from serve.v2 import HEADER_LENGTH, SERVER, answer_of_v2, metadata, uploads_of_v2
 
 SAFE = {
     "X-Content-Type-Options": "nosniff",
@@ -39,7 +39,14 @@ SAFE = {
     "Cache-Control": "no-store",
 }
 """Headers of every answer that does not have them otherwise."""
-PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
+PROBES = (
+    "/livez",
+    "/readyz",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
 """Asked every few seconds by machines: logged where they are not answered with 200."""
 LOGGED = ("request_id", "slug", "reason", "key", "pictures", "people")
 Format = Literal["native", "coco", "openpose"]
@@ -48,11 +55,15 @@ Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
 class Envelope:
-    """Around every request: an id for it, its end counted, and no exception without an answer."""
+    """Around every request: an id for it, its end counted, and no exception without an answer.
 
-    def __init__(self, app: ASGIApp, service: PoseService) -> None:
+    hosts: names that it may be addressed to; () for any.
+    """
+
+    def __init__(self, app: ASGIApp, service: PoseService, hosts: tuple[str, ...]) -> None:
         self.app = app
         self.service = service
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,18 +89,18 @@ class Envelope:
             self._check_host(request)
             await self.app(scope, receive, counted)
         except Problem as error:
-            response = await _as_response(request, error)
+            response = await as_response(request, error)
             await response(scope, receive, counted)
         except Exception as error:
             logger.exception("request %s failed", request.state.request_id)
             if status:
                 raise  # too late to answer anything else
-            response = await _as_response(request, error)
+            response = await as_response(request, error)
             await response(scope, receive, counted)
 
     def _check_host(self, request: Request) -> None:
         """A page from elsewhere, whose name was made to lead here, must not ask in its visitor's name."""
-        allowed = self.service.args.hosts
+        allowed = self.hosts
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).lower()
         if allowed and not {host, "*"} & set(allowed) and request.url.path not in ("/livez", "/readyz"):
             raise Problem("misdirected", f"{host or 'no name'}: not a host of this endpoint (--serve.hosts).")
@@ -118,7 +129,7 @@ def _log(request: Request, path: str, status: int, seconds: float) -> None:
     logger.info("%s %s %d %.1f ms", request.method, path, status, milliseconds, extra=fields)
 
 
-async def _as_response(request: Request, error: Exception) -> Response:
+async def as_response(request: Request, error: Exception) -> Response:
     problem = _as_problem(request, error)
     request.state.slug, request.state.reason = problem.slug, problem.members.get("reason", "")
     body = problem.body(request.url.path, request.state.request_id)
@@ -180,9 +191,9 @@ def make_app(service: PoseService) -> FastAPI:
             expose_headers=["X-Request-ID", "Retry-After", "X-Model-Version", "X-Warning"],
             max_age=600,
         )
-    app.add_middleware(Envelope, service=service)
+    app.add_middleware(Envelope, service=service, hosts=service.args.hosts)
     for kind in (Problem, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _as_response)
+        app.add_exception_handler(kind, as_response)
     _add_poses(app, service)
     _add_state(app, service)
     _add_v2(app, service)
@@ -245,16 +256,9 @@ def _add_v2(app: FastAPI, service: PoseService) -> None:
     protocol, model = Protocol((), uploads_of_v2), "/v2/models/{name}"
     hidden: dict[str, Any] = {"include_in_schema": False}  # it has a schema of its own
 
-    def named(name: str, version: str | None = None) -> ServedModel:
-        served = service.ready()
-        if name != served.choice.name or version not in (None, served.choice.version):
-            here = f"{served.choice.name} {served.choice.version}"
-            raise Problem("not-found", f"{name} {version or ''}: no such model; here is {here}.")
-        return served
-
     @app.get("/v2", **hidden)
     async def server() -> dict[str, Any]:
-        return {"name": "hrnet", "version": "1", "extensions": ["binary_tensor_data"]}
+        return {**SERVER, "extensions": ["binary_tensor_data"]}
 
     @app.get("/v2/health/live", **hidden)
     async def live() -> dict[str, bool]:
@@ -268,18 +272,18 @@ def _add_v2(app: FastAPI, service: PoseService) -> None:
     @app.get(f"{model}/ready", **hidden)
     @app.get(f"{model}/versions/{{version}}/ready", **hidden)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
-        return {"name": named(name, version).choice.name, "ready": True}
+        return {"name": model_named(service, name, version).choice.name, "ready": True}
 
     @app.get(model, **hidden)
     @app.get(f"{model}/versions/{{version}}", **hidden)
     async def described(name: str, version: str | None = None) -> dict[str, Any]:
-        served = named(name, version)
+        served = model_named(service, name, version)
         return metadata(served.info(), served.predictor.spec.skeleton.num_keypoints)
 
     @app.post(f"{model}/infer", **hidden)
     @app.post(f"{model}/versions/{{version}}/infer", **hidden)
     async def inference(request: Request, name: str, version: str | None = None) -> Response:
-        named(name, version)
+        model_named(service, name, version)
         answered = await service.answer(request, protocol=protocol)
         warnings = [warning for result in answered.answer.results for warning in result.warnings]
         more = {"request_id": answered.answer.request_id, **({"warnings": warnings} if warnings else {})}
@@ -287,6 +291,15 @@ def _add_v2(app: FastAPI, service: PoseService) -> None:
         if length == len(content):
             return Response(content, media_type="application/json")
         return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+
+
+def model_named(service: PoseService, name: str, version: str | None) -> ServedModel:
+    """The model that answers, where it is called so. Problem (404) where not, (503) where there is none."""
+    served = service.ready()
+    if name != served.choice.name or version not in (None, served.choice.version):
+        here = f"{served.choice.name} {served.choice.version}"
+        raise Problem("not-found", f"{name} {version or ''}: no such model; here is {here}.")
+    return served
 
 
 def _add_state(app: FastAPI, service: PoseService) -> None:

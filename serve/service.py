@@ -219,7 +219,8 @@ class PoseService:
                 try:
                     async with asyncio.timeout(self.args.deadline_s):
                         uploads = await protocol.uploads_of(request, body, self.args.limits)
-                        return await self._answer(model, request, uploads, drawing, started)
+                        with self.room.time_for(sum(one.people for one in uploads)):
+                            return await self._answer(model, request, uploads, drawing, started)
                 except TimeoutError:
                     raise Problem(
                         "deadline",
@@ -273,7 +274,7 @@ class PoseService:
             headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads], len(uploads))
         areas = [header.width * header.height for header in headers]
         width, height = model.predictor.spec.input_size
-        cut = sum(1 if one.boxes_xywh is None else len(one.boxes_xywh) for one in uploads) * width * height
+        cut = sum(one.people for one in uploads) * width * height
         together = cut + sum(areas) <= pixels.limit
         jobs = [(model, upload, header, keep) for upload, header in zip(uploads, headers, strict=True)]
         async with contextlib.AsyncExitStack() as held:
@@ -321,8 +322,10 @@ class PoseService:
     async def _infer(self, portions: list[Portion]) -> list[Inferred | Exception]:
         loop = asyncio.get_running_loop()
         inferred = await loop.run_in_executor(self._inference, infer, portions, self.args.max_batch_people)
-        if any(isinstance(one, Inferred) for one in inferred):
+        if done := [one for one in inferred if isinstance(one, Inferred)]:
             self._last_success = time.monotonic()
+            spent = max(one.ended for one in done) - min(one.started for one in done)
+            self.room.worked(sum(len(one.scores) for one in done), spent)
         return inferred
 
 

@@ -130,6 +130,8 @@ class ServeArgs(LiveSettings, ReplicaSettings):
     limits: Limits = Limits()
     need_keys: bool = False
     """A replica that finds no keys does not start."""
+    here_only: bool = False
+    """Calls over gRPC are answered to this machine alone: Serve's gRPC servers listen on every interface."""
     batch_wait_s: float = Field(default=BATCH_WAIT_S, ge=0)
     """How long an idle model waits for more people; while it is busy, the next batch gathers anyway."""
     num_replicas: int = Field(default=REPLICAS, ge=1)

@@ -1,4 +1,5 @@
-"""Open Inference Protocol v2 over HTTP, with Triton's binary tensors: what tritonclient and KServe speak.
+"""Open Inference Protocol v2: what tritonclient and KServe speak. Here over HTTP, with Triton's binary
+tensors; v2_grpc.py has the same tensors in messages.
 
 inputs    image      BYTES [N]         N pictures as files; in JSON base64
           boxes      FP32  [P, 4]      left, top, width, height, px of the displayed picture; optional
@@ -28,6 +29,7 @@ from serve.body import Upload, boxes_of_json, check_counts
 from serve.schemas import ModelInfo, Problem
 from serve.settings import Limits
 
+SERVER = {"name": "hrnet", "version": "1"}
 HEADER_LENGTH = "inference-header-content-length"
 INPUTS = {"image": ("BYTES", [-1]), "boxes": ("FP32", [-1, 4]), "counts": ("INT32", [-1])}
 OUTPUTS = {"keypoints": "FP32", "scores": "FP32", "boxes": "FP32", "counts": "INT32"}
@@ -60,8 +62,14 @@ async def uploads_of_v2(request: Request, body: bytes, limits: Limits) -> list[U
     """The pictures and boxes of an inference request; its Wish is put into request.state. Problem for
     anything else that it holds."""
     fields, tail = _split(body, request.headers.get(HEADER_LENGTH))
-    request.state.wish = _wish(fields)
-    tensors = _tensors(fields.get("inputs"), tail)
+    request.state.wish = wish_of(fields)
+    return uploads_of_inputs(fields.get("inputs"), tail, limits)
+
+
+def uploads_of_inputs(inputs: Any, tail: bytes, limits: Limits) -> list[Upload]:
+    """The pictures and boxes of [{name, datatype, data}, ...]; in place of data binary_data_size among the
+    parameters, for so many bytes of `tail`. Problem names the input that is wrong."""
+    tensors = _tensors(inputs, tail)
     images = [_picture(one, i) for i, one in enumerate(tensors.get("image", []))]
     boxes = tensors.get("boxes")
     check_counts(len(images), len(images) if boxes is None else len(boxes), limits)
@@ -86,13 +94,7 @@ def _boxes_of_each(images: int, boxes: list[Any] | None, counts: list[int] | Non
 
 def answer_of_v2(wish: Wish, model: ModelInfo, poses: list[Poses], more: dict[str, Any]) -> tuple[bytes, int]:
     """(body, length of the JSON at its beginning). more: parameters of the answer."""
-    arrays: dict[str, NDArray[Any]] = {
-        "keypoints": np.concatenate([one.keypoints.data for one in poses]).astype("<f4"),
-        "scores": np.concatenate([one.scores for one in poses]).astype("<f4"),
-        "boxes": np.concatenate([one.boxes.xywh for one in poses]).astype("<f4"),
-        "counts": np.array([len(one) for one in poses], "<i4"),
-    }
-    outputs, tail = [], b""
+    arrays, outputs, tail = arrays_of(poses), [], b""
     for name in wish.outputs:
         array = arrays[name]
         output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": list(array.shape)}
@@ -105,6 +107,16 @@ def answer_of_v2(wish: Wish, model: ModelInfo, poses: list[Poses], more: dict[st
     head = {"model_name": model.name, "model_version": model.version, "id": wish.id, "parameters": more}
     text = json.dumps({**head, "outputs": outputs}, allow_nan=False).encode()
     return text + tail, len(text)
+
+
+def arrays_of(poses: list[Poses]) -> dict[str, NDArray[Any]]:
+    """The outputs, little-endian."""
+    return {
+        "keypoints": np.concatenate([one.keypoints.data for one in poses]).astype("<f4"),
+        "scores": np.concatenate([one.scores for one in poses]).astype("<f4"),
+        "boxes": np.concatenate([one.boxes.xywh for one in poses]).astype("<f4"),
+        "counts": np.array([len(one) for one in poses], "<i4"),
+    }
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], bytes]:
@@ -126,7 +138,8 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], byte
     return fields, body[length:]
 
 
-def _wish(fields: dict[str, Any]) -> Wish:
+def wish_of(fields: dict[str, Any]) -> Wish:
+    """Of {id, parameters, outputs}. Problem names an output that there is not."""
     parameters, asked = fields.get("parameters") or {}, fields.get("outputs") or []
     if not isinstance(parameters, dict) or not _named(asked):
         raise Problem("malformed-body", "the body: parameters are an object, outputs a list of {name, ...}.")

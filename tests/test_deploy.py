@@ -190,7 +190,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "first_frame": True,
     }
     renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
-    kept_here = {"host", "port", "haproxy", "samples", "keys", "anyone"}
+    kept_here = {"host", "port", "grpc_port", "haproxy", "samples", "keys", "anyone"}
     assert set(ServeSettings.model_fields) == {*same, *renamed, *kept_here}, "a new setting must go somewhere"
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}
@@ -462,14 +462,15 @@ def test_a_port_is_known_as_long_as_its_process_lives(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert endpoint_at(8123) is None
-    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True):
+    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True, grpc_port=9000):
         found = endpoint_at(8123)
         assert found
-        assert (found.address, found.host, found.haproxy, found.pid) == (
+        assert (found.address, found.host, found.haproxy, found.pid, found.grpc_port) == (
             "127.0.0.1:6000",
             "127.0.0.1",
             True,
             os.getpid(),
+            9000,
         )
         assert endpoint_at(8124) is None
         (file,) = tmp_path.glob("hrnet/serving/*.json")
@@ -502,10 +503,12 @@ def test_other_machines_are_answered_with_keys_or_by_saying_so(
     file.write_text("camera 0123456789abcdef\n")
     here = args_of(str(checkpoint), tmp_path)
     assert (here.keys, here.need_keys, "localhost" in here.hosts) == (None, False, True)
+    assert here.here_only
     with pytest.raises(ConfigError, match=r"--serve\.keys FILE.*--serve\.anyone"):
         args_of(str(checkpoint), tmp_path, host="0.0.0.0")
     keyed = args_of(str(checkpoint), tmp_path, host="0.0.0.0", keys=str(file))
     assert (keyed.keys, keyed.need_keys, keyed.hosts) == (str(file), True, ())
+    assert not keyed.here_only
     assert not args_of(str(checkpoint), tmp_path, host="0.0.0.0", anyone=True).need_keys
     with pytest.raises(ConfigError, match="leave one out"):
         args_of(str(checkpoint), tmp_path, keys=str(file), anyone=True)
@@ -527,6 +530,48 @@ def test_an_endpoint_that_listens_to_others_is_not_left_without_keys(
     monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: pytest.fail("nothing is told to Serve"))
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0 is reached from other machines and no keys are given"):
         deploy(str(checkpoint), ServeSettings(), run=RunSettings(storage=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("there_port", "said"), [(None, "answering HTTP alone"), (9001, "to gRPC on 9001")])
+def test_an_endpoint_keeps_its_grpc_port(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    there_port: int | None,
+    said: str,
+) -> None:
+    there = Endpoint("somewhere", "127.0.0.1", True, 1, 0.0, there_port)
+    brought: list[ServeSettings] = []
+    monkeypatch.setattr(deploying, "endpoint_at", lambda port: there)
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "room_for", lambda *_: 2)
+    bring_up = lambda args, settings, _: brought.append(settings) or "http://127.0.0.1:8000"  # noqa: E731
+    monkeypatch.setattr(live, "bring_up", bring_up)
+    deploy(str(checkpoint), ServeSettings(grpc_port=9000), run=RunSettings(storage=str(tmp_path)))
+    assert brought[0].grpc_port == there_port
+    told = capsys.readouterr().out
+    assert said in told
+    assert ("gRPC  127.0.0.1:9001 " in told) == (there_port == 9001)
+
+
+def test_grpc_takes_messages_as_long_as_bodies_and_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServeSettings(grpc_port=9000, max_body_bytes=1000, haproxy=False)
+    variables = ingress.environment(settings)
+    assert variables["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == "1000"
+    assert int(variables["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) > 1000
+    first, last = (int(variables[f"RAY_SERVE_DIRECT_INGRESS_{end}_GRPC_PORT"]) for end in ("MIN", "MAX"))
+    assert last - first == 99
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):  # endpoints that are there already: their calls would be answered by this one
+            taken = stack.enter_context(socket.create_server(("", ingress._free_ports(1, in_a_row=100)[0])))
+            port = taken.getsockname()[1]
+            found = int(ingress.environment(settings)["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"])
+            assert not found <= port < found + 100
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" not in ingress.environment(settings)
+    with pytest.raises(ValueError, match="grpc_port 8000 is the port of HTTP"):
+        ServeSettings(grpc_port=8000)
 
 
 def test_keys_go_only_where_that_is_said() -> None:

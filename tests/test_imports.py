@@ -110,6 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines.mlflow_model": {"mlflow", "pandas", "numpy", "hrnet_core"},
     "pipelines": STAGES,
     "serve.work": SERVER | {"simplejpeg"},
+    "serve.v2_grpc": SERVER | {"grpc", "google"},
     "serve": SERVER,
 }
 # What a part of pipelines/ may import of pipelines/, beside itself.

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from free_ports import free_port
+from free_ports import free_ports
 from test_serve import save_tiny
 
 from hrnet_core.errors import ConfigError
@@ -33,16 +33,18 @@ BOX = [[5.0, 5.0, 60.0, 100.0]]
 class Endpoint:
     """A deployment on the shared Ray, as `hrnet deploy` makes it, and the two versions it is given."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, grpc_port: int) -> None:
         self.run = RunSettings(storage=str(folder / "runs"))
-        self.settings = ServeSettings(port=port, cpus_per_replica=0.5, flip_test=False)
+        self.settings = ServeSettings(
+            port=port, grpc_port=grpc_port, cpus_per_replica=0.5, flip_test=False, max_body_bytes=6_000_000
+        )
         self.folders = [save_tiny(folder / str(seed), seed) for seed in (0, 1)]
         predictors = [PosePredictor.load(one, device="cpu") for one in self.folders]
         self.sha256 = [one.spec.weights_sha256 or "" for one in predictors]
         self.poses = {
             one.spec.weights_sha256: one(IMAGE, BOX, flip_test=False)[0].keypoints.xy for one in predictors
         }
-        self.port = port
+        self.port, self.grpc = port, f"127.0.0.1:{grpc_port}"
         self.url = f"http://127.0.0.1:{port}"
 
     def deploy(self, version: int) -> str:
@@ -73,8 +75,7 @@ class Endpoint:
 def endpoint(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from ray import serve
 
-    port = free_port()
-    endpoint = Endpoint(tmp_path_factory.mktemp("live"), port)
+    endpoint = Endpoint(tmp_path_factory.mktemp("live"), *free_ports(2))
     try:
         endpoint.deploy(0)
         yield endpoint
@@ -120,6 +121,33 @@ def kill_replica() -> None:
     while replica in replica_ids():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def ask_grpc(address: str, picture: bytes) -> Any:
+    """What Triton's client is answered."""
+    triton = pytest.importorskip("tritonclient.grpc", reason="tritonclient of the dev extra")
+    image, boxes = triton.InferInput("image", [1], "BYTES"), triton.InferInput("boxes", [1, 4], "FP32")
+    image.set_data_from_numpy(np.array([picture], object))
+    boxes.set_data_from_numpy(np.array(BOX, np.float32))
+    with triton.InferenceServerClient(address) as client:
+        assert client.is_server_ready()
+        return client.infer("hrnet-pose", [image, boxes])
+
+
+def check_grpc(endpoint: Endpoint) -> None:
+    """Answers over gRPC, also to messages longer than gRPC's usual 4 MiB, up to `max_body_bytes`."""
+    png = encode_png(IMAGE)
+    for picture in (png, png + bytes(5_000_000)):  # what follows a PNG's end is not looked at
+        found = ask_grpc(endpoint.grpc, picture)
+        (sha256,) = (one for one in endpoint.sha256 if one.startswith(found.get_response().model_version))
+        keypoints = found.as_numpy("keypoints")[0, :, :2]
+        np.testing.assert_allclose(keypoints, endpoint.poses[sha256][0], rtol=0, atol=1e-3)
+    with pytest.raises(Exception, match=r"RESOURCE_EXHAUSTED.*larger than max"):
+        ask_grpc(endpoint.grpc, png + bytes(6_000_000))
+
+
+def test_grpc_is_answered_through_haproxy(endpoint: Endpoint) -> None:
+    check_grpc(endpoint)
 
 
 def test_another_version_comes_live_in_place_and_goes_back_without_a_lost_request(endpoint: Endpoint) -> None:

@@ -23,7 +23,7 @@ from test_serve import PNG, call, form, photo, save_tiny, service_of
 
 from hrnet_core.images import check_image, decode_image, encode_jpeg
 from serve.metrics import SECONDS, Sums
-from serve.room import Pixels
+from serve.room import Pixels, Room
 from serve.routes import make_app
 from serve.service import PoseService
 from serve.settings import Limits
@@ -220,6 +220,63 @@ def test_bodies_and_their_bytes_are_bounded(
     assert (response.json()["type"], response.json()["reason"]) == ("urn:hrnet:problem:overloaded", reason)
     assert int(response.headers["retry-after"]) >= 1
     assert (service.room.bodies, service.room.bytes_held) == (0, 0)
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def test_who_would_wait_past_the_deadline_is_told_at_once_and_others_are_answered(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network of 5 s a person and a deadline of 20 s: behind three there is no time for two, behind four
+    for none; who is alone is let in, whatever the network was like."""
+    service = service_of(checkpoint, deadline_s=20, max_batch_people=1)
+    assert service.model
+    go, predict = threading.Event(), service.model.predictor.predict_crops
+
+    def when_told(*args: Any) -> Any:
+        assert go.wait(60)
+        return predict(*args)
+
+    monkeypatch.setattr(service.model.predictor, "predict_crops", when_told)
+    service.room.worked(2, 10.0)
+
+    async def together() -> tuple[list[httpx.Response], list[httpx.Response]]:
+        async with app_client(service) as http:
+            asked = [asyncio.create_task(http.post("/v1/poses", **form())) for _ in range(3)]
+            while service.room.people < 3:
+                await asyncio.sleep(0.01)
+            two = await http.post("/v1/poses", **form(boxes=[[3, 3, 20, 20], [9, 9, 20, 20]]))
+            asked.append(asyncio.create_task(http.post("/v1/poses", **form())))
+            while service.room.people < 4:
+                await asyncio.sleep(0.01)
+            late = await http.post("/v1/poses", **form())
+            go.set()
+            return [two, late], await asyncio.gather(*asked)
+
+    refused, answered = asyncio.run(together())
+    for response in refused:
+        assert (response.status_code, response.json()["reason"]) == (429, "wait"), response.text
+        assert response.headers["retry-after"] == "5"
+    assert "4 people are waiting here, 20 s of work" in refused[1].json()["detail"]
+    assert [response.status_code for response in answered] == [200] * 4
+    assert service.room.people == 0
+    service.room.worked(1, 1e6)
+    assert post(service, **form()).status_code == 200
+
+
+def test_seconds_a_person_are_those_of_the_last_batches(service: PoseService) -> None:
+    room = Room(service.args)
+    assert room.seconds_a_person == 0
+    for people, seconds in ((2, 1.0), (8, 2.0)):
+        room.worked(people, seconds)
+    assert room.seconds_a_person == pytest.approx((0.9 * 1 + 2) / (0.9 * 2 + 8))
+
+
+def test_the_network_is_timed(checkpoint: Path) -> None:
+    service = service_of(checkpoint)
+    assert post(service, **form()).status_code == 200
+    assert 0 < service.room.seconds_a_person < 60
 
 
 # --- pixels -------------------------------------------------------------------------------------

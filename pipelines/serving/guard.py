@@ -14,8 +14,8 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has the
 
 
 def who_may_ask(settings: ServeSettings) -> dict[str, Any]:
-    """`keys`, `need_keys` and `hosts` of ServeArgs. ConfigError where there are no keys, or none that can be
-    used, and the endpoint would listen to everyone."""
+    """`keys`, `need_keys`, `hosts` and `here_only` of ServeArgs. ConfigError where there are no keys, or none
+    that can be used, and the endpoint would listen to everyone."""
     file = absolute(settings.keys) if settings.keys else None
     keys = Keys(file)
     if settings.anyone and keys.wanted:
@@ -28,4 +28,4 @@ def who_may_ask(settings: ServeSettings) -> dict[str, Any]:
             f"--serve.anyone if something in front asks for keys."
         )
     hosts = settings.hosts or (LOOPBACK_NAMES if here else ())
-    return {"keys": file, "need_keys": keys.wanted, "hosts": hosts}
+    return {"keys": file, "need_keys": keys.wanted, "hosts": hosts, "here_only": here}

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError
@@ -18,6 +19,8 @@ from pipelines.config import ServeSettings
 
 # Serve's own limit must not come before the application's: its answer is plain text.
 SERVE_GRACE_S = 15
+REPLICA_PORTS = 100
+"""Of replicas' gRPC servers on a laptop; one that ended is kept free for a minute and a half."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -48,10 +51,25 @@ def environment(settings: ServeSettings) -> dict[str, str]:
     # Replicas without the threads, gRPC for their calls, logs in blocks: docs/benchmarks/serving.md.
     variables = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # A busy machine starts a process in more than Serve's 5 s, and would never have a proxy.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         # A killed proxy is back in seconds, not in half a minute.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
     }
+    if settings.grpc_port:
+        variables |= {
+            "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(settings.max_body_bytes),
+            # The Python proxy hands a message on to the replica whole, with a little around it.
+            "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(settings.max_body_bytes + 2**20),
+        }
+        if not on_cluster():
+            # Serve's gRPC servers share a port with those of another endpoint: calls would go astray.
+            first = _free_ports(1, range(26000, 30000 - REPLICA_PORTS), in_a_row=REPLICA_PORTS)[0]
+            variables |= {
+                "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first),
+                "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + REPLICA_PORTS - 1),
+            }
     if haproxy(settings):
         ends = int(settings.body_s + settings.deadline_s) + SERVE_GRACE_S
         variables |= {
@@ -67,12 +85,13 @@ def environment(settings: ServeSettings) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**18),
         }
         if not on_cluster():
-            variables |= _of_this_machine(settings.port)
+            variables |= _of_this_machine({settings.port, settings.grpc_port})
     return variables
 
 
-def _of_this_machine(port: int) -> dict[str, str]:
-    """A folder and ports of its own, so that two endpoints do not meet, and our wrapper around HAProxy."""
+def _of_this_machine(taken: set[int | None]) -> dict[str, str]:
+    """A folder and ports of its own (none of `taken`), so that two endpoints do not meet; our wrapper around
+    HAProxy."""
     import serve.haproxy
 
     folder = Path(tempfile.mkdtemp(prefix="hrnet-haproxy-"))  # for this user only: Serve's own is everyone's
@@ -87,12 +106,14 @@ def _of_this_machine(port: int) -> dict[str, str]:
         "METRICS_SOCKET_PATH": "metrics.sock",
         "BINARY_PATH": "haproxy",
     }
-    ports = _free_ports(2, port)
+    ports = _free_ports(4, [port for port in range(20000, 26000) if port not in taken])
     return {
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[1]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # Draining lets load balancers look away first; here it would only hold up a change by 30 s.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -105,21 +126,22 @@ def remove_folder(variables: dict[str, str]) -> None:
         shutil.rmtree(Path(wrapper).parent, ignore_errors=True)
 
 
-def _free_ports(count: int, besides: int) -> list[int]:
-    """None of them `besides`, on which nobody listens yet. Of a range that nobody is given at random, above
-    Ray's workers and below Serve's replicas: HAProxy binds them seconds after they were found free."""
+def _free_ports(count: int, among: Sequence[int], in_a_row: int = 1) -> list[int]:
+    """The first port of each row. `among`: what nobody is given at random, above Ray's workers and below
+    Serve's replicas, as they are bound seconds after they were found free."""
     with contextlib.ExitStack() as stack:
         free: list[int] = []
         while len(free) < count:
-            port = random.SystemRandom().randrange(20000, 30000)
+            port = random.SystemRandom().choice(among)
             with contextlib.suppress(OSError):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                free += [port] if port != besides else []
+                for one in range(port, port + in_a_row):
+                    stack.enter_context(socket.socket()).bind(("", one))
+                free.append(port)
         return free
 
 
-def refuse_port_in_use(host: str, port: int) -> None:
-    """Serve finds out in its proxy process, in a log that nobody reads."""
+def refuse_port_in_use(host: str, port: int, setting: str = "port") -> None:
+    """Serve finds out in its proxy process, in a log that nobody reads. setting: that names the port."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -130,6 +152,6 @@ def refuse_port_in_use(host: str, port: int) -> None:
     except OSError as error:
         raise ConfigError(
             f"port {port} of {host} cannot be used ({error.strerror}): another program has it, or the "
-            f"address is not this machine's. Choose another with --serve.port or --serve.host, or end that "
-            f"program."
+            f"address is not this machine's. Choose another with --serve.{setting} or --serve.host, or end "
+            f"that program."
         ) from None

@@ -52,6 +52,8 @@ def bring_up(args: ServeArgs, settings: ServeSettings, ray_settings: RaySettings
     shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{shown}:{settings.port}"
     _wait_ready(url)
+    if settings.grpc_port:
+        _wait_answered(f"{shown}:{settings.grpc_port}")
     return url
 
 
@@ -74,14 +76,27 @@ def start_serve(settings: ServeSettings) -> None:
         return
     if not on_cluster():
         refuse_port_in_use(settings.host, settings.port)
+        if settings.grpc_port:
+            refuse_port_in_use(settings.host, settings.grpc_port, "grpc-port")
     timeout = settings.body_s + settings.deadline_s + SERVE_GRACE_S
     variables = environment(settings)
     atexit.register(remove_folder, variables)
     serve.start(
         proxy_location="EveryNode" if on_cluster() else "HeadOnly",
         http_options={"host": settings.host, "port": settings.port, "request_timeout_s": timeout},
+        grpc_options=_grpc_options(settings, timeout),
         controller_options={"runtime_env": {"env_vars": variables}},
     )
+
+
+def _grpc_options(settings: ServeSettings, timeout: float) -> dict[str, Any] | None:
+    """None: no gRPC. Serve's reflection knows the messages of the common descriptor pool only, not ours."""
+    from serve.v2_grpc import SERVICER
+
+    if settings.grpc_port is None:
+        return None
+    taken = {"port": settings.grpc_port, "grpc_servicer_functions": [SERVICER]}
+    return {**taken, "request_timeout_s": timeout, "enable_reflection": False}
 
 
 def states(seconds: float = 30) -> list[dict[str, Any]]:
@@ -258,3 +273,21 @@ def _wait_ready(url: str, seconds: float = 60) -> None:
     if not on_cluster():
         raise ConfigError(f"{message}. Logs: the folder logs/serve of Ray's session.")
     print(f"note: {message}: from here the address may not be reachable.", flush=True)
+
+
+def _wait_answered(address: str, seconds: float = 60) -> None:
+    """_wait_ready, of gRPC."""
+    from serve.v2_grpc import is_ready
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if is_ready(address, timeout_s=5):
+            return
+        time.sleep(0.1)
+    message = (
+        f"{address} did not answer over gRPC within {seconds:g} s. --serve.grpc-port is for the start of "
+        f"Serve; where that runs already, it listens as before."
+    )
+    if not on_cluster():
+        raise ConfigError(f"{message} Logs: the folder logs/serve of Ray's session.")
+    print(f"note: {message} Or from here the address may not be reachable.", flush=True)

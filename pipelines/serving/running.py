@@ -26,14 +26,17 @@ class Endpoint:
     pid: int
     started: float
     """When that process began: another one may have its id later."""
+    grpc_port: int | None = None
 
 
 @contextlib.contextmanager
-def announced(port: int, address: str, host: str, haproxy: bool) -> Iterator[None]:
+def announced(
+    port: int, address: str, host: str, haproxy: bool, grpc_port: int | None = None
+) -> Iterator[None]:
     """This process serves `port`, while the block lasts."""
     process = psutil.Process()
     file = _file(port)
-    endpoint = Endpoint(address, host, haproxy, process.pid, process.create_time())
+    endpoint = Endpoint(address, host, haproxy, process.pid, process.create_time(), grpc_port)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(file, json.dumps(asdict(endpoint)))
     try:
