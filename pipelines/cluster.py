@@ -20,8 +20,8 @@ from pipelines.stop import handlers_kept
 
 METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's variable for a Ray of one machine: "0" and its processes listen on the loopback address alone, as they
-do on macOS and Windows. On Linux they would listen to everyone. Ray reads it when it is imported."""
+"""Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
+macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
 
 
 def on_cluster() -> bool:
