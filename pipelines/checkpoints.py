@@ -56,7 +56,7 @@ def local_checkpoint(
     name = champion_of(track.registered_model) if checkpoint is None else str(checkpoint)
     with tempfile.TemporaryDirectory(prefix="hrnet-checkpoint-") as copy:
         if name.startswith(REGISTERED):
-            registry = Registry(Tracker(track, storage))
+            registry = Registry(Tracker(track, storage, create=False))
             version = registry.version(name)
             if version is None:
                 raise CheckpointError(

@@ -8,6 +8,8 @@ torch or Ray.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import re
@@ -20,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import destination, is_uri, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
 from pipelines.config import RunConfig, Section
-from pipelines.config_file import explain, load_config
+from pipelines.config_file import load_config, refused
 from pipelines.stop import Stopped, stoppable
 
 
@@ -97,10 +98,17 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
                 f"name a config first: hrnet {verb} CONFIG ..., a YAML file or a shipped name such as "
                 f"w32_256x192 (hrnet {verb} --help lists every setting)."
             )
+    how = {"args": list(argv), "prog": prog, "description": about, **default}
     try:
-        return tyro.cli(model, args=list(argv), prog=prog, description=about, **default)
-    except ValidationError as error:
-        raise ConfigError(explain(error, f"arguments of hrnet {verb}")) from None
+        # tyro shows a value that a model refuses as pydantic's lines in a box; a config file gets a sentence.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(model, **how)
+    except SystemExit as ended:
+        if why := refused(ended):
+            raise ConfigError(why) from None
+        if not ended.code:  # help, on stdout
+            raise
+    return tyro.cli(model, **how)  # what tyro itself has to say, to a terminal if it is one
 
 
 def _need(value: str | tuple[str, ...] | None, flag: str, what: str) -> None:

@@ -21,6 +21,7 @@ from pipelines.storage import join, read_file
 from pipelines.tracking import Tracker, quiet_mlflow
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import Model
 
@@ -54,8 +55,12 @@ class Registry:
     """Versions of the model that `track.registered_model` names, and of others by their full name."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self.tracker, self.client = tracker, tracker.client
+        self.tracker = tracker
         self.model = tracker.settings.registered_model
+
+    @property
+    def client(self) -> MlflowClient:
+        return self.tracker.client
 
     @quiet_mlflow()
     def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
@@ -78,6 +83,8 @@ class Registry:
         """The version that "models:/name@alias", "models:/name/3" or "3" names, or the newest of the weights
         that a sha256 or a checkpoint folder (path or URI) names; None: the newest of all. None where there is
         none."""
+        if not self.tracker.there:
+            return None
         if ref is None:
             return self._newest()
         if re.fullmatch("[0-9a-f]{64}", ref):
@@ -184,7 +191,7 @@ def record_evaluation(
     None where the checkpoint was never registered in this store (nothing is written then).
     """
     key = comparable(protocol)
-    tracker = Tracker(track or TrackSettings(), storage)
+    tracker = Tracker(track or TrackSettings(), storage, create=False)
     version = Registry(tracker).version(ref)
     if version is None:
         return None
