@@ -12,13 +12,11 @@ import contextlib
 import io
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -198,7 +196,9 @@ def evaluate(args: arguments.Evaluate) -> None:
     both = "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json"
     _need(args.checkpoint, "CHECKPOINT", both)
     _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
-    out = args.out or _evaluation_folder(args)
+    from pipelines.checkpoints import evaluation_folder
+
+    out = args.out or evaluation_folder(args.checkpoint, "det" if args.boxes else "gt", args.run.storage)
     what = {"split": args.split, "boxes": args.boxes, "settings": args.evaluate, "ray": args.ray}
     if args.measure_modes:
         if args.report:
@@ -248,18 +248,6 @@ def _beside(folder: str, ending: str) -> str:
     """A path or URI with something at the end of its name."""
     address, mark, query = folder.partition("?") if is_uri(folder) else (folder, "", "")
     return f"{address}{ending}{mark}{query}"
-
-
-def _evaluation_folder(args: arguments.Evaluate) -> str:
-    """Beside a local checkpoint; in the storage folder for one that comes from elsewhere."""
-    from pipelines.checkpoints import is_folder_here
-    from pipelines.storage import join
-
-    kind = "evaluation_det" if args.boxes else "evaluation_gt"
-    if not is_folder_here(args.checkpoint):
-        name = re.sub(r"[^\w.-]+", "_", args.checkpoint)
-        return join(destination(args.run.storage, "--run.storage"), f"evaluations/{name}/{kind}")
-    return str(Path(args.checkpoint).parent / kind)
 
 
 def benchmark(args: arguments.Benchmark) -> int:

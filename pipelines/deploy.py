@@ -19,12 +19,14 @@ from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import metrics_port, on_cluster, ray_address, ray_session, room_for, with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
+from pipelines.serving.expected import expected_scores
 from pipelines.serving.guard import who_may_ask
 from pipelines.serving.ingress import haproxy, refuse_port_in_use
 from pipelines.serving.pinned import pinned, prune, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_folder
 from pipelines.stop import stoppable
+from serve import traces
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ def serve_args(
             raise type(error)(str(error).replace(str(still), found.name)) from None
         reachable = pinned(found, still, run.storage, settings.port)
     sha256 = spec.weights_sha256 or ""
+    flip_test = spec.flip_test if settings.flip_test is None else settings.flip_test
     name, _, version = (found.version or f"{track.registered_model}/{sha256[:12]}").rpartition("/")
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
     replica |= who_may_ask(settings)
@@ -109,6 +112,7 @@ def serve_args(
         source=found.name,
         name=name,
         sha256=sha256,
+        expected_scores=expected_scores(found, sha256, flip_test, run.storage),
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
@@ -126,6 +130,8 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     why = "" if on_cluster() else unusable(settings.mode, device, exported_names(folder))
     if why:
         raise ConfigError(f"mode {settings.mode!r} cannot run here: {why}.")
+    if not on_cluster() and (why := traces.cannot(settings.traces)):
+        raise ConfigError(f"--serve.traces or OTEL_EXPORTER_OTLP_ENDPOINT: {why}.")
     verify_checkpoint(folder)
     return read_spec(folder)
 
@@ -209,6 +215,15 @@ def _wait_for_signal() -> None:
             time.sleep(1)
 
 
+def _told_of_drift(args: ServeArgs) -> str:
+    if args.expected_scores:
+        return f"  drift of scores is measured from an evaluation's {sum(args.expected_scores):,} keypoints"
+    return (
+        "  drift of scores is not measured: no evaluation of these weights, with the flip test that is "
+        "served, was found (docs/watching.md)"
+    )
+
+
 def _told(url: str, args: ServeArgs, spec: CheckpointSpec) -> str:
     width, height = spec.input_size
     key = "-H 'Authorization: Bearer KEY' " if args.need_keys else ""
@@ -218,5 +233,6 @@ def _told(url: str, args: ServeArgs, spec: CheckpointSpec) -> str:
             f"  page  {url}/",
             f"  try   curl {key}-F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
             f"  API   {url}/docs",
+            _told_of_drift(args),
         ]
     )

@@ -31,7 +31,7 @@ CHAMPION = "champion"
 DECISIVE = ("data_digest", "boxes", "flip_test", "preset")
 """What of two protocols must be equal before their APs are compared (docs/contracts.md)."""
 EVALUATION = "evaluation."
-"""Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats"}."""
+"""Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats", "keypoint_scores"}."""
 
 
 def champion_of(registered_model: str) -> str:
@@ -180,6 +180,7 @@ def record_evaluation(
     protocol: Mapping[str, Any],
     artifacts: Sequence[str | Path] = (),
     *,
+    keypoint_scores: Mapping[str, Any] | None = None,
     track: TrackSettings | None = None,
     storage: str | Path = "runs",
 ) -> str | None:
@@ -187,8 +188,9 @@ def record_evaluation(
 
     stats: "AP", "AP50", ... as fractions. protocol: data_digest, boxes ("gt", or "det" with whatever
     identifies the boxes), flip_test, preset, and more if wanted; only those four decide whether two APs
-    are compared. Metrics become eval_gt/* or eval_det/*. Returns the version's name "hrnet-pose/3", or
-    None where the checkpoint was never registered in this store (nothing is written then).
+    are compared. keypoint_scores: their distribution, {"up_to", "counts"}. Metrics become eval_gt/* or
+    eval_det/*. Returns the version's name "hrnet-pose/3", or None where the checkpoint was never registered
+    in this store (nothing is written then).
     """
     key = comparable(protocol)
     tracker = Tracker(track or TrackSettings(), storage, create=False)
@@ -196,7 +198,9 @@ def record_evaluation(
     if version is None:
         return None
     prefix = "eval_gt" if protocol["boxes"] == "gt" else "eval_det"
-    body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
+    found = {"protocol": dict(protocol), "stats": dict(stats)}
+    found |= {"keypoint_scores": dict(keypoint_scores)} if keypoint_scores else {}
+    body = json.dumps(found, sort_keys=True)
     for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
         tracker.client.set_model_version_tag(version.name, version.version, tag, text)
     if version.run_id:
@@ -206,7 +210,7 @@ def record_evaluation(
 
 
 def evaluations(version: ModelVersion) -> dict[str, dict[str, Any]]:
-    """{key of what must be equal: {"protocol", "stats"}} that record_evaluation wrote to a version."""
+    """{key of what must be equal: {"protocol", "stats", ...}} that record_evaluation wrote to a version."""
     return {
         key.removeprefix(EVALUATION): json.loads(value)
         for key, value in version.tags.items()
