@@ -191,6 +191,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "body_idle_s": 3.0,
         "body_s": 5.0,
         "log_format": "json",
+        "traces": "http://127.0.0.1:4318",
         "max_body_bytes": 19,
         "max_pixels": 23,
         "max_people": 29,
@@ -203,6 +204,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}
     assert {name: served[name] for name in same} == same
+    assert args.expected_scores == (), "of a checkpoint that was never evaluated"
     assert (args.num_replicas, args.num_cpus, args.num_gpus, args.batch_wait_s) == (2, 0.5, 1.0, 0.007)
     assert re.fullmatch("[0-9a-f]{12}", args.version)
     assert args.sha256.startswith(args.version)
