@@ -181,7 +181,7 @@ class PoseService:
     def __del__(self) -> None:
         """Serve's last call to a replica that ends: the last seconds' traces are still here."""
         if traces := getattr(self, "traces", None):
-            traces.flush()
+            traces.close()
 
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""

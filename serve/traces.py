@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 """OpenTelemetry's variables: where one is set in the environment of a replica, traces go there."""
 NOTHING: AbstractContextManager[None] = nullcontext()
 SERVICE = "hrnet"
+END_S = 2.0
 
 
 def cannot(endpoint: str | None) -> str:
@@ -163,6 +165,13 @@ class Traces:
         """Send what is kept back; returns when that is done, or has failed."""
         if self._provider:
             self._provider.force_flush()
+
+    def close(self) -> None:
+        """Send what is kept back and end; a receiver that is away does not hold up a replica that ends."""
+        if self._provider:
+            ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+            ending.start()
+            ending.join(END_S)
 
 
 def _provider(endpoint: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 import subprocess
 import sys
 import threading
@@ -231,6 +232,23 @@ def test_opentelemetrys_own_variables_are_heard(
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
     asked(service_of(checkpoint), form(boxes=BOXES))
     assert len(receiver.spans()) == len(STAGES) + 2
+
+
+def test_a_receiver_that_is_away_costs_no_answer_and_no_end(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.traces.END_S", 0.05)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        service = service_of(checkpoint, traces=f"http://127.0.0.1:{nobody.getsockname()[1]}")
+
+        async def send() -> int:
+            transport = httpx.ASGITransport(make_app(service))
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+                return (await http.post("/v1/poses", **form(boxes=BOXES))).status_code
+
+        assert asyncio.run(send()) == 200
+        service.traces.close()
 
 
 OFF = """
