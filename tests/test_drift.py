@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from dots import fitted_network, rows_here, write_coco
 from test_evaluate import CODEC, SPEC
-from test_serve import call, form, service_of
+from test_serve import Direct, call, form
 
 from hrnet_core.checkpoint import save_checkpoint
 from hrnet_core.errors import CheckpointError
@@ -24,8 +25,9 @@ from pipelines.deploy import serve_args
 from pipelines.evaluate import evaluate
 from pipelines.serving.expected import expected_scores
 from serve.model import load_model
+from serve.routes import make_app
 from serve.service import PoseService
-from serve.settings import ModelChoice, ServeArgs
+from serve.settings import LiveSettings, ModelChoice, ServeArgs
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,8 +161,11 @@ def test_the_same_pictures_show_none_and_noisy_ones_show_much(
     monkeypatch.setattr("serve.drift.LEAST", 17 * evaluated["figures"]["people"])
     args, noise = args_of(evaluated), np.random.default_rng(0)
     choice = args.choice()
-    service = service_of(evaluated["checkpoint"])
-    service.model = load_model(choice, args)
+    service = Direct(args.model_copy(update={"hosts": ("*",)}), make_app)
+    asyncio.run(service.reconfigure(args.model_dump(include=set(LiveSettings.model_fields))))
+    ask(service, evaluated, lambda picture: picture)
+    service.metrics.show(service.room, at_once=True)
+    assert service.metrics.drift._gauge.values[(choice.version,)] < LITTLE / 10, "as Serve starts it"
 
     def measured(change: Any) -> float | None:
         service.metrics.drift.watch(choice.model_copy(update={"version": "other"}))
