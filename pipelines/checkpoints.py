@@ -4,16 +4,17 @@ into a bucket."""
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import CheckpointError
-from hrnet_core.locations import is_uri, open_folder, refuse_credentials
+from hrnet_core.locations import destination, is_uri, open_folder, refuse_credentials
 from pipelines.config import TrackSettings
-from pipelines.registry import CHAMPION, REGISTERED, Registry, champion_of
+from pipelines.registry import CHAMPION, REGISTERED, Registry, champion_of, evaluations
 from pipelines.storage import join, list_files, put_file, writable
 from pipelines.tracking import Tracker
 
@@ -36,12 +37,23 @@ class LocalCheckpoint:
     """"hrnet-pose/3" where the name is of the registry."""
     copied: bool = False
     """The folder goes when the block ends."""
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """What the registry has of a version (`registry.evaluations`)."""
 
 
 def is_folder_here(checkpoint: str | Path) -> bool:
     """True for a folder of this machine, which may be added to. DataError for a URI with credentials."""
     refuse_credentials(str(checkpoint))
     return not (str(checkpoint).startswith(REGISTERED) or is_uri(str(checkpoint)))
+
+
+def evaluation_folder(checkpoint: str, boxes: str, storage: str) -> str:
+    """Where evaluate writes unless it is told, boxes "gt" or "det": beside a local checkpoint; in the storage
+    folder for one that comes from elsewhere."""
+    if is_folder_here(checkpoint):
+        return str(Path(checkpoint).parent / f"evaluation_{boxes}")
+    name = re.sub(r"[^\w.-]+", "_", checkpoint)
+    return join(destination(storage, "--run.storage"), f"evaluations/{name}/evaluation_{boxes}")
 
 
 @contextlib.contextmanager
@@ -56,7 +68,7 @@ def local_checkpoint(
     name = champion_of(track.registered_model) if checkpoint is None else str(checkpoint)
     with tempfile.TemporaryDirectory(prefix="hrnet-checkpoint-") as copy:
         if name.startswith(REGISTERED):
-            registry = Registry(Tracker(track, storage))
+            registry = Registry(Tracker(track, storage, create=False))
             version = registry.version(name)
             if version is None:
                 raise CheckpointError(
@@ -66,7 +78,8 @@ def local_checkpoint(
                 )
             folder = registry.checkpoint_folder(version, Path(copy))
             copied = folder.is_relative_to(copy)
-            yield LocalCheckpoint(name, folder, f"{version.name}/{version.version}", copied)
+            known = tuple(evaluations(version).values())
+            yield LocalCheckpoint(name, folder, f"{version.name}/{version.version}", copied, known)
         else:
             from hrnet_core.checkpoint import fetch_checkpoint
 

@@ -8,25 +8,24 @@ torch or Ray.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import tyro
-from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import destination, is_uri, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
 from pipelines.config import RunConfig, Section
-from pipelines.config_file import explain, load_config
+from pipelines.config_file import load_config, refused
 from pipelines.stop import Stopped, stoppable
 
 
@@ -97,10 +96,17 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
                 f"name a config first: hrnet {verb} CONFIG ..., a YAML file or a shipped name such as "
                 f"w32_256x192 (hrnet {verb} --help lists every setting)."
             )
+    how = {"args": list(argv), "prog": prog, "description": about, **default}
     try:
-        return tyro.cli(model, args=list(argv), prog=prog, description=about, **default)
-    except ValidationError as error:
-        raise ConfigError(explain(error, f"arguments of hrnet {verb}")) from None
+        # tyro shows a value that a model refuses as pydantic's lines in a box; a config file gets a sentence.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(model, **how)
+    except SystemExit as ended:
+        if why := refused(ended):
+            raise ConfigError(why) from None
+        if not ended.code:  # help, on stdout
+            raise
+    return tyro.cli(model, **how)  # what tyro itself has to say, to a terminal if it is one
 
 
 def _need(value: str | tuple[str, ...] | None, flag: str, what: str) -> None:
@@ -190,7 +196,9 @@ def evaluate(args: arguments.Evaluate) -> None:
     both = "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json"
     _need(args.checkpoint, "CHECKPOINT", both)
     _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
-    out = args.out or _evaluation_folder(args)
+    from pipelines.checkpoints import evaluation_folder
+
+    out = args.out or evaluation_folder(args.checkpoint, "det" if args.boxes else "gt", args.run.storage)
     what = {"split": args.split, "boxes": args.boxes, "settings": args.evaluate, "ray": args.ray}
     if args.measure_modes:
         if args.report:
@@ -240,18 +248,6 @@ def _beside(folder: str, ending: str) -> str:
     """A path or URI with something at the end of its name."""
     address, mark, query = folder.partition("?") if is_uri(folder) else (folder, "", "")
     return f"{address}{ending}{mark}{query}"
-
-
-def _evaluation_folder(args: arguments.Evaluate) -> str:
-    """Beside a local checkpoint; in the storage folder for one that comes from elsewhere."""
-    from pipelines.checkpoints import is_folder_here
-    from pipelines.storage import join
-
-    kind = "evaluation_det" if args.boxes else "evaluation_gt"
-    if not is_folder_here(args.checkpoint):
-        name = re.sub(r"[^\w.-]+", "_", args.checkpoint)
-        return join(destination(args.run.storage, "--run.storage"), f"evaluations/{name}/{kind}")
-    return str(Path(args.checkpoint).parent / kind)
 
 
 def benchmark(args: arguments.Benchmark) -> int:

@@ -19,6 +19,9 @@ from pipelines.progress import Every
 from pipelines.stop import handlers_kept
 
 METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
+macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
 
 
 def on_cluster() -> bool:
@@ -43,6 +46,8 @@ def ray_session(
     """
     if address:  # of a Ray started here, which asks for its token; read when ray is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address or not on_cluster():
+        os.environ.setdefault(LOOPBACK_ONLY, "0")
     import ray
 
     if ray.is_initialized():
@@ -96,6 +101,8 @@ def _started(
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # Until it runs nothing else is said, for half a minute on a busy machine.
+    print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
     with handlers_kept():
         ray.init(
             address=address,

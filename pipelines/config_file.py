@@ -78,17 +78,32 @@ def _read(path: Path) -> dict[str, Any]:
     return fields
 
 
-def explain(error: ValidationError, source: str) -> str:
-    """A pydantic error as one paragraph: source, each field and what it should have been."""
+def refused(ended: BaseException) -> str | None:
+    """The sentence for values of a command line that a section's model refused, where that is why tyro has
+    ended the program."""
+    section, error = "", ended.__context__
+    if error is not None and isinstance(error.__context__, ValidationError):
+        section, error = f"{getattr(error, 'arg', '')}.", error.__context__  # tyro's InstantiationError
+    if not isinstance(error, ValidationError):
+        return None
+    return explain(error, "command line", f"--{section}")
+
+
+def explain(error: ValidationError, source: str, flags: str | None = None) -> str:
+    """A pydantic error as one paragraph: source, each field and what it should have been. flags: what stands
+    before a field on the command line, "--train."; None: it was no command line."""
     parts = []
     for problem in error.errors():
-        field = ".".join(str(p) for p in problem["loc"]) or "the whole"
+        field = ".".join(str(p) for p in problem["loc"])
+        if flags is not None and field:
+            field = flags + ".".join(p for p in problem["loc"] if isinstance(p, str)).replace("_", "-")
         if problem["type"] == "extra_forbidden":
             parts.append(f"unknown key {field!r}{_did_you_mean(problem['loc'])}")
         else:
-            parts.append(
-                f"{field}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
-            )
+            what = problem["msg"].removeprefix("Value error, ")
+            # Of a whole section, which is wrong in itself, the message names the fields.
+            got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            parts.append(f"{field}: {what}{got}" if field else what + got)
     return f"{source}: {'; '.join(parts)}. All settings: docs/configuration.md."
 
 

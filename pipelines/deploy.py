@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.errors import CheckpointError, ConfigError, PoseError
+from hrnet_core.locations import one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import metrics_port, on_cluster, ray_address, ray_session, room_for, with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
+from pipelines.serving.expected import expected_scores
 from pipelines.serving.guard import who_may_ask
-from pipelines.serving.ingress import haproxy
-from pipelines.serving.pinned import pinned, standing_still
+from pipelines.serving.ingress import haproxy, refuse_port_in_use
+from pipelines.serving.pinned import pinned, prune, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_folder
+from pipelines.stop import stoppable
+from serve import traces
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def deploy(
     rollback: instead the version that was live before the one that is; `checkpoint` is to be None.
 
     Here: prints the address once requests are answered and, with `block`, waits for Ctrl-C or SIGTERM, then
-    ends Serve and the Ray it started. Where another process of this machine serves the port, switches the
-    model there and returns. block=False wants a Ray that runs in this process, and leaves Serve running on
-    it. On a cluster (RAY_ADDRESS) it never blocks, and Serve goes on after this process.
+    ends Serve and the Ray it started; before that both raise Stopped. Where another process of this machine
+    serves the port, switches the model there and returns. block=False wants a Ray that runs in this process,
+    and leaves Serve running on it. On a cluster (RAY_ADDRESS) it never blocks, and Serve goes on after this
+    process.
 
     CheckpointError, ConfigError, DataError before Serve is told anything where the checkpoint, a setting or
     the samples are wrong; ConfigError where Serve cannot bring the model up. What was live before goes on.
@@ -59,7 +61,7 @@ def deploy(
     run, track, ray_settings = run or RunSettings(), track or TrackSettings(), ray_settings or RaySettings()
     block = block and not on_cluster()
     there = endpoint_at(settings.port) if block else None
-    with _interruptible():
+    with stoppable():
         if rollback:
             if checkpoint is not None:
                 raise ConfigError("--rollback takes no CHECKPOINT: it brings back what was live before.")
@@ -68,19 +70,24 @@ def deploy(
         here = settings
         if there:
             here = settings.model_copy(update={"host": there.host, "grpc_port": there.grpc_port})
+        if block and there is None:
+            refuse_port_in_use(settings.host, settings.port)
         with local_checkpoint(checkpoint, track, run.storage) as found:
             args, spec = serve_args(found, here, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        with ray_session(with_metrics_port(ray_settings), address=there.address if there else None):
+        joined = there.address if there else None
+        # What Serve's processes print is of no use here; their logs have it.
+        with ray_session(with_metrics_port(ray_settings), address=joined, workers_shown=False):
             if block and settings.cpus_per_replica is None:
                 args = args.model_copy(update=_share_of_the_machine(args))
             if block and there is None:
-                return _until_a_signal(args, spec, settings, ray_settings)
+                return _until_a_signal(args, spec, settings, run, ray_settings)
             if there:
                 _say_what_stays(settings, there)
             url = live.bring_up(args, here, ray_settings)
             print(_told(url, args, spec, here), flush=True)
+            _remove_old_copies(args, run.storage, settings.port)
     return url
 
 
@@ -93,8 +100,9 @@ def serve_args(
             spec = _checked(still, settings)
         except (CheckpointError, ConfigError) as error:  # of the copy: it is gone when this is read
             raise type(error)(str(error).replace(str(still), found.name)) from None
-        reachable = pinned(found, still, run.storage)
+        reachable = pinned(found, still, run.storage, settings.port)
     sha256 = spec.weights_sha256 or ""
+    flip_test = spec.flip_test if settings.flip_test is None else settings.flip_test
     name, _, version = (found.version or f"{track.registered_model}/{sha256[:12]}").rpartition("/")
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
     replica |= who_may_ask(settings)
@@ -106,6 +114,7 @@ def serve_args(
         source=found.name,
         name=name,
         sha256=sha256,
+        expected_scores=expected_scores(found, sha256, flip_test, run.storage),
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
@@ -123,6 +132,8 @@ def _checked(folder: Path, settings: ServeSettings) -> CheckpointSpec:
     why = "" if on_cluster() else unusable(settings.mode, device, exported_names(folder))
     if why:
         raise ConfigError(f"mode {settings.mode!r} cannot run here: {why}.")
+    if not on_cluster() and (why := traces.cannot(settings.traces)):
+        raise ConfigError(f"--serve.traces or OTEL_EXPORTER_OTLP_ENDPOINT: {why}.")
     verify_checkpoint(folder)
     return read_spec(folder)
 
@@ -134,11 +145,30 @@ def _share_of_the_machine(args: ServeArgs) -> dict[str, float | int]:
     return {"num_cpus": share / 2, "threads": args.threads or share}
 
 
+def _remove_old_copies(args: ServeArgs, storage: str, port: int) -> None:
+    """Of earlier deploys, once this one is live. It is, whatever becomes of them."""
+    now = live.intended()
+    if now is None:
+        return
+    try:
+        removed = prune(args.checkpoint, storage, port, {now.checkpoint, (now.previous or now).checkpoint})
+    except (PoseError, OSError, ValueError) as error:
+        print(f"note: old copies beside {args.checkpoint} were not removed: {one_line(error)}", flush=True)
+        return
+    if removed:
+        print(f"removed {len(removed)} old copies beside {args.checkpoint}", flush=True)
+
+
 def _until_a_signal(
-    args: ServeArgs, spec: CheckpointSpec, settings: ServeSettings, ray_settings: RaySettings
+    args: ServeArgs,
+    spec: CheckpointSpec,
+    settings: ServeSettings,
+    run: RunSettings,
+    ray_settings: RaySettings,
 ) -> str:
     """The endpoint, as long as this process lives."""
     url = live.bring_up(args, settings, ray_settings)
+    _remove_old_copies(args, run.storage, settings.port)
     by_haproxy = haproxy(settings)
     with announced(settings.port, ray_address(), settings.host, by_haproxy, settings.grpc_port):
         metrics = f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics"
@@ -156,7 +186,7 @@ def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoi
         raise ConfigError(
             f"nothing is served on port {settings.port} of this machine (--serve.port names another one)."
         )
-    with ray_session(ray_settings, address=there.address if there else None):
+    with ray_session(ray_settings, address=there.address if there else None, workers_shown=False):
         before = live.intended()
         if before is None:
             raise ConfigError("no endpoint runs here, so there is nothing to go back from.")
@@ -184,20 +214,19 @@ def _say_what_stays(settings: ServeSettings, there: Endpoint) -> None:
 # --- waiting -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell's background job ignored SIGINT."""
-    with contextlib.ExitStack() as restored:
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGINT, signal.SIGTERM):
-                restored.callback(signal.signal, which, signal.signal(which, signal.default_int_handler))
-        yield
-
-
 def _wait_for_signal() -> None:
-    with _interruptible(), contextlib.suppress(KeyboardInterrupt):  # Ray has put its own in place of ours
+    with stoppable(), contextlib.suppress(KeyboardInterrupt):  # Ray has put its own in place of ours
         while True:
             time.sleep(1)
+
+
+def _told_of_drift(args: ServeArgs) -> str:
+    if args.expected_scores:
+        return f"  drift of scores is measured from an evaluation's {sum(args.expected_scores):,} keypoints"
+    return (
+        "  drift of scores is not measured: no evaluation of these weights, with the flip test that is "
+        "served, was found (docs/watching.md)"
+    )
 
 
 def _told(url: str, args: ServeArgs, spec: CheckpointSpec, settings: ServeSettings) -> str:
@@ -211,5 +240,6 @@ def _told(url: str, args: ServeArgs, spec: CheckpointSpec, settings: ServeSettin
             f"  try   curl {key}-F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
             f"  API   {url}/docs",
             *([f"  gRPC  {calls} (Open Inference Protocol)"] if settings.grpc_port else []),
+            _told_of_drift(args),
         ]
     )

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import CheckpointError, DataError
 from hrnet_core.locations import destination
+from hrnet_core.score_drift import SCORE_BOUNDS, score_counts
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
@@ -111,6 +112,7 @@ def evaluate(
         "left_out": dict(Counter(of.left_out)),
         "repaired": dict(of.split.repaired),
         "doubts": dict(of.doubts),
+        "keypoint_scores": keypoint_scores(scores),
     }
     evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, out)
     with writable(out):
@@ -123,8 +125,22 @@ def evaluate(
     # An alias may have moved meanwhile; a folder is known by its weights.
     ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
     with on_this_machine(files) as copies:
-        version = record_evaluation(ref, stats, evaluation.protocol, copies, track=track, storage=storage)
+        version = record_evaluation(
+            ref,
+            stats,
+            evaluation.protocol,
+            copies,
+            keypoint_scores=figures["keypoint_scores"],
+            track=track,
+            storage=storage,
+        )
     return replace(evaluation, version=version)
+
+
+def keypoint_scores(scores: NDArray[np.float32]) -> dict[str, list[Any]]:
+    """How the scores (P, K) of the people that were asked about are distributed, as the predictor gave them:
+    what an endpoint compares its own with."""
+    return {"up_to": list(SCORE_BOUNDS), "counts": score_counts(scores).tolist()}
 
 
 def group_photos(of: EvaluationSet, people: int) -> list[PhotoGroup]:

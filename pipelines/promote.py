@@ -16,6 +16,9 @@ from pipelines.config import TrackSettings
 from pipelines.registry import Registry, champion_of, evaluations
 from pipelines.tracking import Tracker
 
+HARDLY_ANYBODY = 0.05
+"""AP below which that is said. The published models have .74 and more on COCO's val2017."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -38,6 +41,17 @@ class Promotion:
     comparisons: tuple[Comparison, ...]
 
     @property
+    def doubt(self) -> str | None:
+        """What is said of a champion that finds next to nobody; None where there is nothing to say."""
+        worst = min(self.comparisons, key=lambda c: c.candidate)
+        if not self.promoted or worst.candidate >= HARDLY_ANYBODY:
+            return None
+        return (
+            f"note: an AP of {worst.candidate:.4f} is that of a model that finds next to nobody, and hrnet "
+            f"deploy will serve it. Train on, or promote another version (hrnet promote NUMBER)."
+        )
+
+    @property
     def exit_code(self) -> int:
         """0: the candidate is champion. 3: the old one stays."""
         return 0 if self.promoted else 3
@@ -55,7 +69,7 @@ class Promotion:
             head = f"{self.candidate} is champion"
         else:
             head = f"{self.candidate} is champion, {self.previous} was"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *([self.doubt] if self.doubt else [])])
 
 
 def promote(
@@ -67,7 +81,7 @@ def promote(
         the newest version. Equal APs promote. The first evaluated version becomes champion.
     DataError: no such version, one that was never evaluated, or no protocol in common with the champion.
     """
-    registry = Registry(Tracker(track or TrackSettings(), storage))
+    registry = Registry(Tracker(track or TrackSettings(), storage, create=False))
     store = registry.tracker.shown
     new = registry.version(candidate)
     if new is None:

@@ -21,6 +21,7 @@ from pipelines.storage import join, read_file
 from pipelines.tracking import Tracker, quiet_mlflow
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import Model
 
@@ -30,7 +31,7 @@ CHAMPION = "champion"
 DECISIVE = ("data_digest", "boxes", "flip_test", "preset")
 """What of two protocols must be equal before their APs are compared (docs/contracts.md)."""
 EVALUATION = "evaluation."
-"""Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats"}."""
+"""Prefix of a version's tags that hold an evaluation: JSON {"protocol", "stats", "keypoint_scores"}."""
 
 
 def champion_of(registered_model: str) -> str:
@@ -54,8 +55,12 @@ class Registry:
     """Versions of the model that `track.registered_model` names, and of others by their full name."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self.tracker, self.client = tracker, tracker.client
+        self.tracker = tracker
         self.model = tracker.settings.registered_model
+
+    @property
+    def client(self) -> MlflowClient:
+        return self.tracker.client
 
     @quiet_mlflow()
     def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
@@ -78,6 +83,8 @@ class Registry:
         """The version that "models:/name@alias", "models:/name/3" or "3" names, or the newest of the weights
         that a sha256 or a checkpoint folder (path or URI) names; None: the newest of all. None where there is
         none."""
+        if not self.tracker.there:
+            return None
         if ref is None:
             return self._newest()
         if re.fullmatch("[0-9a-f]{64}", ref):
@@ -173,6 +180,7 @@ def record_evaluation(
     protocol: Mapping[str, Any],
     artifacts: Sequence[str | Path] = (),
     *,
+    keypoint_scores: Mapping[str, Any] | None = None,
     track: TrackSettings | None = None,
     storage: str | Path = "runs",
 ) -> str | None:
@@ -180,16 +188,19 @@ def record_evaluation(
 
     stats: "AP", "AP50", ... as fractions. protocol: data_digest, boxes ("gt", or "det" with whatever
     identifies the boxes), flip_test, preset, and more if wanted; only those four decide whether two APs
-    are compared. Metrics become eval_gt/* or eval_det/*. Returns the version's name "hrnet-pose/3", or
-    None where the checkpoint was never registered in this store (nothing is written then).
+    are compared. keypoint_scores: their distribution, {"up_to", "counts"}. Metrics become eval_gt/* or
+    eval_det/*. Returns the version's name "hrnet-pose/3", or None where the checkpoint was never registered
+    in this store (nothing is written then).
     """
     key = comparable(protocol)
-    tracker = Tracker(track or TrackSettings(), storage)
+    tracker = Tracker(track or TrackSettings(), storage, create=False)
     version = Registry(tracker).version(ref)
     if version is None:
         return None
     prefix = "eval_gt" if protocol["boxes"] == "gt" else "eval_det"
-    body = json.dumps({"protocol": dict(protocol), "stats": dict(stats)}, sort_keys=True)
+    found = {"protocol": dict(protocol), "stats": dict(stats)}
+    found |= {"keypoint_scores": dict(keypoint_scores)} if keypoint_scores else {}
+    body = json.dumps(found, sort_keys=True)
     for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
         tracker.client.set_model_version_tag(version.name, version.version, tag, text)
     if version.run_id:
@@ -199,7 +210,7 @@ def record_evaluation(
 
 
 def evaluations(version: ModelVersion) -> dict[str, dict[str, Any]]:
-    """{key of what must be equal: {"protocol", "stats"}} that record_evaluation wrote to a version."""
+    """{key of what must be equal: {"protocol", "stats", ...}} that record_evaluation wrote to a version."""
     return {
         key.removeprefix(EVALUATION): json.loads(value)
         for key, value in version.tags.items()

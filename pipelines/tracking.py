@@ -95,16 +95,20 @@ class Tracker:
 
     `storage` is the folder that holds mlflow.db and its artifacts where no server is named (`store_of`, whose
     errors are raised). ConfigError too where the store cannot be used, StoreAway where it does not answer.
+    create=False, for who only reads: a database that is not there is not made; `there` is then False, and the
+    store must not be asked.
     """
 
-    def __init__(self, settings: TrackSettings, storage: str | Path) -> None:
+    def __init__(self, settings: TrackSettings, storage: str | Path, create: bool = True) -> None:
         named = store_of(settings, storage)
         self.settings = settings
         self.storage = Path() if named else Path(storage).resolve()
         self.local = not named
         self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
         self.shown = without_credentials(self.uri)
-        self._connect()
+        self.there = create or not self.local or (self.storage / "mlflow.db").exists()
+        if self.there:
+            self._connect()
 
     @quiet_mlflow()
     def _connect(self) -> None:

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.serve.metrics import Counter, Gauge
 
+from hrnet_core.score_drift import SCORE_BOUNDS
+from serve.drift import Drift
 from serve.room import Room
 from serve.schemas import ModelInfo
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-SCORES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 PEOPLE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODEL = ("version", "mode")
 # How often gauges are set. Ray takes them every ten seconds.
@@ -112,7 +113,8 @@ class Metrics:
         )
         stages = "Seconds of an answered request by stage: read, decode, queue, infer."
         self.stages = Sums("hrnet_stage_seconds", stages, SECONDS, ("stage", *MODEL))
-        self.scores = Sums("hrnet_keypoint_score", "Scores of all keypoints.", SCORES, MODEL)
+        self.scores = Sums("hrnet_keypoint_score", "Scores of all keypoints.", SCORE_BOUNDS, MODEL)
+        self.drift = Drift()
         self.batches = Sums("hrnet_batch_people", "People of a forward pass.", PEOPLE, ())
         now = {
             "in_progress": "Requests that have a place.",
@@ -143,6 +145,7 @@ class Metrics:
         if people:  # Ray's counters refuse 0
             self.people.inc(people, tags=dict(tags))
             self.scores.observe_all(scores, model.version, model.mode)
+            self.drift.found(scores, model.version)
         self.pixels.inc(pixels, tags=dict(tags))
 
     def show(self, room: Room, at_once: bool = False) -> None:
@@ -155,3 +158,4 @@ class Metrics:
             gauge.set(count)
         for histogram in (self.seconds, self.stages, self.scores, self.batches):
             histogram.show()
+        self.drift.show()

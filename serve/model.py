@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ray.serve.metrics import Gauge
 
 from hrnet_core.errors import CheckpointError
+from hrnet_core.score_drift import SCORE_BOUNDS
 from serve.schemas import LoadedModel, ModelInfo, NamedModel
 from serve.settings import LiveSettings, ModelChoice, ServeArgs
 
@@ -44,6 +45,7 @@ class ServedModel:
             codec=spec.codec.as_dict(),
             skeleton={**spec.skeleton.as_dict(), "palette": [list(c) for c in spec.skeleton.palette]},
             provenance=spec.provenance,
+            expected_scores=list(self.choice.expected_scores) or None,
         )
 
 
@@ -60,6 +62,11 @@ def load_model(choice: ModelChoice, args: ServeArgs) -> ServedModel:
     from hrnet_core.checkpoint import fetch_checkpoint, verify_checkpoint
     from hrnet_core.predictor import PosePredictor
 
+    if len(choice.expected_scores) not in (0, len(SCORE_BOUNDS) + 1):
+        raise CheckpointError(
+            f"expected_scores: {len(choice.expected_scores)} counts, but keypoint scores are counted in "
+            f"{len(SCORE_BOUNDS) + 1} buckets. Deploy again with this version of hrnet, or leave them out."
+        )
     with tempfile.TemporaryDirectory(prefix="hrnet-checkpoint-") as temporary:
         folder = fetch_checkpoint(choice.checkpoint, Path(temporary))
         verify_checkpoint(folder)

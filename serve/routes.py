@@ -30,6 +30,7 @@ from serve.model import ServedModel
 from serve.openapi import REQUEST_BODY, describe
 from serve.schemas import UNTOLD, CocoResult, ModelsAnswer, OpenPoseAnswer, PosesAnswer, Problem
 from serve.service import PoseService, Protocol, logger
+from serve.traces import UNTRACED, spans_of
 from serve.v2 import HEADER_LENGTH, SERVER, answer_of_v2, metadata, uploads_of_v2
 
 SAFE = {
@@ -73,7 +74,10 @@ class Envelope:
         # Serve's proxies set the header where the client did not, and return it with the answer.
         given = request.headers.get("x-request-id", "")
         request.state.request_id = given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
-        status = 0
+        traces, traced = self.service.traces, request.url.path not in PROBES
+        given = request.state.request_id
+        spans = traces.began(request.method, request.headers, given) if traced else UNTRACED
+        request.state.spans, status = spans, 0
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -97,6 +101,8 @@ class Envelope:
                 raise  # too late to answer anything else
             response = await as_response(request, error)
             await response(scope, receive, counted)
+        finally:
+            spans.end()
 
     def _check_host(self, request: Request) -> None:
         """A page from elsewhere, whose name was made to lead here, must not ask in its visitor's name."""
@@ -112,14 +118,25 @@ class Envelope:
         told = {name: known[name] for name in names if name in known}
         self.service.metrics.ended(Outcome(path, status, seconds, **told))
         self.service.metrics.show(self.service.room)
+        known["spans"].answered(request.method, path, status, _traced(known))
         if path not in PROBES or status != 200:
             _log(request, path, status, seconds)
+
+
+def _traced(known: dict[str, Any]) -> dict[str, Any]:
+    """What a trace says of a request, beside method, route, status and id."""
+    told = {name: known[name] for name in ("slug", "reason", "pictures", "people") if name in known}
+    if "model" in known:
+        told |= {"version": known["model"].version, "mode": known["model"].mode}
+    return told
 
 
 def _log(request: Request, path: str, status: int, seconds: float) -> None:
     """A line for a request that has ended. Of what the client sent its id alone: no picture, box or key."""
     known = request.scope["state"]
     told = {name: known[name] for name in LOGGED if known.get(name) not in (None, "")}
+    if trace_id := known["spans"].trace_id:
+        told["trace_id"] = trace_id
     if "model" in known:
         told["version"] = known["model"].version
     for stage, spent in known.get("stages", {}).items():
@@ -214,9 +231,10 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
         """
         answered = await service.answer(request)
         headers = {"X-Model-Version": answered.answer.model.version}
-        content = answered.answer.model_dump_json()
-        if format != "native":
-            content = json.dumps(_as_format(format, answered.poses, image_id), allow_nan=False)
+        with spans_of(request).stage("encode"):
+            content = answered.answer.model_dump_json()
+            if format != "native":
+                content = json.dumps(_as_format(format, answered.poses, image_id), allow_nan=False)
         return Response(content, headers=headers, media_type="application/json")
 
     @app.post(
@@ -287,7 +305,8 @@ def _add_v2(app: FastAPI, service: PoseService) -> None:
         answered = await service.answer(request, protocol=protocol)
         warnings = [warning for result in answered.answer.results for warning in result.warnings]
         more = {"request_id": answered.answer.request_id, **({"warnings": warnings} if warnings else {})}
-        content, length = answer_of_v2(request.state.wish, answered.answer.model, answered.poses, more)
+        with spans_of(request).stage("encode"):
+            content, length = answer_of_v2(request.state.wish, answered.answer.model, answered.poses, more)
         if length == len(content):
             return Response(content, media_type="application/json")
         return Response(content, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")

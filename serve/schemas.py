@@ -104,6 +104,9 @@ class LoadedModel(ModelInfo):
     skeleton: dict[str, Any]
     """Names, mirror pairs, limbs of the keypoints, and `palette`: an RGB colour for each."""
     provenance: dict[str, Any]
+    expected_scores: list[int] | None = None
+    """Counts of keypoint scores in its evaluation, which ray_hrnet_keypoint_score_drift compares with; null:
+    they are not known, and there is no such gauge."""
 
 
 class NamedModel(Answer):

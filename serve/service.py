@@ -13,8 +13,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -31,7 +31,12 @@ from serve.room import Room
 from serve.samples import load_samples
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem
 from serve.settings import Limits, LiveSettings, ModelChoice, ServeArgs
+from serve.traces import Spans, Traces, spans_of
+from serve.traces import cannot as cannot_trace
 from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, inspect, result_of
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
 DECODING_THREADS = 4
@@ -80,6 +85,9 @@ class PoseService:
         self.metrics = Metrics()
         self.room = Room(args)
         self.keys = Keys(args.keys, args.need_keys)
+        self.traces = Traces(args.traces)
+        if why := cannot_trace(args.traces):
+            logger.warning("no traces are sent: %s.", why)
         self.gauges = ModelGauges()
         self._last_success = -math.inf
         # @serve.batch closes a batch when its wait is over, even while the model is busy: requests that
@@ -131,6 +139,8 @@ class PoseService:
 
     def _settle(self, live: LiveSettings) -> None:
         self._settled = live
+        if self.model:
+            self.metrics.drift.watch(self.model.choice)
         self.gauges.show(live, self.model, failed=self.failure is not None)
 
     @property
@@ -167,6 +177,11 @@ class PoseService:
             previous=named(live.previous) if live and live.previous else None,
             last_load_error=self.failure,
         )
+
+    def __del__(self) -> None:
+        """Serve's last call to a replica that ends: the last seconds' traces are still here."""
+        if traces := getattr(self, "traces", None):
+            traces.close()
 
     async def check_health(self) -> None:
         """One crop through the network, unless requests have just shown that it works."""
@@ -210,15 +225,16 @@ class PoseService:
         drawing: for an overlay: the request is of one picture, and the file that this makes of it comes too.
         """
         model, started = self.ready(), time.perf_counter()
-        request.state.model = model.info()
+        request.state.model, spans = model.info(), spans_of(request)
         key = self.admit(request)
         with self.room.body(key) as grown:
-            with self.room.reading():
+            with self.room.reading(), spans.stage("read"):
                 body = await read_body(request, self.args.limits, grown, protocol.types)
             with self.room.place(key):
                 try:
                     async with asyncio.timeout(self.args.deadline_s):
-                        uploads = await protocol.uploads_of(request, body, self.args.limits)
+                        with spans.stage("parse"):
+                            uploads = await protocol.uploads_of(request, body, self.args.limits)
                         with self.room.time_for(sum(one.people for one in uploads)):
                             return await self._answer(model, request, uploads, drawing, started)
                 except TimeoutError:
@@ -238,16 +254,21 @@ class PoseService:
     ) -> Answered:
         if drawing and len(uploads) > 1:
             raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
-        clock, file = [started, time.perf_counter()], None
-        async with self._decoded(model, uploads, drawing is not None) as decoded:
+        clock, file, spans = [started, time.perf_counter()], None, spans_of(request)
+        async with self._decoded(model, uploads, drawing is not None, spans) as decoded:
             people = [one.people for one in decoded]
             clock.append(time.perf_counter())
-            inferred = await self._infer_people(model, np.concatenate([one.crops for one in people]))
+            crops = np.concatenate([one.crops for one in people])
+            inferred = await self._infer_people(model, crops, spans.context)
             clock += [inferred.started, inferred.ended]
-            poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
+            spans.add("queue", *clock[2:4])
+            spans.add("infer", *clock[3:5], inferred.batches)
+            with spans.stage("place"):
+                poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
+                results = [result_of(*picture) for picture in zip(decoded, poses, strict=True)]
             if drawing:
-                file = await asyncio.to_thread(drawing, decoded[0].image, poses[0])
-        results = [result_of(*picture) for picture in zip(decoded, poses, strict=True)]
+                with spans.stage("draw"):
+                    file = await asyncio.to_thread(drawing, decoded[0].image, poses[0])
         ended = time.perf_counter()
         stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
         request.state.stages = {name: float(spent) for name, spent in stages.items()}
@@ -263,7 +284,7 @@ class PoseService:
 
     @asynccontextmanager
     async def _decoded(
-        self, model: ServedModel, uploads: list[Upload], keep: bool
+        self, model: ServedModel, uploads: list[Upload], keep: bool, spans: Spans
     ) -> AsyncIterator[list[Decoded]]:
         """A request's pictures, decoded and cut, once there is room for their pixels: all at once, or one
         after the other where they are more than is ever held. keep: the pixels of its one picture, too."""
@@ -279,20 +300,26 @@ class PoseService:
         jobs = [(model, upload, header, keep) for upload, header in zip(uploads, headers, strict=True)]
         async with contextlib.AsyncExitStack() as held:
             try:
-                async with asyncio.timeout(self.args.deadline_s / 2):
-                    need = cut + (sum(areas) if together else max(areas))
-                    keep_only = await held.enter_async_context(pixels.take(need))
+                with spans.stage("wait for room"):
+                    async with asyncio.timeout(self.args.deadline_s / 2):
+                        need = cut + (sum(areas) if together else max(areas))
+                        keep_only = await held.enter_async_context(pixels.take(need))
             except TimeoutError:
                 raise self.room.full("pixels") from None
             decoded = await _in_threads(pool, decode, jobs, len(jobs) if together else 1)
+            for one in decoded:
+                spans.add("decode", *one.clock[:2])
+                spans.add("crop", *one.clock[1:])
             if not keep:
                 keep_only(cut)
             yield decoded
 
-    async def _infer_people(self, model: ServedModel, crops: NDArray[np.uint8]) -> Inferred:
+    async def _infer_people(
+        self, model: ServedModel, crops: NDArray[np.uint8], trace: SpanContext | None
+    ) -> Inferred:
         """A request's people: in portions that fit a batch, each beside other requests'."""
         size = self.args.max_batch_people
-        portions = [Portion(model, crops[i : i + size]) for i in range(0, len(crops), size)]
+        portions = [Portion(model, crops[i : i + size], trace) for i in range(0, len(crops), size)]
         parts = await asyncio.gather(*(self._infer_portion(portion) for portion in portions))
         if not parts:  # nobody is asked for: no batch, no wait
             parts = infer([Portion(model, crops)], size)
@@ -301,6 +328,7 @@ class PoseService:
             np.concatenate([part.scores for part in parts]),
             min(part.started for part in parts),
             max(part.ended for part in parts),
+            tuple(batch for part in parts for batch in part.batches),
         )
 
     async def _infer_portion(self, portion: Portion) -> Inferred:
@@ -320,8 +348,13 @@ class PoseService:
             self._idle.set()
 
     async def _infer(self, portions: list[Portion]) -> list[Inferred | Exception]:
-        loop = asyncio.get_running_loop()
-        inferred = await loop.run_in_executor(self._inference, infer, portions, self.args.max_batch_people)
+        loop, size = asyncio.get_running_loop(), self.args.max_batch_people
+        with self.traces.batch([one.trace for one in portions], count_people(portions)) as batch:
+            inferred = await loop.run_in_executor(self._inference, infer, portions, size)
+        if batch:
+            inferred = [
+                replace(one, batches=(batch,)) if isinstance(one, Inferred) else one for one in inferred
+            ]
         if done := [one for one in inferred if isinstance(one, Inferred)]:
             self._last_success = time.monotonic()
             spent = max(one.ended for one in done) - min(one.started for one in done)

@@ -5,7 +5,7 @@ Nothing but pydantic: `hrnet --help` reads this.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +88,9 @@ class ReplicaSettings(Settings):
     log_format: Literal["text", "json"] = "text"
     """Of the replicas' log: a line for each request, with its id, status, problem, key's name, version and
     times; never pictures or boxes."""
+    traces: str | None = None
+    """Where OpenTelemetry traces of requests go, by OTLP over HTTP, such as http://127.0.0.1:4318. Default:
+    where OTEL_EXPORTER_OTLP_ENDPOINT of the replicas' environment says, else none are made."""
     samples: str | None = None
     """Pictures for the page: a folder with a boxes.json; `hrnet deploy` takes the picture folder of a COCO
     split too."""
@@ -105,6 +108,9 @@ class ModelChoice(Settings):
     name: str = MODEL_NAME
     sha256: str = ""
     """Of the weights. A replica refuses a checkpoint with others; empty: whatever lies there."""
+    expected_scores: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Counts of keypoint scores in its evaluation (`keypoint_scores` of evaluation.json), which the gauge
+    ray_hrnet_keypoint_score_drift compares with; none: no such gauge."""
 
 
 class LiveSettings(ModelChoice):

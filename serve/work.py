@@ -25,6 +25,8 @@ from serve.schemas import ImageInfo, Person, Problem, Result
 from serve.settings import Limits
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
+
     from hrnet_core.predictor import Prepared
 
 
@@ -37,6 +39,8 @@ class Decoded:
     warnings: list[str]
     image: NDArray[np.uint8] | None
     """(H, W, 3), kept only where it will be drawn on."""
+    clock: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """By time.perf_counter: begun, decoded, cut."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Portion:
     model: ServedModel
     crops: NDArray[np.uint8]
     """(P, h, w, 3)"""
+    trace: SpanContext | None = None
+    """Of its request, where that is traced."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Inferred:
     """(P, K)"""
     started: float
     ended: float
+    batches: tuple[SpanContext, ...] = ()
+    """That it was part of, where they are traced."""
 
 
 def inspect(upload: Upload, limits: Limits) -> ImageHeader:
@@ -80,12 +88,15 @@ def decode(model: ServedModel, upload: Upload, header: ImageHeader, keep: bool) 
 
     keep: its pixels, too.
     """
+    begun = time.perf_counter()
     with _named(upload.field):
         image, warnings = pixels_of(upload.data, header)
+    decoded = time.perf_counter()
     if upload.boxes_xywh is not None:
         _refuse_outside(upload.boxes_xywh, image, upload.field.replace("image", "boxes"))
     (people,) = model.predictor.prepare(image, upload.boxes_xywh)
-    return Decoded(people, header.orientation != 1, warnings, image if keep else None)
+    clock = (begun, decoded, time.perf_counter())
+    return Decoded(people, header.orientation != 1, warnings, image if keep else None, clock)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,42 @@ def test_settings_that_contradict_each_other_end_with_2(capsys: pytest.CaptureFi
     assert "lanes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["train", "tiny", "--train.epochs", "0"],
+            "--train.epochs: Input should be greater than or equal to 1 (got 0)",
+        ),
+        (
+            ["deploy", "--serve.max-bodies", "-3"],
+            "--serve.max-bodies: Input should be greater than or equal to 1 (got -3)",
+        ),
+        (
+            ["draw", "OUT", "--val-images", "0"],
+            "--val-images: Input should be greater than or equal to 1 (got 0)",
+        ),
+        (["load", "URL", "a.jpg", "--rates", "1", "0"], "--rates: Input should be greater than 0 (got 0.0)"),
+        (
+            ["deploy", "--serve.max-replicas", "1", "--serve.replicas", "3"],
+            "max_replicas 1 is less than replicas 3",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_a_sentence_as_in_a_file(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = failed(argv, capsys)
+    assert error == f"hrnet {argv[0]}: command line: {said}. All settings: docs/configuration.md.\n"
+
+
+def test_what_is_no_value_at_all_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["deploy", "--serve.port", "abc"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("invalid literal") == 1
+
+
 def test_an_override_wins_over_the_file_and_the_rest_stays(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train: {epochs: 7, lr: 0.5}\ndata: {codec: udp}\n")

@@ -25,6 +25,7 @@ import psutil
 import pytest
 import torch
 from free_ports import free_port
+from listening import beyond_loopback
 from PIL import Image
 
 import pipelines.deploy as deploying
@@ -39,8 +40,10 @@ from pipelines.cluster import with_metrics_port
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.deploy import deploy, serve_args
 from pipelines.serving import ingress, live
-from pipelines.serving.pinned import published
+from pipelines.serving.pinned import KEPT, prune, published
 from pipelines.serving.running import Endpoint, announced, endpoint_at
+from pipelines.stop import Stopped
+from pipelines.storage import base_name, join, list_files, read_file
 from serve.settings import ServeArgs
 
 
@@ -100,12 +103,14 @@ def test_replicas_share_the_machine_unless_it_is_said_otherwise(
     monkeypatch.setattr(deploying, "metrics_port", lambda: 9464)  # it would start a Ray
     monkeypatch.setattr(deploying, "room_for", lambda *_: 6)
     monkeypatch.setattr(live, "bring_up", lambda args, *_: started.append(args) or "http://here")
+    monkeypatch.setattr(live, "intended", lambda: None)
     monkeypatch.setattr(deploying, "_wait_for_signal", lambda: None)
     monkeypatch.setattr(live, "drain", lambda: None)
     monkeypatch.setattr(live, "end_proxies", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     run = RunSettings(storage=str(tmp_path))
-    assert deploy(str(checkpoint), ServeSettings(**settings), run=run, block=block) == "http://here"
+    serve = ServeSettings(port=free_port(), **settings)
+    assert deploy(str(checkpoint), serve, run=run, block=block) == "http://here"
     assert [(args.num_cpus, args.threads) for args in started] == [(cpus, threads)]
 
 
@@ -132,8 +137,9 @@ def test_what_is_wrong_is_said_before_ray_starts(
         weights = bytearray((folder / "model.safetensors").read_bytes())
         weights[-1] ^= 1
         (folder / "model.safetensors").write_bytes(weights)
+    serve = ServeSettings(port=free_port(), **settings)
     with pytest.raises(error, match=named):
-        deploy(str(folder), ServeSettings(**settings), run=RunSettings(storage=str(tmp_path)))
+        deploy(str(folder), serve, run=RunSettings(storage=str(tmp_path)))
 
 
 def test_ctrl_c_before_the_endpoint_is_up_ends_it_too(
@@ -145,9 +151,10 @@ def test_ctrl_c_before_the_endpoint_is_up_ends_it_too(
 
     monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(live, "bring_up", interrupted)
-    settings, run = ServeSettings(cpus_per_replica=1), RunSettings(storage=str(tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        deploy(str(checkpoint), settings, run=run)
+    settings = ServeSettings(cpus_per_replica=1, port=free_port())
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        deploy(str(checkpoint), settings, run=RunSettings(storage=str(tmp_path)))
+    assert stopped.value.exit_code == 143
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -157,6 +164,8 @@ def test_a_port_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} .*--serve.port"):
             ingress.refuse_port_in_use("127.0.0.1", port)
+        with pytest.raises(ConfigError, match=f"port {port}"):
+            deploy("no-such-checkpoint", ServeSettings(port=port))
     ingress.refuse_port_in_use("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"--serve\.host"):
         ingress.refuse_port_in_use("192.0.2.1", port)
@@ -183,6 +192,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "body_idle_s": 3.0,
         "body_s": 5.0,
         "log_format": "json",
+        "traces": "http://127.0.0.1:4318",
         "max_body_bytes": 19,
         "max_pixels": 23,
         "max_people": 29,
@@ -195,6 +205,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}
     assert {name: served[name] for name in same} == same
+    assert args.expected_scores == (), "of a checkpoint that was never evaluated"
     assert (args.num_replicas, args.num_cpus, args.num_gpus, args.batch_wait_s) == (2, 0.5, 1.0, 0.007)
     assert re.fullmatch("[0-9a-f]{12}", args.version)
     assert args.sha256.startswith(args.version)
@@ -239,6 +250,47 @@ def test_what_is_deployed_is_a_copy_that_nothing_changes(checkpoint: Path, tmp_p
     assert args_of(str(best), tmp_path).checkpoint == third.checkpoint
     by_uri = args_of(checkpoint.as_uri(), tmp_path)
     assert (by_uri.checkpoint, by_uri.source) == (first.checkpoint, checkpoint.as_uri())
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a machine and of a bucket, where a URI may end in a query."""
+    if request.param == "folder":
+        return str(tmp_path / "runs")
+    return request.getfixturevalue("bucket") + "/runs?scheme=http"
+
+
+def test_old_copies_go_once_another_is_live(checkpoint: Path, tmp_path: Path, storage: str) -> None:
+    """Never those that a replica may start from, the last few, and those of another endpoint."""
+    run, best = RunSettings(storage=storage), tmp_path / "best"
+    shutil.copytree(checkpoint, best)
+    described = json.loads((best / "checkpoint.json").read_text())
+
+    def deployed(number: int, port: int = 8000) -> str:
+        provenance = {**described["provenance"], "run_id": str(number)}
+        (best / "checkpoint.json").write_text(json.dumps({**described, "provenance": provenance}))
+        with local_checkpoint(str(best), TrackSettings(), storage) as found:
+            return serve_args(found, ServeSettings(port=port), run, TrackSettings())[0].checkpoint
+
+    def there() -> set[int]:
+        return {number for number, copy in enumerate(copies) if list_files(copy)}
+
+    copies = [deployed(number) for number in range(KEPT + 4)]
+    assert len(set(copies)) == KEPT + 4
+    last = copies[-1]
+    assert deployed(0, port=8001) == copies[0], "another endpoint's"
+    whole = {name: read_file(join(last, name)) for name in list_files(last)}
+    assert whole == {**contents(best), "checkpoint.json": whole["checkpoint.json"]}
+    assert prune("runs/w32/best", storage, 8000, {last}) == []
+    assert there() == set(range(KEPT + 4))
+    assert set(prune(last, storage, 8000, {last, copies[2]})) == {base_name(copies[1]), base_name(copies[3])}
+    assert there() == {0, 2, *range(4, KEPT + 4)}
+    assert {name: read_file(join(last, name)) for name in list_files(last)} == whole
+    assert prune(last, storage, 8000, {last, copies[2]}) == []
+    # The first one is nobody's business here any more, and goes with the other endpoint's own list.
+    later = [deployed(number, port=8001) for number in range(KEPT - 1, 2 * KEPT)]
+    prune(later[-1], storage, 8001, {later[-1]})
+    assert not list_files(copies[0])
 
 
 def test_on_a_cluster_without_a_shared_storage_nodes_read_the_checkpoint_from_where_it_lies(
@@ -419,6 +471,10 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
     with verb.served(checkpoint) as process:
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) > 3
+        # Other machines reach nothing, but for the port of Serve's own calls to the replica, which asks for
+        # Ray's token and is on every interface whatever one says.
+        _, outside = beyond_loopback(process.pid)
+        assert [port.program for port in outside] == ["ray::ServeReplica:hrnet:poses"], outside
         (metrics,) = [line.split()[1] for line in verb.lines if "Prometheus" in line]
         assert "ray_" in httpx.get(metrics, timeout=30, trust_env=False).text
         asking = threading.Thread(target=ask)
@@ -437,7 +493,8 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
             asking.join(60)
         _, alive = psutil.wait_procs(started, timeout=30)
         assert not alive
-    assert not any("Traceback" in line for line in verb.lines), "".join(verb.lines)
+    assert verb.lines[0] == "starting Ray ...\n"
+    assert not any("Traceback" in line or "INFO" in line for line in verb.lines), "".join(verb.lines)
     assert {(status, kind) for status, kind, _ in answers} <= {
         (200, "application/json"),
         (503, "application/problem+json"),

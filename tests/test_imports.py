@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # pyarrow for who opens a folder: imported when it is.
     "hrnet_core.locations": {"pyarrow", "hrnet_core.errors"},
     "hrnet_core.oks": {"numpy"},
+    "hrnet_core.score_drift": {"numpy"},
     "hrnet_core.augment": {
         "numpy",
         "hrnet_core.choices",
@@ -109,8 +110,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines.registry": STAGES | {"mlflow"},
     "pipelines.mlflow_model": {"mlflow", "pandas", "numpy", "hrnet_core"},
     "pipelines": STAGES,
-    "serve.work": SERVER | {"simplejpeg"},
     "serve.v2_grpc": SERVER | {"grpc", "google"},
+    # Their types; imported where traces are on.
+    "serve.traces": {"opentelemetry"},
+    "serve.service": SERVER | {"opentelemetry"},
+    "serve.work": SERVER | {"simplejpeg", "opentelemetry"},
     "serve": SERVER,
 }
 # What a part of pipelines/ may import of pipelines/, beside itself.

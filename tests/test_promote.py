@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hrnet_core.errors import DataError
+from hrnet_core.errors import CheckpointError, DataError
+from pipelines.checkpoints import local_checkpoint
 from pipelines.config import TrackSettings
 from pipelines.promote import promote
 from pipelines.registry import Registry, champion_of, record_evaluation
@@ -57,6 +58,33 @@ def test_the_first_evaluated_version_becomes_champion(store: Path, track: TrackS
     assert "AP 0.5000" in str(result)
     # Once more: it stays what it is.
     assert promote(first, track=track, storage=store).exit_code == 0
+
+
+def test_a_champion_that_finds_nobody_is_named_so(store: Path, track: TrackSettings) -> None:
+    """There is no better one to compare with; the exit code stays what scripts know."""
+    version(store, track, (PROTOCOL, 0.0), (DETECTOR, 0.2))
+    result = promote(track=track, storage=store)
+    assert (result.promoted, result.exit_code) == (True, 0)
+    assert "note: an AP of 0.0000 is that of a model that finds next to nobody" in str(result)
+    version(store, track, (PROTOCOL, 0.5), (DETECTOR, 0.5))
+    assert "note" not in str(promote(track=track, storage=store))
+    version(store, track, (PROTOCOL, 0.01), (DETECTOR, 0.5))
+    worse = promote(track=track, storage=store)
+    assert not worse.promoted
+    assert "note" not in str(worse)
+
+
+def test_looking_for_a_version_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    track, storage = TrackSettings(), tmp_path / "runs"
+    with pytest.raises(DataError, match=r"no version is registered as hrnet-pose in sqlite.*--run\.storage"):
+        promote(track=track, storage=storage)
+    nobody = local_checkpoint(None, track, storage)
+    with pytest.raises(CheckpointError, match="hrnet-pose@champion: not in the MLflow store"), nobody:
+        pass
+    assert record_evaluation("a" * 64, {"AP": 0.5}, PROTOCOL, track=track, storage=storage) is None
+    assert not storage.exists()
 
 
 def test_a_version_of_another_model_becomes_that_models_champion(store: Path, track: TrackSettings) -> None:

@@ -62,9 +62,9 @@ class Evaluation:
     """What decides the figures. Two evaluations compare where data_digest, boxes, flip_test and preset
     are equal."""
     figures: dict[str, Any]
-    """people, photos, results, seconds, people_per_second (0 where all was there), median_oks, and
-    left_out: annotations or boxes not predicted, by reason; repaired, doubts: people of the annotations by
-    kind (docs/bad-data.md)."""
+    """people, photos, results, seconds, people_per_second (0 where all was there), median_oks;
+    keypoint_scores: {"up_to", "counts"} of all that was asked about; left_out: annotations or boxes not
+    predicted, by reason; repaired, doubts: people of the annotations by kind (docs/bad-data.md)."""
     folder: str
     """Path or URI."""
     version: str | None = None

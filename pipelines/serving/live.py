@@ -190,7 +190,8 @@ def _taken_back(args: ServeArgs, before: ServeArgs) -> Iterator[None]:
     except Overtaken:
         raise
     except BaseException as error:
-        reason = str(error) if isinstance(error, ConfigError) else f"stopped ({type(error).__name__})."
+        said = str(error) if isinstance(error, ConfigError | KeyboardInterrupt) else ""
+        reason = said or f"stopped ({type(error).__name__})."
         told = f"{args.name} {args.version}: {reason}"
         try:
             _run(before.model_copy(update={"last_failure": told}))

@@ -1,0 +1,53 @@
+"""What the scores of keypoints were in the evaluation of a checkpoint: what drift is measured from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from hrnet_core.errors import PoseError
+from hrnet_core.score_drift import SCORE_BOUNDS
+from pipelines.checkpoints import LocalCheckpoint, evaluation_folder
+from pipelines.storage import join, read_json
+
+BOXES = ("gt", "det")
+"""In this order: many of a detector's boxes hold nobody, whom no client would ask about."""
+
+
+def expected_scores(found: LocalCheckpoint, sha256: str, flip_test: bool, storage: str) -> tuple[int, ...]:
+    """Counts of keypoint scores, by bucket, in an evaluation of these weights; () where none is known.
+
+    Of a registered version: of what evaluate has recorded with it. Of others: of the evaluation.json that it
+    leaves unless it is told where to. Only of the flip test that is served: it lowers scores. Of several the
+    one of ground-truth boxes, then of more keypoints.
+    """
+    known = list(found.evaluations) or _beside(found.name, sha256, storage)
+    usable = [one for one in known if _usable(one, flip_test)]
+    ranked = sorted(
+        usable, key=lambda one: (-_boxes(one), sum(one["keypoint_scores"]["counts"])), reverse=True
+    )
+    return tuple(ranked[0]["keypoint_scores"]["counts"]) if ranked else ()
+
+
+def _boxes(evaluation: dict[str, Any]) -> int:
+    return BOXES.index("gt" if evaluation["protocol"]["boxes"] == "gt" else "det")
+
+
+def _usable(evaluation: dict[str, Any], flip_test: bool) -> bool:
+    scores = evaluation.get("keypoint_scores") or {}
+    same_buckets = scores.get("up_to") == list(SCORE_BOUNDS)
+    return same_buckets and any(scores["counts"]) and evaluation["protocol"]["flip_test"] == flip_test
+
+
+def _beside(checkpoint: str, sha256: str, storage: str) -> list[dict[str, Any]]:
+    return [one for one in _read(checkpoint, storage) if one.get("weights_sha256") == sha256]
+
+
+def _read(checkpoint: str, storage: str) -> Iterable[dict[str, Any]]:
+    for boxes in BOXES:
+        try:
+            file = join(evaluation_folder(checkpoint, boxes, storage), "evaluation.json")
+            written = read_json(file) or {}
+        except (PoseError, OSError, ValueError):  # an endpoint comes up without it
+            continue
+        yield {**written, "keypoint_scores": written.get("figures", {}).get("keypoint_scores")}
