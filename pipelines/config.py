@@ -339,6 +339,9 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     anyone: bool = False
     """Answer whoever reaches the endpoint, without keys, wherever it listens."""
     port: int = Field(default=8000, ge=1, le=65535)
+    detector: str | None = None
+    """ONNX person detector (path or URI), its declaration MODEL.json beside it: finds the people of pictures
+    that come without boxes. Default: such a picture is taken as one person."""
     replicas: int = Field(default=REPLICAS, ge=1)
     """Copies of the model that share the requests."""
     cpus_per_replica: float | None = Field(default=None, gt=0)

@@ -174,6 +174,9 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "max_requests": 13,
         "deadline_s": 17.0,
         "max_bodies": 7,
+        "score_threshold": 0.53,
+        "max_found": 59,
+        "max_batch_pictures": 61,
         "key_rate": 43.0,
         "key_share": 0.47,
         "hosts": ("poses.example.com",),
@@ -190,7 +193,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "first_frame": True,
     }
     renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
-    kept_here = {"host", "port", "haproxy", "samples", "keys", "anyone"}
+    kept_here = {"host", "port", "haproxy", "samples", "keys", "anyone", "detector"}
     assert set(ServeSettings.model_fields) == {*same, *renamed, *kept_here}, "a new setting must go somewhere"
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}

@@ -152,6 +152,7 @@ def test_plain_json_will_do(service: PoseService, predictor: PosePredictor) -> N
         [0],
         [0, 4],
         [1],
+        [0],
     ]
 
 
