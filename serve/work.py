@@ -121,6 +121,7 @@ def _named(field: str) -> Iterator[None]:
         yield
     except ImageError as error:
         slugs = {"too_large": "too-many-pixels", "truncated": "truncated-picture"}
+        slugs["unsupported_format"] = "media-type"
         slug = slugs.get(error.reason, "not-a-picture")
         raise Problem.of_field(field, slug, str(error), reason=error.reason) from None
 

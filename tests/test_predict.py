@@ -215,7 +215,8 @@ def test_bad_pictures_are_listed_and_the_others_answered(
         "empty.jpg": (b"", "empty"),
         "page.jpg": (b"<html>404</html>", "not_an_image"),
         "cut.png": (whole[:900], "truncated"),
-        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "unsupported_format"),
+        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "truncated"),
+        "scan.jp2": (b"\0\0\0\x0cjP  " + bytes(40), "unsupported_format"),
         "broken.mp4": (b"\0\0\0\x18ftypmp42" + bytes(400), "not_a_video"),
     }
     for name, (content, _) in bad.items():
@@ -226,7 +227,7 @@ def test_bad_pictures_are_listed_and_the_others_answered(
     assert rejected(tmp_path / "out") == {name: reason for name, (_, reason) in bad.items()}
     assert done.summary["counts"] == {"pictures": 6, "people": 6}
     assert done.summary["passed_over"] == 1
-    assert "left out: empty 1, not_a_video 1, not_an_image 1, truncated 1, unsupported_format 1" in str(done)
+    assert "left out: empty 1, not_a_video 1, not_an_image 1, truncated 2, unsupported_format 1" in str(done)
     detail = {row["name"]: row["detail"] for row in load(tmp_path / "out" / "rejected.json")}
     assert "its end is missing" in detail["cut.png"]
 
