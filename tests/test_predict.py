@@ -232,6 +232,24 @@ def test_bad_pictures_are_listed_and_the_others_answered(
     assert "its end is missing" in detail["cut.png"]
 
 
+def test_avif_and_heic_are_pictures_of_a_folder(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    from test_images import HEIC, KINDS, PICTURE, save
+
+    photos = {
+        "a.HEIC": HEIC["turned-6"],
+        "b.heif": HEIC["turned-1"],
+        "c.avif": save(PICTURE, "AVIF", **KINDS["AVIF"]),
+    }
+    (tmp_path / "photos").mkdir()
+    for name, content in photos.items():
+        (tmp_path / "photos" / name).write_bytes(content)
+    run(dots, tmp_path / "photos", tmp_path / "out")
+    sizes = {
+        row["file_name"]: (row["width"], row["height"]) for row in load(tmp_path / "out" / "images.json")
+    }
+    assert sizes == {"a.HEIC": (64, 96), "b.heif": (96, 64), "c.avif": (96, 64)}
+
+
 def test_pictures_that_cannot_be_got_cost_a_row_each(
     dots: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

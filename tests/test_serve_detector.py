@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from test_detector import constant, picture, red_constants, red_nodes, rtdetr_like, save, torchvision_like
 from test_evaluate import rows_here
+from test_images import HEIC
 from test_serve import Direct, assert_same, call, save_tiny
 
 from hrnet_core.detector import PersonDetector
@@ -366,6 +368,20 @@ def test_runs_and_pictures_are_counted(
     assert counted == [(2, {"detector": sha256})]
     assert sum(service.metrics.runs._series[(sha256,)].counts) == 1
     assert service.metrics.runs._series[(sha256,)].total > 0
+
+
+def test_a_heic_is_answered_as_its_pixels_are_and_without_its_reader_is_415(
+    service: PoseService, predictor: PosePredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heic = HEIC["turned-6"]
+    (result,) = results(call(service, "POST", "/v1/poses?boxes_from=whole_image", files={"image": heic}))
+    assert result["image"] == {"width": 64, "height": 96, "exif_rotated": False}
+    expected = predictor(decode_image(heic, apply_exif=True))[0]
+    assert_same(result["persons"], expected.keypoints.xy, expected.keypoints.conf)
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    problem = call(service, "POST", "/v1/poses", files={"image": heic})
+    assert (problem.status_code, problem.json()["type"]) == (415, "urn:hrnet:problem:media-type")
+    assert "pip install 'hrnet-ray[heif]'" in problem.json()["detail"]
 
 
 # --- which one ----------------------------------------------------------------------------------
