@@ -154,9 +154,10 @@ class PersonDetector:
 
     @classmethod
     def _open(cls, file: Path, threads: int, use_gpu: bool) -> PersonDetector:
-        declaration = read_declaration(file.with_suffix(".json"))
         try:
-            model, declared = file.read_bytes(), file.with_suffix(".json").read_bytes()
+            model = file.read_bytes()
+            declaration = read_declaration(file.with_suffix(".json"))
+            declared = file.with_suffix(".json").read_bytes()
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read ({error.strerror}). Name an ONNX detector.") from None
         detector = cls(model, declaration, str(file), threads, use_gpu, declared)

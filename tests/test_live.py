@@ -164,7 +164,7 @@ def test_a_detector_comes_and_goes_in_place_and_is_taken_back_where_it_fails(
     assert good
     assert good.person_detector
     gone = good.person_detector.model_copy(update={"model": str(tmp_path / "gone.onnx"), "sha256": "f" * 64})
-    with pytest.raises(ConfigError, match=r"gone\.json.*answers as before"):
+    with pytest.raises(ConfigError, match=r"gone\.onnx.*answers as before"):
         live.bring_up(good.model_copy(update={"person_detector": gone}), endpoint.settings, RaySettings())
     assert found() == ("detector", named)
     endpoint.roll_back()

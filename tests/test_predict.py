@@ -318,7 +318,7 @@ def test_wrong_arguments_end_with_2_before_any_work(
             "its pictures (else.jpg ...) are none of the sources (picture-0.png ...)",
         ),
         ([source, "--boxes", boxes, "--detector", "d.onnx"], "boxes and detector are both given"),
-        ([source, "--detector", "d.onnx"], "d.json: no readable JSON"),
+        ([source, "--detector", "d.onnx"], "d.onnx: cannot be read"),
         ([source, "--out", "nowhere://x/out"], "nowhere://x/out: not a folder that can be opened"),
     ):
         assert main(["predict", *argv, "--checkpoint", checkpoint]) == 2, argv
