@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from ray.serve.metrics import Counter, Gauge
 
 from serve.room import Room
 from serve.schemas import ModelInfo
+
+if TYPE_CHECKING:
+    from hrnet_core.detector import PersonDetector
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 SCORES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -110,9 +114,12 @@ class Metrics:
         self.seconds = Sums(
             "hrnet_request_seconds", "Seconds of a request that was answered.", SECONDS, ("path", *MODEL)
         )
-        stages = "Seconds of an answered request by stage: read, decode, queue, infer."
+        stages = "Seconds of an answered request by stage: read, decode, detect, queue, infer."
         self.stages = Sums("hrnet_stage_seconds", stages, SECONDS, ("stage", *MODEL))
         self.scores = Sums("hrnet_keypoint_score", "Scores of all keypoints.", SCORES, MODEL)
+        self.looked = Counter("hrnet_detector_pictures", "Pictures the detector looked at.", ("detector",))
+        runs = "Seconds of a run of the detector."
+        self.runs = Sums("hrnet_detector_seconds", runs, SECONDS, ("detector",))
         self.batches = Sums("hrnet_batch_people", "People of a forward pass.", PEOPLE, ())
         now = {
             "in_progress": "Requests that have a place.",
@@ -145,6 +152,12 @@ class Metrics:
             self.scores.observe_all(scores, model.version, model.mode)
         self.pixels.inc(pixels, tags=dict(tags))
 
+    def detected(self, detector: PersonDetector, pictures: int, seconds: float) -> None:
+        """Count a run of the detector."""
+        name = detector.sha256[:12]
+        self.looked.inc(pictures, tags={"detector": name})
+        self.runs.observe(seconds, name)
+
     def show(self, room: Room, at_once: bool = False) -> None:
         """Set the gauges, once a second at most: after each request, and with Serve's health checks."""
         if not at_once and time.monotonic() - self._shown < SHOWN_EVERY_S:
@@ -153,5 +166,5 @@ class Metrics:
         counts = (room.in_progress, room.bodies, room.bytes_held, room.pixels.held, room.pixels.waiting)
         for gauge, count in zip(self._now.values(), counts, strict=True):
             gauge.set(count)
-        for histogram in (self.seconds, self.stages, self.scores, self.batches):
+        for histogram in (self.seconds, self.stages, self.scores, self.runs, self.batches):
             histogram.show()
