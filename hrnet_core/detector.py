@@ -11,8 +11,10 @@ docs/predict.md has a declaration for each. ONNX Runtime is imported when a dete
 from __future__ import annotations
 
 import functools
+import hashlib
 import tempfile
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import ConfigError, first_line
 from hrnet_core.files import from_json, read_object
-from hrnet_core.geometry import Float32, UInt8
+from hrnet_core.geometry import FARTHEST, Float32, UInt8
 from hrnet_core.locations import fetch, is_uri, one_line
 
 Outputs = dict[str, NDArray[Any]]
@@ -96,6 +98,21 @@ def read_declaration(file: str | Path) -> Declaration:
     return from_json(Declaration, read_object(file, ConfigError, way_out), str(file), ConfigError, way_out)
 
 
+@dataclass(frozen=True)
+class View:
+    """A picture as the detector sees it."""
+
+    pixels: Float32
+    """(3, h, w)"""
+    scale: Float32
+    """(2,) From px of the detector's input to image px, with `shift`."""
+    shift: Float32
+
+
+Found = tuple[Float32, Float32]
+"""Boxes float32 (P, 4) left, top, width, height in image px, best first, and their scores (P,)."""
+
+
 @dataclass
 class PersonDetector:
     """An ONNX detector that finds people. Can be sent to another process: it is opened where it works."""
@@ -109,6 +126,8 @@ class PersonDetector:
     """CPU threads of a run, fixed because they decide the last digits."""
     use_gpu: bool = False
     """CUDA where ONNX Runtime has it (onnxruntime-gpu), else the CPU."""
+    declared: bytes = field(default=b"", repr=False)
+    """MODEL.json."""
 
     @classmethod
     def load(cls, file: str | Path, threads: int = 1, use_gpu: bool = False) -> PersonDetector:
@@ -135,28 +154,58 @@ class PersonDetector:
 
     @classmethod
     def _open(cls, file: Path, threads: int, use_gpu: bool) -> PersonDetector:
-        declaration = read_declaration(file.with_suffix(".json"))
         try:
             model = file.read_bytes()
+            declaration = read_declaration(file.with_suffix(".json"))
+            declared = file.with_suffix(".json").read_bytes()
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read ({error.strerror}). Name an ONNX detector.") from None
-        detector = cls(model, declaration, str(file), threads, use_gpu)
+        detector = cls(model, declaration, str(file), threads, use_gpu, declared)
         detector(np.zeros((64, 64, 3), np.uint8))
         return detector
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_session"}
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # without what is cached
 
-    def __call__(self, image: UInt8, score_threshold: float | None = None) -> tuple[Float32, Float32]:
-        """uint8 (H, W, 3) RGB -> boxes float32 (P, 4) left, top, width, height in image px, scores (P,).
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of MODEL.onnx and MODEL.json, one behind the other: cat MODEL.onnx MODEL.json | sha256sum."""
+        return hashlib.sha256(self.model + self.declared).hexdigest()
 
-        Best first. score_threshold: instead of the declared one.
-        """
+    def __call__(self, image: UInt8, score_threshold: float | None = None) -> Found:
+        """The people in a picture uint8 (H, W, 3) RGB. score_threshold: instead of the declared one."""
+        (found,) = self.find([self.view(image)], [score_threshold])
+        return found
+
+    def view(self, image: UInt8) -> View:
+        """A picture uint8 (H, W, 3) RGB, resized and normalised: what of a call needs no network."""
+        return _view(image, self.declaration)
+
+    def find(self, views: Sequence[View], score_thresholds: Sequence[float | None]) -> list[Found]:
+        """The people of each view: in one run where the model `batches`, else view by view."""
+        together = len(views) > 1 and self.batches
+        blobs = [np.stack([v.pixels for v in views])] if together else [v.pixels[None] for v in views]
+        outputs = [of_one for blob in blobs for of_one in self._run(blob)]
+        each = zip(outputs, views, score_thresholds, strict=True)
+        return [self._people(*of_one) for of_one in each]
+
+    @functools.cached_property
+    def batches(self) -> bool:
+        """Whether it takes several pictures in one run: its first axis is free, and two have two answers."""
+        given = self._session.get_inputs()[0].shape
+        if len(given) != 4 or isinstance(given[0], int):
+            return False
+        width, height = self.declaration.input_size
+        try:
+            return len(self._run(np.zeros((2, 3, height, width), np.float32))) == 2
+        except ConfigError:
+            return False
+
+    def _people(self, outputs: Outputs, view: View, score_threshold: float | None) -> Found:
         declared = self.declaration
         threshold = declared.score_threshold if score_threshold is None else score_threshold
-        blob, scale, shift = _prepare(image, declared)
         read = _read_yolox if declared.layout == "yolox" else _read_boxes
-        corners, scores = read(self._run(blob), declared, self.name)
+        corners, scores = read(outputs, declared, self.name)
         keep = (scores >= threshold) & np.isfinite(corners).all(axis=1)
         keep &= (corners[:, 2:] > corners[:, :2]).all(axis=1)
         found = np.flatnonzero(keep)
@@ -164,10 +213,13 @@ class PersonDetector:
         if declared.nms_iou is not None:
             found = found[suppress(corners[found], declared.nms_iou)]
         corners, scores = corners[found], scores[found]
-        start, end = corners[:, :2] * scale + shift, corners[:, 2:] * scale + shift
-        return np.concatenate([start, end - start], axis=1).astype(np.float32), scores
+        start, end = corners[:, :2] * view.scale + view.shift, corners[:, 2:] * view.scale + view.shift
+        boxes = np.concatenate([start, end - start], axis=1).astype(np.float32)
+        usable = (np.abs(boxes) <= FARTHEST).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+        return boxes[usable], scores[usable]
 
-    def _run(self, blob: Float32) -> Outputs:
+    def _run(self, blob: Float32) -> list[Outputs]:
+        """float32 (B, 3, h, w) -> the outputs of each of the B."""
         session = self._session
         given = session.get_inputs()[0]
         if len(given.shape) == 3:  # torchvision's exports take one image
@@ -182,7 +234,14 @@ class PersonDetector:
             ) from None
         outputs = {out.name: value for out, value in zip(session.get_outputs(), values, strict=True)}
         main = outputs.get(self.declaration.boxes, values[0])
-        return {name: v[0] for name, v in outputs.items()} if main.ndim == 3 else outputs
+        if main.ndim != 3:
+            return [outputs]
+        if len(main) == 1:
+            return [{name: value[0] if value.ndim else value for name, value in outputs.items()}]
+        if len(blob) != len(main) or any(value.shape[:1] != main.shape[:1] for value in values):
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in outputs.items())
+            raise ConfigError(f"{self.name}: answers {len(blob)} pictures with {shapes}.")
+        return [{name: value[i] for name, value in outputs.items()} for i in range(len(main))]
 
     @functools.cached_property
     def _session(self) -> Any:
@@ -197,6 +256,8 @@ class PersonDetector:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 3
+        # Its threads wait awake for the next layer; after the last one they leave the cores to others.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = onnxruntime.InferenceSession(self.model, options, providers=wanted)
         except Exception as error:
@@ -222,11 +283,8 @@ def suppress(boxes_xyxy: Float32, iou: float) -> NDArray[np.int64]:
     return np.array(kept, np.int64)
 
 
-def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, Float32, Float32]:
-    """float32 (1, 3, h, w), and the scale and shift that take input px to image px.
-
-    Here px are edges, not centres: (0, 0) is the corner of the first pixel, as detectors count.
-    """
+def _view(image: UInt8, declared: Declaration) -> View:
+    """Here px are edges, not centres: (0, 0) is the corner of the first pixel, as detectors count."""
     width, height = declared.input_size
     sides = np.array([image.shape[1], image.shape[0]], np.float64)
     factor = np.array([width, height]) / sides
@@ -245,7 +303,7 @@ def _prepare(image: UInt8, declared: Declaration) -> tuple[Float32, Float32, Flo
     mean, std = np.array(declared.mean, np.float32), np.array(declared.std, np.float32)
     pixels = (pixels - mean) / std
     scale = (1 / factor).astype(np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]), scale, -offset.astype(np.float32) * scale
+    return View(np.ascontiguousarray(pixels.transpose(2, 0, 1)), scale, -offset.astype(np.float32) * scale)
 
 
 def _read_boxes(outputs: Outputs, declared: Declaration, name: str) -> tuple[Float32, Float32]:

@@ -1,8 +1,9 @@
 """Picture bytes -> uint8 RGB, and back. The header is judged before anything is decoded.
 
-Read: JPEG, PNG, WebP, BMP, GIF, TIFF. Everything becomes 8-bit RGB: grey is repeated, CMYK converted,
-16 bit keeps the upper 8, a palette is looked up, of several frames or pages the first is taken. Alpha is
-dropped, the colours stay as stored (TIFF alone: what is transparent turns black, as libtiff reads it).
+Read: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, and with the extra `heif` HEIC. Everything becomes 8-bit RGB:
+grey is repeated, CMYK converted, 16 bit keeps the upper 8, a palette is looked up, of several frames or pages
+the first is taken. Alpha is dropped, the colours stay as stored (TIFF alone: what is transparent turns black,
+as libtiff reads it).
 
 One verdict for one file, whoever asks: bytes go through `decode_image`, never through cv2.imread, which
 accepts a JPEG with 90 % of it missing.
@@ -27,8 +28,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from hrnet_core import heif
 from hrnet_core.choices import MAX_PIXELS
-from hrnet_core.errors import DataError, ImageError
+from hrnet_core.errors import DataError, ImageError, first_line
 
 Image = NDArray[np.uint8]
 
@@ -42,10 +44,10 @@ PARSERS: tuple[tuple[str, re.Pattern[bytes], Any], ...] = (
     ("BMP", re.compile(rb"BM....\0\0\0\0", re.DOTALL), BmpImageFile),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
-SUPPORTED = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+SUPPORTED = "JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC"
 # Pictures that people do send, to be told what they are.
 OTHER_FORMATS: tuple[tuple[str, re.Pattern[bytes]], ...] = (
-    ("HEIC or AVIF", re.compile(rb"....ftyp", re.DOTALL)),
+    ("a video or another file in ISO's container", re.compile(rb"....ftyp", re.DOTALL)),
     ("PDF", re.compile(rb"%PDF")),
     ("Photoshop", re.compile(rb"8BPS")),
     ("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
@@ -60,9 +62,9 @@ class ImageHeader:
     """What a picture says of itself before it is decoded."""
 
     format: str
-    """JPEG, PNG, WEBP, GIF, BMP or TIFF; a JPEG with further pictures behind it (MPO) is a JPEG."""
+    """JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or HEIC; a JPEG with others behind it (MPO) is a JPEG."""
     width: int
-    """As stored, before EXIF."""
+    """As stored, before EXIF; of AVIF and HEIC as displayed, for which `orientation` is 1."""
     height: int
     orientation: int
     """EXIF orientation 1 to 8; 1 where there is none or it cannot be read."""
@@ -73,22 +75,29 @@ class ImageHeader:
 def read_header(data: bytes) -> ImageHeader:
     """Format, size and orientation of a picture, without decoding a pixel.
 
-    Raises ImageError: `empty`, `not_an_image`, `unsupported_format`, `truncated` (the header itself is cut
-    off or damaged), `too_large` (a WebP that Pillow refuses by its header).
+    Raises ImageError: `empty`, `not_an_image`, `unsupported_format` (also a HEIC where nothing reads it),
+    `truncated` (the header itself is cut off or damaged), `too_large` (a WebP that Pillow refuses by its
+    header).
     """
     if not data:
         raise ImageError("empty", "the file is empty (0 bytes): send the picture itself.")
     name, parser = _parser(data)
+    orientation = 1
     try:
-        picture = parser(io.BytesIO(data))
-        width, height = picture.size
-        frames = 2 if getattr(picture, "is_animated", False) else 1
+        if parser is None:
+            width, height, frames = heif.size_of(name, data)
+        else:
+            picture = parser(io.BytesIO(data))
+            width, height = picture.size
+            frames = 2 if getattr(picture, "is_animated", False) else 1
+            orientation = _orientation(picture)
+    except ImageError:
+        raise
     except DecompressionBombError as error:
         raise ImageError("too_large", f"the {name} header promises too much: {error}") from None
     except Exception as error:  # a parser of hostile bytes may raise anything
         why = f"the {name} header is cut off or damaged ({error}): save or send the picture again."
         raise ImageError("truncated", why) from None
-    orientation = _orientation(picture)
     if name == "TIFF" and orientation >= 5:  # Pillow gives a TIFF's size as displayed
         width, height = height, width
     if width < 1 or height < 1:
@@ -100,8 +109,8 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """The header of a picture after everything that can be judged without decoding a pixel.
 
     Raises ImageError: those of read_header, `too_large` when the header promises more than max_pixels,
-    `truncated` when the end is missing (JPEG's EOI, PNG's IEND, WebP's and BMP's declared length; bytes
-    after the end are tolerated).
+    `truncated` when the end is missing (JPEG's EOI, PNG's IEND, WebP's and BMP's declared length, AVIF's and
+    HEIC's boxes; bytes after the end are tolerated).
     """
     header = read_header(data)
     if header.width * header.height > max_pixels:
@@ -176,6 +185,9 @@ def encode_png(image: Image) -> bytes:
 
 
 def _parser(data: bytes) -> tuple[str, Any]:
+    """Format of a picture, and what reads its header; None: `heif`."""
+    if kind := heif.kind_of(data):
+        return kind, None
     for name, start, parser in PARSERS:
         if start.match(data):
             return name, parser
@@ -204,6 +216,8 @@ def _is_complete(name: str, data: bytes) -> bool:
         return _jpeg_ends(data)
     if name == "PNG":
         return _png_ends(data)
+    if name in ("AVIF", "HEIC"):
+        return heif.is_whole(data)
     # Of GIF and TIFF the decoder refuses what is cut off.
     least = {"WEBP": 8 + int.from_bytes(data[4:8], "little"), "BMP": int.from_bytes(data[2:6], "little")}
     return len(data) >= least.get(name, 0)
@@ -235,10 +249,18 @@ def _png_ends(data: bytes) -> bool:
 def _decode(header: ImageHeader, data: bytes) -> Image:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     why = "the decoder gave no picture of the promised size"
+    image: Any = None
     try:
-        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if header.format in ("AVIF", "HEIC"):
+            image = heif.decode(header.format, data)
+        else:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except ImageError:
+        raise
     except cv2.error as error:
-        image, why = None, str(error.err)
+        why = str(error.err)
+    except Exception as error:  # Pillow's and libheif's share no base
+        why = first_line(error)
     shapes = [(header.height, header.width, 3), (header.width, header.height, 3)]
     if image is None or image.dtype != np.uint8 or image.shape not in shapes:
         raise ImageError(

@@ -55,7 +55,7 @@ class Prepared:
     image_to_crop: Float64
     """(P, 2, 3)"""
     boxes: Boxes
-    boxes_source: Literal["given", "whole_image"]
+    boxes_source: Literal["given", "whole_image", "detector"]
     orig_shape: tuple[int, int]
     """(height, width) of the image."""
     path: str | None

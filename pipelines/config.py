@@ -339,6 +339,9 @@ class ServeSettings(Section, Limits, ReplicaSettings):
     anyone: bool = False
     """Answer whoever reaches the endpoint, without keys, wherever it listens."""
     port: int = Field(default=8000, ge=1, le=65535)
+    detector: str | None = None
+    """ONNX person detector (path or URI), its declaration MODEL.json beside it: finds the people of pictures
+    that come without boxes. Default: such a picture is taken as one person."""
     grpc_port: int | None = Field(default=None, ge=1, le=65535)
     """Also answer the Open Inference Protocol over gRPC, on this port."""
     replicas: int = Field(default=REPLICAS, ge=1)

@@ -22,7 +22,7 @@ from pipelines.serving import live
 from pipelines.serving.expected import expected_scores
 from pipelines.serving.guard import who_may_ask
 from pipelines.serving.ingress import haproxy, refuse_port_in_use
-from pipelines.serving.pinned import pinned, prune, standing_still
+from pipelines.serving.pinned import pinned, pinned_detector, prune, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_folder
 from pipelines.stop import stoppable
@@ -106,6 +106,7 @@ def serve_args(
     name, _, version = (found.version or f"{track.registered_model}/{sha256[:12]}").rpartition("/")
     replica = settings.model_dump(include=set(ReplicaSettings.model_fields))
     replica |= who_may_ask(settings)
+    detector = pinned_detector(settings.detector, run.storage) if settings.detector else None
     replica["samples"] = samples_folder(settings, spec.skeleton, run.storage)
     return ServeArgs(
         **replica,
@@ -115,6 +116,7 @@ def serve_args(
         name=name,
         sha256=sha256,
         expected_scores=expected_scores(found, sha256, flip_test, run.storage),
+        person_detector=detector,
         batch_wait_s=settings.batch_wait_ms / 1000,
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         num_replicas=settings.replicas,
@@ -192,7 +194,8 @@ def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoi
             raise ConfigError("no endpoint runs here, so there is nothing to go back from.")
         args = live.back(before)
         url = live.bring_up(args, settings, ray_settings)
-    print(f"serving {args.name} {args.version} again, in place of {before.version}: {url}", flush=True)
+    again, now = live.with_detector(args), live.with_detector(before)
+    print(f"serving {args.name} {again} again, in place of {now}: {url}", flush=True)
     return url
 
 
@@ -232,12 +235,14 @@ def _told_of_drift(args: ServeArgs) -> str:
 def _told(url: str, args: ServeArgs, spec: CheckpointSpec, settings: ServeSettings) -> str:
     width, height = spec.input_size
     key = "-H 'Authorization: Bearer KEY' " if args.need_keys else ""
+    served = f"{args.name} {live.with_detector(args)}"
+    boxes = "" if args.person_detector else "-F 'boxes=[[X, Y, W, H]]' "
     calls = f"{url.removeprefix('http://').rpartition(':')[0]}:{settings.grpc_port}"
     return "\n".join(
         [
-            f"serving {args.name} {args.version} ({height}x{width}, {spec.codec.name}) from {args.source}",
+            f"serving {served} ({height}x{width}, {spec.codec.name}) from {args.source}",
             f"  page  {url}/",
-            f"  try   curl {key}-F image=@photo.jpg -F 'boxes=[[X, Y, W, H]]' {url}/v1/poses",
+            f"  try   curl {key}-F image=@photo.jpg {boxes}{url}/v1/poses",
             f"  API   {url}/docs",
             *([f"  gRPC  {calls} (Open Inference Protocol)"] if settings.grpc_port else []),
             _told_of_drift(args),

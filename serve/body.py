@@ -36,7 +36,7 @@ class Upload:
     """Its name in messages: image, or image[1] where there are several."""
     data: bytes
     boxes_xywh: NDArray[np.float32] | None
-    """(P, 4) px of the displayed picture; None: the whole picture is one person."""
+    """(P, 4) px of the displayed picture; None: people are found in it, or it is taken as one person."""
 
     @property
     def people(self) -> int:
@@ -201,7 +201,7 @@ def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]
         raise Problem.of_field(
             "boxes",
             "invalid-boxes",
-            f"{count} pictures need a list of {count} lists of boxes (null: the whole picture), got {given}.",
+            f"{count} pictures need a list of {count} lists of boxes (null: none), got {given}.",
         )
     people = sum(1 if one is None else len(one) for one in lists if one is None or isinstance(one, list))
     check_counts(count, people, limits)

@@ -6,6 +6,7 @@
     with Client("http://127.0.0.1:8000", key="...") as client:
         answer = client.poses("photo.jpg", [[x, y, w, h]])
         answer["results"][0]["persons"][0]["keypoints"]        # [[x, y, score], ...]
+        everyone = client.poses("photo.jpg", max_found=10)      # by the endpoint's detector
         for file, answer in client.poses_of_many(files, progress=print):
             ...
 
@@ -81,18 +82,22 @@ class Client:
         for connection in self._open:
             connection.close()
 
-    def poses(self, image: Picture, boxes: Boxes = None, *, format: str = "native", image_id: int = 1) -> Any:
+    def poses(
+        self, image: Picture, boxes: Boxes = None, *, format: str = "native", image_id: int = 1, **find: Any
+    ) -> Any:
         """The answer of POST /v1/poses for one picture.
 
         image: a file, or its bytes. boxes: [[x, y, w, h], ...] in px of the displayed picture; None: the
-        whole picture is one person. format: native, coco (a list; the picture is `image_id`) or openpose.
+        endpoint's detector finds the people, where it has one; else the whole picture is one person.
+        format: native, coco (a list; the picture is `image_id`) or openpose. find: `boxes_from` ("detector",
+        "whole_image"), `score_threshold`, `max_found`, where the boxes are to be found.
         """
-        asked = "" if format == "native" else f"?format={format}&image_id={image_id}"
-        return json.loads(self._post(f"/v1/poses{asked}", image, boxes))
+        asked = {} if format == "native" else {"format": format, "image_id": image_id}
+        return json.loads(self._post("/v1/poses", asked | find, image, boxes))
 
-    def overlay(self, image: Picture, boxes: Boxes = None, *, threshold: float = 0.3) -> bytes:
-        """The picture with its poses drawn in, as PNG: POST /v1/overlay."""
-        return self._post(f"/v1/overlay?threshold={threshold}", image, boxes)
+    def overlay(self, image: Picture, boxes: Boxes = None, *, threshold: float = 0.3, **find: Any) -> bytes:
+        """The picture with its poses drawn in, as PNG: POST /v1/overlay. find: as of `poses`."""
+        return self._post("/v1/overlay", {"threshold": threshold, **find}, image, boxes)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models: what answers, and the names of its keypoints."""
@@ -104,10 +109,12 @@ class Client:
         *,
         at_once: int = 4,
         progress: Progress | None = None,
+        **find: Any,
     ) -> Iterator[tuple[Picture, dict[str, Any] | Exception]]:
         """Each picture and its answer, in their order; an exception in place of an answer that there is not.
 
         images: pictures, or pairs of a picture and its boxes; read as they are needed. at_once: requests.
+        find: as of `poses`.
         """
         total = len(images) if isinstance(images, Sequence) else None
         waiting: deque[tuple[Picture, Future[Any]]] = deque()
@@ -118,7 +125,7 @@ class Client:
                 while True:
                     while len(waiting) < 2 * at_once and (one := next(coming, None)) is not None:
                         image, boxes = one if isinstance(one, tuple) else (one, None)
-                        waiting.append((image, pool.submit(self.poses, image, boxes)))
+                        waiting.append((image, pool.submit(self.poses, image, boxes, **find)))
                     if not waiting:
                         return
                     image, future = waiting.popleft()
@@ -130,9 +137,10 @@ class Client:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _post(self, path: str, image: Picture, boxes: Boxes) -> bytes:
+    def _post(self, path: str, query: dict[str, Any], image: Picture, boxes: Boxes) -> bytes:
         content, media_type = _form(image, boxes)
-        return self._ask("POST", path, content, {"Content-Type": media_type})
+        asked = urllib.parse.urlencode({name: value for name, value in query.items() if value is not None})
+        return self._ask("POST", f"{path}?{asked}" if asked else path, content, {"Content-Type": media_type})
 
     def _ask(self, method: str, path: str, content: bytes | None, headers: dict[str, str]) -> bytes:
         # One id for all attempts: the server's log shows them together.
@@ -286,8 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serve.client", description="Ask a server for poses.")
     parser.add_argument("url", help="such as http://127.0.0.1:8000")
     parser.add_argument("image", type=Path, nargs="+", help="several: a line of JSON each")
-    boxes = 'JSON "[[x, y, w, h], ...]" for each picture; none: the whole picture'
+    boxes = 'JSON "[[x, y, w, h], ...]" for each picture; none: as --boxes-from says'
     parser.add_argument("--boxes", type=json.loads, help=boxes)
+    unboxed = "find the people of each picture, or take it as one person; auto: as the endpoint can"
+    choices = ("auto", "detector", "whole_image")
+    parser.add_argument("--boxes-from", choices=choices, default="auto", help=unboxed)
     parser.add_argument("--key-file", type=Path, help="its first key is sent; else HRNET_KEY's")
     args = parser.parse_args(argv)
 
@@ -298,8 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Client(args.url, key=first_key(args.key_file)) as client:
             pairs: list[Any] = [(image, args.boxes) for image in args.image]
+            find = {} if args.boxes_from == "auto" else {"boxes_from": args.boxes_from}
             progress = tell if len(pairs) > 1 and sys.stderr.isatty() else None
-            for image, answer in client.poses_of_many(pairs, progress=progress):
+            for image, answer in client.poses_of_many(pairs, progress=progress, **find):
                 if isinstance(answer, Exception):
                     failed += 1
                     print(f"{image}: {answer}", file=sys.stderr)

@@ -43,9 +43,10 @@ function curlOf(path, method, { requestBody, security }) {
   const start = `curl${key}`, to = `${here}${path.slice(1)}${out}`;
   return [
     `${start} -F image=@photo.jpg -F 'boxes=[[120, 80, 200, 400]]' ${to}`,
+    `${start} -F image=@photo.jpg '${to}?boxes_from=auto'`,
     `${start} -F image=@a.jpg -F image=@b.jpg -F 'boxes=[[[120, 80, 200, 400]], null]' ${to}`,
     `${start} -H 'Content-Type: application/json' -d '${JSON.stringify(requestBody.content["application/json"].example)}' ${to}`,
-  ].slice(0, out ? 1 : 3).join("\n\n");
+  ].slice(0, out ? 1 : 4).join("\n\n");
 }
 
 function operation(path, method, given, schemas) {
@@ -54,7 +55,7 @@ function operation(path, method, given, schemas) {
   parts.push(element("pre", curlOf(path, method, given)));
   for (const { name, schema, description: about } of parameters || []) {
     const values = schema.enum ? schema.enum.join(", ") : typeOf(schema, schemas);
-    parts.push(element("p", [element("code", `?${name}`), ` ${values}, default ${schema.default}. ${about || ""}`]));
+    parts.push(element("p", [element("code", `?${name}`), ` ${values}, ${schema.default === undefined ? "optional" : `default ${schema.default}`}. ${about || ""}`]));
   }
   for (const [type, { schema }] of Object.entries(requestBody?.content || {})) {
     parts.push(element("h3", `takes ${type}`), fields(schema, schemas));
@@ -90,7 +91,7 @@ function tryIt(path, parameters) {
   const [boxesField, boxes] = field("boxes", { type: "text", placeholder: "[[x, y, w, h]], or nothing" });
   const [keyField, key] = field("key, if one is asked for", { type: "password", autocomplete: "off", value: sessionStorage.getItem("key") || "" });
   const queries = parameters.map(({ name, schema }) => {
-    const [label, input] = field(name, schema.enum ? {} : { type: "text", value: schema.default }, schema.enum ? "select" : "input");
+    const [label, input] = field(name, schema.enum ? {} : { type: "text", value: schema.default ?? "" }, schema.enum ? "select" : "input");
     for (const value of schema.enum || []) input.append(element("option", value));
     return { name, label, input };
   });
@@ -101,7 +102,7 @@ function tryIt(path, parameters) {
     const body = new FormData();
     for (const file of image.files) body.append("image", file, file.name);
     if (boxes.value.trim()) body.append("boxes", boxes.value);
-    const query = new URLSearchParams(queries.map(({ name, input }) => [name, input.value]));
+    const query = new URLSearchParams(queries.map(({ name, input }) => [name, input.value]).filter(([, value]) => value));
     if (key.value) sessionStorage.setItem("key", key.value);
     const headers = key.value ? { Authorization: `Bearer ${key.value}` } : {};
     button.disabled = true;

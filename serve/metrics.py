@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from hrnet_core.score_drift import SCORE_BOUNDS
 from serve.drift import Drift
 from serve.room import Room
 from serve.schemas import ModelInfo
+
+if TYPE_CHECKING:
+    from hrnet_core.detector import PersonDetector
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 PEOPLE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -111,10 +115,13 @@ class Metrics:
         self.seconds = Sums(
             "hrnet_request_seconds", "Seconds of a request that was answered.", SECONDS, ("path", *MODEL)
         )
-        stages = "Seconds of an answered request by stage: read, decode, queue, infer."
+        stages = "Seconds of an answered request by stage: read, decode, detect, queue, infer."
         self.stages = Sums("hrnet_stage_seconds", stages, SECONDS, ("stage", *MODEL))
         self.scores = Sums("hrnet_keypoint_score", "Scores of all keypoints.", SCORE_BOUNDS, MODEL)
         self.drift = Drift()
+        self.looked = Counter("hrnet_detector_pictures", "Pictures the detector looked at.", ("detector",))
+        runs = "Seconds of a run of the detector."
+        self.runs = Sums("hrnet_detector_seconds", runs, SECONDS, ("detector",))
         self.batches = Sums("hrnet_batch_people", "People of a forward pass.", PEOPLE, ())
         now = {
             "in_progress": "Requests that have a place.",
@@ -148,6 +155,12 @@ class Metrics:
             self.drift.found(scores, model.version)
         self.pixels.inc(pixels, tags=dict(tags))
 
+    def detected(self, detector: PersonDetector, pictures: int, seconds: float) -> None:
+        """Count a run of the detector."""
+        name = detector.sha256[:12]
+        self.looked.inc(pictures, tags={"detector": name})
+        self.runs.observe(seconds, name)
+
     def show(self, room: Room, at_once: bool = False) -> None:
         """Set the gauges, once a second at most: after each request, and with Serve's health checks."""
         if not at_once and time.monotonic() - self._shown < SHOWN_EVERY_S:
@@ -156,6 +169,6 @@ class Metrics:
         counts = (room.in_progress, room.bodies, room.bytes_held, room.pixels.held, room.pixels.waiting)
         for gauge, count in zip(self._now.values(), counts, strict=True):
             gauge.set(count)
-        for histogram in (self.seconds, self.stages, self.scores, self.batches):
+        for histogram in (self.seconds, self.stages, self.scores, self.runs, self.batches):
             histogram.show()
         self.drift.show()

@@ -38,7 +38,7 @@ FORM = {
         "boxes": {
             "type": "string",
             "description": "JSON [[x, y, w, h], ...] in px of the displayed picture, a person a box. Several "
-            "pictures: a list of such lists, null for a whole picture.",
+            "pictures: a list of such lists. Left out, or null for one of several: as boxes_from says.",
             "examples": ["[[120, 80, 200, 400]]", "[[[120, 80, 200, 400]], null]"],
         },
     },
@@ -67,7 +67,7 @@ REQUEST_BODY = {
         JSON_TYPE: {"schema": JSON, "example": {"image": PICTURE, "boxes": [[1, 1, 6, 6]]}},
     },
 }
-ANSWER = {
+ANSWER: dict[str, Any] = {
     "request_id": "0b6a1c1e-6a0e-4f8e-9a57-0c5a7c3f7a11",
     "model": {
         "name": "hrnet-pose",
@@ -75,18 +75,50 @@ ANSWER = {
         "sha256": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
         "mode": "float32",
         "flip_test": True,
+        "detector": None,
     },
     "results": [
         {
             "image": {"width": 640, "height": 480, "exif_rotated": False},
             "boxes_source": "request",
             "persons": [
-                {"bbox": [120, 80, 200, 400], "score": 0.81, "keypoints": [[214.3, 121.9, 0.93]] * 17}
+                {
+                    "bbox": [120, 80, 200, 400],
+                    "box_score": None,
+                    "score": 0.81,
+                    "keypoints": [[214.3, 121.9, 0.93]] * 17,
+                }
             ],
             "warnings": [],
         }
     ],
     "timings_ms": {"read": 0.4, "decode": 3.1, "queue": 0.1, "infer": 41.0, "total": 44.9},
+}
+FOUND = {
+    **ANSWER,
+    "model": {
+        **ANSWER["model"],
+        "detector": {
+            "name": "person.onnx",
+            "sha256": "c4e5d1a5c3a1d0a9f4b4b1f6b7ad5c1d2f2f6a6a3c0b52d2a7c1a1c5ab9b7f10",
+        },
+    },
+    "results": [
+        {
+            "image": {"width": 640, "height": 480, "exif_rotated": False},
+            "boxes_source": "detector",
+            "persons": [
+                {
+                    "bbox": [118.62, 79.41, 203.08, 398.77],
+                    "box_score": 0.94,
+                    "score": 0.77,
+                    "keypoints": [[214.3, 121.9, 0.93]] * 17,
+                }
+            ],
+            "warnings": [],
+        }
+    ],
+    "timings_ms": {"read": 0.4, "decode": 3.1, "detect": 38.2, "queue": 0.1, "infer": 41.0, "total": 83.1},
 }
 COCO = [
     {
@@ -161,6 +193,7 @@ def _add_examples(schema: dict[str, Any]) -> None:
     content = schema["paths"]["/v1/poses"]["post"]["responses"]["200"]["content"]["application/json"]
     content["examples"] = {
         "native": {"value": ANSWER},
+        "found": {"summary": "of a picture without boxes, by the endpoint's detector", "value": FOUND},
         "coco": {"summary": "?format=coco", "value": COCO},
     }
 

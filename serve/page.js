@@ -38,7 +38,8 @@ function refresh() {
   $("boxes").hidden = state.boxes.length === 0;
   $("result").hidden = !poses;
   $("clear").disabled = state.boxes.length === 0 && !poses;
-  $("find").textContent = asked ? "Looking …" : state.boxes.length > 1 ? `Find ${state.boxes.length} poses` : "Find the pose";
+  const count = state.boxes.length, one = state.model?.detector && !count ? "Find the people" : "Find the pose";
+  $("find").textContent = asked ? "Looking …" : count > 1 ? `Find ${count} poses` : one;
   hint();
   draw();
 }
@@ -46,6 +47,8 @@ function refresh() {
 function hint() {
   const person = persons()[current()];
   let text = "Drag a box around each person. Without a box the whole picture counts as one person.";
+  if (state.model?.detector) text = "People are found in the picture. Drag boxes to say yourself who is meant.";
+  if (state.answer) text = "Drag a box around a person who was missed.";
   if (state.boxes.length) text = "Click a box to pick it; drag to draw another.";
   if (state.boxes[state.chosen]) {
     const [x, y, w, h] = state.boxes[state.chosen].map(Math.round);
@@ -83,6 +86,8 @@ async function find() {
       if (body.model.sha256 !== state.model?.sha256) await learnModel(); // another one since
       signal.throwIfAborted();
       Object.assign(state, { answer: { ...body, seen_ms: performance.now() - started }, keypoint: -1, chosen: -1 });
+      // Found boxes are as good as drawn ones: to be picked, moved and asked about again.
+      if (body.results[0].boxes_source === "detector") state.boxes = persons().map(({ bbox }) => [...bbox]);
     } else problem = body;
     if (!signal.aborted) $("keyfield").hidden = response.status !== 401;
   } catch {
@@ -141,7 +146,9 @@ function complain(problem, note = false) {
 function listPeople() {
   if (!state.answer) return;
   const count = persons().length, { boxes_source: source, warnings } = state.answer.results[0];
-  $("found").textContent = source === "whole_image" ? "The whole picture as one person" : `${count} ${count === 1 ? "person" : "people"}`;
+  const people = `${count} ${count === 1 ? "person" : "people"}`;
+  const found = count ? `${people} found` : "Nobody was found";
+  $("found").textContent = { whole_image: "The whole picture as one person", detector: found }[source] ?? people;
   $("people").hidden = count < 2;
   const focused = [...$("people").children].indexOf(document.activeElement);
   $("people").replaceChildren(...persons().map((person, i) => {
@@ -263,14 +270,15 @@ async function learnModel() {
   const body = await asJson(response);
   if (!response.ok || !body.models.length) throw body;
   [state.model] = body.models;
-  const { name, version, codec, input_size: [width, height], mode, flip_test } = state.model;
+  const { name, version, codec, input_size: [width, height], mode, flip_test, detector } = state.model;
   const title = element("b", {}, [name, version].filter(Boolean).join(" "));
-  $("model").replaceChildren(title, ` · ${height}×${width} · ${codec.name} · ${mode}${flip_test ? " · flip test" : ""}`);
+  $("model").replaceChildren(title, ` · ${height}×${width} · ${codec.name} · ${mode}${flip_test ? " · flip test" : ""}${detector ? ` · people by ${detector.name}` : ""}`);
+  const boxes = detector ? "" : "-F 'boxes=[[x, y, w, h]]' ";
+  $("curl").textContent = `curl -F image=@photo.jpg ${boxes}${new URL("v1/poses", location.href)}`;
   $("legend").replaceChildren(...legend());
 }
 
 async function start() {
-  $("curl").textContent = `curl -F image=@photo.jpg -F 'boxes=[[x, y, w, h]]' ${new URL("v1/poses", location.href)}`;
   try {
     await learnModel();
     $("problem").hidden ||= $("problem").classList.contains("waiting");

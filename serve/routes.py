@@ -23,6 +23,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
+from serve.detector import BoxesFrom, Find
 from serve.front import REQUEST_ID
 from serve.methods import Methods
 from serve.metrics import Outcome
@@ -51,6 +52,12 @@ PROBES = (
 """Asked every few seconds by machines: logged where they are not answered with 200."""
 LOGGED = ("request_id", "slug", "reason", "key", "pictures", "people")
 Format = Literal["native", "coco", "openpose"]
+ScoreThreshold = Annotated[
+    float | None, Query(ge=0, le=1, description="Of people that the detector finds. Default: the endpoint's.")
+]
+MaxFound = Annotated[
+    int | None, Query(ge=1, description="Most people that are found in a picture. Default: the endpoint's.")
+]
 ImageId = Annotated[int, Query(ge=0, le=2**53)]
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
@@ -223,12 +230,22 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
     formats = PosesAnswer | list[CocoResult] | OpenPoseAnswer
 
     @app.post("/v1/poses", response_model=formats, openapi_extra={"requestBody": REQUEST_BODY})
-    async def poses(request: Request, format: Format = "native", image_id: ImageId = 1) -> Response:
-        """Keypoints of each box, in its order; without boxes, of the whole picture as one person.
+    async def poses(
+        request: Request,
+        format: Format = "native",
+        image_id: ImageId = 1,
+        boxes_from: BoxesFrom = "auto",
+        score_threshold: ScoreThreshold = None,
+        max_found: MaxFound = None,
+    ) -> Response:
+        """Keypoints of each box, in its order.
 
+        Pictures without boxes, `boxes_from`: `detector` finds their people, `whole_image` takes each as one
+        person; `auto` is the detector where the endpoint has one (/v1/models), else the whole picture.
         `native` is the answer with `results`. `coco`: a list of COCO keypoint results; pictures are numbered
         from `image_id`. `openpose`: OpenPose's JSON of one picture, its 18 keypoints.
         """
+        request.state.find = Find(boxes_from=boxes_from, score_threshold=score_threshold, max_found=max_found)
         answered = await service.answer(request)
         headers = {"X-Model-Version": answered.answer.model.version}
         with spans_of(request).stage("encode"):
@@ -243,13 +260,21 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
         responses={200: {"content": {"image/png": {}}, "description": "The picture with its poses."}},
         openapi_extra={"requestBody": REQUEST_BODY},
     )
-    async def overlay(request: Request, threshold: Threshold = 0.3) -> Response:
-        """The displayed picture with boxes and with the keypoints that score above `threshold`, as PNG."""
+    async def overlay(
+        request: Request,
+        threshold: Threshold = 0.3,
+        boxes_from: BoxesFrom = "auto",
+        score_threshold: ScoreThreshold = None,
+        max_found: MaxFound = None,
+    ) -> Response:
+        """The displayed picture with boxes and with the keypoints that score above `threshold`, as PNG. Boxes
+        as of /v1/poses."""
 
         def drawn(image: NDArray[np.uint8], poses: Poses) -> bytes:
             points, boxes = poses.keypoints, poses.boxes.xywh
             return encode_png(draw_poses(image, points.xy, points.conf, poses.skeleton, threshold, boxes))
 
+        request.state.find = Find(boxes_from=boxes_from, score_threshold=score_threshold, max_found=max_found)
         answered = await service.answer(request, drawn)
         headers = {"X-Model-Version": answered.answer.model.version}
         if warnings := answered.answer.results[0].warnings:
@@ -304,7 +329,9 @@ def _add_v2(app: FastAPI, service: PoseService) -> None:
         model_named(service, name, version)
         answered = await service.answer(request, protocol=protocol)
         warnings = [warning for result in answered.answer.results for warning in result.warnings]
-        more = {"request_id": answered.answer.request_id, **({"warnings": warnings} if warnings else {})}
+        sources = [result.boxes_source for result in answered.answer.results]
+        more: dict[str, Any] = {"request_id": answered.answer.request_id, "boxes_source": sources}
+        more |= {"warnings": warnings} if warnings else {}
         with spans_of(request).stage("encode"):
             content, length = answer_of_v2(request.state.wish, answered.answer.model, answered.poses, more)
         if length == len(content):

@@ -14,6 +14,14 @@ class Answer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class DetectorInfo(Answer):
+    """The detector that finds people in pictures without boxes."""
+
+    name: str
+    sha256: str
+    """Of MODEL.onnx and MODEL.json, one behind the other."""
+
+
 class ModelInfo(Answer):
     """The model that computed an answer."""
 
@@ -23,6 +31,8 @@ class ModelInfo(Answer):
     """Of the weights."""
     mode: str
     flip_test: bool
+    detector: DetectorInfo | None = None
+    """null: none runs here."""
 
 
 class ImageInfo(Answer):
@@ -36,9 +46,12 @@ class ImageInfo(Answer):
 
 class Person(Answer):
     bbox: tuple[float, float, float, float]
-    """x, y, w, h as asked for, px of the displayed picture."""
+    """x, y, w, h as asked for or found, px of the displayed picture."""
+    box_score: float | None = None
+    """The detector's; null where it did not find the box."""
     score: float
-    """Mean of the keypoint scores above 0.2, as in the COCO protocol."""
+    """Mean of the keypoint scores above 0.2, times the score of a box that was found, as in the COCO
+    protocol."""
     keypoints: list[tuple[float, float, float]]
     """x, y, score of each keypoint in the order of /v1/models; low scores are never left out."""
 
@@ -48,9 +61,10 @@ class Result(Answer):
 
     image: ImageInfo
     boxes_source: str
-    """request: the boxes sent. whole_image: none were sent, the picture is taken as one person."""
+    """request: the boxes sent. detector: none were sent, people were found. whole_image: none were sent, the
+    picture is taken as one person."""
     persons: list[Person]
-    """One for each box, in the order of the boxes."""
+    """One for each box, in the order of the boxes; those found: the best first."""
     warnings: list[str] = []
     """What may make the answer wrong although there is one, such as damaged JPEG data."""
 
@@ -61,7 +75,8 @@ class PosesAnswer(Answer):
     results: list[Result]
     """One for each picture, in the order sent."""
     timings_ms: dict[str, float]
-    """read: the body. decode: pictures and crops. queue: for a batch. infer: forward passes. total."""
+    """read: the body. decode: pictures and crops. detect: the detector and the wait for it, where it looked.
+    queue: for a batch. infer: forward passes. total."""
 
 
 class CocoResult(Answer):
@@ -93,9 +108,24 @@ class OpenPoseAnswer(Answer):
     people: list[OpenPosePerson]
 
 
+class LoadedDetector(DetectorInfo):
+    """What /v1/models says of a detector."""
+
+    source: str
+    input_size: tuple[int, int]
+    """(width, height), px."""
+    score_threshold: float
+    """Of people, where a request says none."""
+    max_found: int
+    """Most people of a picture."""
+    batches: bool
+    """Whether it takes several pictures in one run."""
+
+
 class LoadedModel(ModelInfo):
     """What /v1/models says of a model."""
 
+    detector: LoadedDetector | None = None
     source: str
     checkpoint: str
     input_size: tuple[int, int]
@@ -116,6 +146,7 @@ class NamedModel(Answer):
     version: str
     sha256: str
     source: str
+    detector: DetectorInfo | None = None
 
 
 UNTOLD = "The model asked for last does not answer; whoever has a key is told why."
@@ -139,10 +170,14 @@ class ModelsAnswer(Answer):
             role: model and model.model_copy(update={"source": ""})
             for role, model in (("intended", self.intended), ("previous", self.previous))
         }
-        models = [model.model_copy(update=untold) for model in self.models]
+        models = [model.model_copy(update=untold | {"detector": _untold(model)}) for model in self.models]
         return self.model_copy(
             update={"models": models, **named, "last_load_error": self.last_load_error and UNTOLD}
         )
+
+
+def _untold(model: LoadedModel) -> LoadedDetector | None:
+    return model.detector and model.detector.model_copy(update={"source": ""})
 
 
 class ProblemAnswer(Answer):

@@ -24,6 +24,7 @@ from ray import serve
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
 from serve.body import FORM_TYPE, JSON_TYPE, Upload, read_body, uploads_of
+from serve.detector import Find, Finder, Search, pixels_of_view, search_of
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.model import ModelGauges, ServedModel, load_model, named
@@ -33,7 +34,18 @@ from serve.schemas import ModelsAnswer, PosesAnswer, Problem
 from serve.settings import Limits, LiveSettings, ModelChoice, ServeArgs
 from serve.traces import Spans, Traces, spans_of
 from serve.traces import cannot as cannot_trace
-from serve.work import Decoded, Inferred, Portion, count_people, decode, infer, inspect, result_of
+from serve.work import (
+    Decoded,
+    Inferred,
+    Opened,
+    Portion,
+    count_people,
+    cut,
+    decode,
+    infer,
+    inspect,
+    result_of,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
@@ -95,6 +107,7 @@ class PoseService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._decoding = ThreadPoolExecutor(DECODING_THREADS, "decode")
+        self._finder = Finder(args.max_batch_pictures, self.metrics.detected)
         self._inference = ThreadPoolExecutor(1, "infer")
         self._infer_batched.set_max_batch_size(args.max_batch_people)
         self._infer_batched.set_batch_wait_timeout_s(args.batch_wait_s)
@@ -149,7 +162,7 @@ class PoseService:
         return self.load_error or (self.live.last_failure if self.live else "") or None
 
     async def _load(self, choice: ModelChoice) -> ServedModel:
-        model = await asyncio.to_thread(load_model, choice, self.args)
+        model = await asyncio.to_thread(load_model, choice, self.args, self.model)
         version, mode = choice.version or "a checkpoint", model.predictor.mode
         logger.info("serving %s from %s, mode %s", version, choice.checkpoint, mode)
         return model
@@ -172,7 +185,7 @@ class PoseService:
         """Intent, truth and the last failure."""
         live = self.live
         return ModelsAnswer(
-            models=[self.model.described()] if self.model else [],
+            models=[self.model.described(self.args)] if self.model else [],
             intended=named(live) if live else None,
             previous=named(live.previous) if live and live.previous else None,
             last_load_error=self.failure,
@@ -255,7 +268,8 @@ class PoseService:
         if drawing and len(uploads) > 1:
             raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
         clock, file, spans = [started, time.perf_counter()], None, spans_of(request)
-        async with self._decoded(model, uploads, drawing is not None, spans) as decoded:
+        search = search_of(getattr(request.state, "find", Find()), uploads, model.detector, self.args)
+        async with self._decoded(model, uploads, search, drawing is not None, spans) as decoded:
             people = [one.people for one in decoded]
             clock.append(time.perf_counter())
             crops = np.concatenate([one.crops for one in people])
@@ -270,8 +284,11 @@ class PoseService:
                 with spans.stage("draw"):
                     file = await asyncio.to_thread(drawing, decoded[0].image, poses[0])
         ended = time.perf_counter()
-        stages = dict(zip(("read", "decode", "queue", "infer"), np.diff(clock), strict=True))
-        request.state.stages = {name: float(spent) for name, spent in stages.items()}
+        read, decoding, queue, infer_s = np.diff(clock).tolist()
+        detect = {"detect": search.seconds} if search else {}
+        decoding -= sum(detect.values())
+        stages = {"read": read, "decode": decoding, **detect, "queue": queue, "infer": infer_s}
+        request.state.stages = stages
         pixels = sum(r.image.width * r.image.height for r in results)
         scores = np.concatenate([one.keypoints.conf for one in poses])
         request.state.pictures, request.state.people = len(results), len(scores)
@@ -284,7 +301,7 @@ class PoseService:
 
     @asynccontextmanager
     async def _decoded(
-        self, model: ServedModel, uploads: list[Upload], keep: bool, spans: Spans
+        self, model: ServedModel, uploads: list[Upload], search: Search | None, keep: bool, spans: Spans
     ) -> AsyncIterator[list[Decoded]]:
         """A request's pictures, decoded and cut, once there is room for their pixels: all at once, or one
         after the other where they are more than is ever held. keep: the pixels of its one picture, too."""
@@ -292,27 +309,55 @@ class PoseService:
         if sum(len(upload.data) for upload in uploads) <= INSPECTED_HERE:
             headers = [inspect(upload, limits) for upload in uploads]
         else:
-            headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads], len(uploads))
+            headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads])
         areas = [header.width * header.height for header in headers]
         width, height = model.predictor.spec.input_size
-        cut = sum(one.people for one in uploads) * width * height
-        together = cut + sum(areas) <= pixels.limit
-        jobs = [(model, upload, header, keep) for upload, header in zip(uploads, headers, strict=True)]
+        whole = 0 if search else 1  # person of a picture without boxes
+        people = sum(whole if one.boxes_xywh is None else len(one.boxes_xywh) for one in uploads)
+        beside = people * width * height
+        if search and model.detector:
+            beside += search.people * width * height + search.pictures * pixels_of_view(model.detector)
+        at_once = len(uploads) if beside + sum(areas) <= pixels.limit else 1
+        jobs = [(model, *one, keep, search is not None) for one in zip(uploads, headers, strict=True)]
         async with contextlib.AsyncExitStack() as held:
             try:
                 with spans.stage("wait for room"):
                     async with asyncio.timeout(self.args.deadline_s / 2):
-                        need = cut + (sum(areas) if together else max(areas))
+                        need = beside + (sum(areas) if at_once > 1 else max(areas))
                         keep_only = await held.enter_async_context(pixels.take(need))
             except TimeoutError:
                 raise self.room.full("pixels") from None
-            decoded = await _in_threads(pool, decode, jobs, len(jobs) if together else 1)
+            decoded: list[Decoded] = []
+            for i in range(0, len(jobs), at_once):
+                decoded += await self._people_of(model, jobs[i : i + at_once], search, keep, spans)
             for one in decoded:
                 spans.add("decode", *one.clock[:2])
-                spans.add("crop", *one.clock[1:])
+                spans.add("crop", *one.clock[2:])
             if not keep:
-                keep_only(cut)
+                keep_only(sum(len(one.people.boxes) for one in decoded) * width * height)
             yield decoded
+
+    async def _people_of(
+        self,
+        model: ServedModel,
+        jobs: list[tuple[Any, ...]],
+        search: Search | None,
+        keep: bool,
+        spans: Spans,
+    ) -> list[Decoded]:
+        """decode(*job) of each job, and where that leaves it to the detector, the people that it finds."""
+        seen = await _in_threads(self._decoding, decode, jobs)
+        opened = [one for one in seen if isinstance(one, Opened)]
+        if not (search and model.detector and opened):
+            return seen
+        started, views = time.perf_counter(), [one.view for one in opened]
+        found = await self._finder.find(model.detector, views, search.score_threshold)
+        ended = time.perf_counter()
+        spans.add("detect", started, ended)
+        search.seconds += ended - started
+        cuts = [(model, one, *search.best(people), keep) for one, people in zip(opened, found, strict=True)]
+        done = iter(await _in_threads(self._decoding, cut, cuts))
+        return [next(done) if isinstance(one, Opened) else one for one in seen]
 
     async def _infer_people(
         self, model: ServedModel, crops: NDArray[np.uint8], trace: SpanContext | None
@@ -362,20 +407,15 @@ class PoseService:
         return inferred
 
 
-async def _in_threads(
-    pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: list[tuple[Any, ...]], at_once: int
-) -> list[Any]:
-    """work(*job) of each job, up to so many at once. Whoever is told of a failure, or gives up, is told when
-    no thread works on it any more: only then is its memory free."""
-    done: list[Any] = []
-    for i in range(0, len(jobs), at_once):
-        running = [pool.submit(work, *job) for job in jobs[i : i + at_once]]
-        try:
-            done += await asyncio.gather(*map(asyncio.wrap_future, running))
-        finally:
-            if not all(future.done() for future in running):
-                await asyncio.to_thread(wait, running)
-    return done
+async def _in_threads(pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> Any:
+    """work(*job) of each job, at once. Whoever is told of a failure, or gives up, is told when no thread
+    works on it any more: only then is its memory free."""
+    running = [pool.submit(work, *job) for job in jobs]
+    try:
+        return await asyncio.gather(*map(asyncio.wrap_future, running))
+    finally:
+        if not all(future.done() for future in running):
+            await asyncio.to_thread(wait, running)
 
 
 def _reason(live: LiveSettings, error: Exception) -> str:

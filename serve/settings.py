@@ -58,6 +58,14 @@ class ReplicaSettings(Settings):
     """Average with the mirror image: twice the work. Default: what the checkpoint says."""
     max_batch_people: int = Field(default=32, ge=1)
     """People of one forward pass, gathered over requests."""
+    score_threshold: float | None = Field(default=None, ge=0, le=1)
+    """People that the detector scores less are left out. Default: what its declaration says. A request may
+    say another one."""
+    max_found: int = Field(default=64, ge=1)
+    """Most people that the detector may find in one picture: of more the best are answered, with a warning. A
+    request may say fewer."""
+    max_batch_pictures: int = Field(default=8, ge=1)
+    """Pictures in one run of the detector, gathered over requests, where it takes several."""
     max_requests: int = Field(default=64, ge=1)
     """Requests in progress in one replica, their bodies whole; the next one gets 429."""
     max_bodies: int = Field(default=256, ge=1)
@@ -96,6 +104,22 @@ class ReplicaSettings(Settings):
     split too."""
 
 
+class DetectorChoice(Settings):
+    """An ONNX detector that finds the people of pictures that come without boxes."""
+
+    model: str
+    """MODEL.onnx, a path or URI, with its declaration MODEL.json beside it (docs/predict.md)."""
+    source: str = ""
+    """What was asked for; shown by /v1/models, and answers carry the last part of it."""
+    sha256: str = ""
+    """Of the two files, one behind the other (cat MODEL.onnx MODEL.json | sha256sum). A replica refuses a
+    detector with another; empty: whatever lies there."""
+
+    @property
+    def name(self) -> str:
+        return (self.source or self.model).partition("?")[0].rpartition("/")[2]
+
+
 class ModelChoice(Settings):
     """A checkpoint, and the name and version that its answers carry."""
 
@@ -111,6 +135,8 @@ class ModelChoice(Settings):
     expected_scores: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Counts of keypoint scores in its evaluation (`keypoint_scores` of evaluation.json), which the gauge
     ray_hrnet_keypoint_score_drift compares with; none: no such gauge."""
+    person_detector: DetectorChoice | None = None
+    """None: a picture without boxes is taken as one person."""
 
 
 class LiveSettings(ModelChoice):

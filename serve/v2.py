@@ -2,12 +2,15 @@
 tensors; v2_grpc.py has the same tensors in messages.
 
 inputs    image      BYTES [N]         N pictures as files; in JSON base64
-          boxes      FP32  [P, 4]      left, top, width, height, px of the displayed picture; optional
+          boxes      FP32  [P, 4]      left, top, width, height, px of the displayed picture; optional, found
+                                       by the detector where there is one
           counts     INT32 [N]         how many of the boxes are of each picture; optional for one picture
 outputs   keypoints  FP32  [P, K, 3]   x, y, score; px of the displayed picture
           scores     FP32  [P]
-          boxes      FP32  [P, 4]      without boxes asked for: each whole picture
+          boxes      FP32  [P, 4]      as asked for, found, or each whole picture
           counts     INT32 [N]
+          box_scores FP32  [P]         the detector's; 1 where it did not find the box
+parameters           boxes_from, score_threshold, max_found, as of /v1/poses
 """
 
 from __future__ import annotations
@@ -23,22 +26,25 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from hrnet_core.results import Poses
 from serve.body import Upload, boxes_of_json, check_counts
+from serve.detector import Find
 from serve.schemas import ModelInfo, Problem
 from serve.settings import Limits
 
 SERVER = {"name": "hrnet", "version": "1"}
 HEADER_LENGTH = "inference-header-content-length"
 INPUTS = {"image": ("BYTES", [-1]), "boxes": ("FP32", [-1, 4]), "counts": ("INT32", [-1])}
-OUTPUTS = {"keypoints": "FP32", "scores": "FP32", "boxes": "FP32", "counts": "INT32"}
+OUTPUTS = {"keypoints": "FP32", "scores": "FP32", "boxes": "FP32", "counts": "INT32", "box_scores": "FP32"}
 DTYPES = {"FP32": "<f4", "FP64": "<f8", "INT32": "<i4", "INT64": "<i8"}
 
 
 def metadata(model: ModelInfo, keypoints: int) -> dict[str, Any]:
     """What GET /v2/models/NAME says."""
     outputs = {"keypoints": [-1, keypoints, 3], "scores": [-1], "boxes": [-1, 4], "counts": [-1]}
+    outputs |= {"box_scores": [-1]}
     return {
         "name": model.name,
         "versions": [model.version],
@@ -59,10 +65,10 @@ class Wish:
 
 
 async def uploads_of_v2(request: Request, body: bytes, limits: Limits) -> list[Upload]:
-    """The pictures and boxes of an inference request; its Wish is put into request.state. Problem for
-    anything else that it holds."""
+    """The pictures and boxes of an inference request; its Wish and Find are put into request.state. Problem
+    for anything else that it holds."""
     fields, tail = _split(body, request.headers.get(HEADER_LENGTH))
-    request.state.wish = wish_of(fields)
+    request.state.wish, request.state.find = wish_of(fields), find_of(fields.get("parameters") or {})
     return uploads_of_inputs(fields.get("inputs"), tail, limits)
 
 
@@ -116,6 +122,7 @@ def arrays_of(poses: list[Poses]) -> dict[str, NDArray[Any]]:
         "scores": np.concatenate([one.scores for one in poses]).astype("<f4"),
         "boxes": np.concatenate([one.boxes.xywh for one in poses]).astype("<f4"),
         "counts": np.array([len(one) for one in poses], "<i4"),
+        "box_scores": np.concatenate([one.boxes.conf for one in poses]).astype("<f4"),
     }
 
 
@@ -152,6 +159,15 @@ def wish_of(fields: dict[str, Any]) -> Wish:
     own = {one["name"]: _parameters(one).get("binary_data", whole) for one in asked}
     binary = frozenset(name for name in names if own.get(name, whole) is True)
     return Wish(str(fields.get("id", "")), tuple(dict.fromkeys(names)), binary)
+
+
+def find_of(parameters: dict[str, Any]) -> Find:
+    """Where the boxes of a request are to come from. Other parameters are none of ours."""
+    try:
+        return Find(**{name: parameters[name] for name in Find.model_fields if name in parameters})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Problem.of_field(str(first["loc"][0]), "invalid-field", f"{first['msg']}.") from None
 
 
 def _parameters(tensor: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from serve.routes import Envelope, as_response, model_named
 from serve.schemas import Problem
 from serve.service import PoseService, Protocol
 from serve.settings import Limits
-from serve.v2 import INPUTS, OUTPUTS, SERVER, arrays_of, metadata, uploads_of_inputs, wish_of
+from serve.v2 import INPUTS, OUTPUTS, SERVER, arrays_of, find_of, metadata, uploads_of_inputs, wish_of
 
 SERVICE = "inference.GRPCInferenceService"
 METHODS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
@@ -167,13 +167,15 @@ def make_app(service: PoseService) -> FastAPI:
         model_named(service, asked.model_name, asked.model_version or None)
         outputs = [{"name": one.name} for one in asked.outputs]
         request.state.wish = wish_of({"id": asked.id, "outputs": outputs})
+        request.state.find = find_of(_parameters(asked))
         return uploads_of_inputs(_inputs(asked), b"".join(asked.raw_input_contents), limits)
 
     @app.post(f"/{SERVICE}/ModelInfer")
     async def model_infer(request: Request) -> Response:
         answered = await service.answer(request, protocol=Protocol((), uploads_of))
         model, wish, arrays = answered.answer.model, request.state.wish, arrays_of(answered.poses)
-        told = {"request_id": answered.answer.request_id}
+        sources = [result.boxes_source for result in answered.answer.results]
+        told = {"request_id": answered.answer.request_id, "boxes_source": "\n".join(sources)}
         if warnings := [warning for result in answered.answer.results for warning in result.warnings]:
             told["warnings"] = "\n".join(warnings)
         outputs = [{"name": n, "datatype": OUTPUTS[n], "shape": arrays[n].shape} for n in wish.outputs]
@@ -217,6 +219,11 @@ def _read(name: str, content: bytes) -> Any:
 
 def _said(kind: str, /, **fields: Any) -> Response:
     return Response(message(kind)(**fields).SerializeToString(), media_type="application/x-protobuf")
+
+
+def _parameters(asked: Any) -> dict[str, Any]:
+    chosen = {name: (one, one.WhichOneof("parameter_choice")) for name, one in asked.parameters.items()}
+    return {name: getattr(one, field) for name, (one, field) in chosen.items() if field}
 
 
 def _inputs(asked: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,7 @@ from serve.settings import Limits
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
+    from hrnet_core.detector import Found, View
     from hrnet_core.predictor import Prepared
 
 
@@ -39,8 +40,22 @@ class Decoded:
     warnings: list[str]
     image: NDArray[np.uint8] | None
     """(H, W, 3), kept only where it will be drawn on."""
-    clock: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """By time.perf_counter: begun, decoded, cut."""
+    clock: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """By time.perf_counter: decoding begun and ended, cutting begun and ended."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A decoded picture, its people not known yet."""
+
+    image: NDArray[np.uint8]
+    """(H, W, 3)"""
+    exif_rotated: bool
+    warnings: list[str]
+    view: View
+    """What the detector is to see."""
+    clock: tuple[float, float]
+    """By time.perf_counter: decoding begun and ended."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +98,36 @@ def inspect(upload: Upload, limits: Limits) -> ImageHeader:
     return header
 
 
-def decode(model: ServedModel, upload: Upload, header: ImageHeader, keep: bool) -> Decoded:
+def decode(
+    model: ServedModel, upload: Upload, header: ImageHeader, keep: bool, looks: bool
+) -> Decoded | Opened:
     """Decode a picture as displayed and cut its people out. Problem names the field that is wrong.
 
-    keep: its pixels, too.
+    keep: its pixels, too. looks: where it comes without boxes, the detector is to find its people.
     """
     begun = time.perf_counter()
     with _named(upload.field):
         image, warnings = pixels_of(upload.data, header)
     decoded = time.perf_counter()
+    turned = header.orientation != 1
+    if looks and model.detector and upload.boxes_xywh is None:
+        view = model.detector.view(image)
+        return Opened(image, turned, warnings, view, (begun, decoded))
     if upload.boxes_xywh is not None:
         _refuse_outside(upload.boxes_xywh, image, upload.field.replace("image", "boxes"))
     (people,) = model.predictor.prepare(image, upload.boxes_xywh)
-    clock = (begun, decoded, time.perf_counter())
-    return Decoded(people, header.orientation != 1, warnings, image if keep else None, clock)
+    clock = (begun, decoded, decoded, time.perf_counter())
+    return Decoded(people, turned, warnings, image if keep else None, clock)
+
+
+def cut(model: ServedModel, opened: Opened, found: Found, warnings: list[str], keep: bool) -> Decoded:
+    """Cut out the people that were found in a picture. keep: its pixels, too."""
+    begun = time.perf_counter()
+    (people,) = model.predictor.prepare(opened.image, *found)
+    clock = (*opened.clock, begun, time.perf_counter())
+    told = [*opened.warnings, *warnings]
+    people = replace(people, boxes_source="detector")
+    return Decoded(people, opened.exif_rotated, told, opened.image if keep else None, clock)
 
 
 @contextlib.contextmanager
@@ -106,6 +137,7 @@ def _named(field: str) -> Iterator[None]:
         yield
     except ImageError as error:
         slugs = {"too_large": "too-many-pixels", "truncated": "truncated-picture"}
+        slugs["unsupported_format"] = "media-type"
         slug = slugs.get(error.reason, "not-a-picture")
         raise Problem.of_field(field, slug, str(error), reason=error.reason) from None
 
@@ -174,8 +206,10 @@ def infer(portions: Sequence[Portion], batch_size: int) -> list[Inferred | Excep
 def result_of(decoded: Decoded, poses: Poses) -> Result:
     """The answer for one picture. Rounded to 1e-4: far below what is measured."""
     height, width = poses.orig_shape
+    found = poses.boxes_source == "detector"
     rows = zip(
-        poses.boxes.xywh.tolist(),
+        poses.boxes.xywh.astype(np.float64).round(4).tolist() if found else poses.boxes.xywh.tolist(),
+        poses.boxes.conf.astype(np.float64).round(4).tolist() if found else [None] * len(poses),
         poses.scores.round(4).tolist(),
         poses.keypoints.data.astype(np.float64).round(4).tolist(),
         strict=True,
@@ -183,6 +217,9 @@ def result_of(decoded: Decoded, poses: Poses) -> Result:
     return Result(
         image=ImageInfo(width=width, height=height, exif_rotated=decoded.exif_rotated),
         boxes_source="request" if poses.boxes_source == "given" else poses.boxes_source,
-        persons=[Person(bbox=box, score=score, keypoints=keypoints) for box, score, keypoints in rows],
+        persons=[
+            Person(bbox=box, box_score=box_score, score=score, keypoints=keypoints)
+            for box, box_score, score, keypoints in rows
+        ],
         warnings=decoded.warnings,
     )

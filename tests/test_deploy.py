@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -27,6 +28,7 @@ import torch
 from free_ports import free_port
 from listening import beyond_loopback
 from PIL import Image
+from test_detector import rtdetr_like
 
 import pipelines.deploy as deploying
 from hrnet_core.architecture import HRNetConfig
@@ -183,6 +185,9 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "max_requests": 13,
         "deadline_s": 17.0,
         "max_bodies": 7,
+        "score_threshold": 0.53,
+        "max_found": 59,
+        "max_batch_pictures": 61,
         "key_rate": 43.0,
         "key_share": 0.47,
         "hosts": ("poses.example.com",),
@@ -200,7 +205,7 @@ def test_every_setting_reaches_serve(checkpoint: Path, tmp_path: Path) -> None:
         "first_frame": True,
     }
     renamed = {"replicas": 2, "cpus_per_replica": 0.5, "use_gpu": True, "batch_wait_ms": 7.0}
-    kept_here = {"host", "port", "grpc_port", "haproxy", "samples", "keys", "anyone"}
+    kept_here = {"host", "port", "grpc_port", "haproxy", "samples", "keys", "anyone", "detector"}
     assert set(ServeSettings.model_fields) == {*same, *renamed, *kept_here}, "a new setting must go somewhere"
     args = args_of(str(checkpoint), tmp_path, **same, **renamed)
     served = {**args.model_dump(), **args.limits.model_dump()}
@@ -621,7 +626,9 @@ def test_grpc_takes_messages_as_long_as_bodies_and_ports_of_its_own(monkeypatch:
     assert last - first == 99
     with contextlib.ExitStack() as stack:
         for _ in range(3):  # endpoints that are there already: their calls would be answered by this one
-            taken = stack.enter_context(socket.create_server(("", ingress._free_ports(1, in_a_row=100)[0])))
+            taken = stack.enter_context(
+                socket.create_server(("", ingress._free_ports(1, range(26000, 29900), in_a_row=100)[0]))
+            )
             port = taken.getsockname()[1]
             found = int(ingress.environment(settings)["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"])
             assert not found <= port < found + 100
@@ -651,3 +658,64 @@ def test_what_is_wrong_with_a_checkpoint_is_told_of_the_folder_that_was_named(
     (bad / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=f"^{bad}/model.safetensors: "):
         args_of(str(bad), tmp_path)
+
+
+# --- the detector -------------------------------------------------------------------------------
+
+YOLOX = '{"layout": "yolox", "input_size": [320, 256]}'
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda model: model.unlink(), r"rtdetr\.onnx: cannot be read \(No such file or directory\)"),
+        (lambda model: model.with_suffix(".json").unlink(), r"declared in MODEL\.json beside it"),
+        (lambda model: model.write_bytes(b"no model"), "not a model that ONNX Runtime opens"),
+        (
+            lambda model: model.with_suffix(".json").write_text(YOLOX),
+            "layout yolox reads one of",
+        ),
+    ],
+    ids=["no file", "no declaration", "no ONNX", "another kind"],
+)
+@pytest.mark.usefixtures("no_ray")
+def test_a_detector_that_cannot_be_used_is_refused_in_a_sentence_before_anything_is_touched(
+    checkpoint: Path, tmp_path: Path, spoil: Any, named: str
+) -> None:
+    model = rtdetr_like(tmp_path)
+    spoil(model)
+    settings = ServeSettings(detector=str(model))
+    with pytest.raises(ConfigError, match=named) as told:
+        deploy(str(checkpoint), settings, run=RunSettings(storage=str(tmp_path / "runs")))
+    assert "\n" not in str(told.value)
+    assert "rtdetr" in str(told.value)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_detector_without_onnx_runtime_names_the_extra(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServeSettings(detector=str(rtdetr_like(tmp_path)))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hrnet-ray\[onnx\]'"):
+        deploy(str(checkpoint), settings, run=RunSettings(storage=str(tmp_path / "runs")))
+
+
+def test_replicas_get_a_copy_of_the_detector_that_nothing_changes(checkpoint: Path, tmp_path: Path) -> None:
+    model = rtdetr_like(tmp_path)
+    args = args_of(str(checkpoint), tmp_path, detector=str(model))
+    files = [model, model.with_suffix(".json")]
+    sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    pinned = args.person_detector
+    assert (pinned.name, pinned.source, pinned.sha256) == ("rtdetr.onnx", str(model), sha256)
+    copy = Path(pinned.model)
+    assert copy.parent == tmp_path / "runs" / "deployed" / sha256[:16]
+    assert [file.read_bytes() for file in (copy, copy.with_suffix(".json"))] == [
+        file.read_bytes() for file in files
+    ]
+    declaration = model.with_suffix(".json")
+    declaration.write_text(declaration.read_text().replace('"stretch"', '"letterbox"'))
+    again = args_of(str(checkpoint), tmp_path, detector=str(model)).person_detector
+    assert again.sha256 != sha256, "another declaration is another detector"
+    assert Path(again.model).parent != copy.parent
+    assert args_of(str(checkpoint), tmp_path).person_detector is None

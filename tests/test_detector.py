@@ -274,10 +274,10 @@ def test_wrong_files_are_one_paragraph(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     file = rtdetr_like(tmp_path)
+    refused(tmp_path / "none.onnx", r"none\.onnx: cannot be read \(No such file or directory\)")
+    (tmp_path / "none.onnx").write_bytes(b"no model")
     refused(tmp_path / "none.onnx", r"none\.json: no readable JSON .* declared in MODEL\.json beside it")
     file.with_suffix(".json").rename(tmp_path / "none.json")
-    refused(tmp_path / "none.onnx", r"none\.onnx: cannot be read")
-    (tmp_path / "none.onnx").write_bytes(b"no model")
     refused(tmp_path / "none.onnx", "not a model that ONNX Runtime opens")
     (tmp_path / "none.json").write_text("[1]")
     refused(tmp_path / "none.onnx", r"none\.json: holds list, not one JSON object\..* docs/predict\.md")

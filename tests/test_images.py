@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import pickle
 import struct
+import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from hrnet_core.errors import ImageError, PoseError
-from hrnet_core.images import ImageHeader, decode_image, encode_jpeg, encode_png, read_header
+from hrnet_core.images import ImageHeader, check_image, decode_image, encode_jpeg, encode_png, read_header
 
 RNG = np.random.default_rng(0)
 # 96 x 64 in soft tiles: no two rotations or mirrors are alike, and JPEG keeps it within a few levels.
@@ -57,7 +61,14 @@ KINDS = {
     "BMP": {},
     "GIF": {},
     "TIFF": {},
+    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
 }
+AVIF_START = b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif"
+HEIC = {
+    name: base64.b64decode(text)
+    for name, text in json.loads((Path(__file__).parent / "reference" / "heic.json").read_text()).items()
+}
+"""PICTURE by an encoder of its own, as its README says."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,6 +80,62 @@ def test_every_format_is_read_as_pillow_reads_it(kind: str) -> None:
     assert image.flags.c_contiguous
     assert difference(image, pillow_rgb(data)) < 0.5
     assert difference(image, PICTURE) < 6, "RGB, not BGR: the tiles differ by 85 on average"
+
+
+@pytest.mark.parametrize("name", HEIC)
+def test_a_heic_is_read_in_eight_bits_of_rgb(name: str) -> None:
+    """Of several pictures the primary one; ten bits as eight; alpha dropped; as its container turns it."""
+    turn = int(name.rpartition("-")[2]) if name.startswith("turned") else 1
+    stored = np.asarray(Image.fromarray(PICTURE).convert("L").convert("RGB")) if name == "grey" else PICTURE
+    expected = as_exif_says(stored, turn)
+    height, width = expected.shape[:2]
+    assert read_header(HEIC[name]) == ImageHeader("HEIC", width, height, orientation=1, frames=1)
+    for apply_exif in (True, False):
+        image = decode_image(HEIC[name], apply_exif=apply_exif)
+        assert image.dtype == np.uint8
+        assert image.flags.c_contiguous
+        seen = slice(0, 48 if name == "alpha" else None)  # what is transparent has no colour to keep
+        assert difference(image[:, seen], expected[:, seen]) < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_avif_is_displayed_as_its_container_says(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(PICTURE, "AVIF", exif=exif, **KINDS["AVIF"])  # Pillow writes irot and imir
+    expected = as_exif_says(PICTURE, orientation)
+    height, width = expected.shape[:2]
+    assert read_header(data) == ImageHeader("AVIF", width, height, orientation=1, frames=1)
+    assert difference(decode_image(data, apply_exif=True), expected) < 6
+    assert difference(decode_image(data, apply_exif=False), expected) < 6
+
+
+def as_exif_says(picture: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """By Pillow, of a PNG."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(save(picture, "PNG", exif=exif)))))
+
+
+def test_a_heic_without_its_reader_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(ImageError, match=r"pip install 'hrnet-ray\[heif\]'") as told:
+        decode_image(HEIC["grey"], apply_exif=True)
+    assert told.value.reason == "unsupported_format"
+    monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
+    with pytest.raises(ImageError, match="wheel of Pillow") as told:
+        decode_image(AVIF_START, apply_exif=True)
+    assert told.value.reason == "unsupported_format"
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+def test_the_size_of_a_heic_and_of_an_avif_is_judged_before_a_pixel_is_decoded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = HEIC["turned-6"] if kind == "HEIC" else save(PICTURE, "AVIF")
+    monkeypatch.setattr("hrnet_core.heif.decode", None)
+    assert reason(data, max_pixels=96 * 64 - 1) == "too_large"
+    assert check_image(data, max_pixels=96 * 64).format == kind
 
 
 def test_kinds_of_pixels() -> None:
@@ -115,10 +182,10 @@ def test_alpha_is_dropped_and_the_colours_stay() -> None:
 
 def test_of_an_animation_the_first_frame() -> None:
     more = {"save_all": True, "append_images": [Image.fromarray(255 - PICTURE)]}
-    for kind, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
-        data = save(PICTURE, kind, **options, **more)
+    for kind in ("GIF", "PNG", "WEBP", "TIFF", "AVIF"):
+        data = save(PICTURE, kind, **KINDS[kind], **more)
         assert read_header(data) == ImageHeader(kind, 96, 64, orientation=1, frames=2)
-        assert difference(decode_image(data, apply_exif=False), PICTURE) < 1, kind
+        assert difference(decode_image(data, apply_exif=False), PICTURE) < 3, kind
     stereo = save(PICTURE, "MPO", **more)  # a JPEG with another behind it, as some cameras write
     assert read_header(stereo).format == "JPEG"
     assert difference(decode_image(stereo, apply_exif=False), PICTURE) < 6
@@ -184,7 +251,21 @@ def test_other_formats_cut_off(kind: str, how: str | float) -> None:
     assert reason(cut(save(noise, kind, **KINDS[kind]), how)) in told
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+def test_an_avif_or_a_heic_cut_off(kind: str, how: str | float) -> None:
+    data = HEIC["turned-1"] if kind == "HEIC" else save(PICTURE, "AVIF")
+    assert reason(cut(data, how)) == "truncated"
+
+
+def test_every_length_of_a_cut_heic_is_refused() -> None:
+    data = HEIC["turned-3"]
+    for length in range(40, len(data)):
+        with pytest.raises(ImageError):
+            decode_image(data[:length], apply_exif=True)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])
 def test_bytes_after_the_end_are_tolerated(kind: str) -> None:
     data = save(PICTURE, kind, **KINDS[kind])
     expected = decode_image(data, apply_exif=False)
@@ -200,7 +281,9 @@ def test_bytes_after_the_end_are_tolerated(kind: str) -> None:
         ("not_an_image", b"\0" * 1000),
         ("not_an_image", b"\xff\xd8"),
         ("not_an_image", b"BMW is a car"),
-        ("unsupported_format", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        ("truncated", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        ("truncated", AVIF_START),
+        ("unsupported_format", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41"),
         ("unsupported_format", b"%PDF-1.7\n"),
         ("unsupported_format", b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'),
         ("unsupported_format", b"8BPS\0\x01" + bytes(30)),

@@ -44,7 +44,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hrnet_core.choices": set(),
     "hrnet_core.files": {"hrnet_core.errors"},
     "hrnet_core.skeleton": {"numpy", "hrnet_core.errors", "hrnet_core.files"},
-    "hrnet_core.images": {"numpy", "cv2", "PIL", "hrnet_core.choices", "hrnet_core.errors"},
+    "hrnet_core.images": {
+        "numpy",
+        "cv2",
+        "PIL",
+        "hrnet_core.choices",
+        "hrnet_core.errors",
+        "hrnet_core.heif",
+    },
     "hrnet_core.geometry": {"numpy", "cv2", "hrnet_core.choices"},
     "hrnet_core.heatmaps": {"numpy", "cv2", "hrnet_core.choices", "hrnet_core.geometry"},
     # pyarrow for who opens a folder: imported when it is.
@@ -73,6 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pandas",
         "supervision",
     },
+    "hrnet_core.heif": {"numpy", "PIL", "pi_heif", "hrnet_core.errors"},
     "hrnet_core.detector": {"numpy", "cv2", "onnxruntime", "hrnet_core"},
     "hrnet_core.onnx_file": {
         "torch",

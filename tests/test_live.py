@@ -14,8 +14,11 @@ import numpy as np
 import psutil
 import pytest
 from free_ports import free_ports
+from test_detector import picture as red_picture
+from test_detector import rtdetr_like
 from test_serve import save_tiny
 
+from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
 from hrnet_core.images import encode_png
 from hrnet_core.predictor import PosePredictor
@@ -47,8 +50,9 @@ class Endpoint:
         self.port, self.grpc = port, f"127.0.0.1:{grpc_port}"
         self.url = f"http://127.0.0.1:{port}"
 
-    def deploy(self, version: int) -> str:
-        return deploy(str(self.folders[version]), self.settings, run=self.run, block=False)
+    def deploy(self, version: int, **settings: Any) -> str:
+        changed = self.settings.model_copy(update=settings)
+        return deploy(str(self.folders[version]), changed, run=self.run, block=False)
 
     def roll_back(self) -> str:
         return deploy(None, self.settings, run=self.run, rollback=True, block=False)
@@ -162,6 +166,39 @@ def test_another_version_comes_live_in_place_and_goes_back_without_a_lost_reques
         assert said["models"][0]["sha256"] == said["intended"]["sha256"] == endpoint.sha256[version]
         assert said["previous"]["sha256"] == endpoint.sha256[1 - version]
         assert said["last_load_error"] is None
+    assert replica_ids() == before
+
+
+def test_a_detector_comes_and_goes_in_place_and_is_taken_back_where_it_fails(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    """The patch of test_detector is found, or the whole picture is one person; boxes count all the while."""
+    endpoint.deploy(0)
+    before, model, data = replica_ids(), rtdetr_like(tmp_path), encode_png(red_picture())
+    sha256 = PersonDetector.load(model).sha256
+
+    def found() -> tuple[str, Any]:
+        answer = client.poses(endpoint.url, data)
+        return answer["results"][0]["boxes_source"], answer["model"]["detector"]
+
+    assert found() == ("whole_image", None)
+    responses = under_load(endpoint, lambda: endpoint.deploy(0, detector=str(model)))
+    assert {endpoint.check(response.json()) for response in responses} == {endpoint.sha256[0]}
+    named = {"name": "rtdetr.onnx", "sha256": sha256}
+    assert found() == ("detector", named)
+    said = endpoint.models()
+    assert (said["intended"]["detector"], said["previous"]["detector"]) == (named, None)
+    good = live.intended()
+    assert good
+    assert good.person_detector
+    gone = good.person_detector.model_copy(update={"model": str(tmp_path / "gone.onnx"), "sha256": "f" * 64})
+    with pytest.raises(ConfigError, match=r"gone\.onnx.*answers as before"):
+        live.bring_up(good.model_copy(update={"person_detector": gone}), endpoint.settings, RaySettings())
+    assert found() == ("detector", named)
+    endpoint.roll_back()
+    assert found() == ("whole_image", None)
+    endpoint.roll_back()
+    assert found() == ("detector", named)
     assert replica_ids() == before
 
 

@@ -346,3 +346,37 @@ def test_numbers_of_boxes_cover_no_face(page: Any) -> None:
         }"""
     )
     assert covered == 0
+
+
+@pytest.mark.slow
+def test_people_found_by_the_detector_are_shown_and_can_be_changed(
+    browser: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    from test_serve_detector import PNG as red
+    from test_serve_detector import crowd
+    from test_serve_detector import service_of as with_detector
+
+    with running(make_app(with_detector(checkpoint, crowd(tmp_path)))) as address:
+        page = opened(browser, f"http://{address}/")
+        assert "people by crowd.onnx" in page.locator("#model").inner_text()
+        assert "boxes=" not in page.locator("#curl").text_content()
+        give(page, red)
+        assert page.locator("#find").inner_text() == "Find the people"
+        page.locator("#find").click()
+        page.wait_for_selector("#result:visible")
+        assert page.locator("#found").inner_text() == "3 people found"
+        assert page.locator("#people button").count() == 3
+        assert [box[2:] for box in boxes(page)] == [[300, 200]] * 3
+        page.locator("#people button").nth(2).click()
+        page.locator("#canvas").press("Delete")
+        assert page.locator("#result").is_hidden()
+        assert page.locator("#find").inner_text() == "Find 2 poses"
+        page.locator("#find").click()
+        page.wait_for_selector("#result:visible")
+        assert page.locator("#found").inner_text() == "2 people"
+        page.locator("#clear").click()
+        give(page)
+        page.locator("#find").click()
+        page.wait_for_selector("#result:visible")
+        assert page.faults == []
+        page.context.close()

@@ -215,7 +215,8 @@ def test_bad_pictures_are_listed_and_the_others_answered(
         "empty.jpg": (b"", "empty"),
         "page.jpg": (b"<html>404</html>", "not_an_image"),
         "cut.png": (whole[:900], "truncated"),
-        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "unsupported_format"),
+        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "truncated"),
+        "scan.jp2": (b"\0\0\0\x0cjP  " + bytes(40), "unsupported_format"),
         "broken.mp4": (b"\0\0\0\x18ftypmp42" + bytes(400), "not_a_video"),
     }
     for name, (content, _) in bad.items():
@@ -226,9 +227,27 @@ def test_bad_pictures_are_listed_and_the_others_answered(
     assert rejected(tmp_path / "out") == {name: reason for name, (_, reason) in bad.items()}
     assert done.summary["counts"] == {"pictures": 6, "people": 6}
     assert done.summary["passed_over"] == 1
-    assert "left out: empty 1, not_a_video 1, not_an_image 1, truncated 1, unsupported_format 1" in str(done)
+    assert "left out: empty 1, not_a_video 1, not_an_image 1, truncated 2, unsupported_format 1" in str(done)
     detail = {row["name"]: row["detail"] for row in load(tmp_path / "out" / "rejected.json")}
     assert "its end is missing" in detail["cut.png"]
+
+
+def test_avif_and_heic_are_pictures_of_a_folder(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    from test_images import HEIC, KINDS, PICTURE, save
+
+    photos = {
+        "a.HEIC": HEIC["turned-6"],
+        "b.heif": HEIC["turned-1"],
+        "c.avif": save(PICTURE, "AVIF", **KINDS["AVIF"]),
+    }
+    (tmp_path / "photos").mkdir()
+    for name, content in photos.items():
+        (tmp_path / "photos" / name).write_bytes(content)
+    run(dots, tmp_path / "photos", tmp_path / "out")
+    sizes = {
+        row["file_name"]: (row["width"], row["height"]) for row in load(tmp_path / "out" / "images.json")
+    }
+    assert sizes == {"a.HEIC": (64, 96), "b.heif": (96, 64), "c.avif": (96, 64)}
 
 
 def test_pictures_that_cannot_be_got_cost_a_row_each(
@@ -299,7 +318,7 @@ def test_wrong_arguments_end_with_2_before_any_work(
             "its pictures (else.jpg ...) are none of the sources (picture-0.png ...)",
         ),
         ([source, "--boxes", boxes, "--detector", "d.onnx"], "boxes and detector are both given"),
-        ([source, "--detector", "d.onnx"], "d.json: no readable JSON"),
+        ([source, "--detector", "d.onnx"], "d.onnx: cannot be read"),
         ([source, "--out", "nowhere://x/out"], "nowhere://x/out: not a folder that can be opened"),
     ):
         assert main(["predict", *argv, "--checkpoint", checkpoint]) == 2, argv

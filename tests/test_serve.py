@@ -144,6 +144,7 @@ def test_portions_of_a_request_come_back_in_the_order_of_its_boxes(
         "sha256": predictor.spec.weights_sha256,
         "mode": "float32",
         "flip_test": True,
+        "detector": None,
     }
     assert set(answer["timings_ms"]) == {"read", "decode", "queue", "infer", "total"}
     assert all(ms >= 0 for ms in answer["timings_ms"].values())

@@ -190,3 +190,24 @@ def test_it_works_where_nothing_else_is_installed(url: str, keys: Path, tmp_path
     program = "import sys, serve.client; print(*{'numpy', 'ray', 'torch', 'httpx'} & set(sys.modules))"
     loaded = subprocess.run([own, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == ""
+
+
+def test_people_are_found_where_that_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    from test_serve_detector import PNG as red
+    from test_serve_detector import crowd
+    from test_serve_detector import service_of as with_detector
+
+    service = with_detector(checkpoint, crowd(tmp_path))
+    with running(make_app(service)) as address, Client(f"http://{address}") as asking:
+        assert keypoints_of(asking.poses(red)).shape == (3, 17, 3)
+        assert keypoints_of(asking.poses(red, score_threshold=0.1, max_found=2)).shape == (2, 17, 3)
+        whole = asking.poses(red, boxes_from="whole_image")
+        assert whole["results"][0]["boxes_source"] == "whole_image"
+        assert len(asking.poses(red, format="coco", max_found=2)) == 2
+        assert decode_image(asking.overlay(red, max_found=1), apply_exif=True).shape == (320, 640, 3)
+        many = [answer for _, answer in asking.poses_of_many([red, red], max_found=1)]
+        assert [len(keypoints_of(answer)) for answer in many] == [1, 1]
+        (tmp_path / "red.png").write_bytes(red)
+        argv = [f"http://{address}", str(tmp_path / "red.png"), "--boxes-from", "whole_image"]
+        told = subprocess.run([sys.executable, "-m", "serve.client", *argv], capture_output=True, text=True)
+        assert json.loads(told.stdout)["results"][0]["boxes_source"] == "whole_image"

@@ -142,6 +142,7 @@ def test_tritonclient_gets_what_the_predictor_finds(address: str, predictor: Pos
             "scores": ("FP32", [-1]),
             "boxes": ("FP32", [-1, 4]),
             "counts": ("INT32", [-1]),
+            "box_scores": ("FP32", [-1]),
         }
         given = [
             image(PNG, encode_png(photo(2))),
@@ -298,6 +299,26 @@ def test_a_full_draining_or_slow_replica_says_so(checkpoint: Path, monkeypatch: 
         assert client.is_server_live()
         assert not client.is_server_ready()
         assert not is_ready(address, 20)
+
+
+def test_people_are_found_over_grpc_too(checkpoint: Path, tmp_path: Path) -> None:
+    from test_serve_detector import PNG as red
+    from test_serve_detector import crowd
+    from test_serve_detector import service_of as with_detector
+
+    with (
+        running(with_detector(checkpoint, crowd(tmp_path))) as address,
+        triton.InferenceServerClient(address) as client,
+    ):
+        found = client.infer(
+            "hrnet-pose", [image(red)], parameters={"max_found": 2, "score_threshold": "0.1"}
+        )
+        np.testing.assert_allclose(found.as_numpy("box_scores"), [0.9, 0.8], rtol=1e-6)
+        assert found.get_response().parameters["boxes_source"].string_param == "detector"
+        whole = client.infer("hrnet-pose", [image(red)], parameters={"boxes_from": "whole_image"})
+        assert whole.as_numpy("boxes").tolist() == [[0, 0, 640, 320]]
+        with pytest.raises(triton.InferenceServerException, match="max_found: at most 64"):
+            client.infer("hrnet-pose", [image(red)], parameters={"max_found": 65})
 
 
 @contextmanager

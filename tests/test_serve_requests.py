@@ -133,7 +133,9 @@ def test_real_photographs_are_decoded_to_the_pixels_of_evaluation(real_data: Pat
 def test_an_unknown_query_parameter_is_refused_with_those_there_are(service: PoseService) -> None:
     response = call(service, "POST", "/v1/overlay?treshold=0.5", **form())
     assert response.status_code == 422
-    assert response.json()["detail"] == "treshold: unknown query parameter; there are threshold."
+    assert response.json()["detail"] == (
+        "treshold: unknown query parameter; there are boxes_from, max_found, score_threshold, threshold."
+    )
     assert call(service, "POST", "/v1/overlay?threshold=0.5", **form()).status_code == 200
     assert call(service, "GET", "/?from=a-newsletter").status_code == 200, "the page is for people"
 

@@ -182,6 +182,7 @@ NOT_WHOLE = {
     ("cluster", "open"): "the terminal itself, while what engines say goes elsewhere",
     ("ingress", "write_text"): "a wrapper around HAProxy in a folder of this process",
     ("measure_modes", "write_bytes"): "a checkpoint's copy in a temporary folder",
+    ("pinned", "write_bytes"): "in a temporary folder, from which `published` puts it in place",
     ("pictures", "write_bytes"): "in a temporary folder, put in place as a whole",
     ("state", "open"): "trainer.pt, as below",
     ("worker", "write_table"): "in memory",

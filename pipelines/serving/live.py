@@ -173,7 +173,10 @@ def _change(args: ServeArgs, before: ServeArgs) -> None:
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
         print(f"replacing what runs: the old replicas go on until there is room for {more}", flush=True)
     elif another:
-        print(f"loading {args.version} beside {before.version} in the running replicas", flush=True)
+        print(
+            f"loading {with_detector(args)} beside {with_detector(before)} in the running replicas",
+            flush=True,
+        )
     with _taken_back(args, before):
         try:
             _run(args)
@@ -221,8 +224,20 @@ def _run(args: ServeArgs) -> None:
     serve.run(application, name=APP)
 
 
-def _identity(choice: ModelChoice) -> tuple[str, str, str]:
-    return choice.name, choice.version, choice.sha256
+def _identity(choice: ModelChoice) -> tuple[str, ...]:
+    return (
+        choice.name,
+        choice.version,
+        choice.sha256,
+        choice.person_detector.sha256 if choice.person_detector else "",
+    )
+
+
+def with_detector(choice: ModelChoice) -> str:
+    """Its version, and the detector where it has one."""
+    return (
+        f"{choice.version} with {choice.person_detector.name}" if choice.person_detector else choice.version
+    )
 
 
 def _code(args: ServeArgs) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from hrnet_core.checkpoint import DESCRIPTION, EXPORTED, SELFTEST, WEIGHTS
+from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, one_line
 from pipelines.checkpoints import LocalCheckpoint
@@ -28,6 +29,7 @@ from pipelines.storage import (
     write_json,
     writing,
 )
+from serve.settings import DetectorChoice
 
 SERVED = (DESCRIPTION, WEIGHTS, SELFTEST, *EXPORTED)
 KEPT = 5
@@ -54,8 +56,7 @@ def pinned(found: LocalCheckpoint, still: Path, storage: str, port: int) -> str:
     relative nodes share no such folder: a checkpoint that they can reach is then read from where it lies, and
     only its weights' sha256 tells that it changed.
     """
-    shared = not on_cluster() or is_uri(storage) or Path(storage).is_absolute()
-    if not shared and not (found.version and found.copied):
+    if not _shared(storage) and not (found.version and found.copied):
         return found.name if is_uri(found.name) else str(found.folder.resolve())
     names = sorted(name for name in SERVED if (still / name).is_file())
     sums = [f"{sha256_of(still / name)}  {name}" for name in names]
@@ -127,6 +128,26 @@ def _told(target: str) -> Iterator[None]:
             f"{target}: cannot be written for the replicas ({one_line(error)}). Set --run.storage to a "
             f"folder or URI that every node can read and write."
         ) from None
+
+
+def pinned_detector(file: str, storage: str) -> DetectorChoice:
+    """An ONNX detector (path or URI), tried here, and its copy with its declaration for the replicas, as
+    `pinned`. ConfigError says what is wrong with it."""
+    detector = PersonDetector.load(file)
+    choice = DetectorChoice(model=absolute(file), source=file, sha256=detector.sha256)
+    if not _shared(storage):
+        return choice
+    target = join(storage, f"deployed/{detector.sha256[:16]}")
+    with tempfile.TemporaryDirectory(prefix="hrnet-deploy-") as copy:
+        model = Path(copy) / choice.name
+        model.write_bytes(detector.model)
+        model.with_suffix(".json").write_bytes(detector.declared)
+        return choice.model_copy(update={"model": join(published(Path(copy), target), choice.name)})
+
+
+def _shared(storage: str) -> bool:
+    """Whether the replicas find what is put there."""
+    return not on_cluster() or is_uri(storage) or Path(storage).is_absolute()
 
 
 def published(folder: Path, target: str) -> str:

@@ -29,8 +29,8 @@ from hrnet_core.errors import DataError, ImageError
 from hrnet_core.locations import is_uri, open_folder, refuse_no_bucket
 from pipelines.storage import absolute, answering
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-UNREAD = (".heic", ".heif", ".avif", ".jp2")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+UNREAD = (".jp2",)
 """Pictures that we do not decode: taken, so that they are rejected by name instead of passed over."""
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts")
 
