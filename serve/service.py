@@ -6,13 +6,11 @@ The HTTP side (routes.py) is handed in, so that it may know the service and not 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +22,23 @@ from ray import serve
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
 from serve.body import FORM_TYPE, JSON_TYPE, Upload, read_body, uploads_of
-from serve.detector import Find, Finder, Search, pixels_of_view, search_of
+from serve.detector import Find, search_of
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.model import ModelGauges, ServedModel, load_model, named
+from serve.pictures import Pictures
 from serve.room import Room
 from serve.samples import load_samples
 from serve.schemas import ModelsAnswer, PosesAnswer, Problem
 from serve.settings import Limits, LiveSettings, ModelChoice, ServeArgs
-from serve.traces import Spans, Traces, spans_of
+from serve.traces import Traces, spans_of
 from serve.traces import cannot as cannot_trace
-from serve.work import (
-    Decoded,
-    Inferred,
-    Opened,
-    Portion,
-    count_people,
-    cut,
-    decode,
-    infer,
-    inspect,
-    result_of,
-)
+from serve.work import Inferred, Portion, count_people, infer, result_of
 
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log, with the request id
-DECODING_THREADS = 4
-# A thread costs more than the headers of pictures of so many bytes, whatever stands in them.
-INSPECTED_HERE = 2**19
 Drawing = Callable[[NDArray[np.uint8], Poses], bytes]
 """From a picture and its poses to a file."""
 
@@ -106,8 +91,7 @@ class PoseService:
         # come one by one would queue up as batches of one. They wait here until the model is idle.
         self._idle = asyncio.Event()
         self._idle.set()
-        self._decoding = ThreadPoolExecutor(DECODING_THREADS, "decode")
-        self._finder = Finder(args.max_batch_pictures, self.metrics.detected)
+        self.pictures = Pictures(args, self.room, self.metrics.detected)
         self._inference = ThreadPoolExecutor(1, "infer")
         self._infer_batched.set_max_batch_size(args.max_batch_people)
         self._infer_batched.set_batch_wait_timeout_s(args.batch_wait_s)
@@ -269,7 +253,7 @@ class PoseService:
             raise Problem.of_field("image", "too-many-images", "an overlay is of one picture.", limit=1)
         clock, file, spans = [started, time.perf_counter()], None, spans_of(request)
         search = search_of(getattr(request.state, "find", Find()), uploads, model.detector, self.args)
-        async with self._decoded(model, uploads, search, drawing is not None, spans) as decoded:
+        async with self.pictures.opened(model, uploads, search, drawing is not None, spans) as decoded:
             people = [one.people for one in decoded]
             clock.append(time.perf_counter())
             crops = np.concatenate([one.crops for one in people])
@@ -298,66 +282,6 @@ class PoseService:
         request_id = request.state.request_id
         answer = PosesAnswer(request_id=request_id, model=model.info(), results=results, timings_ms=timings)
         return Answered(answer, poses, file)
-
-    @asynccontextmanager
-    async def _decoded(
-        self, model: ServedModel, uploads: list[Upload], search: Search | None, keep: bool, spans: Spans
-    ) -> AsyncIterator[list[Decoded]]:
-        """A request's pictures, decoded and cut, once there is room for their pixels: all at once, or one
-        after the other where they are more than is ever held. keep: the pixels of its one picture, too."""
-        pool, limits, pixels = self._decoding, self.args.limits, self.room.pixels
-        if sum(len(upload.data) for upload in uploads) <= INSPECTED_HERE:
-            headers = [inspect(upload, limits) for upload in uploads]
-        else:
-            headers = await _in_threads(pool, inspect, [(upload, limits) for upload in uploads])
-        areas = [header.width * header.height for header in headers]
-        width, height = model.predictor.spec.input_size
-        whole = 0 if search else 1  # person of a picture without boxes
-        people = sum(whole if one.boxes_xywh is None else len(one.boxes_xywh) for one in uploads)
-        beside = people * width * height
-        if search and model.detector:
-            beside += search.people * width * height + search.pictures * pixels_of_view(model.detector)
-        at_once = len(uploads) if beside + sum(areas) <= pixels.limit else 1
-        jobs = [(model, *one, keep, search is not None) for one in zip(uploads, headers, strict=True)]
-        async with contextlib.AsyncExitStack() as held:
-            try:
-                with spans.stage("wait for room"):
-                    async with asyncio.timeout(self.args.deadline_s / 2):
-                        need = beside + (sum(areas) if at_once > 1 else max(areas))
-                        keep_only = await held.enter_async_context(pixels.take(need))
-            except TimeoutError:
-                raise self.room.full("pixels") from None
-            decoded: list[Decoded] = []
-            for i in range(0, len(jobs), at_once):
-                decoded += await self._people_of(model, jobs[i : i + at_once], search, keep, spans)
-            for one in decoded:
-                spans.add("decode", *one.clock[:2])
-                spans.add("crop", *one.clock[2:])
-            if not keep:
-                keep_only(sum(len(one.people.boxes) for one in decoded) * width * height)
-            yield decoded
-
-    async def _people_of(
-        self,
-        model: ServedModel,
-        jobs: list[tuple[Any, ...]],
-        search: Search | None,
-        keep: bool,
-        spans: Spans,
-    ) -> list[Decoded]:
-        """decode(*job) of each job, and where that leaves it to the detector, the people that it finds."""
-        seen = await _in_threads(self._decoding, decode, jobs)
-        opened = [one for one in seen if isinstance(one, Opened)]
-        if not (search and model.detector and opened):
-            return seen
-        started, views = time.perf_counter(), [one.view for one in opened]
-        found = await self._finder.find(model.detector, views, search.score_threshold)
-        ended = time.perf_counter()
-        spans.add("detect", started, ended)
-        search.seconds += ended - started
-        cuts = [(model, one, *search.best(people), keep) for one, people in zip(opened, found, strict=True)]
-        done = iter(await _in_threads(self._decoding, cut, cuts))
-        return [next(done) if isinstance(one, Opened) else one for one in seen]
 
     async def _infer_people(
         self, model: ServedModel, crops: NDArray[np.uint8], trace: SpanContext | None
@@ -405,17 +329,6 @@ class PoseService:
             spent = max(one.ended for one in done) - min(one.started for one in done)
             self.room.worked(sum(len(one.scores) for one in done), spent)
         return inferred
-
-
-async def _in_threads(pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> Any:
-    """work(*job) of each job, at once. Whoever is told of a failure, or gives up, is told when no thread
-    works on it any more: only then is its memory free."""
-    running = [pool.submit(work, *job) for job in jobs]
-    try:
-        return await asyncio.gather(*map(asyncio.wrap_future, running))
-    finally:
-        if not all(future.done() for future in running):
-            await asyncio.to_thread(wait, running)
 
 
 def _reason(live: LiveSettings, error: Exception) -> str:

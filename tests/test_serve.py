@@ -491,7 +491,7 @@ def test_a_service_without_a_model_is_alive_and_not_ready(checkpoint: Path) -> N
 def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint: Path) -> None:
     service = service_of(checkpoint, max_requests=2)
     inside, free = threading.Semaphore(0), threading.Event()
-    unhindered = service._decoding
+    unhindered = service.pictures.threads
 
     class Held(ThreadPoolExecutor):
         def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -502,7 +502,7 @@ def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint
 
             return unhindered.submit(hold)
 
-    service._decoding = Held(1)
+    service.pictures.threads = Held(1)
 
     async def together() -> tuple[httpx.Response, list[httpx.Response], httpx.Response]:
         transport = httpx.ASGITransport(make_app(service))

@@ -19,6 +19,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from test_serve import PNG, Direct, form, save_tiny, service_of
+from test_serve_detector import PNG as CROWD
+from test_serve_detector import crowd
+from test_serve_detector import service_of as finding
 
 from hrnet_core.errors import ConfigError
 from pipelines.config import ServeSettings
@@ -141,6 +144,19 @@ def test_a_request_is_part_of_the_clients_trace_with_a_span_for_each_stage(
     assert b"0123456789abcdef" not in sent
     assert [link.span_id for link in spans["infer"].links] == [batch.span_id]
     assert receiver.services() == {"hrnet"}
+
+
+def test_finding_people_is_a_stage_between_decoding_and_cutting(
+    checkpoint: Path, receiver: Receiver, tmp_path: Path
+) -> None:
+    service = finding(checkpoint, crowd(tmp_path), traces=receiver.address)
+    (answer,) = asked(service, {"files": [("image", CROWD)]})
+    assert len(answer.json()["results"][0]["persons"]) == 3
+    spans = {span.name: span for span in receiver.spans()}
+    seen, found, cut = (spans[name] for name in ("decode", "detect", "crop"))
+    margin = 1_000_000
+    assert seen.end_time_unix_nano <= found.start_time_unix_nano + margin
+    assert found.end_time_unix_nano <= cut.start_time_unix_nano + margin
 
 
 class Together(Direct):
