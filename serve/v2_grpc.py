@@ -23,7 +23,8 @@ from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp, Scope
 
 from serve.body import Upload
-from serve.routes import Envelope, as_response, model_named
+from serve.envelope import Envelope, as_response
+from serve.routes import model_named
 from serve.schemas import Problem
 from serve.service import PoseService, Protocol
 from serve.settings import Limits
