@@ -23,9 +23,10 @@ from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
 from pipelines.checkpoints import local_checkpoint
-from pipelines.config import EvaluateSettings, RunConfig, TrackSettings, TrainSettings
+from pipelines.config import EvaluateSettings, RunConfig, TrackSettings
 from pipelines.run_folder import check_same_run, move_aside, only_one, write_run
 from pipelines.shards.manifest import Manifest
+from pipelines.train_settings import TrainSettings
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit

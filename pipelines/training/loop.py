@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hrnet_core.errors import ConfigError
 from hrnet_core.predictor import PosePredictor
-from pipelines.config import TrainSettings
 from pipelines.progress import time_left
 from pipelines.storage import join
+from pipelines.train_settings import TrainSettings
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions

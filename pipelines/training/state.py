@@ -30,11 +30,12 @@ from hrnet_core.model import HRNet
 from hrnet_core.modes import cannot_compile
 from hrnet_core.published import start_from
 from pipelines.code_version import code_version
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import answering, join, put_file, write_whole
+from pipelines.train_settings import TrainSettings
 from pipelines.training.average import Average
 from pipelines.training.batch import Sent
 from pipelines.training.ddp import wrap

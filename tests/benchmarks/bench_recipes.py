@@ -23,9 +23,10 @@ import cv2
 import torch
 
 from pipelines.cli import main as hrnet
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import RunConfig
 from pipelines.config_file import load_config
 from pipelines.storage import write_whole
+from pipelines.train_settings import TrainSettings
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Job, set_up
 
