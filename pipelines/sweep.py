@@ -113,7 +113,7 @@ def _run(this: Sweep) -> None:
     status = "FAILED"
     try:
         # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
-        with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True):
+        with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True, train=True):
             from pipelines.sweeps.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
