@@ -2,13 +2,13 @@
 
     python tests/benchmarks/bench_recipes.py FOLDER                        official, udp, modern: 9 runs
     python tests/benchmarks/bench_recipes.py FOLDER --recipes udp+ema udp+photometric modern-ema ...
-    python tests/benchmarks/bench_recipes.py FOLDER --small --images 60 --epochs 200 --batch-size 8
-                                                           few people, learnt by heart: 3,200 steps
+    python tests/benchmarks/bench_recipes.py FOLDER --images 60 --epochs 120 --batch-size 8
+                                                           few people, learnt by heart: 1,920 steps
 
-The network and the views are `tiny`'s (1.25 M parameters; --small: 0.19 M) at 96x64; the steps, the batch and
-the highest rate (`tiny`'s, times the root of the batch's ratio) are the same for all. A recipe is official,
-udp, dark or modern, or one of them with (+) or without (-) one INGREDIENT of modern.yaml. The AP is the last
-epoch's (ground-truth boxes, flip test), not the best one's.
+The network and the views are `tiny`'s (1.25 M parameters) at 96x64; the steps, the batch and the highest rate
+(`tiny`'s, times the root of the batch's ratio) are the same for all. A recipe is official, udp, dark or
+modern, or one of them with (+) or without (-) one INGREDIENT of modern.yaml. The AP is the last epoch's
+(ground-truth boxes, flip test), not the best one's.
 What is done is kept in FOLDER/runs.jsonl: the same command goes on, and the table is of all that is there.
 """
 
@@ -35,8 +35,6 @@ from pipelines.training.state import Job, set_up
 
 SIZE = (64, 96)
 """Width and height of the crops."""
-SMALL = {"width": 8, "stem_width": 16, "blocks": 1}
-"""Of the network, for runs of thousands of steps on one core."""
 INGREDIENTS: dict[str, tuple[str, ...]] = {
     "adamw": ("optimizer", "weight_decay", "decay_norms"),
     "flat_cosine": ("schedule",),
@@ -58,12 +56,11 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=450, help="to learn from")
     parser.add_argument("--val-images", type=int, default=225, help="to score")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--small", action="store_true", help="a network of 0.19 M parameters")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     kept = args.folder / "runs.jsonl"
-    setting = {name: getattr(args, name) for name in ("epochs", "images", "batch_size", "small")}
+    setting = {name: getattr(args, name) for name in ("epochs", "images", "batch_size")}
     for seed in args.seeds:  # all recipes of a seed, then the next: a table that is cut short is of all
         for recipe in args.recipes:
             how = {"recipe": recipe, "seed": seed, **setting}
@@ -106,8 +103,7 @@ def config_of(recipe: str, seed: int, args: argparse.Namespace) -> RunConfig:
         settings |= dict(zip(INGREDIENTS[key], of[key], strict=True))
     codec = "udp" if name == "modern" else name
     data = tiny.data.model_copy(update={"codec": codec, "sigma": None, "input_size": SIZE})
-    model = tiny.model.model_copy(update=SMALL if args.small else {})
-    return tiny.model_copy(update={"data": data, "model": model, "train": TrainSettings(**settings)})
+    return tiny.model_copy(update={"data": data, "train": TrainSettings(**settings)})
 
 
 def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
