@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import nn
 
 from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_exported
 from hrnet_core.cuda_passes import CudaPasses
@@ -92,7 +93,7 @@ class PosePredictor:
             self.mode = fastest_exact(spec.modes, self.device.type, exported)
             logger.info("mode auto on %s is %s", self.device.type, self.mode)
         form = FORMS.get(self.mode, Form(folded=False))
-        network = build_network(model, spec, self.device, self.mode, exported, compile_cache)
+        self._network = network = build_network(model, spec, self.device, self.mode, exported, compile_cache)
         self._passes: PlainPasses | CudaPasses
         if self.device.type == "cuda":
             prepare = compiled_normalize(form, self.mode) if form.compiled else None
@@ -119,6 +120,22 @@ class PosePredictor:
         model, spec = load_checkpoint(folder)
         exported = read_exported(folder, files_of(mode, spec.modes))
         return cls(model, spec, device, mode, exported, compile_cache)
+
+    def take_weights(self, model: HRNet) -> None:
+        """From here on the weights of `model`, of the architecture of the one before: the answers are those
+        of a new predictor, bit for bit. What was recorded on a GPU stays. No call may run meanwhile.
+
+        ValueError in a mode that keeps weights elsewhere than in torch's parameters: all but float32 and
+        channels_last.
+        """
+        form = FORMS.get(self.mode)
+        if form is None or form.compiled or form.tf32 or not isinstance(self._network, nn.Module):
+            raise ValueError(f"a predictor of mode {self.mode} keeps its weights: make a new one")
+        network = build_network(model, self.spec, self.device, self.mode, {})
+        assert isinstance(network, nn.Module)
+        self._network.load_state_dict(network.state_dict())  # in place, where a recorded graph reads them
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # graphs are replayed in another stream
 
     def __call__(
         self,

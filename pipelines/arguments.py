@@ -18,10 +18,10 @@ from pipelines.config import (
     PredictSettings,
     RaySettings,
     RunSettings,
-    Section,
     ServeSettings,
     TrackSettings,
 )
+from pipelines.section import Section
 
 DATA = DataSettings()
 """What is not said otherwise of people, pictures and crops is as in preprocessing."""

@@ -24,8 +24,9 @@ import tyro
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import destination, is_uri, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
-from pipelines.config import RunConfig, Section
+from pipelines.config import RunConfig
 from pipelines.config_file import load_config, refused
+from pipelines.section import Section
 from pipelines.stop import Stopped, stoppable
 
 

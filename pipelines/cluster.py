@@ -18,6 +18,7 @@ from pipelines.config import RaySettings
 from pipelines.progress import Every
 from pipelines.stop import handlers_kept
 
+QUIET = "pipelines.quiet_worker.quiet_worker"
 METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
@@ -36,6 +37,7 @@ def ray_session(
     address: str | None = None,
     workers_shown: bool = True,
     dashboard: bool = False,
+    train: bool = False,
 ) -> Iterator[None]:
     """Ray for the time of the block. Joins `address`, one that a process of this machine has started, else
     RAY_ADDRESS if set, else starts one and ends it after.
@@ -43,6 +45,7 @@ def ray_session(
     A Ray that already runs in this process is used as it is and left running. Never attaches to a
     Ray that merely happens to run on this machine. quiet: what it and workers say on stderr is not shown
     (`quiet_engines`). workers_shown: what workers print is. dashboard: for stages that need what it knows.
+    train: for Ray Train.
     """
     if address:  # of a Ray started here, which asks for its token; read when ray is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -53,7 +56,7 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
-    started = _started(settings, address, workers_shown, dashboard)
+    started = _started(settings, address, workers_shown, dashboard, train, plain=quiet and not train)
     with quiet_engines() if quiet else contextlib.nullcontext(), started:
         yield
 
@@ -88,33 +91,53 @@ def metrics_port() -> int:
 
 @contextlib.contextmanager
 def _started(
-    settings: RaySettings, address: str | None, workers_shown: bool, dashboard: bool
+    settings: RaySettings,
+    address: str | None,
+    workers_shown: bool,
+    dashboard: bool,
+    train: bool,
+    plain: bool,
 ) -> Iterator[None]:
+    """plain: for work without an environment of its own."""
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS", "local")
-    local: dict[str, Any] = {}
+    how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": QUIET}}
+    inherited: dict[str, str] = {}
     if address == "local":
-        local = {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}
-        local["_metrics_export_port"] = settings.metrics_port
+        how |= {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}
+        how["_metrics_export_port"] = settings.metrics_port
+        # Ray starts a process for each CPU ahead, without an environment. An environment, be it our hook
+        # alone, costs another second of a core in each process, and those started ahead are of no use.
+        if plain:
+            del how["runtime_env"]
+            inherited["RAY_LOGGER_LEVEL"] = "error"  # what the hook does
+        if train:  # which gives its processes environments
+            inherited["RAY_prestart_worker_first_driver"] = "0"
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
-    with handlers_kept():
-        ray.init(
-            address=address,
-            log_to_driver=workers_shown,
-            logging_level="WARNING",
-            runtime_env={"worker_process_setup_hook": "pipelines.quiet_worker.quiet_worker"},
-            **local,
-        )
+    with handlers_kept(), _inherited(inherited):
+        ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _inherited(variables: dict[str, str]) -> Iterator[None]:
+    """The environment with these, where it does not say otherwise, for what is started in the block."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def ray_address() -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import yaml
 
 from hrnet_core.errors import ConfigError, Failure
+from hrnet_core.locations import is_uri
 from pipelines.cluster import ray_session, require, room_for
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
@@ -55,7 +56,10 @@ def sweep(config: RunConfig) -> str:
             raise Failure(f"{this.folder}: no trial came to an AP.\n{table(trials)}")
         _write_best(this, trials.index(best))
     file = join(this.folder, "best.yaml")
-    told = f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. hrnet train {file} --run.name NAME"
+    way = f"hrnet train {file}"
+    if is_uri(file):  # configs are paths
+        way = f"a copy of {file} on this machine: hrnet train best.yaml"
+    told = f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. {way} --run.name NAME"
     if left := sum(not trial.state for trial in trials):
         raise Failure(f"{this.folder}: {left} trials ended with an error; the same command goes on.\n{told}")
     return told
@@ -113,7 +117,7 @@ def _run(this: Sweep) -> None:
     status = "FAILED"
     try:
         # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
-        with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True):
+        with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True, train=True):
             from pipelines.sweeps.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")

@@ -89,7 +89,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
     got it yet."""
     settings = config.train
-    with opening(config, folder) as tracker, ray_session(config.ray, quiet=True):
+    with opening(config, folder) as tracker, ray_session(config.ray, quiet=True, train=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]

@@ -27,7 +27,6 @@ from hrnet_core.images import encode_png
 from hrnet_core.locations import destination, open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import storage as files
-from pipelines.config import TrainSettings
 from pipelines.inspect_shards import verify
 from pipelines.preprocess import preprocess
 from pipelines.shards.manifest import Manifest
@@ -44,6 +43,7 @@ from pipelines.storage import (
     read_file,
     write_whole,
 )
+from pipelines.train_settings import TrainSettings
 from pipelines.training.feed import Feed
 
 

@@ -103,6 +103,22 @@ def test_a_recording_that_computes_something_else_is_not_used(
     assert "the recording differs by" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["float32", "channels_last"])
+def test_other_weights_reach_what_is_recorded(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, exact = hrnet_predictor()
+    there = PosePredictor(model, exact.spec, "cuda", mode)
+    before = there.heatmaps(noise(5), True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    expected = PosePredictor(model, exact.spec, "cpu").heatmaps(noise(5), True)
+    monkeypatch.setattr(CudaPasses, "_record", lambda *_: pytest.fail("recorded again"))
+    there.take_weights(model)
+    found = there.heatmaps(noise(5), True)
+    assert np.abs(found - expected).max() < TOLERANCES[mode] * np.ptp(expected)
+    assert np.abs(found - before).max() > 0.1 * np.ptp(expected)
+
+
 def test_warm_up_records_every_size_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
     _, there = on_gpu()
     there.warm_up(people=20, flip_test=True)

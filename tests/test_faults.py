@@ -26,7 +26,6 @@ from torch import multiprocessing
 from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
 from pipelines.cluster import quiet_engines
-from pipelines.config import TrainSettings
 from pipelines.followed import follow, hand_over, opening
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.run_folder import place, reached_step, saved_step, where_it_stands, write_run
@@ -34,6 +33,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.stop import in_a_thread
 from pipelines.storage import BucketAway
 from pipelines.tracking import quiet_mlflow
+from pipelines.train_settings import TrainSettings
 from pipelines.training.ddp import wrap
 from pipelines.training.faults import Faults, curable, what_happened
 from pipelines.training.loop import Diverged, train_epochs

@@ -101,7 +101,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "hrnet_core": CORE,
     "serve.settings": {"pydantic", "hrnet_core.choices"},
+    "pipelines.section": {"pydantic"},
+    "pipelines.train_settings": {"pydantic", "hrnet_core.choices", "pipelines.section"},
     "pipelines.config": {
+        "pipelines.section",
+        "pipelines.train_settings",
         "serve.settings",
         "pydantic",
         "tyro",
@@ -127,7 +131,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What a part of pipelines/ may import of pipelines/, beside itself.
 STANDS_ON: dict[str, set[str]] = {
-    "pipelines.config": {"serve.settings"},
+    "pipelines.section": set(),
+    "pipelines.train_settings": {"pipelines.section"},
+    "pipelines.config": {"pipelines.section", "pipelines.train_settings", "serve.settings"},
     "pipelines.config_file": {"pipelines.config"},
     "pipelines.storage": set(),
     "pipelines.progress": set(),
@@ -168,6 +174,7 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.training": {
         "pipelines.code_version",
         "pipelines.config",
+        "pipelines.train_settings",
         "pipelines.storage",
         "pipelines.progress",
         "pipelines.metric_log",

@@ -523,6 +523,28 @@ def test_the_network_in_training_and_the_predictor_do_not_meet() -> None:
     assert (predictor.heatmaps(noise(1)) == before).all()
 
 
+@pytest.mark.parametrize("mode", ["float32", "channels_last"])
+def test_other_weights_answer_as_a_new_predictor_does(mode: str) -> None:
+    """Bit for bit, and in the same memory, as a recording reads it there."""
+    model, predictor = hrnet_predictor(mode)
+    before = predictor.heatmaps(noise(3))
+    memory = {name: tensor.data_ptr() for name, tensor in predictor._network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    predictor.take_weights(model)
+    expected = PosePredictor(model, predictor.spec, "cpu", mode).heatmaps(noise(3))
+    np.testing.assert_array_equal(predictor.heatmaps(noise(3)), expected)
+    assert np.abs(expected - before).max() > 0.1 * np.ptp(before)
+    assert {n: t.data_ptr() for n, t in predictor._network.state_dict().items()} == memory
+
+
+def test_weights_that_are_kept_elsewhere_are_not_exchanged() -> None:
+    model, predictor = hrnet_predictor("bfloat16")
+    with pytest.raises(ValueError, match="mode bfloat16 keeps its weights"):
+        predictor.take_weights(model)
+
+
 def test_calls_from_several_threads_equal_calls_one_by_one() -> None:
     _, predictor = hrnet_predictor()
     images = [noise(1, seed)[0] for seed in range(8)]

@@ -17,9 +17,9 @@ from hrnet_core import skeleton as skeleton_module
 from hrnet_core.errors import DataError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, skeleton_from_dict
-from pipelines.config import TrainSettings
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
+from pipelines.train_settings import TrainSettings
 from pipelines.training.feed import Feed
 from pipelines.training.state import make_optimizer
 from pipelines.training.step import Part, train_step

@@ -14,8 +14,9 @@ from test_train import losses, made_up_part, new_model, one_worker, small_config
 
 from hrnet_core.checkpoint import load_checkpoint
 from hrnet_core.errors import ConfigError
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import RunConfig
 from pipelines.shards.manifest import Manifest
+from pipelines.train_settings import TrainSettings
 from pipelines.training import compiled, recording, state
 from pipelines.training import step as step_module
 from pipelines.training.average import Average

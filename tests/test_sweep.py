@@ -170,7 +170,7 @@ def worker_of_known_ap(job: Job) -> Any:
 
 def trial_of_known_aps(point: dict[str, Any], sweep: Sweep) -> None:
     """The real trial with those workers, in Tune's process."""
-    from pipelines import tuning
+    from pipelines.sweeps import tuning
     from pipelines.training import loop
 
     loop.train_worker = worker_of_known_ap
@@ -196,7 +196,7 @@ def known_sweep(manifest: Manifest, storage: Path) -> RunConfig:
 
 def sweep_of_known_aps(shards: str, storage: str) -> None:
     """In a process of its own, on the Ray that the sweep starts."""
-    from pipelines import tuning
+    from pipelines.sweeps import tuning
 
     tuning.run_trial = trial_of_known_aps
     print(sweep(known_sweep(Manifest.load(shards), Path(storage))))

@@ -20,12 +20,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.model import HRNet
+from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
 from pipelines.checkpoints import local_checkpoint
-from pipelines.config import EvaluateSettings, RunConfig, TrackSettings, TrainSettings
+from pipelines.config import EvaluateSettings, RunConfig, TrackSettings
 from pipelines.run_folder import check_same_run, move_aside, only_one, write_run
 from pipelines.shards.manifest import Manifest
+from pipelines.train_settings import TrainSettings
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit
@@ -336,8 +338,6 @@ def test_fresh_views_need_cuts(manifest: Manifest, tmp_path: Path) -> None:
 
 def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...], manifest: Manifest) -> None:
     """best/ through PosePredictor and pycocotools, without the loop: the same AP as the run said."""
-    from hrnet_core.predictor import PosePredictor
-
     run, _, config = whole
     best = run.standing.best_ap
     predictor = PosePredictor.load(Path(run.folder) / "best", mode="channels_last")
@@ -355,6 +355,32 @@ def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...]
     assert max(validated.values()) == best
     pictures = {p.name for p in Path(run.folder, "pictures").glob("*.png")}
     assert pictures == {"curves.png", "people-epoch-0001.png", "people-epoch-0002.png"}
+
+
+def test_one_predictor_scores_all_epochs_as_a_new_one_would(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poses of each epoch, bit for bit, with the average of the weights, which is what is scored."""
+    made: list[PosePredictor] = []
+    epochs: list[tuple[Predictions, Predictions]] = []
+    original = ValSplit.predict
+
+    def predict(val: ValSplit, predictor: PosePredictor, *how: Any) -> Predictions:
+        made.append(predictor)
+        new = PosePredictor(run.scored, run.spec, "cpu", predictor.mode)  # type: ignore[arg-type]
+        epochs.append((original(val, predictor, *how), original(val, new, *how)))
+        return epochs[-1][0]
+
+    monkeypatch.setattr(ValSplit, "predict", predict)
+    run, _ = one_worker(small_config(manifest, tmp_path, epochs=3, ema_decay=0.5), tmp_path / "r")
+    train_epochs(run)
+    assert len(made) == 3
+    assert len({id(predictor) for predictor in made}) == 1
+    for found, expected in epochs:
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    losses = [found.loss for found, _ in epochs]
+    assert len(set(losses)) == 3, "the weights moved"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(

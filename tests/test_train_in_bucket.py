@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,16 +216,7 @@ def test_killed_and_resumed_from_the_bucket_with_equal_weights(
 ) -> None:
     """The real command through Ray Train: killed with all its processes after a checkpoint within an epoch,
     and again: the trainer's state of a run that was never interrupted, bit for bit."""
-    port = free_port()
-    (tmp_path / "mlflow").mkdir()
-    serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    serve += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow/db", "--workers", "1"]
-    serve += ["--artifacts-destination", str(tmp_path / "mlflow" / "files")]
-    log = (tmp_path / "mlflow.log").open("w")
-    tracker = subprocess.Popen(serve, stdout=log, stderr=log, start_new_session=True)
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        _wait_for_server(uri)
+    with tracking_server(tmp_path) as uri:
         settings = tmp_path / "small.yaml"
         config = small_config(manifest, tmp_path, epochs=4, num_workers=2, cpus_per_worker=0.5)
         config = config.model_copy(
@@ -289,8 +280,23 @@ def test_killed_and_resumed_from_the_bucket_with_equal_weights(
         assert {"config.yaml", "metrics.jsonl", "pictures", "validation"} <= names
         assert not list(tmp_path.glob("s3:*"))
         assert list_files(storage) == {}, "the lease is given back"
-    finally:
-        _kill_tree(tracker)
+
+
+@contextlib.contextmanager
+def tracking_server(folder: Path) -> Iterator[str]:
+    """An MLflow of this machine's own: its address."""
+    port = free_port()
+    (folder / "mlflow").mkdir()
+    serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    serve += ["--backend-store-uri", f"sqlite:///{folder}/mlflow/db", "--workers", "1"]
+    serve += ["--artifacts-destination", str(folder / "mlflow" / "files")]
+    with (folder / "mlflow.log").open("w") as log:
+        server = subprocess.Popen(serve, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_for_server(f"http://127.0.0.1:{port}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            _kill_tree(server)
 
 
 def _trainer(folder: str, into: Path) -> dict[str, Any]:

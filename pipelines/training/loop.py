@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hrnet_core.errors import ConfigError
 from hrnet_core.predictor import PosePredictor
-from pipelines.config import TrainSettings
 from pipelines.progress import time_left
 from pipelines.storage import join
+from pipelines.train_settings import TrainSettings
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions
@@ -273,9 +273,7 @@ def score_epoch(run: Training) -> dict[str, float]:
     begun = time.perf_counter()
     settings, at = run.config.train, run.standing
     share_buffers(run.scored, run.world)
-    mode = "channels_last" if settings.channels_last else "float32"
-    predictor = PosePredictor(run.scored, run.spec, str(run.device), mode)
-    own = run.val.predict(predictor, settings.flip_test, run.config.evaluate.batch_size)
+    own = run.val.predict(predictor_of(run), settings.flip_test, run.config.evaluate.batch_size)
     found = Predictions.join(all_objects(own, run.world))
     figures = {"val_gt/loss": found.loss / len(found.ann_ids), "val_gt/AP": math.nan}
     scored = run.log is not None and math.isfinite(figures["val_gt/loss"])
@@ -294,6 +292,16 @@ def score_epoch(run: Training) -> dict[str, float]:
         draw_pictures(run, found)
         run.log.flush()
     return figures
+
+
+def predictor_of(run: Training) -> PosePredictor:
+    """With the weights as they are now; the same one each epoch, as on a GPU it records what it runs."""
+    if run.predictor is None:
+        mode = "channels_last" if run.config.train.channels_last else "float32"
+        run.predictor = PosePredictor(run.scored, run.spec, str(run.device), mode)
+    else:
+        run.predictor.take_weights(run.scored)
+    return run.predictor
 
 
 def stop_early(run: Training, ap: float) -> None:

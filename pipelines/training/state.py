@@ -28,13 +28,15 @@ from hrnet_core.errors import ConfigError
 from hrnet_core.locations import fetch, is_uri, open_folder
 from hrnet_core.model import HRNet
 from hrnet_core.modes import cannot_compile
+from hrnet_core.predictor import PosePredictor
 from hrnet_core.published import start_from
 from pipelines.code_version import code_version
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import answering, join, put_file, write_whole
+from pipelines.train_settings import TrainSettings
 from pipelines.training.average import Average
 from pipelines.training.batch import Sent
 from pipelines.training.ddp import wrap
@@ -125,6 +127,8 @@ class Training:
     """Rank 0 only."""
     full_step: Callable[[Sent], Tensor] | None = None
     """The step of full batches (step.prepare), from the first of them on."""
+    predictor: PosePredictor | None = None
+    """Of the AP of each epoch, from the first validation on."""
     saved_at: float = field(default_factory=time.monotonic)
     """The clock at the last checkpoint."""
     line_due: Every = field(default_factory=lambda: Every(30))

@@ -2,10 +2,13 @@
 
     python tests/benchmarks/bench_recipes.py FOLDER                        official, udp, modern: 9 runs
     python tests/benchmarks/bench_recipes.py FOLDER --recipes udp+ema udp+photometric modern-ema ...
+    python tests/benchmarks/bench_recipes.py FOLDER --images 60 --epochs 120 --batch-size 8
+                                                           few people, learnt by heart: 1,920 steps
 
-The network and the views are `tiny`'s (1.25 M parameters) at 96x64, the steps, the batch and the highest rate
-are the same for all. A recipe is official, udp, dark or modern, or one of them with (+) or without (-) one
-INGREDIENT of modern.yaml. The AP is the last epoch's (ground-truth boxes, flip test), not the best one's.
+The network and the views are `tiny`'s (1.25 M parameters) at 96x64; the steps, the batch and the highest rate
+(`tiny`'s, times the root of the batch's ratio) are the same for all. A recipe is official, udp, dark or
+modern, or one of them with (+) or without (-) one INGREDIENT of modern.yaml. The AP is the last epoch's
+(ground-truth boxes, flip test), not the best one's.
 What is done is kept in FOLDER/runs.jsonl: the same command goes on, and the table is of all that is there.
 """
 
@@ -23,9 +26,10 @@ import cv2
 import torch
 
 from pipelines.cli import main as hrnet
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import RunConfig
 from pipelines.config_file import load_config
 from pipelines.storage import write_whole
+from pipelines.train_settings import TrainSettings
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Job, set_up
 
@@ -51,21 +55,22 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=450, help="to learn from")
     parser.add_argument("--val-images", type=int, default=225, help="to score")
+    parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     kept = args.folder / "runs.jsonl"
+    setting = {name: getattr(args, name) for name in ("epochs", "images", "batch_size")}
     for seed in args.seeds:  # all recipes of a seed, then the next: a table that is cut short is of all
         for recipe in args.recipes:
-            how = {"recipe": recipe, "seed": seed, "epochs": args.epochs, "images": args.images}
+            how = {"recipe": recipe, "seed": seed, **setting}
             if not any(row.items() >= how.items() for row in rows_of(kept)):
                 row = {**how, **train(config_of(recipe, seed, args), args)}
                 args.folder.mkdir(parents=True, exist_ok=True)
                 with kept.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(row, flush=True)
-    rows = rows_of(kept)
-    print(table([row for row in rows if (row["epochs"], row["images"]) == (args.epochs, args.images)]))
+    print(table([row for row in rows_of(kept) if row.items() >= setting.items()]))
     return 0
 
 
@@ -83,6 +88,8 @@ def config_of(recipe: str, seed: int, args: argparse.Namespace) -> RunConfig:
     official = {
         "num_workers": 1,
         "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "lr": tiny.train.lr * (args.batch_size / tiny.train.batch_size) ** 0.5,
         "schedule": "step",  # the published milestones, as shares of the run
         "milestones": (round(args.epochs * 170 / 210), round(args.epochs * 200 / 210)),
         "validate_every": args.epochs,
@@ -100,7 +107,8 @@ def config_of(recipe: str, seed: int, args: argparse.Namespace) -> RunConfig:
 
 
 def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
-    """Draws and preprocesses what is not there yet; one run in this process."""
+    """Draws and preprocesses what is not there yet; one run in this process. The loss is of the people to be
+    scored, train_loss of the last steps, with noise where there is any."""
     coco, codec = args.folder / f"coco-{args.images}", config.data.codec
     shards = args.folder / f"shards-{args.images}-{codec}"
     if not (shards / "manifest.json").exists():
@@ -117,7 +125,8 @@ def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
     train_epochs(run)
     assert run.log is not None
     (scored,) = (row for row in run.log.rows if "val_gt/AP" in row)
-    figures = {name: scored[f"val_gt/{name}"] for name in ("AP", "AP50", "AP75")}
+    figures = {name: scored[f"val_gt/{name}"] for name in ("AP", "AP50", "AP75", "loss")}
+    figures["train_loss"] = [row["train/loss"] for row in run.log.rows if "train/loss" in row][-1]
     return {**figures, "steps": run.standing.total_steps, "seconds": round(time.perf_counter() - begun)}
 
 

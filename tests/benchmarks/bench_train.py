@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_feed import dotted_shards
 
 from hrnet_core.model import HRNet
-from pipelines.config import RunConfig, TrainSettings
+from pipelines.config import RunConfig
 from pipelines.config_file import load_config
 from pipelines.shards.manifest import Manifest
+from pipelines.train_settings import TrainSettings
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import wrap
 from pipelines.training.loop import train_epoch

@@ -1,0 +1,79 @@
+"""The Ray that a stage starts on this machine: what it has ready, and that its processes are quiet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from pipelines.cluster import ray_session
+from pipelines.config import RaySettings
+
+
+@pytest.mark.slow
+def test_work_of_a_stage_takes_a_process_that_was_started_ahead() -> None:
+    seen = session(train=False)
+    assert len(seen["ahead"]) == 1
+    assert seen["process"] in seen["ahead"]
+    assert seen["level"] == logging.ERROR
+
+
+@pytest.mark.slow
+def test_nothing_is_started_ahead_that_ray_train_could_not_use() -> None:
+    """Its processes have environments; without the address it would ask another Ray of this machine."""
+    seen = session(train=True)
+    assert seen["ahead"] == []
+    assert seen["level"] == logging.ERROR
+    assert seen["address"] == seen["of_this_ray"]
+
+
+def session(train: bool) -> dict[str, Any]:
+    """What a task on such a Ray of one CPU sees; in a process of its own, which joins no other Ray."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, __file__, *(["train"] if train else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def look(train: bool) -> dict[str, Any]:
+    import ray
+
+    with ray_session(RaySettings(num_cpus=1), quiet=True, train=train):
+        deadline = time.monotonic() + (60 if not train else 5)
+        while not (ahead := idle()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+        def task() -> dict[str, Any]:
+            level = logging.getLogger("ray").level
+            return {"process": os.getpid(), "level": level, "address": os.environ.get("RAY_ADDRESS")}
+
+        asked = ray.remote(task)
+        if train:
+            asked = asked.options(runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}})
+        return {
+            **ray.get(asked.remote()),
+            "ahead": ahead,
+            "of_this_ray": ray.get_runtime_context().gcs_address,
+        }
+
+
+def idle() -> list[int]:
+    """Ray's processes that have nothing to do yet."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process.pid] if process.cmdline()[:1] == ["ray::IDLE"] else []
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(look(train="train" in sys.argv[1:])))
