@@ -26,6 +26,8 @@ from pipelines.serving.ingress import haproxy
 from pipelines.serving.pinned import pinned, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_folder
+from pipelines.shared_paths import refuse_unshared
+from pipelines.storage import absolute
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 
 if TYPE_CHECKING:
@@ -77,9 +79,17 @@ def deploy(
                 return _until_a_signal(args, spec, settings, ray_settings)
             if there:
                 _say_what_stays(settings, there)
+            _refuse_unshared(args, run)
             url = live.bring_up(args, settings, ray_settings)
             print(_told(url, args, spec), flush=True)
     return url
+
+
+def _refuse_unshared(args: ServeArgs, run: RunSettings) -> None:
+    """ConfigError on a cluster where a node that may get a replica has not got what it would read."""
+    copied = args.checkpoint.startswith(f"{absolute(run.storage)}/deployed/")
+    checkpoint = ("--run.storage" if copied else "CHECKPOINT", args.checkpoint)
+    refuse_unshared([checkpoint, ("--serve.keys", args.keys), ("--serve.samples", args.samples)])
 
 
 def serve_args(

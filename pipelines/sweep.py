@@ -24,7 +24,7 @@ from pipelines.stop import in_a_thread
 from pipelines.storage import absolute, join, write_json, write_whole
 from pipelines.sweeps.trials import Sweep, table
 from pipelines.tracking import StoreAway, Tracker, store_of
-from pipelines.train import check_settings, check_start
+from pipelines.train import check_settings, check_start, refuse_unshared_run
 
 
 def sweep(config: RunConfig) -> str:
@@ -106,17 +106,20 @@ def _run(this: Sweep) -> None:
     """All trials that are not through, below one MLflow run."""
     settings, train = this.config.sweep, this.config.train
     gpus = 1.0 if train.use_gpu else 0.0
-    parent = Parent.open(this)
-    if parent.tracker:  # a trial would take the Ray that it is started by for a cluster
-        track = this.config.track.model_copy(update={"uri": parent.tracker.uri})
-        this = replace(this, config=this.config.model_copy(update={"track": track}), run_id=parent.run_id)
-    status = "FAILED"
+    parent, status = Parent(None, None), "FAILED"
     try:
         # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
         with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True):
             from pipelines.sweeps.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
+            for trial in {(trial.model, trial.train.teacher): trial for trial in this.configs}.values():
+                refuse_unshared_run(trial)
+            parent = Parent.open(this)
+            if parent.tracker:  # a trial would take the Ray that it is started by for a cluster
+                track = this.config.track.model_copy(update={"uri": parent.tracker.uri})
+                config = this.config.model_copy(update={"track": track})
+                this = replace(this, config=config, run_id=parent.run_id)
             at_once = settings.concurrent or room_for(train.cpus_per_worker, gpus) // train.num_workers
             print(f"sweep {this.config.run.name}: {settings.trials} trials, {at_once} at a time", flush=True)
             in_a_thread(functools.partial(tune_trials, this, at_once, parent.stopped))

@@ -92,10 +92,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     with opening(config, folder) as tracker, ray_session(config.ray, quiet=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
-        read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]
-        refuse_unshared(
-            [*read, ("--train.teacher", settings.teacher)], [("--run.storage", config.run.storage)]
-        )
+        refuse_unshared_run(config)
         followed = follow(tracker, config, manifest, folder)
         result = result or fit(config, manifest, folder, followed)
     result = hand_over(config, manifest, result, followed)
@@ -123,6 +120,14 @@ def fit(
         if followed:
             followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+
+
+def refuse_unshared_run(config: RunConfig) -> None:
+    """ConfigError on a cluster where a node that may get a worker has not got what a run reads and writes."""
+    read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]
+    refuse_unshared(
+        [*read, ("--train.teacher", config.train.teacher)], [("--run.storage", config.run.storage)]
+    )
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:

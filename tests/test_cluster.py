@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import shlex
@@ -287,6 +288,91 @@ def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.Mon
         [("COCO", "s3://b/coco"), ("--model.init", None)], [("--run.storage", "s3://b/r")]
     )
     assert asked[-1] == []
+
+
+@pytest.fixture
+def nodes_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster whose nodes have room and an empty disk; no Ray is started."""
+    from pipelines import deploy, shared_paths, sweep
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(
+        shared_paths, "_missing_on_nodes", lambda files: [("w1 (10.0.0.2)", files)][: len(files)]
+    )
+    for verb in (deploy, sweep):
+        monkeypatch.setattr(verb, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(sweep, "require", lambda *_: None)
+
+
+@pytest.mark.usefixtures("nodes_with_nothing")
+def test_a_sweep_is_refused_before_mlflow_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_feed import dotted_shards
+    from test_train import small_config
+
+    from hrnet_core.errors import ConfigError
+    from pipelines import sweep
+
+    def opened(*_: Any) -> Any:
+        raise AssertionError("MLflow was asked")
+
+    monkeypatch.setattr(sweep.Parent, "open", opened)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.1:5000")
+    manifest = dotted_shards(tmp_path / "shards", {"train2017": 9, "val2017": 4})
+    config = small_config(manifest, tmp_path / "runs", epochs=1)
+    space = {"space": {"train.lr": {"uniform": [0.1, 0.2]}}, "trials": 2}
+    with pytest.raises(ConfigError, match=r"^--data\.shards: .* node w1 \(10\.0\.0\.2\) has not got"):
+        sweep.sweep(type(config)(**config.model_dump() | {"sweep": space}))
+
+
+@pytest.mark.usefixtures("nodes_with_nothing")
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [
+        (["--run.storage"], "--run.storage"),
+        ([], "CHECKPOINT"),
+        (["--serve.keys"], "--serve.keys"),
+        (["--serve.samples"], "--serve.samples"),
+    ],
+)
+def test_a_deploy_is_refused_before_serve_is_told(
+    asked: list[str], flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only the driver has: the copy of the checkpoint or, without a shared storage, itself; and beside a
+    checkpoint that all have, keys and samples."""
+    from PIL import Image
+    from test_deploy import save
+
+    from hrnet_core.errors import ConfigError
+    from pipelines import deploy, shared_paths
+    from pipelines.config import RunSettings, ServeSettings
+
+    def told(*_: Any) -> Any:
+        raise AssertionError("Serve was told")
+
+    monkeypatch.setattr(deploy.live, "bring_up", told)
+    monkeypatch.chdir(tmp_path)
+    own: dict[str, Any] = {}
+    (tmp_path / "keys").write_text("camera-1 0123456789abcdef\n")
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "samples" / "a.png")
+    (tmp_path / "samples" / "boxes.json").write_text('{"a.png": [[1, 1, 20, 20]]}')
+    if "--serve.keys" in asked or "--serve.samples" in asked:
+        own[flag.removeprefix("--serve.")] = str(tmp_path / flag.removeprefix("--serve."))
+        there = shared_paths._missing_on_nodes
+        mine = tuple(own.values())
+        monkeypatch.setattr(
+            shared_paths, "_missing_on_nodes", lambda files: there([f for f in files if f.startswith(mine)])
+        )
+    storage = str(tmp_path / "runs") if "--run.storage" in asked else "runs"
+    checkpoint = str(save(tmp_path / "tiny", 0))
+    with pytest.raises(ConfigError, match=rf"^{flag}: {tmp_path}.* node w1 \(10\.0\.0\.2\) has not got"):
+        deploy.deploy(
+            checkpoint,
+            ServeSettings(anyone="--serve.keys" not in asked, **own),
+            run=RunSettings(storage=storage),
+        )
 
 
 # --- what the reader has to do ---------------------------------------------------------------

@@ -157,6 +157,8 @@ class Cluster:
 
     def __init__(self, variables: dict[str, str], logs: Path) -> None:
         self.machines = {name: Machine(name, variables, logs) for name in ADDRESSES}
+        self.rays: dict[str, Running] = {}
+        """`ray start --block` of head and workers: it ends when that node's Ray does."""
         self.logs = logs
         laptop = self.machines["laptop"].variables
         laptop["RAY_API_SERVER_ADDRESS"] = f"http://{ADDRESSES['head']}:8265"
@@ -197,13 +199,20 @@ class Cluster:
                 lambda ray=ray: ray.said(),
             )
             if ray.process.poll() is None:
+                self.rays[name] = ray
                 return
             machine.kill()
         raise AssertionError(f"Ray did not start on {name}:\n{ray.said()}")
 
-    def submit(self, name: str, command: str) -> Running:
+    def submit(self, name: str, command: str, flags: str = "") -> Running:
         """`ray job submit` of a user on the laptop: its log is the job's, it ends with 0 or 1."""
-        return self.laptop.begin(f"{name}.log", f"exec ray job submit --submission-id {name} -- {command}")
+        return self.laptop.begin(
+            f"{name}.log", f"exec ray job submit --submission-id {name} {flags} -- {command}"
+        )
+
+    def whole(self) -> bool:
+        """Whether Ray runs on all three machines."""
+        return len(self.rays) == 3 and all(ray.process.poll() is None for ray in self.rays.values())
 
     def nodes(self) -> list[dict[str, Any]]:
         """That Ray has now."""

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # pytest of this folder in namespaces of its own: what it makes of network, mounts and processes ends with it.
 #   bash tests/cluster/run.sh .venv/bin/python [pytest's arguments]
+# A fresh Debian needs: apt-get install util-linux iproute2 redis-server
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$1
@@ -19,5 +20,10 @@ elif unshare --user --map-root-user "${spaces[@]}" bash -c "$try" 2> /dev/null; 
 else
     echo "test-cluster skipped: namespaces are not allowed here; it takes root (CAP_SYS_ADMIN, CAP_NET_ADMIN) or user namespaces"
     exit 0
+fi
+# A walk without it would pass without the half that loses the head.
+if ! command -v redis-server > /dev/null; then
+    echo "test-cluster: no redis-server, which keeps what a lost head knew: apt-get install redis-server" >&2
+    exit 2
 fi
 HRNET_OWN_NAMESPACES=1 exec unshare "${spaces[@]}" "$python" -u -m pytest -v tests/cluster "$@"

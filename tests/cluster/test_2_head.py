@@ -1,0 +1,73 @@
+"""The head is lost, and nothing has what it knew: the bucket has what counts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+from bucket_server import Bucket, Fault
+from machines import Cluster, Running, until
+from stages import begin_training, losses, objects, preprocess, shards, train
+
+from pipelines.storage import read_file
+
+WORKERS_END_S = 60
+"""Ray's own `gcs_rpc_server_reconnect_timeout_s`."""
+
+
+def submitted_until_it_may(cluster: Cluster, name: str, command: str) -> Running:
+    """A job's command, again after as many seconds as it is told to wait."""
+    for number in range(3):
+        job = cluster.submit(f"{name}-{number}", command)
+        if job.ends() == 0:
+            return job
+        wait = re.search(r"the same command takes over in (\d+) s", job.said())
+        assert wait, job.said()
+        time.sleep(int(wait[1]) + 1)
+    raise AssertionError(job.said())
+
+
+def test_without_redis_a_new_cluster_goes_on_from_the_bucket(
+    cluster: Cluster, bucket: Bucket, mlflow: str, alone: dict[str, Any]
+) -> None:
+    # One worker trains, and the other makes shards.
+    training = f"{train('s3://team/shards', 's3://team/runs', 'headless')} --train.num-workers 1"
+    making = preprocess("s3://team/coco", "s3://team/again")
+    begin_training(cluster, "headless", "headless", "--train.num-workers 1")
+    slow = Fault("PUT", "team/again/", delay=2)
+    bucket.faults.append(slow)
+    making_job = cluster.submit("again", making)
+    until(lambda: len(shards("again")) >= 2, 300, making_job.said)
+    assert not objects("runs/headless/result.json")
+    cluster.machines["head"].kill()
+
+    # Its driver held the run; who asks too early is told when it is free.
+    there = f"env MLFLOW_TRACKING_URI={mlflow} {training}"
+    refused = cluster.laptop.begin("refused.log", there)
+    assert refused.ends() == 2, refused.said()
+    assert re.search(r"process \d+ on head has it, and said so \d+ s ago", refused.said()), refused.said()
+    assert re.search(r"if that process is dead, the same command takes over in \d+ s\.", refused.said())
+
+    for name in ("w1", "w2"):
+        until(
+            lambda name=name: cluster.rays[name].process.poll() is not None,
+            WORKERS_END_S + 180,
+            f"{name} ends",
+        )
+    made = shards("again")
+    bucket.faults.remove(slow)
+    cluster.stop()
+    cluster.start()
+    again = cluster.submit("again-2", making)
+    assert again.ends() == 0, again.said()
+    manifest = json.loads(read_file("s3://team/again/manifest.json"))
+    count = len([shard for split in manifest["splits"].values() for shard in split["shards"]])
+    assert 2 <= len(made) < count
+    assert f"{len(made)} of {count} shards are there already" in again.said(), again.said()
+    assert manifest["digest"] == alone["digest"]
+
+    job = submitted_until_it_may(cluster, "headless-again", training)
+    assert "going on from" in job.said(), job.said()
+    assert losses(read_file("s3://team/runs/headless/metrics.jsonl")) == alone["losses"]
