@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import metrics_port, on_cluster, ray_address, ray_session, room_for, with_metrics_port
+from pipelines.cluster import (
+    metrics_port,
+    on_cluster,
+    ray_address,
+    ray_session,
+    room_for,
+    selector,
+    with_metrics_port,
+)
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
 from pipelines.serving.guard import who_may_ask
@@ -79,6 +87,7 @@ def deploy(
                 return _until_a_signal(args, spec, settings, ray_settings)
             if there:
                 _say_what_stays(settings, there)
+            args = args.model_copy(update={"labels": selector(ray_settings)})
             _refuse_unshared(args, run)
             url = live.bring_up(args, settings, ray_settings)
             print(_told(url, args, spec), flush=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import yaml
 
 from hrnet_core.errors import ConfigError, Failure
-from pipelines.cluster import ray_session, require, room_for
+from pipelines.cluster import ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.run_folder import only_one, read_record, run_folder, storage_of
@@ -120,7 +120,10 @@ def _run(this: Sweep) -> None:
                 track = this.config.track.model_copy(update={"uri": parent.tracker.uri})
                 config = this.config.model_copy(update={"track": track})
                 this = replace(this, config=config, run_id=parent.run_id)
-            at_once = settings.concurrent or room_for(train.cpus_per_worker, gpus) // train.num_workers
+            labels = selector(this.config.ray)
+            at_once = (
+                settings.concurrent or room_for(train.cpus_per_worker, gpus, labels) // train.num_workers
+            )
             print(f"sweep {this.config.run.name}: {settings.trials} trials, {at_once} at a time", flush=True)
             in_a_thread(functools.partial(tune_trials, this, at_once, parent.stopped))
         status = "FINISHED"

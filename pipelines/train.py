@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hrnet_core.choices import Augmentation
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
 from hrnet_core.locations import open_folder
-from pipelines.cluster import ray_session, require
+from pipelines.cluster import ray_session, require, selector
 from pipelines.config import RunConfig
 from pipelines.followed import Followed, follow, hand_over, opening
 from pipelines.run_folder import (
@@ -214,7 +214,10 @@ def _fit(
         functools.partial(train_worker, Job(config, manifest.folder, folder, uri, run_id)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker=resources,
+            label_selector=selector(config.ray),
         ),
         run_config=ray.train.RunConfig(
             name="ray",

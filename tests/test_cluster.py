@@ -195,6 +195,77 @@ def test_objects_spill_to_a_named_folder(cluster: dict[str, Any], commands: str)
     assert flags["disable_usage_stats"] is True
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_dashboard_that_asks_for_no_token_is_warned_of(mode: str) -> None:
+    """Of a real head, to which each job brings the right token."""
+    import shutil
+    import tempfile
+
+    from ray_head import Head
+
+    folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
+    (folder / "join.py").write_text(JOIN)
+    try:
+        with Head(folder, environment={"RAY_AUTH_MODE": mode}).running() as head:
+            job = head.submit("join", "python", str(folder / "join.py"))
+            said = job.communicate(timeout=300)[0]
+            warning = f"warning: whoever reaches http://{head.dashboard.removeprefix('http://')} runs code"
+    finally:
+        shutil.rmtree(folder)
+    assert job.returncode == 0, said
+    assert "joined" in said.splitlines(), said
+    assert said.count(warning) == (mode == "disabled"), said
+
+
+JOIN = """
+from pipelines.cluster import ray_session
+from pipelines.config import RaySettings
+with ray_session(RaySettings()):
+    print("joined")
+"""
+
+
+@pytest.mark.parametrize(("status", "lines"), [(200, 1), (401, 0), (403, 0)])
+def test_what_a_dashboard_answers_without_a_token(
+    status: int, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from pipelines.cluster import warn_unguarded
+
+    asked = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        warn_unguarded(f"127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert asked == [("/api/jobs/", None)]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    assert all("RAY_AUTH_MODE=token" in line for line in said)
+
+
+def test_no_dashboard_is_not_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    from free_ports import free_port
+
+    from pipelines.cluster import warn_unguarded
+
+    for nobody in ("", f"127.0.0.1:{free_port()}"):
+        warn_unguarded(nobody)
+    assert capsys.readouterr().out == ""
+
+
 # --- under Ray's own autoscaler --------------------------------------------------------------
 
 ASK = """
@@ -251,6 +322,47 @@ def test_workers_come_when_they_are_asked_for(written: dict[str, Any]) -> None:
     assert job.returncode == 0, said
     for line in ("task: preprocess", "gpu task: gpu", "labelled: gpu"):
         assert line in said.splitlines(), said
+
+
+# --- work goes to the nodes that were named ------------------------------------------------------
+
+
+def test_a_cluster_without_the_labelled_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room on other nodes is none; the same settings on a Ray that is started here name nothing."""
+    from hrnet_core.errors import ConfigError
+    from pipelines.cluster import require, selector
+    from pipelines.config import RaySettings
+
+    asked: list[dict[str, Any]] = []
+    node = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"hrnet-pool": "cpu"}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda **asks: asked.append(asks))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    settings = RaySettings(labels={"hrnet-pool": "gpu"}, wait_minutes=1e-4)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(
+        ConfigError, match=r"on nodes labelled hrnet-pool=gpu; after .* has 0 CPUs and 0 GPUs"
+    ):
+        require(settings, 2, 1, 0, "hrnet train")
+    assert asked[0] == {
+        "bundles": [{"CPU": 1}] * 2,
+        "bundle_label_selectors": [{"hrnet-pool": "gpu"}] * 2,
+    }
+    assert asked[-1] == {"bundles": []}
+    require(settings.model_copy(update={"labels": {"hrnet-pool": "cpu"}}), 8, 1, 0, "hrnet train")
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert selector(settings) == {}
+    require(settings, 8, 1, 0, "hrnet train")
+
+
+@pytest.mark.parametrize("value", ["in(a,b)", "!gpu", "", "a b"])
+def test_a_label_is_a_plain_value(value: str) -> None:
+    from pydantic import ValidationError
+
+    from pipelines.config import RaySettings
+
+    with pytest.raises(ValidationError, match=r"hrnet-pool .*: give the label's value"):
+        RaySettings(labels={"hrnet-pool": value})
 
 
 # --- what not all nodes have ------------------------------------------------------------------
