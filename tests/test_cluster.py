@@ -101,13 +101,13 @@ def test_node_types(cluster: dict[str, Any]) -> None:
     from ray._private.label_utils import validate_node_labels
 
     types = cluster["available_node_types"]
-    assert set(types) == {"head", "preprocess", "gpu"}
+    assert set(types) == {"head", "cpu", "gpu"}
     assert cluster["head_node_type"] == "head"
     assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
     assert types["head"]["max_workers"] == 0
     assert types["gpu"]["resources"]["GPU"] >= 1
-    assert types["preprocess"]["resources"].get("GPU", 0) == 0
-    for name in ("preprocess", "gpu"):
+    assert types["cpu"]["resources"].get("GPU", 0) == 0
+    for name in ("cpu", "gpu"):
         assert types[name]["min_workers"] == 0
         assert types[name]["max_workers"] >= 1
         assert types[name]["resources"]["CPU"] >= 1
@@ -134,8 +134,8 @@ def nodes_for(cluster: dict[str, Any], demand: list[dict[str, float]]) -> tuple[
 
 def test_the_autoscaler_starts_what_each_stage_needs(cluster: dict[str, Any]) -> None:
     # Preprocess: tasks of one CPU. 16 fit on a node; never a GPU node, and nothing on the head.
-    assert nodes_for(cluster, [{"CPU": 1}]) == ({"preprocess": 1}, 0)
-    assert nodes_for(cluster, [{"CPU": 1}] * 40) == ({"preprocess": 3}, 0)
+    assert nodes_for(cluster, [{"CPU": 1}]) == ({"cpu": 1}, 0)
+    assert nodes_for(cluster, [{"CPU": 1}] * 40) == ({"cpu": 3}, 0)
     # Train: four workers with a GPU and its share of the CPUs. Serve: one replica.
     assert nodes_for(cluster, [{"CPU": 1, "GPU": 1}] * 4) == ({"gpu": 4}, 0)
     assert nodes_for(cluster, [{"CPU": 8, "GPU": 1}]) == ({"gpu": 1}, 0)
@@ -320,7 +320,7 @@ def test_workers_come_when_they_are_asked_for(written: dict[str, Any]) -> None:
     finally:
         shutil.rmtree(folder)
     assert job.returncode == 0, said
-    for line in ("task: preprocess", "gpu task: gpu", "labelled: gpu"):
+    for line in ("task: cpu", "gpu task: gpu", "labelled: gpu"):
         assert line in said.splitlines(), said
 
 
@@ -496,6 +496,26 @@ def test_what_is_to_fill_in_is_marked(written: dict[str, Any]) -> None:
     assert len(body) == 4  # image, region, zone, filesystem
     images = {t["node_config"]["ImageId"] for t in written["available_node_types"].values()}
     assert images == {"ami-FILL-IN"}
+
+
+def test_cpu_workers_are_spot_machines_and_all_go_when_idle(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    market = {name: t["node_config"].get("InstanceMarketOptions") for name, t in types.items()}
+    assert market == {"head": None, "cpu": {"MarketType": "spot"}, "gpu": None}
+    assert cluster["idle_timeout_minutes"] == 10
+    assert cluster["provider"]["cache_stopped_nodes"] is False
+
+
+def test_the_same_file_with_the_image(written: dict[str, Any]) -> None:
+    """As its first comment says it, for Ray's validator."""
+    (said,) = re.findall(r"# With the project's image .*?`docker: (\{.*?\})`", FILE.read_text(), re.DOTALL)
+    docker = yaml.safe_load(said.replace("\n#", "\n"))
+    token = {"~/.ray/auth_token": "~/.ray/auth_token"}
+    chmod, *_ = written["setup_commands"]
+    config = prepared(written | {"docker": docker, "file_mounts": token, "setup_commands": [chmod]})
+    assert config["docker"]["image"].endswith("/hrnet-ray:0.1.0")
+    with pytest.raises(Exception, match="containr"):
+        prepared(written | {"docker": {"containr_name": "hrnet"}})
 
 
 def test_the_same_file_on_your_own_machines(written: dict[str, Any]) -> None:
