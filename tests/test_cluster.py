@@ -402,23 +402,24 @@ def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked[-1] == []
 
 
-@pytest.fixture
-def nodes_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster whose nodes have room and an empty disk; no Ray is started."""
+def nodes_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster whose nodes have room and all files but those at a place; no Ray is started."""
     from pipelines import deploy, shared_paths, sweep
 
+    def missing(files: list[str]) -> list[tuple[str, list[str]]]:
+        there = [file for file in files if Path(file).is_relative_to(place)]
+        return [("w1 (10.0.0.2)", there)] if there else []
+
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr(
-        shared_paths, "_missing_on_nodes", lambda files: [("w1 (10.0.0.2)", files)][: len(files)]
-    )
+    monkeypatch.setattr(shared_paths, "_missing_on_nodes", missing)
     for verb in (deploy, sweep):
         monkeypatch.setattr(verb, "ray_session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(sweep, "require", lambda *_: None)
 
 
-@pytest.mark.usefixtures("nodes_with_nothing")
+@pytest.mark.parametrize(("place", "flag"), [("shards", "--data.shards"), ("runs", "--run.storage")])
 def test_a_sweep_is_refused_before_mlflow_hears_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from test_feed import dotted_shards
     from test_train import small_config
@@ -434,30 +435,30 @@ def test_a_sweep_is_refused_before_mlflow_hears_of_it(
     manifest = dotted_shards(tmp_path / "shards", {"train2017": 9, "val2017": 4})
     config = small_config(manifest, tmp_path / "runs", epochs=1)
     space = {"space": {"train.lr": {"uniform": [0.1, 0.2]}}, "trials": 2}
-    with pytest.raises(ConfigError, match=r"^--data\.shards: .* node w1 \(10\.0\.0\.2\) has not got"):
+    nodes_without(tmp_path / place, monkeypatch)
+    with pytest.raises(ConfigError, match=rf"^{flag}: {tmp_path}.* node w1 \(10\.0\.0\.2\) has not got"):
         sweep.sweep(type(config)(**config.model_dump() | {"sweep": space}))
 
 
-@pytest.mark.usefixtures("nodes_with_nothing")
 @pytest.mark.parametrize(
-    ("asked", "flag"),
+    ("place", "flag"),
     [
-        (["--run.storage"], "--run.storage"),
-        ([], "CHECKPOINT"),
-        (["--serve.keys"], "--serve.keys"),
-        (["--serve.samples"], "--serve.samples"),
+        ("runs", "--run.storage"),
+        ("tiny", "CHECKPOINT"),
+        ("keys", "--serve.keys"),
+        ("samples", "--serve.samples"),
     ],
 )
 def test_a_deploy_is_refused_before_serve_is_told(
-    asked: list[str], flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What only the driver has: the copy of the checkpoint or, without a shared storage, itself; and beside a
-    checkpoint that all have, keys and samples."""
+    """All that replicas read lies here; the nodes have not got one of it. CHECKPOINT: of a relative storage,
+    beside which they read the folder itself."""
     from PIL import Image
     from test_deploy import save
 
     from hrnet_core.errors import ConfigError
-    from pipelines import deploy, shared_paths
+    from pipelines import deploy
     from pipelines.config import RunSettings, ServeSettings
 
     def told(*_: Any) -> Any:
@@ -465,26 +466,15 @@ def test_a_deploy_is_refused_before_serve_is_told(
 
     monkeypatch.setattr(deploy.live, "bring_up", told)
     monkeypatch.chdir(tmp_path)
-    own: dict[str, Any] = {}
     (tmp_path / "keys").write_text("camera-1 0123456789abcdef\n")
     (tmp_path / "samples").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "samples" / "a.png")
     (tmp_path / "samples" / "boxes.json").write_text('{"a.png": [[1, 1, 20, 20]]}')
-    if "--serve.keys" in asked or "--serve.samples" in asked:
-        own[flag.removeprefix("--serve.")] = str(tmp_path / flag.removeprefix("--serve."))
-        there = shared_paths._missing_on_nodes
-        mine = tuple(own.values())
-        monkeypatch.setattr(
-            shared_paths, "_missing_on_nodes", lambda files: there([f for f in files if f.startswith(mine)])
-        )
-    storage = str(tmp_path / "runs") if "--run.storage" in asked else "runs"
-    checkpoint = str(save(tmp_path / "tiny", 0))
+    settings = ServeSettings(keys=str(tmp_path / "keys"), samples=str(tmp_path / "samples"))
+    run = RunSettings(storage="runs" if flag == "CHECKPOINT" else str(tmp_path / "runs"))
+    nodes_without(tmp_path / place, monkeypatch)
     with pytest.raises(ConfigError, match=rf"^{flag}: {tmp_path}.* node w1 \(10\.0\.0\.2\) has not got"):
-        deploy.deploy(
-            checkpoint,
-            ServeSettings(anyone="--serve.keys" not in asked, **own),
-            run=RunSettings(storage=storage),
-        )
+        deploy.deploy(str(save(tmp_path / "tiny", 0)), settings, run=run)
 
 
 # --- what the reader has to do ---------------------------------------------------------------
@@ -507,9 +497,9 @@ def test_cpu_workers_are_spot_machines_and_all_go_when_idle(cluster: dict[str, A
 
 
 def test_the_same_file_with_the_image(written: dict[str, Any]) -> None:
-    """As its first comment says it, for Ray's validator."""
-    (said,) = re.findall(r"# With the project's image .*?`docker: (\{.*?\})`", FILE.read_text(), re.DOTALL)
-    docker = yaml.safe_load(said.replace("\n#", "\n"))
+    """As infra/README.md says it, for Ray's validator."""
+    (said,) = re.findall(r"^docker: (\{.*\})$", (ROOT / "infra" / "README.md").read_text(), re.MULTILINE)
+    docker = yaml.safe_load(said)
     token = {"~/.ray/auth_token": "~/.ray/auth_token"}
     chmod, *_ = written["setup_commands"]
     config = prepared(written | {"docker": docker, "file_mounts": token, "setup_commands": [chmod]})

@@ -203,6 +203,15 @@ class Cluster:
         for name in ("head", "w1", "w2"):
             self.machines[name].kill()
 
+    def leave(self, name: str) -> None:
+        """SIGTERM to the `ray start --block` of a worker, then no machine."""
+        for process in self.machines[name].processes():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[1:3] == [str(BIN / "ray"), "start"]:
+                    process.terminate()
+        self.rays[name].ends(120)
+        self.machines[name].kill()
+
     def start_head(self, flags: str = "") -> None:
         own = "--head --port=6379 --num-cpus=0 --dashboard-host=0.0.0.0 --dashboard-port=8265"
         self._start("head", f"{own} {flags}")

@@ -104,6 +104,21 @@ def test_evaluation_loses_a_machine(cluster: Cluster, bucket: Bucket, alone: dic
     assert found["results_sha256"] == here["results_sha256"]
 
 
+def test_a_job_waits_for_a_machine_that_comes(cluster: Cluster) -> None:
+    """One worker is taken away as a user does it, and brought again while a job asks for two."""
+    cluster.leave("w2")
+    until(lambda: len(cluster.nodes()) == 2, 120, "the head and one worker are there")
+    two = "--out s3://team/waited --evaluate.batch-size 2 --evaluate.num-workers 2"
+    job = cluster.submit("waits", f"hrnet evaluate s3://team/runs/stopped/best s3://team/coco {two}")
+    job.says("hrnet evaluate --evaluate.num-workers wants 2 workers of 1 CPU, it has 1 CPUs")
+    cluster.start_worker("w2")
+    assert job.ends() == 0, job.said()
+    found, before = (
+        json.loads(read_file(f"s3://team/{name}/evaluation.json")) for name in ("waited", "evaluation")
+    )
+    assert found["results_sha256"] == before["results_sha256"]
+
+
 @pytest.mark.parametrize(
     ("command", "flag"),
     [

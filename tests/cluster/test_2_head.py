@@ -32,14 +32,20 @@ def submitted_until_it_may(cluster: Cluster, name: str, command: str) -> Running
 def test_without_redis_a_new_cluster_goes_on_from_the_bucket(
     cluster: Cluster, bucket: Bucket, mlflow: str, alone: dict[str, Any]
 ) -> None:
-    # One worker trains, and the other makes shards.
-    training = f"{train('s3://team/shards', 's3://team/runs', 'headless')} --train.num-workers 1"
-    making = preprocess("s3://team/coco", "s3://team/again")
-    begin_training(cluster, "headless", "headless", "--train.num-workers 1")
+    # One machine trains, and the other makes shards, as their labels say.
+    alone_on = "--train.num-workers 1 --ray.labels hrnet-pool w1"
+    training = f"{train('s3://team/shards', 's3://team/runs', 'headless')} {alone_on}"
+    making = f"{preprocess('s3://team/coco', 's3://team/again')} --ray.labels hrnet-pool w2"
+    begin_training(cluster, "headless", "headless", alone_on)
+    w1, w2 = cluster.machines["w1"], cluster.machines["w2"]
     slow = Fault("PUT", "team/again/", delay=2)
     bucket.faults.append(slow)
     making_job = cluster.submit("again", making)
     until(lambda: len(shards("again")) >= 2, 300, making_job.said)
+    assert w2.works_at("MapBatches(_build_batch)")
+    assert not w1.works_at("MapBatches(_build_batch)")
+    assert w1.works_at("RayTrainWorker")
+    assert not w2.works_at("RayTrainWorker")
     assert not objects("runs/headless/result.json")
     cluster.machines["head"].kill()
 
