@@ -133,7 +133,7 @@ def test_a_job_waits_for_a_machine_that_comes(cluster: Cluster) -> None:
 def test_what_only_the_driver_has_is_refused(cluster: Cluster, command: str, flag: str) -> None:
     head = cluster.machines["head"]
     head.run(f"hrnet draw coco {DRAWN}")
-    job = cluster.submit(f"refused-{flag.strip('-')}", command)
+    job = cluster.submit(f"refused-{command.split()[1]}-{flag.strip('-')}", command)
     assert job.ends() == 1
     said = job.said()
     assert f"{flag}: /tmp/home/" in said, said
