@@ -365,6 +365,32 @@ def test_a_label_is_a_plain_value(value: str) -> None:
         RaySettings(labels={"hrnet-pool": value})
 
 
+def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the options that Serve makes actors with."""
+    from test_deploy import save
+
+    from pipelines import deploy
+    from pipelines.config import RaySettings, RunSettings, ServeSettings
+    from serve.app import deployment
+    from serve.settings import ServeArgs
+
+    told: list[ServeArgs] = []
+
+    def bring_up(args: ServeArgs, *_: Any) -> str:
+        told.append(args)
+        return "http://127.0.0.1:8000"
+
+    monkeypatch.setattr(deploy.live, "bring_up", bring_up)
+    nodes_without(tmp_path / "nothing", monkeypatch)
+    checkpoint, run = str(save(tmp_path / "tiny", 0)), RunSettings(storage=str(tmp_path / "runs"))
+    for labels in ({"hrnet-pool": "gpu"}, {}):
+        settings = RaySettings(labels=labels)
+        deploy.deploy(checkpoint, ServeSettings(), run=run, ray_settings=settings)
+        options = deployment(told[-1]).ray_actor_options
+        assert options is not None
+        assert options.get("label_selector", {}) == labels
+
+
 # --- what not all nodes have ------------------------------------------------------------------
 
 
