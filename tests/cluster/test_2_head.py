@@ -10,7 +10,7 @@ from typing import Any
 
 from bucket_server import Bucket, Fault
 from machines import Cluster, Running, until
-from stages import begin_training, losses, objects, preprocess, shards, train
+from stages import TWO, begin_training, losses, objects, preprocess, shards, train
 
 from pipelines.storage import read_file
 
@@ -42,11 +42,12 @@ def test_without_redis_a_new_cluster_goes_on_from_the_bucket(
     alone_on = "--train.num-workers 1 --ray.labels hrnet-pool w1"
     training = f"{train('s3://team/shards', 's3://team/runs', 'headless')} {alone_on}"
     making = f"{preprocess('s3://team/coco', 's3://team/again')} --ray.labels hrnet-pool w2"
-    begin_training(cluster, "headless", "headless", alone_on)
     w1, w2 = cluster.machines["w1"], cluster.machines["w2"]
-    slow = Fault("PUT", "team/again/", delay=2)
+    slow = Fault("PUT", "team/again/", delay=3)  # which lasts longer than until training has a checkpoint
     bucket.faults.append(slow)
     making_job = cluster.submit("again", making)
+    until(lambda: shards("again"), 300, making_job.said)
+    begin_training(cluster, "headless", "headless", alone_on)
     until(lambda: len(shards("again")) >= 3, 300, making_job.said)  # a shard is two files
     assert w2.works_at("MapBatches(_build_batch)")
     assert not w1.works_at("MapBatches(_build_batch)")
@@ -62,6 +63,9 @@ def test_without_redis_a_new_cluster_goes_on_from_the_bucket(
     assert re.search(r"process \d+ on head has it, and said so \d+ s ago", refused.said()), refused.said()
     assert re.search(r"if that process is dead, the same command takes over in \d+ s\.", refused.said())
 
+    # Meanwhile, undisturbed: one worker's losses are not those of two to the last digit.
+    cluster.laptop.run(f"{train('shards', 'runs', 'one')} --train.num-workers 1 {TWO}")
+    undisturbed = losses(cluster.laptop.run("cat runs/one/metrics.jsonl"))
     for name in ("w1", "w2"):
         until(
             lambda name=name: cluster.rays[name].process.poll() is not None,
@@ -83,5 +87,6 @@ def test_without_redis_a_new_cluster_goes_on_from_the_bucket(
     assert manifest["digest"] == alone["digest"]
 
     job = submitted_until_it_may(cluster, "headless-again", training)
-    assert "going on from" in job.said(), job.said()
-    assert losses(read_file("s3://team/runs/headless/metrics.jsonl")) == alone["losses"]
+    assert "epoch 3/3" in job.said(), job.said()
+    assert "epoch 1/3" not in job.said(), job.said()
+    assert losses(read_file("s3://team/runs/headless/metrics.jsonl")) == undisturbed
