@@ -10,7 +10,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from hrnet_core.errors import ConfigError, PoseError
@@ -121,8 +123,10 @@ def _started(
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
     with handlers_kept(), _inherited(inherited):
-        ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
+        joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
     try:
+        if on_cluster():
+            warn_unguarded(joined.dashboard_url)
         yield
     finally:
         ray.shutdown()
@@ -138,6 +142,19 @@ def _inherited(variables: dict[str, str]) -> Iterator[None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
+
+
+def warn_unguarded(dashboard: str) -> None:
+    """A line where the job API of a dashboard (HOST:PORT, "" for none) answers who brings no token. Asked, as
+    what our environment says of tokens is not what the head was started with."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # A refusal is an OSError too.
+    with contextlib.suppress(OSError), direct.open(f"http://{dashboard}/api/jobs/", timeout=5):
+        print(
+            f"warning: whoever reaches http://{dashboard} runs code on this cluster, as its job API asks for "
+            f"no token. Start Ray with RAY_AUTH_MODE=token on every node (docs/cluster.md).",
+            flush=True,
+        )
 
 
 def ray_address() -> str:
@@ -211,10 +228,17 @@ def quiet_ray_data() -> Iterator[None]:
         yield
 
 
-def room_for(cpus: float, gpus: float) -> int:
-    """How many workers of `cpus` and `gpus` each fit the nodes that Ray has now, one worker on one node."""
+def selector(settings: RaySettings) -> dict[str, str]:
+    """`ray.labels` as Ray's label_selector: none on a Ray that is started here, whose node has no labels."""
+    return dict(settings.labels) if on_cluster() else {}
+
+
+def room_for(cpus: float, gpus: float, labels: Mapping[str, str] = MappingProxyType({})) -> int:
+    """How many workers of `cpus` and `gpus` each fit the nodes with these labels that Ray has now, one worker
+    on one node."""
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    return sum(min(int(n.get(kind, 0) // each) for kind, each in bundle.items()) for n in _nodes())
+    nodes = _nodes(labels)
+    return sum(min(int(n.get(kind, 0) // each) for kind, each in bundle.items()) for n in nodes)
 
 
 def cpus_per_gpu() -> int:
@@ -223,11 +247,12 @@ def cpus_per_gpu() -> int:
     return max(1, min(shares, default=1))
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Resources of the nodes that Ray has now."""
+def _nodes(labels: Mapping[str, str] = MappingProxyType({})) -> list[dict[str, float]]:
+    """Resources of the nodes with these labels that Ray has now."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [n["Resources"] for n in nodes if not labels or labels.items() <= n["Labels"].items()]
 
 
 def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: str) -> None:
@@ -239,17 +264,20 @@ def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: 
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}  # of a worker, on one node
+    labels = selector(settings)
     asked, due = False, Every(30, at_once=True)
     deadline = time.monotonic() + settings.wait_minutes * 60
     while True:
-        slots = room_for(cpus, gpus)
+        slots = room_for(cpus, gpus, labels)
         if slots >= workers:
             if asked:
                 request_resources(bundles=[])  # from here on the stage's own demand keeps the nodes
             return
-        all_cpus, all_gpus = (sum(n.get(kind, 0) for n in _nodes()) for kind in ("CPU", "GPU"))
+        all_cpus, all_gpus = (sum(n.get(kind, 0) for n in _nodes(labels)) for kind in ("CPU", "GPU"))
         have = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs"
         need = f"{why} wants {workers} workers of {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+        if labels:
+            need += f" on nodes labelled {', '.join('='.join(label) for label in labels.items())}"
         if not on_cluster():
             raise ConfigError(
                 f"{need}, but the Ray started here has {have}: room for {slots}. Ask for fewer workers, "
@@ -265,6 +293,6 @@ def require(settings: RaySettings, workers: int, cpus: float, gpus: float, why: 
             print(f"waiting for the cluster: {need}, it has {have}", flush=True)
         if not asked:
             # Nothing waits for these workers yet, so an autoscaler would have no reason to bring them.
-            request_resources(bundles=[bundle] * workers)
+            request_resources(bundles=[bundle] * workers, bundle_label_selectors=[labels] * workers)
             asked = True
         time.sleep(2)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
@@ -254,6 +255,20 @@ class RaySettings(Section):
     ports. Default: of deploy 9464, or any free one where that is taken; of other verbs any free one."""
     wait_minutes: float = Field(default=30.0, gt=0)
     """How long to wait for a cluster to bring the workers asked for."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a cluster's node must have to do the work of this verb, as `ray start --labels` gave them:
+    `--ray.labels hrnet-pool gpu`. Default: any node with room. No effect on a Ray that is started here."""
+
+    @field_validator("labels")
+    @classmethod
+    def _exact(cls, labels: dict[str, str]) -> dict[str, str]:
+        for name, value in labels.items():
+            if not re.fullmatch(r"[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?", value):
+                raise ValueError(
+                    f"{name} {value!r}: give the label's value, of letters, digits, '-', '_' and '.'; Ray's "
+                    f"operators such as in(...) and ! are not taken"
+                )
+        return labels
 
 
 class RunConfig(Section):

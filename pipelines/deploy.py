@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 from hrnet_core.errors import CheckpointError, ConfigError, PoseError
 from hrnet_core.locations import one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import metrics_port, on_cluster, ray_address, ray_session, room_for, with_metrics_port
+from pipelines.cluster import (
+    metrics_port,
+    on_cluster,
+    ray_address,
+    ray_session,
+    room_for,
+    selector,
+    with_metrics_port,
+)
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
 from pipelines.serving.expected import expected_scores
@@ -25,7 +33,9 @@ from pipelines.serving.ingress import haproxy, refuse_port_in_use
 from pipelines.serving.pinned import pinned, pinned_detector, prune, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_folder
+from pipelines.shared_paths import refuse_unshared
 from pipelines.stop import stoppable
+from pipelines.storage import absolute
 from serve import traces
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 
@@ -85,10 +95,21 @@ def deploy(
                 return _until_a_signal(args, spec, settings, run, ray_settings)
             if there:
                 _say_what_stays(settings, there)
+            args = args.model_copy(update={"labels": selector(ray_settings)})
+            _refuse_unshared(args, run)
             url = live.bring_up(args, here, ray_settings)
             print(_told(url, args, spec, here), flush=True)
             _remove_old_copies(args, run.storage, settings.port)
     return url
+
+
+def _refuse_unshared(args: ServeArgs, run: RunSettings) -> None:
+    """ConfigError on a cluster where a node that may get a replica has not got what it would read."""
+    copied = args.checkpoint.startswith(f"{absolute(run.storage)}/deployed/")
+    checkpoint = ("--run.storage" if copied else "CHECKPOINT", args.checkpoint)
+    detector = args.person_detector.model if args.person_detector else None
+    others = {"--serve.detector": detector, "--serve.keys": args.keys, "--serve.samples": args.samples}
+    refuse_unshared([checkpoint, *others.items()])
 
 
 def serve_args(

@@ -30,7 +30,7 @@ import pyarrow as pa
 from hrnet_core.errors import DataError, PoseError
 from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import load_skeleton
-from pipelines.cluster import quiet_ray_data, ray_session, require
+from pipelines.cluster import quiet_ray_data, ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
 from pipelines.progress import Clock, ProgressLine
@@ -55,6 +55,8 @@ from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
 LONG_ANNOTATIONS = 16_000_000
 """Bytes of an annotation file above which it is read while Ray starts."""
+SHORT_TASK = 256
+"""People of a shard below which Ray takes about as long from one task to the next as the task."""
 Built = dict[tuple[str, int], BuiltShard]
 """By ShardWork.key."""
 
@@ -86,8 +88,9 @@ def run_preprocess(config: RunConfig) -> tuple[Manifest, TaskLog]:
             session.enter_context(ray_session(config.ray, quiet=True))
             require(config.ray, 1, 1, 0, "preprocess")
             refuse_unshared([("--data.root", data.root)], [("--data.shards", data.shards)])
-            log.begin(int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 1)
-            for task in _on_ray(pending):
+            labels = selector(config.ray)
+            log.begin(room_for(1, 0, labels) if ray.is_initialized() else 1)
+            for task in _on_ray(pending, labels):
                 built[task.key] = task.built
                 log.done(task)
                 if data.strict:
@@ -141,15 +144,15 @@ class Task(NamedTuple):
     """The most resident memory that the process ever had."""
 
 
-def _on_ray(pending: Sequence[ShardWork]) -> Iterator[Task]:
-    """Each shard as its task ends, in any order."""
+def _on_ray(pending: Sequence[ShardWork], labels: dict[str, str]) -> Iterator[Task]:
+    """Each shard as its task ends, in any order. labels: of the nodes that may make them."""
     import ray.data
 
     # A row a shard and a block a row: a task each, however Ray would like to group them.
     blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
     with quiet_ray_data():
         answers = ray.data.from_arrow(blocks).map_batches(
-            _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1
+            _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1, label_selector=labels
         )
         # Read ahead, each answer would wait for the one after it.
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -197,6 +200,13 @@ class TaskLog:
         """slots: tasks that can run at once."""
         self._slots = slots
         print(f"preprocess: {self._all_people:,} people in {self.shards} shards to make", flush=True)
+        better = max(SHORT_TASK, -(-self._all_people // max(1, slots)))
+        if self.shards < slots and self._all_people >= 2 * better * self.shards:
+            print(
+                f"preprocess: a shard keeps one CPU at work, so {slots - self.shards} of {slots} have none. "
+                f"--data.people-per-shard {better} would use more, and makes another dataset.",
+                flush=True,
+            )
 
     def done(self, task: Task) -> None:
         self.tasks.append(task)

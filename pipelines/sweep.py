@@ -16,7 +16,7 @@ import yaml
 
 from hrnet_core.errors import ConfigError, Failure
 from hrnet_core.locations import is_uri
-from pipelines.cluster import ray_session, require, room_for
+from pipelines.cluster import ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.run_folder import only_one, read_record, run_folder, storage_of
@@ -25,7 +25,7 @@ from pipelines.stop import in_a_thread
 from pipelines.storage import absolute, join, write_json, write_whole
 from pipelines.sweeps.trials import Sweep, table
 from pipelines.tracking import StoreAway, Tracker, store_of
-from pipelines.train import check_settings, check_start
+from pipelines.train import check_settings, check_start, refuse_unshared_run
 
 
 def sweep(config: RunConfig) -> str:
@@ -110,18 +110,24 @@ def _run(this: Sweep) -> None:
     """All trials that are not through, below one MLflow run."""
     settings, train = this.config.sweep, this.config.train
     gpus = 1.0 if train.use_gpu else 0.0
-    parent = Parent.open(this)
-    if parent.tracker:  # a trial would take the Ray that it is started by for a cluster
-        track = this.config.track.model_copy(update={"uri": parent.tracker.uri})
-        this = replace(this, config=this.config.model_copy(update={"track": track}), run_id=parent.run_id)
-    status = "FAILED"
+    parent, status = Parent(None, None), "FAILED"
     try:
         # The dashboard tells Ray Train that a stopped trial's controller is gone: else its CPUs stay taken.
         with ray_session(this.config.ray, quiet=True, workers_shown=False, dashboard=True, train=True):
             from pipelines.sweeps.tuning import tune_trials
 
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
-            at_once = settings.concurrent or room_for(train.cpus_per_worker, gpus) // train.num_workers
+            for trial in {(trial.model, trial.train.teacher): trial for trial in this.configs}.values():
+                refuse_unshared_run(trial)
+            parent = Parent.open(this)
+            if parent.tracker:  # a trial would take the Ray that it is started by for a cluster
+                track = this.config.track.model_copy(update={"uri": parent.tracker.uri})
+                config = this.config.model_copy(update={"track": track})
+                this = replace(this, config=config, run_id=parent.run_id)
+            labels = selector(this.config.ray)
+            at_once = (
+                settings.concurrent or room_for(train.cpus_per_worker, gpus, labels) // train.num_workers
+            )
             print(f"sweep {this.config.run.name}: {settings.trials} trials, {at_once} at a time", flush=True)
             in_a_thread(functools.partial(tune_trials, this, at_once, parent.stopped))
         status = "FINISHED"

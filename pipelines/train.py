@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hrnet_core.choices import Augmentation
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
 from hrnet_core.locations import open_folder
-from pipelines.cluster import ray_session, require
+from pipelines.cluster import ray_session, require, selector
 from pipelines.config import RunConfig
 from pipelines.followed import Followed, follow, hand_over, opening
 from pipelines.run_folder import (
@@ -92,10 +92,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     with opening(config, folder) as tracker, ray_session(config.ray, quiet=True, train=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
-        read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]
-        refuse_unshared(
-            [*read, ("--train.teacher", settings.teacher)], [("--run.storage", config.run.storage)]
-        )
+        refuse_unshared_run(config)
         followed = follow(tracker, config, manifest, folder)
         result = result or fit(config, manifest, folder, followed)
     result = hand_over(config, manifest, result, followed)
@@ -123,6 +120,14 @@ def fit(
         if followed:
             followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+
+
+def refuse_unshared_run(config: RunConfig) -> None:
+    """ConfigError on a cluster where a node that may get a worker has not got what a run reads and writes."""
+    read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]
+    refuse_unshared(
+        [*read, ("--train.teacher", config.train.teacher)], [("--run.storage", config.run.storage)]
+    )
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
@@ -209,7 +214,10 @@ def _fit(
         functools.partial(train_worker, Job(config, manifest.folder, folder, uri, run_id)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker=resources,
+            label_selector=selector(config.ray),
         ),
         run_config=ray.train.RunConfig(
             name="ray",

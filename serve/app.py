@@ -45,7 +45,11 @@ def deployment(args: ServeArgs) -> serve.Deployment:
         user_config=args.model_dump(include=set(LiveSettings.model_fields)),
         # Serve's line for each request says less than ours (routes.py).
         logging_config={"encoding": args.log_format.upper(), "enable_access_log": False},
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "label_selector": args.labels,
+        },
         # Our 429 must come first: it is problem+json. Serve's own queue only guards against a flood.
         max_ongoing_requests=args.max_requests + args.max_bodies + 16,
         max_queued_requests=16 * args.max_requests,

@@ -348,6 +348,14 @@ def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room_for(1, 1) == 2 + 4
     assert room_for(8, 1) == 2 + 1
     assert cpus_per_gpu() == 3  # of the node with 12 and 4
+    for number, node in enumerate(there):
+        node["Labels"] = {
+            "ray.io/node-id": str(number),
+            "pool": "gpu" if "GPU" in node["Resources"] else "cpu",
+        }
+    assert room_for(1, 0, {"pool": "cpu"}) == 3
+    assert room_for(1, 0, {"pool": "gpu", "ray.io/node-id": "1"}) == 16
+    assert room_for(1, 0, {"pool": "spot"}) == 0
     monkeypatch.setattr("ray.nodes", nodes({"CPU": 3.0}))
     assert cpus_per_gpu() == 1
 

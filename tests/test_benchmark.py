@@ -328,7 +328,7 @@ def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
         (["runs/none"], "runs/none: no such checkpoint folder"),
         (["none.yaml"], "no config 'none.yaml'"),
         (["models:/hrnet-pose@champion"], "not in the MLflow store"),
-        (["tiny", "--batch-sizes", "4", "0"], "batch_sizes"),
+        (["tiny", "--batch-sizes", "4", "0"], "--batch-sizes"),
         (["tiny", "--threads", "0"], "threads"),
         (["tiny", "--modes", "float64"], "float64"),
         (["tiny", "--device", "cuda"], "device cuda: torch finds no GPU here"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import shlex
@@ -100,13 +101,13 @@ def test_node_types(cluster: dict[str, Any]) -> None:
     from ray._private.label_utils import validate_node_labels
 
     types = cluster["available_node_types"]
-    assert set(types) == {"head", "preprocess", "gpu"}
+    assert set(types) == {"head", "cpu", "gpu"}
     assert cluster["head_node_type"] == "head"
     assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
     assert types["head"]["max_workers"] == 0
     assert types["gpu"]["resources"]["GPU"] >= 1
-    assert types["preprocess"]["resources"].get("GPU", 0) == 0
-    for name in ("preprocess", "gpu"):
+    assert types["cpu"]["resources"].get("GPU", 0) == 0
+    for name in ("cpu", "gpu"):
         assert types[name]["min_workers"] == 0
         assert types[name]["max_workers"] >= 1
         assert types[name]["resources"]["CPU"] >= 1
@@ -133,8 +134,8 @@ def nodes_for(cluster: dict[str, Any], demand: list[dict[str, float]]) -> tuple[
 
 def test_the_autoscaler_starts_what_each_stage_needs(cluster: dict[str, Any]) -> None:
     # Preprocess: tasks of one CPU. 16 fit on a node; never a GPU node, and nothing on the head.
-    assert nodes_for(cluster, [{"CPU": 1}]) == ({"preprocess": 1}, 0)
-    assert nodes_for(cluster, [{"CPU": 1}] * 40) == ({"preprocess": 3}, 0)
+    assert nodes_for(cluster, [{"CPU": 1}]) == ({"cpu": 1}, 0)
+    assert nodes_for(cluster, [{"CPU": 1}] * 40) == ({"cpu": 3}, 0)
     # Train: four workers with a GPU and its share of the CPUs. Serve: one replica.
     assert nodes_for(cluster, [{"CPU": 1, "GPU": 1}] * 4) == ({"gpu": 4}, 0)
     assert nodes_for(cluster, [{"CPU": 8, "GPU": 1}]) == ({"gpu": 1}, 0)
@@ -194,6 +195,77 @@ def test_objects_spill_to_a_named_folder(cluster: dict[str, Any], commands: str)
     assert flags["disable_usage_stats"] is True
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_dashboard_that_asks_for_no_token_is_warned_of(mode: str) -> None:
+    """Of a real head, to which each job brings the right token."""
+    import shutil
+    import tempfile
+
+    from ray_head import Head
+
+    folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
+    (folder / "join.py").write_text(JOIN)
+    try:
+        with Head(folder, environment={"RAY_AUTH_MODE": mode}).running() as head:
+            job = head.submit("join", "python", str(folder / "join.py"))
+            said = job.communicate(timeout=300)[0]
+            warning = f"warning: whoever reaches http://{head.dashboard.removeprefix('http://')} runs code"
+    finally:
+        shutil.rmtree(folder)
+    assert job.returncode == 0, said
+    assert "joined" in said.splitlines(), said
+    assert said.count(warning) == (mode == "disabled"), said
+
+
+JOIN = """
+from pipelines.cluster import ray_session
+from pipelines.config import RaySettings
+with ray_session(RaySettings()):
+    print("joined")
+"""
+
+
+@pytest.mark.parametrize(("status", "lines"), [(200, 1), (401, 0), (403, 0)])
+def test_what_a_dashboard_answers_without_a_token(
+    status: int, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from pipelines.cluster import warn_unguarded
+
+    asked = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        warn_unguarded(f"127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert asked == [("/api/jobs/", None)]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    assert all("RAY_AUTH_MODE=token" in line for line in said)
+
+
+def test_no_dashboard_is_not_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    from free_ports import free_port
+
+    from pipelines.cluster import warn_unguarded
+
+    for nobody in ("", f"127.0.0.1:{free_port()}"):
+        warn_unguarded(nobody)
+    assert capsys.readouterr().out == ""
+
+
 # --- under Ray's own autoscaler --------------------------------------------------------------
 
 ASK = """
@@ -248,8 +320,75 @@ def test_workers_come_when_they_are_asked_for(written: dict[str, Any]) -> None:
     finally:
         shutil.rmtree(folder)
     assert job.returncode == 0, said
-    for line in ("task: preprocess", "gpu task: gpu", "labelled: gpu"):
+    for line in ("task: cpu", "gpu task: gpu", "labelled: gpu"):
         assert line in said.splitlines(), said
+
+
+# --- work goes to the nodes that were named ------------------------------------------------------
+
+
+def test_a_cluster_without_the_labelled_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room on other nodes is none; the same settings on a Ray that is started here name nothing."""
+    from hrnet_core.errors import ConfigError
+    from pipelines.cluster import require, selector
+    from pipelines.config import RaySettings
+
+    asked: list[dict[str, Any]] = []
+    node = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"hrnet-pool": "cpu"}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda **asks: asked.append(asks))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    settings = RaySettings(labels={"hrnet-pool": "gpu"}, wait_minutes=1e-4)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(
+        ConfigError, match=r"on nodes labelled hrnet-pool=gpu; after .* has 0 CPUs and 0 GPUs"
+    ):
+        require(settings, 2, 1, 0, "hrnet train")
+    assert asked[0] == {
+        "bundles": [{"CPU": 1}] * 2,
+        "bundle_label_selectors": [{"hrnet-pool": "gpu"}] * 2,
+    }
+    assert asked[-1] == {"bundles": []}
+    require(settings.model_copy(update={"labels": {"hrnet-pool": "cpu"}}), 8, 1, 0, "hrnet train")
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert selector(settings) == {}
+    require(settings, 8, 1, 0, "hrnet train")
+
+
+@pytest.mark.parametrize("value", ["in(a,b)", "!gpu", "", "a b"])
+def test_a_label_is_a_plain_value(value: str) -> None:
+    from pydantic import ValidationError
+
+    from pipelines.config import RaySettings
+
+    with pytest.raises(ValidationError, match=r"hrnet-pool .*: give the label's value"):
+        RaySettings(labels={"hrnet-pool": value})
+
+
+def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the options that Serve makes actors with."""
+    from test_deploy import save
+
+    from pipelines import deploy
+    from pipelines.config import RaySettings, RunSettings, ServeSettings
+    from serve.app import deployment
+    from serve.settings import ServeArgs
+
+    told: list[ServeArgs] = []
+
+    def bring_up(args: ServeArgs, *_: Any) -> str:
+        told.append(args)
+        return "http://127.0.0.1:8000"
+
+    monkeypatch.setattr(deploy.live, "bring_up", bring_up)
+    nodes_without(tmp_path / "nothing", monkeypatch)
+    checkpoint, run = str(save(tmp_path / "tiny", 0)), RunSettings(storage=str(tmp_path / "runs"))
+    for labels in ({"hrnet-pool": "gpu"}, {}):
+        settings = RaySettings(labels=labels)
+        deploy.deploy(checkpoint, ServeSettings(), run=run, ray_settings=settings)
+        options = deployment(told[-1]).ray_actor_options
+        assert options is not None
+        assert options.get("label_selector", {}) == labels
 
 
 # --- what not all nodes have ------------------------------------------------------------------
@@ -289,6 +428,81 @@ def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked[-1] == []
 
 
+def nodes_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster whose nodes have room and all files but those at a place; no Ray is started."""
+    from pipelines import deploy, shared_paths, sweep
+
+    def missing(files: list[str]) -> list[tuple[str, list[str]]]:
+        there = [file for file in files if Path(file).is_relative_to(place)]
+        return [("w1 (10.0.0.2)", there)] if there else []
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(shared_paths, "_missing_on_nodes", missing)
+    for verb in (deploy, sweep):
+        monkeypatch.setattr(verb, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(sweep, "require", lambda *_: None)
+
+
+@pytest.mark.parametrize(("place", "flag"), [("shards", "--data.shards"), ("runs", "--run.storage")])
+def test_a_sweep_is_refused_before_mlflow_hears_of_it(
+    place: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_feed import dotted_shards
+    from test_train import small_config
+
+    from hrnet_core.errors import ConfigError
+    from pipelines import sweep
+
+    def opened(*_: Any) -> Any:
+        raise AssertionError("MLflow was asked")
+
+    monkeypatch.setattr(sweep.Parent, "open", opened)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.1:5000")
+    manifest = dotted_shards(tmp_path / "shards", {"train2017": 9, "val2017": 4})
+    config = small_config(manifest, tmp_path / "runs", epochs=1)
+    space = {"space": {"train.lr": {"uniform": [0.1, 0.2]}}, "trials": 2}
+    nodes_without(tmp_path / place, monkeypatch)
+    with pytest.raises(ConfigError, match=rf"^{flag}: {tmp_path}.* node w1 \(10\.0\.0\.2\) has not got"):
+        sweep.sweep(type(config)(**config.model_dump() | {"sweep": space}))
+
+
+@pytest.mark.parametrize(
+    ("place", "flag"),
+    [
+        ("runs", "--run.storage"),
+        ("tiny", "CHECKPOINT"),
+        ("keys", "--serve.keys"),
+        ("samples", "--serve.samples"),
+    ],
+)
+def test_a_deploy_is_refused_before_serve_is_told(
+    place: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that replicas read lies here; the nodes have not got one of it. CHECKPOINT: of a relative storage,
+    beside which they read the folder itself."""
+    from PIL import Image
+    from test_deploy import save
+
+    from hrnet_core.errors import ConfigError
+    from pipelines import deploy
+    from pipelines.config import RunSettings, ServeSettings
+
+    def told(*_: Any) -> Any:
+        raise AssertionError("Serve was told")
+
+    monkeypatch.setattr(deploy.live, "bring_up", told)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("camera-1 0123456789abcdef\n")
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "samples" / "a.png")
+    (tmp_path / "samples" / "boxes.json").write_text('{"a.png": [[1, 1, 20, 20]]}')
+    settings = ServeSettings(keys=str(tmp_path / "keys"), samples=str(tmp_path / "samples"))
+    run = RunSettings(storage="runs" if flag == "CHECKPOINT" else str(tmp_path / "runs"))
+    nodes_without(tmp_path / place, monkeypatch)
+    with pytest.raises(ConfigError, match=rf"^{flag}: {tmp_path}.* node w1 \(10\.0\.0\.2\) has not got"):
+        deploy.deploy(str(save(tmp_path / "tiny", 0)), settings, run=run)
+
+
 # --- what the reader has to do ---------------------------------------------------------------
 
 
@@ -298,6 +512,26 @@ def test_what_is_to_fill_in_is_marked(written: dict[str, Any]) -> None:
     assert len(body) == 4  # image, region, zone, filesystem
     images = {t["node_config"]["ImageId"] for t in written["available_node_types"].values()}
     assert images == {"ami-FILL-IN"}
+
+
+def test_cpu_workers_are_spot_machines_and_all_go_when_idle(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    market = {name: t["node_config"].get("InstanceMarketOptions") for name, t in types.items()}
+    assert market == {"head": None, "cpu": {"MarketType": "spot"}, "gpu": None}
+    assert cluster["idle_timeout_minutes"] == 10
+    assert cluster["provider"]["cache_stopped_nodes"] is False
+
+
+def test_the_same_file_with_the_image(written: dict[str, Any]) -> None:
+    """As infra/README.md says it, for Ray's validator."""
+    (said,) = re.findall(r"^docker: (\{.*\})$", (ROOT / "infra" / "README.md").read_text(), re.MULTILINE)
+    docker = yaml.safe_load(said)
+    token = {"~/.ray/auth_token": "~/.ray/auth_token"}
+    chmod, *_ = written["setup_commands"]
+    config = prepared(written | {"docker": docker, "file_mounts": token, "setup_commands": [chmod]})
+    assert config["docker"]["image"].endswith("/hrnet-ray:0.1.0")
+    with pytest.raises(Exception, match="containr"):
+        prepared(written | {"docker": {"containr_name": "hrnet"}})
 
 
 def test_the_same_file_on_your_own_machines(written: dict[str, Any]) -> None:

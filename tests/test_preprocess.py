@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -234,6 +235,25 @@ def test_memory_is_bounded_by_the_row_group(tmp_path: Path) -> None:
         peaks[people] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[360] - peaks[120] < 240 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("shards", "slots", "told"),
+    [
+        ([2000, 1000], 16, "14 of 16 have none. --data.people-per-shard 256 would"),
+        ([2000] * 3, 8, "5 of 8 have none. --data.people-per-shard 750 would"),
+        ([2000] * 3, 3, ""),
+        ([2000] * 3, 4, ""),  # a quarter idle is not worth another dataset
+        ([300, 60], 16, ""),
+    ],
+)
+def test_cpus_that_have_no_shard_are_told(
+    shards: list[int], slots: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TaskLog([SimpleNamespace(people=range(people)) for people in shards]).begin(slots)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 + bool(told)
+    assert told in said[-1]
 
 
 def test_most_at_once_is_counted_from_starts_and_ends() -> None:

@@ -28,6 +28,7 @@ from pipelines.cluster import (
     ray_session,
     require,
     room_for,
+    selector,
 )
 from pipelines.config import RaySettings, WorkerSettings
 from pipelines.poses.actor import Actor, Unit, Work
@@ -144,9 +145,10 @@ def rows_on_ray(
     rows = [{"unit": index, "work": pickle.dumps(unit)} for index, unit in pending.items()]
     with ray_session(ray_settings, quiet=True), quiet_ray_data():
         cpus, gpus = settings.cpus_per_worker or 1, int(settings.use_gpu)
+        labels = selector(ray_settings)
         require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
         refuse_unshared(reads)
-        workers = min(settings.num_workers or room_for(cpus, gpus), len(rows))
+        workers = min(settings.num_workers or room_for(cpus, gpus, labels), len(rows))
         # A GPU answers a unit before Ray brings the next. Who starts first must not take all of a few units.
         waiting = UNITS_AT_ONCE * (2 if gpus else 1)
         actors = ray.data.ActorPoolStrategy(
@@ -169,6 +171,7 @@ def rows_on_ray(
                 fn_constructor_args=arguments,
                 num_cpus=cpus,
                 num_gpus=gpus,
+                label_selector=labels,
             )
             .iter_rows()
         )

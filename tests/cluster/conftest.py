@@ -91,6 +91,15 @@ def cluster(
         made.laptop.kill()
 
 
+@pytest.fixture(autouse=True)
+def whole(cluster: Cluster) -> Iterator[None]:
+    """What a test breaks and leaves broken costs the next ones nothing."""
+    yield
+    if not cluster.whole():
+        cluster.stop()
+        cluster.start()
+
+
 @pytest.fixture(scope="session")
 def alone(cluster: Cluster) -> dict[str, Any]:
     """The stages on the laptop alone: the digest, and the losses of a run that nothing happened to."""

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ TOKEN = "ab" * 32
 BOOT = f"""
 set -e
 mount --make-rprivate /
+if [ -n "$2" ]; then mount --bind "$2" /mnt; fi
 for own in /tmp /dev/shm; do mount -t tmpfs -o size=4g,mode=1777 machine $own; done
 mount -o remount,ro,bind /
 mount --bind {ROOT} {ROOT} && mount -o remount,ro,bind {ROOT}
@@ -49,10 +51,13 @@ while :; do sleep 1000 & wait $! || true; done
 class Machine:
     """Runs from `start` until `kill`; after that it may be started again, with nothing on its disk."""
 
-    def __init__(self, name: str, variables: dict[str, str], logs: Path) -> None:
-        """variables: of all processes. logs: a folder for what they say, which outlives the machine."""
+    def __init__(self, name: str, variables: dict[str, str], logs: Path, shared: Path | None = None) -> None:
+        """variables: of all processes. logs: a folder for what they say, which outlives the machine.
+        shared: a folder that all machines have as /mnt, as if by NFS."""
         self.name, self.address = name, ADDRESSES[name]
-        self.logs = logs
+        self.logs, self.shared = logs, shared
+        self.cpus: set[int] = set()
+        """Of the kernel's, those that its commands run on; none for all."""
         kept = {k: os.environ[k] for k in ("PYTHONPATH", "LANG") if k in os.environ}
         path = f"{BIN}:{os.environ['PATH']}"
         self.variables = {**kept, "PATH": path, "HOME": HOME, "RAY_AUTH_MODE": "token", **variables}
@@ -63,7 +68,8 @@ class Machine:
         spaces = ["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self.logs / f"{self.name}-boot.log").open("w") as log:
             self._unshare = subprocess.Popen(
-                ["unshare", *spaces, "bash", "-c", BOOT, "boot", self.name], stderr=log
+                ["unshare", *spaces, "bash", "-c", BOOT, "boot", self.name, str(self.shared or "")],
+                stderr=log,
             )
         until(lambda: psutil.Process(self._unshare.pid).children(), 60, f"{self.name} boots")
         (self.first,) = psutil.Process(self._unshare.pid).children()
@@ -86,14 +92,20 @@ class Machine:
         # The kernel takes the link away some time after the last process.
         subprocess.run(["ip", "link", "delete", f"to-{self.name}"], check=False, stderr=subprocess.DEVNULL)
 
-    def works_at(self, task: str) -> bool:
-        """Whether one of its processes does now what Ray calls so: it gives its workers the name."""
+    def processes(self) -> Iterator[psutil.Process]:
+        """Its own, as they are called out here."""
         assert self.first is not None
         mine = os.readlink(f"/proc/{self.first.pid}/ns/pid")
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                there = os.readlink(f"/proc/{process.pid}/ns/pid") == mine
-                if there and f"ray::{task}" in " ".join(process.cmdline()):
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == mine:
+                    yield process
+
+    def works_at(self, task: str) -> bool:
+        """Whether one of its processes does now what Ray calls so: it gives its workers the name."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if f"ray::{task}" in " ".join(process.cmdline()):
                     return True
         return False
 
@@ -106,6 +118,8 @@ class Machine:
         assert self.first is not None, f"{self.name} does not run"
         enter = ["nsenter", f"--target={self.first.pid}", "--net", "--mount", "--uts", "--ipc", "--pid"]
         clean = ["env", "-i", *(f"{k}={v}" for k, v in self.variables.items())]
+        if self.cpus:
+            enter = ["taskset", "--cpu-list", ",".join(map(str, sorted(self.cpus))), *enter]
         return [*enter, *clean, "bash", "-c", f"cd && {command}"]
 
     def call(self, command: str) -> int:
@@ -152,11 +166,17 @@ class Running:
         return self.process.wait()
 
 
+class HeadEnded(AssertionError):
+    """Ray ended on the head while another machine started."""
+
+
 class Cluster:
     """A head that runs no task, workers of a CPU, and a laptop that has nothing of them but their address."""
 
-    def __init__(self, variables: dict[str, str], logs: Path) -> None:
-        self.machines = {name: Machine(name, variables, logs) for name in ADDRESSES}
+    def __init__(self, variables: dict[str, str], logs: Path, shared: Path | None = None) -> None:
+        self.machines = {name: Machine(name, variables, logs, shared) for name in ADDRESSES}
+        self.rays: dict[str, Running] = {}
+        """`ray start --block` of head and workers: it ends when that node's Ray does."""
         self.logs = logs
         laptop = self.machines["laptop"].variables
         laptop["RAY_API_SERVER_ADDRESS"] = f"http://{ADDRESSES['head']}:8265"
@@ -168,21 +188,36 @@ class Cluster:
         """Head and workers. flags: of the head's `ray start`; variables: of all of them."""
         for name in ("head", "w1", "w2"):
             self.machines[name].variables |= variables
-        self.start_head(flags)
-        for name in ("w1", "w2"):
-            self.start_worker(name)
+        for _ in range(3):  # a busy head may end while the workers come
+            self.start_head(flags)
+            with contextlib.suppress(HeadEnded):
+                for name in ("w1", "w2"):
+                    self.start_worker(name)
+                if self.whole():
+                    return
+            self.stop()
+        raise AssertionError(f"the head ended three times:\n{self.rays['head'].said()}")
 
     def stop(self) -> None:
         """All but the laptop, as if the power failed."""
         for name in ("head", "w1", "w2"):
             self.machines[name].kill()
 
+    def leave(self, name: str) -> None:
+        """SIGTERM to the `ray start --block` of a worker, then no machine."""
+        for process in self.machines[name].processes():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[1:3] == [str(BIN / "ray"), "start"]:
+                    process.terminate()
+        self.rays[name].ends(120)
+        self.machines[name].kill()
+
     def start_head(self, flags: str = "") -> None:
         own = "--head --port=6379 --num-cpus=0 --dashboard-host=0.0.0.0 --dashboard-port=8265"
         self._start("head", f"{own} {flags}")
 
     def start_worker(self, name: str) -> None:
-        self._start(name, f"--address={ADDRESSES['head']}:6379 --num-cpus=1")
+        self._start(name, f"--address={ADDRESSES['head']}:6379 --num-cpus=1 --labels=hrnet-pool={name}")
 
     def _start(self, name: str, flags: str) -> None:
         """A machine with Ray. A busy one may need a second go: Ray gives its own agents a fixed 15 s."""
@@ -190,20 +225,47 @@ class Cluster:
         machine = self.machines[name]
         for _ in range(3):
             machine.start()
-            ray = machine.begin(f"{name}.log", f"exec ray start --disable-usage-stats {flags}")
-            until(
-                lambda ray=ray: "Ray runtime started" in ray.said() or ray.process.poll() is not None,
-                180,
-                lambda ray=ray: ray.said(),
+            self.rays[name] = ray = machine.begin(
+                f"{name}.log", f"exec ray start --disable-usage-stats {flags}"
             )
-            if ray.process.poll() is None:
+            until(
+                lambda ray=ray: "Ray runtime started" in ray.said() or self._ended("head", ray),
+                300,
+                lambda ray=ray: f"Ray starts:\n{ray.said()}",
+            )
+            if name == "head":
+                until(lambda ray=ray: self._answers() or self._ended("head", ray), 300, "the job API answers")
+            if not self._ended("head", ray):
                 return
             machine.kill()
+            if name != "head" and self._ended("head"):
+                raise HeadEnded(f"{name}:\n{self.rays['head'].said()}")
         raise AssertionError(f"Ray did not start on {name}:\n{ray.said()}")
 
-    def submit(self, name: str, command: str) -> Running:
+    def _ended(self, *which: str | Running) -> bool:
+        """Whether Ray has ended on one of them."""
+        rays = [self.rays[one] if isinstance(one, str) else one for one in which]
+        return any(ray.process.poll() is not None for ray in rays)
+
+    def _answers(self) -> bool:
+        """The job API of the head, to whoever has the token."""
+        asked = urllib.request.Request(
+            f"http://{ADDRESSES['head']}:8265/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}
+        )
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with contextlib.suppress(OSError), direct.open(asked, timeout=10):
+            return True
+        return False
+
+    def submit(self, name: str, command: str, flags: str = "") -> Running:
         """`ray job submit` of a user on the laptop: its log is the job's, it ends with 0 or 1."""
-        return self.laptop.begin(f"{name}.log", f"exec ray job submit --submission-id {name} -- {command}")
+        return self.laptop.begin(
+            f"{name}.log", f"exec ray job submit --submission-id {name} {flags} -- {command}"
+        )
+
+    def whole(self) -> bool:
+        """Whether Ray runs on all three machines."""
+        return len(self.rays) == 3 and all(ray.process.poll() is None for ray in self.rays.values())
 
     def nodes(self) -> list[dict[str, Any]]:
         """That Ray has now."""

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # pytest of this folder in namespaces of its own: what it makes of network, mounts and processes ends with it.
 #   bash tests/cluster/run.sh .venv/bin/python [pytest's arguments]
+#   bash tests/cluster/run.sh .venv/bin/python tests/cluster/bench_nodes.py [its arguments]
+# A fresh Debian needs: apt-get install util-linux iproute2 redis-server
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$1
@@ -20,4 +22,11 @@ else
     echo "test-cluster skipped: namespaces are not allowed here; it takes root (CAP_SYS_ADMIN, CAP_NET_ADMIN) or user namespaces"
     exit 0
 fi
-HRNET_OWN_NAMESPACES=1 exec unshare "${spaces[@]}" "$python" -u -m pytest -v tests/cluster "$@"
+# A walk without it would pass without the half that loses the head.
+if ! command -v redis-server > /dev/null; then
+    echo "test-cluster: no redis-server, which keeps what a lost head knew: apt-get install redis-server" >&2
+    exit 2
+fi
+run=(-m pytest -v tests/cluster)
+case ${1-} in *.py) run=() ;; esac
+HRNET_OWN_NAMESPACES=1 exec unshare "${spaces[@]}" "$python" -u "${run[@]}" "$@"

@@ -16,8 +16,11 @@ TRAIN = (
 )
 TWO = "--ray.num-cpus 2"
 """Of the Ray that the laptop starts."""
-DEPLOY = "hrnet deploy s3://team/runs/stopped/best --run.storage s3://team/runs"
-DEPLOY += " --serve.host 0.0.0.0 --serve.anyone --serve.replicas 2"
+SERVED = " --run.storage s3://team/runs --serve.host 0.0.0.0 --serve.anyone --serve.replicas 2"
+DEPLOY = f"hrnet deploy s3://team/runs/stopped/best {SERVED}"
+ANOTHER = f"hrnet deploy s3://team/runs/rates-00/best {SERVED}"
+"""Of a network that was trained at another rate."""
+SPACE = "{base: tiny, sweep: {trials: 2, space: {train.lr: {uniform: [1.0e-3, 5.0e-3]}}}}"
 BOX = [[10.0, 10.0, 200.0, 300.0]]
 
 
@@ -30,8 +33,8 @@ def objects(prefix: str) -> set[str]:
     return {one.path for one in found if one.is_file}
 
 
-def shards() -> set[str]:
-    return {name for name in objects("shards") if name.endswith(".parquet") and "rejected" not in name}
+def shards(folder: str = "shards") -> set[str]:
+    return {name for name in objects(folder) if name.endswith(".parquet") and "rejected" not in name}
 
 
 def preprocess(root: str, to: str) -> str:
@@ -48,9 +51,9 @@ def losses(metrics: str | bytes) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
 
-def begin_training(cluster: Cluster, job_name: str, run: str) -> Running:
+def begin_training(cluster: Cluster, job_name: str, run: str, flags: str = "") -> Running:
     """A training job that has left a checkpoint."""
-    job = cluster.submit(job_name, train("s3://team/shards", "s3://team/runs", run))
+    job = cluster.submit(job_name, f"{train('s3://team/shards', 's3://team/runs', run)} {flags}")
     saved = f"s3://team/runs/{run}"
     until(lambda: saved_step(saved) or job.process.poll() is not None, 400, job.said)
     assert job.process.poll() is None, job.said()

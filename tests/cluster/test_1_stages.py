@@ -10,9 +10,10 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from bucket_server import Bucket, Fault
 from machines import Cluster, until
-from stages import DRAWN, TWO, begin_training, losses, objects, preprocess, shards, train
+from stages import DATA, DRAWN, SPACE, TWO, begin_training, losses, objects, preprocess, shards, train
 
 from pipelines.storage import read_file
 
@@ -59,6 +60,24 @@ def test_training_loses_a_machine(cluster: Cluster, alone: dict[str, Any]) -> No
     assert losses(read_file("s3://team/runs/lost/metrics.jsonl")) == alone["losses"]
 
 
+def test_a_sweep_tries_its_settings_on_both_machines(cluster: Cluster) -> None:
+    """With a config that the laptop has, which goes along with the job."""
+    cluster.laptop.run(f"mkdir -p mine && echo '{SPACE}' > mine/rates.yaml")
+    sweep = f"hrnet sweep rates.yaml --data.shards s3://team/shards --run.storage s3://team/runs {DATA}"
+    short = "--run.name rates --train.epochs 1 --train.batch-size 16 --train.no-flip-test"
+    job = cluster.submit("sweep", f"{sweep} {short} --train.num-workers 1", "--working-dir mine")
+    assert job.ends() == 0, job.said()
+    assert "sweep rates: 2 trials, 2 at a time" in job.said(), job.said()
+    rates, aps = [], []
+    for trial in ("rates-00", "rates-01"):
+        rates.append(json.loads(read_file(f"s3://team/runs/{trial}/run.json"))["decides"]["train.lr"])
+        aps.append(json.loads(read_file(f"s3://team/runs/{trial}/result.json"))["best_ap"])
+        assert f"team/runs/{trial}/best/model.safetensors" in objects(f"runs/{trial}")
+    assert 1e-3 <= min(rates) < max(rates) <= 5e-3
+    best = yaml.safe_load(read_file("s3://team/runs/rates/best.yaml"))
+    assert best["train"]["lr"] == rates[aps.index(max(aps))]
+
+
 def test_evaluation_loses_a_machine(cluster: Cluster, bucket: Bucket, alone: dict[str, Any]) -> None:
     evaluate = "hrnet evaluate s3://team/runs/stopped/best {} --out {} --evaluate.batch-size 2"
     slow = Fault("GET", "team/coco/val2017/", delay=0.5)
@@ -85,6 +104,21 @@ def test_evaluation_loses_a_machine(cluster: Cluster, bucket: Bucket, alone: dic
     assert found["results_sha256"] == here["results_sha256"]
 
 
+def test_a_job_waits_for_a_machine_that_comes(cluster: Cluster) -> None:
+    """One worker is taken away as a user does it, and brought again while a job asks for two."""
+    cluster.leave("w2")
+    until(lambda: len(cluster.nodes()) == 2, 120, "the head and one worker are there")
+    two = "--out s3://team/waited --evaluate.batch-size 2 --evaluate.num-workers 2"
+    job = cluster.submit("waits", f"hrnet evaluate s3://team/runs/stopped/best s3://team/coco {two}")
+    job.says("hrnet evaluate --evaluate.num-workers wants 2 workers of 1 CPU, it has 1 CPUs")
+    cluster.start_worker("w2")
+    assert job.ends() == 0, job.said()
+    found, before = (
+        json.loads(read_file(f"s3://team/{name}/evaluation.json")) for name in ("waited", "evaluation")
+    )
+    assert found["results_sha256"] == before["results_sha256"]
+
+
 @pytest.mark.parametrize(
     ("command", "flag"),
     [
@@ -92,13 +126,14 @@ def test_evaluation_loses_a_machine(cluster: Cluster, bucket: Bucket, alone: dic
         (preprocess("s3://team/coco", "shards"), "--data.shards"),
         (train("s3://team/shards", "runs", "mine"), "--run.storage"),
         ("hrnet evaluate s3://team/runs/stopped/best coco --out evaluation", "COCO"),
+        ("hrnet deploy s3://team/runs/stopped/best --run.storage /tmp/home/runs", "--run.storage"),
     ],
-    ids=["pictures", "shards", "run", "evaluated"],
+    ids=["pictures", "shards", "run", "evaluated", "deployed"],
 )
 def test_what_only_the_driver_has_is_refused(cluster: Cluster, command: str, flag: str) -> None:
     head = cluster.machines["head"]
     head.run(f"hrnet draw coco {DRAWN}")
-    job = cluster.submit(f"refused-{flag.strip('-')}", command)
+    job = cluster.submit(f"refused-{command.split()[1]}-{flag.strip('-')}", command)
     assert job.ends() == 1
     said = job.said()
     assert f"{flag}: /tmp/home/" in said, said
