@@ -255,7 +255,7 @@ class RaySettings(Section):
     ports. Default: of deploy 9464, or any free one where that is taken; of other verbs any free one."""
     wait_minutes: float = Field(default=30.0, gt=0)
     """How long to wait for a cluster to bring the workers asked for."""
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default={})
     """Labels that a cluster's node must have to do the work of this verb, as `ray start --labels` gave them:
     `--ray.labels hrnet-pool gpu`. Default: any node with room. No effect on a Ray that is started here."""
 
