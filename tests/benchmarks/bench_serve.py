@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--config", default="w32_256x192", help="of saturation")
     parser.add_argument("--haproxy", default="True", choices=["True", "False"])
     parser.add_argument("--people", type=int, default=4, help="of a request")
+    parser.add_argument("--batch", type=int, help="people of a forward pass at most, of saturation")
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--only", nargs="*", default=["added", "saturation", "ramp"])
@@ -69,7 +70,8 @@ def main() -> int:
         with endpoint("tiny", haproxy=haproxy, threads=1) as (url, predictor):
             added(url, predictor)
     if "saturation" in args.only:
-        with endpoint(args.config, haproxy=haproxy, threads=1) as (url, predictor):
+        batch = {"max_batch_people": args.batch} if args.batch else {}
+        with endpoint(args.config, haproxy=haproxy, threads=1, **batch) as (url, predictor):
             saturation(url, predictor, args.people, args.clients, args.seconds)
     if "ramp" in args.only:
         with endpoint("tiny", haproxy=haproxy, max_replicas=2, max_requests=8, threads=1) as (url, _):
