@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from hrnet_core.errors import ConfigError, PoseError
+from pipelines import environment
 from pipelines.config import RaySettings
 from pipelines.progress import Every
 from pipelines.stop import handlers_kept
@@ -122,7 +123,7 @@ def _started(
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
-    with handlers_kept(), _inherited(inherited):
+    with handlers_kept(), environment.defaults(inherited):
         joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
     try:
         if on_cluster():
@@ -130,18 +131,6 @@ def _started(
         yield
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _inherited(variables: dict[str, str]) -> Iterator[None]:
-    """The environment with these, where it does not say otherwise, for what is started in the block."""
-    ours = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
 
 
 def warn_unguarded(dashboard: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, one_line, without_credentials
+from pipelines import environment
 from pipelines.cluster import on_cluster
 from pipelines.code_version import code_version
 from pipelines.config import TrackSettings
@@ -27,6 +28,8 @@ from pipelines.config import TrackSettings
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+FEW_TRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""MLflow asks a server that is away for minutes; a first look gives up after some seconds."""
 DIGITS = 36
 """MLflow's limit for the digest of a dataset: the run's tag dataset_digest has all 64."""
 
@@ -44,19 +47,6 @@ def quiet_mlflow() -> Iterator[None]:
             restored.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         yield
-
-
-@contextlib.contextmanager
-def _few_tries() -> Iterator[None]:
-    """MLflow asks a server that is away for minutes; a first look gives up after some seconds."""
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    ours = {name: value for name, value in names.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -115,7 +105,7 @@ class Tracker:
         import mlflow
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_few_tries())
+            stack.enter_context(environment.defaults(FEW_TRIES))
             if self.local:
                 # Processes that create the tables at the same time break the file for good: one by one.
                 self.storage.mkdir(parents=True, exist_ok=True)

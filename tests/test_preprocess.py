@@ -65,7 +65,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def without_ray(patch: pytest.MonkeyPatch) -> list[str]:
     built: list[str] = []
 
-    def one_by_one(pending: list[Any]) -> Iterator[Any]:
+    def one_by_one(pending: list[Any], _: dict[str, str]) -> Iterator[Any]:
         for work in pending:
             built.append(work.names[0])
             yield build_timed(work)._replace(start=0.0, end=1.0, worker="here", peak_bytes=10**8)
