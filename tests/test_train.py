@@ -93,6 +93,7 @@ def ddp_rank(rank: int, folder: str) -> None:
             for step in range(STEPS)
         ]
         torch.save((torch.stack(losses), len(exchanges)), f"{folder}/{case}-{rank}.pt")
+    torch.distributed.barrier()  # who ends first cuts the other off
     torch.distributed.destroy_process_group()
 
 
