@@ -40,7 +40,7 @@ class Decoded:
     warnings: list[str]
     image: NDArray[np.uint8] | None
     """(H, W, 3), kept only where it will be drawn on."""
-    clock: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    clock: tuple[float, float, float, float]
     """By time.perf_counter: decoding begun and ended, cutting begun and ended."""
 
 

@@ -14,6 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from bucket_server import Bucket
 
+    from hrnet_core.predictor import PosePredictor
+
 collect_ignore = ["cluster"]  # run by make test-cluster
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -53,6 +55,21 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint for tests of the endpoint; files that want another say so themselves."""
+    from test_serve import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", 0)
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint: Path) -> PosePredictor:
+    from hrnet_core.predictor import PosePredictor
+
+    return PosePredictor.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")

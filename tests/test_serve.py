@@ -69,16 +69,6 @@ def save_tiny(folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", 0)
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint: Path) -> PosePredictor:
-    return PosePredictor.load(checkpoint, device="cpu")
-
-
 class Direct(PoseService):
     """The service without Serve: a portion is a batch of its own."""
 

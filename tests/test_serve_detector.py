@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from test_detector import constant, picture, red_constants, red_nodes, rtdetr_like, save, torchvision_like
 from test_evaluate import rows_here
 from test_images import HEIC
-from test_serve import Direct, assert_same, call, save_tiny
+from test_serve import Direct, assert_same, call
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
@@ -60,16 +60,6 @@ def crowd(folder: Path, batch: int | str = "pictures") -> Path:
     outputs = {"boxes": TensorProto.FLOAT, "scores": TensorProto.FLOAT}
     shape = [batch, 3, HEIGHT, WIDTH]
     return save(folder / "crowd.onnx", nodes, constants, outputs, input_shape=shape, declaration=declared)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", 0)
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint: Path) -> PosePredictor:
-    return PosePredictor.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from ray.serve.grpc_util import RayServegRPCContext
-from test_serve import BOXES, photo, save_tiny, service_of
+from test_serve import BOXES, photo, service_of
 from test_serve_protocols import running as over_http
 
 from hrnet_core.images import encode_jpeg, encode_png
@@ -33,16 +33,6 @@ ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef-triton"
 PNG = encode_png(photo())
 Code = grpc.StatusCode
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", 0)
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint: Path) -> PosePredictor:
-    return PosePredictor.load(checkpoint, device="cpu")
 
 
 @contextmanager

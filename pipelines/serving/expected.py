@@ -11,7 +11,6 @@ from pipelines.checkpoints import LocalCheckpoint, evaluation_folder
 from pipelines.storage import join, read_json
 
 BOXES = ("gt", "det")
-"""In this order: many of a detector's boxes hold nobody, whom no client would ask about."""
 
 
 def expected_scores(found: LocalCheckpoint, sha256: str, flip_test: bool, storage: str) -> tuple[int, ...]:
@@ -23,14 +22,13 @@ def expected_scores(found: LocalCheckpoint, sha256: str, flip_test: bool, storag
     """
     known = list(found.evaluations) or _beside(found.name, sha256, storage)
     usable = [one for one in known if _usable(one, flip_test)]
-    ranked = sorted(
-        usable, key=lambda one: (-_boxes(one), sum(one["keypoint_scores"]["counts"])), reverse=True
-    )
-    return tuple(ranked[0]["keypoint_scores"]["counts"]) if ranked else ()
+    best = max(usable, key=_rank, default=None)
+    return tuple(best["keypoint_scores"]["counts"]) if best else ()
 
 
-def _boxes(evaluation: dict[str, Any]) -> int:
-    return BOXES.index("gt" if evaluation["protocol"]["boxes"] == "gt" else "det")
+def _rank(evaluation: dict[str, Any]) -> tuple[bool, int]:
+    """Many of a detector's boxes hold nobody, whom no client would ask about."""
+    return evaluation["protocol"]["boxes"] == "gt", sum(evaluation["keypoint_scores"]["counts"])
 
 
 def _usable(evaluation: dict[str, Any], flip_test: bool) -> bool:

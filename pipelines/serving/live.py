@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import ConfigError
@@ -276,34 +276,40 @@ def _why_not(error: str) -> str:
 
 
 def _wait_ready(url: str, seconds: float = 60) -> None:
-    """Until the proxy knows the way to the replica. On a cluster the address may not be reachable here."""
+    """Until the proxy knows the way to the replica."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of http_proxy
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+
+    def ready() -> bool:
         try:
             with opener.open(f"{url}/readyz", timeout=5):
-                return
+                return True
         except OSError:  # URLError and HTTPError are
-            time.sleep(0.1)
-    message = f"{url}/readyz did not answer within {seconds:g} s, although Serve runs the application"
-    if not on_cluster():
-        raise ConfigError(f"{message}. Logs: the folder logs/serve of Ray's session.")
-    print(f"note: {message}: from here the address may not be reachable.", flush=True)
+            return False
+
+    late = f"{url}/readyz did not answer within {seconds:g} s, although Serve runs the application"
+    _wait(ready, seconds, f"{late}.", f"{late}: from here the address may not be reachable.")
 
 
 def _wait_answered(address: str, seconds: float = 60) -> None:
     """_wait_ready, of gRPC."""
     from serve.v2_grpc import is_ready
 
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if is_ready(address, timeout_s=5):
-            return
-        time.sleep(0.1)
-    message = (
+    late = (
         f"{address} did not answer over gRPC within {seconds:g} s. --serve.grpc-port is for the start of "
         f"Serve; where that runs already, it listens as before."
     )
+    note = f"{late} Or from here the address may not be reachable."
+    _wait(lambda: is_ready(address, timeout_s=5), seconds, late, note)
+
+
+def _wait(answers: Callable[[], bool], seconds: float, late: str, note: str) -> None:
+    """Until it answers. ConfigError (`late`) where it does not; on a cluster, where the address may not be
+    reachable from here, `note`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answers():
+            return
+        time.sleep(0.1)
     if not on_cluster():
-        raise ConfigError(f"{message} Logs: the folder logs/serve of Ray's session.")
-    print(f"note: {message} Or from here the address may not be reachable.", flush=True)
+        raise ConfigError(f"{late} Logs: the folder logs/serve of Ray's session.")
+    print(f"note: {note}", flush=True)
