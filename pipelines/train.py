@@ -50,6 +50,8 @@ RAY_TRAIN_DEFAULTS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     # Else every print of a worker appears twice, and what a library prints into a buffer too.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # A process that tells the loop that its node is about to go, which the loop does not ask.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Ray Train's own settings where the environment does not say otherwise."""
 

@@ -141,9 +141,12 @@ async def as_response(request: Request, error: Exception) -> Response:
     return Response(content, problem.status, problem.headers, "application/problem+json")
 
 
-def known_parameters(request: Request) -> None:
+async def known_parameters(request: Request) -> None:
     """Problem for a query parameter that the address does not know: it would be ignored. Pages are for
-    people, who follow links with more in them."""
+    people, who follow links with more in them.
+
+    Asynchronous although it waits for nothing: FastAPI calls others in a thread, half a millisecond there and back.
+    """
     if not request.url.path.startswith(("/v1/", "/v2")):
         return
     known = {field.alias for field in request.scope["route"].dependant.query_params}

@@ -193,7 +193,7 @@ def make_app(service: PoseService) -> FastAPI:
     return app
 
 
-def _from_here(request: Request) -> None:
+async def _from_here(request: Request) -> None:
     """Problem (421) for a call of another machine, where the endpoint is for this one alone: Serve's gRPC
     servers listen on every interface."""
     host = request.client.host if request.client else ""

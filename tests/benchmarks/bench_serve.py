@@ -43,7 +43,8 @@ from free_ports import free_port
 from hrnet_core.images import decode_image, encode_jpeg
 from hrnet_core.predictor import PosePredictor
 from pipelines.benchmark import machine, save_random
-from pipelines.config import RunSettings, ServeSettings
+from pipelines.cluster import ray_session
+from pipelines.config import RaySettings, RunSettings, ServeSettings
 from pipelines.config_file import load_config
 from pipelines.deploy import deploy
 from pipelines.serving import live
@@ -82,7 +83,6 @@ def main() -> int:
 @contextmanager
 def endpoint(config: str, **settings: object) -> Iterator[tuple[str, PosePredictor]]:
     """A deployment of a network of random weights, and its predictor in this process."""
-    import ray
     from ray import serve
 
     with tempfile.TemporaryDirectory() as folder:
@@ -90,14 +90,13 @@ def endpoint(config: str, **settings: object) -> Iterator[tuple[str, PosePredict
         save_random(checkpoint, load_config(config))
         predictor = PosePredictor.load(checkpoint, "cpu", "float32", threads=1)
         os.environ.setdefault("RAY_worker_niceness", "0")  # as hrnet deploy does
-        ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-        try:
-            fixed = {"port": free_port(), "cpus_per_replica": 0.5, "mode": "float32", "flip_test": False}
-            given = ServeSettings(**{**fixed, "deadline_s": 600, **settings})  # type: ignore[arg-type]
-            yield deploy(str(checkpoint), given, run=RunSettings(storage=folder), block=False), predictor
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+        with ray_session(RaySettings(), workers_shown=False):
+            try:
+                fixed = {"port": free_port(), "cpus_per_replica": 0.5, "mode": "float32", "flip_test": False}
+                given = ServeSettings(**{**fixed, "deadline_s": 600, **settings})  # type: ignore[arg-type]
+                yield deploy(str(checkpoint), given, run=RunSettings(storage=folder), block=False), predictor
+            finally:
+                serve.shutdown()
 
 
 def picture(people: int) -> tuple[bytes, list[list[float]]]:
