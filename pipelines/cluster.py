@@ -31,10 +31,10 @@ MEMORY_KEPT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
-"""glibc's variables for processes that compute. It gives back each block above 32 MB when it is freed, in a
-thread that is not the main one each above 64 MB whatever it is told, and the kernel clears the memory anew for
-the next: a fifth of a pass of W32 with 32 people on a CPU. With these up to 1 GB is kept for it. On a
-cluster the nodes have them from the image and ray_cluster.yaml."""
+"""glibc's variables for processes that compute. As it is, glibc gives each block above 32 MB back when it is
+freed, in threads but the main one each above 64 MB whatever it is told, and the kernel clears the memory anew
+for the next pass: a fifth of one of W32 with 32 people on a CPU. With these it keeps up to 1 GB. The nodes of
+a cluster have them from the image and ray_cluster.yaml."""
 
 
 def on_cluster() -> bool:

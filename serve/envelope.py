@@ -145,7 +145,7 @@ async def known_parameters(request: Request) -> None:
     """Problem for a query parameter that the address does not know: it would be ignored. Pages are for
     people, who follow links with more in them.
 
-    Asynchronous although it waits for nothing: FastAPI calls others in a thread, half a millisecond there and back.
+    Asynchronous although it waits for nothing: what is not, FastAPI calls in a thread.
     """
     if not request.url.path.startswith(("/v1/", "/v2")):
         return

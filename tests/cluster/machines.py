@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from pipelines.cluster import MEMORY_KEPT
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"
@@ -60,7 +62,8 @@ class Machine:
         """Of the kernel's, those that its commands run on; none for all."""
         kept = {k: os.environ[k] for k in ("PYTHONPATH", "LANG") if k in os.environ}
         path = f"{BIN}:{os.environ['PATH']}"
-        self.variables = {**kept, "PATH": path, "HOME": HOME, "RAY_AUTH_MODE": "token", **variables}
+        ours = {"PATH": path, "HOME": HOME, "RAY_AUTH_MODE": "token", **MEMORY_KEPT}
+        self.variables = {**kept, **ours, **variables}
         self.first: psutil.Process | None = None
         """Process 1 as it is called out here."""
 
