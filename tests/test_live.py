@@ -17,6 +17,7 @@ from free_ports import free_ports
 from test_detector import picture as red_picture
 from test_detector import rtdetr_like
 from test_serve import save_tiny
+from triton_grpc import ask_grpc
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
@@ -127,27 +128,16 @@ def kill_replica() -> None:
         time.sleep(0.05)
 
 
-def ask_grpc(address: str, picture: bytes) -> Any:
-    """What Triton's client is answered."""
-    triton = pytest.importorskip("tritonclient.grpc", reason="tritonclient of the dev extra")
-    image, boxes = triton.InferInput("image", [1], "BYTES"), triton.InferInput("boxes", [1, 4], "FP32")
-    image.set_data_from_numpy(np.array([picture], object))
-    boxes.set_data_from_numpy(np.array(BOX, np.float32))
-    with triton.InferenceServerClient(address) as client:
-        assert client.is_server_ready()
-        return client.infer("hrnet-pose", [image, boxes])
-
-
 def check_grpc(endpoint: Endpoint) -> None:
     """Answers over gRPC, also to messages longer than gRPC's usual 4 MiB, up to `max_body_bytes`."""
     png = encode_png(IMAGE)
     for picture in (png, png + bytes(5_000_000)):  # what follows a PNG's end is not looked at
-        found = ask_grpc(endpoint.grpc, picture)
+        found = ask_grpc(endpoint.grpc, picture, BOX)
         (sha256,) = (one for one in endpoint.sha256 if one.startswith(found.get_response().model_version))
         keypoints = found.as_numpy("keypoints")[0, :, :2]
         np.testing.assert_allclose(keypoints, endpoint.poses[sha256][0], rtol=0, atol=1e-3)
     with pytest.raises(Exception, match=r"RESOURCE_EXHAUSTED.*larger than max"):
-        ask_grpc(endpoint.grpc, png + bytes(6_000_000))
+        ask_grpc(endpoint.grpc, png + bytes(6_000_000), BOX)
 
 
 def test_grpc_is_answered_through_haproxy(endpoint: Endpoint) -> None:

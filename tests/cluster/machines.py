@@ -28,7 +28,8 @@ BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"
 HERE = f"{NETWORK}.1"
 """Of this process on the bridge: what is neither laptop nor Ray (bucket, MLflow, Redis) listens there."""
-ADDRESSES = {name: f"{NETWORK}.{n}" for n, name in enumerate(("head", "w1", "w2", "laptop"), 2)}
+ADDRESSES = {name: f"{NETWORK}.{n}" for n, name in enumerate(("head", "w1", "w2", "laptop", "w3", "w4"), 2)}
+WORKERS = ("w1", "w2")
 HOME = "/tmp/home"
 TOKEN = "ab" * 32
 
@@ -58,8 +59,8 @@ class Machine:
         shared: a folder that all machines have as /mnt, as if by NFS."""
         self.name, self.address = name, ADDRESSES[name]
         self.logs, self.shared = logs, shared
-        self.cpus: set[int] = set()
-        """Of the kernel's, those that its commands run on; none for all."""
+        self.group: Path | None = None
+        """Of the kernel's control groups, the one that its commands are in."""
         kept = {k: os.environ[k] for k in ("PYTHONPATH", "LANG") if k in os.environ}
         path = f"{BIN}:{os.environ['PATH']}"
         ours = {"PATH": path, "HOME": HOME, "RAY_AUTH_MODE": "token", **MEMORY_KEPT}
@@ -121,8 +122,9 @@ class Machine:
         assert self.first is not None, f"{self.name} does not run"
         enter = ["nsenter", f"--target={self.first.pid}", "--net", "--mount", "--uts", "--ipc", "--pid"]
         clean = ["env", "-i", *(f"{k}={v}" for k, v in self.variables.items())]
-        if self.cpus:
-            enter = ["taskset", "--cpu-list", ",".join(map(str, sorted(self.cpus))), *enter]
+        if self.group:
+            joins = f'echo $$ > {self.group}/cgroup.procs && exec "$@"'
+            enter = ["sh", "-c", joins, "sh", *enter]
         return [*enter, *clean, "bash", "-c", f"cd && {command}"]
 
     def call(self, command: str) -> int:
@@ -176,8 +178,18 @@ class HeadEnded(AssertionError):
 class Cluster:
     """A head that runs no task, workers of a CPU, and a laptop that has nothing of them but their address."""
 
-    def __init__(self, variables: dict[str, str], logs: Path, shared: Path | None = None) -> None:
-        self.machines = {name: Machine(name, variables, logs, shared) for name in ADDRESSES}
+    def __init__(
+        self,
+        variables: dict[str, str],
+        logs: Path,
+        shared: Path | None = None,
+        workers: tuple[str, ...] = WORKERS,
+    ) -> None:
+        self.workers = workers
+        self.machines = {
+            name: Machine(name, variables, logs, shared) for name in ("head", *workers, "laptop")
+        }
+        self.labels = {name: f"hrnet-pool={name}" for name in workers}
         self.rays: dict[str, Running] = {}
         """`ray start --block` of head and workers: it ends when that node's Ray does."""
         self.logs = logs
@@ -189,12 +201,12 @@ class Cluster:
 
     def start(self, flags: str = "", **variables: str) -> None:
         """Head and workers. flags: of the head's `ray start`; variables: of all of them."""
-        for name in ("head", "w1", "w2"):
+        for name in ("head", *self.workers):
             self.machines[name].variables |= variables
         for _ in range(3):  # a busy head may end while the workers come
             self.start_head(flags)
             with contextlib.suppress(HeadEnded):
-                for name in ("w1", "w2"):
+                for name in self.workers:
                     self.start_worker(name)
                 if self.whole():
                     return
@@ -203,7 +215,7 @@ class Cluster:
 
     def stop(self) -> None:
         """All but the laptop, as if the power failed."""
-        for name in ("head", "w1", "w2"):
+        for name in ("head", *self.workers):
             self.machines[name].kill()
 
     def leave(self, name: str) -> None:
@@ -220,7 +232,7 @@ class Cluster:
         self._start("head", f"{own} {flags}")
 
     def start_worker(self, name: str) -> None:
-        self._start(name, f"--address={ADDRESSES['head']}:6379 --num-cpus=1 --labels=hrnet-pool={name}")
+        self._start(name, f"--address={ADDRESSES['head']}:6379 --num-cpus=1 --labels={self.labels[name]}")
 
     def _start(self, name: str, flags: str) -> None:
         """A machine with Ray. A busy one may need a second go: Ray gives its own agents a fixed 15 s."""
@@ -267,8 +279,10 @@ class Cluster:
         )
 
     def whole(self) -> bool:
-        """Whether Ray runs on all three machines."""
-        return len(self.rays) == 3 and all(ray.process.poll() is None for ray in self.rays.values())
+        """Whether Ray runs on head and workers."""
+        return len(self.rays) == 1 + len(self.workers) and all(
+            ray.process.poll() is None for ray in self.rays.values()
+        )
 
     def nodes(self) -> list[dict[str, Any]]:
         """That Ray has now."""

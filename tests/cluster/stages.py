@@ -16,7 +16,8 @@ TRAIN = (
 )
 TWO = "--ray.num-cpus 2"
 """Of the Ray that the laptop starts."""
-SERVED = " --run.storage s3://team/runs --serve.host 0.0.0.0 --serve.anyone --serve.replicas 2"
+OPEN = "--serve.host 0.0.0.0 --serve.anyone --serve.grpc-port 8001"
+SERVED = f"--run.storage s3://team/runs --serve.replicas 2 {OPEN}"
 DEPLOY = f"hrnet deploy s3://team/runs/stopped/best {SERVED}"
 ANOTHER = f"hrnet deploy s3://team/runs/rates-00/best {SERVED}"
 """Of a network that was trained at another rate."""

@@ -9,8 +9,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from machines import ADDRESSES, Cluster, Running, until
 from stages import ANOTHER, BOX, DEPLOY
+from triton_grpc import ask_grpc
 
 from pipelines.storage import read_file
 from serve.client import Client, ServerError
@@ -78,6 +80,11 @@ def test_another_version_and_back(cluster: Cluster, picture: bytes) -> None:
         answered = asked_while(cluster.submit("deploy-another", ANOTHER), clients, picture)
         assert versions(clients) == {second}
         after = poses_by_all(clients, picture)
+        for name in ("w1", "w2"):
+            over_grpc = ask_grpc(f"{ADDRESSES[name]}:8001", picture, BOX)
+            assert over_grpc.get_response().model_version == second
+            found, over_http = over_grpc.as_numpy("keypoints")[0], np.array(after[0]["keypoints"])
+            np.testing.assert_allclose(found[:, :2], over_http[:, :2], rtol=0, atol=1e-3)
         assert after != before
         back = cluster.submit("roll-back", "hrnet deploy --rollback")
         answered += asked_while(back, clients, picture)
