@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dots
-from ratios import compare, exit_code, judge
+from ratios import compare, exit_code, judge, with_memory_kept
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, read_spec, save_checkpoint
@@ -351,4 +351,5 @@ def ap_of(people: EvaluationSet, predictor: PosePredictor, settings: EvaluateSet
 
 
 if __name__ == "__main__":
+    with_memory_kept()
     sys.exit(main())

@@ -35,7 +35,7 @@ import psutil
 import pyarrow.parquet as pq
 import torch
 from bench_preprocess import drawn, repeated, run_hrnet
-from ratios import exit_code, judge
+from ratios import exit_code, judge, with_memory_kept
 from torch.utils.data import DataLoader, Dataset
 
 from hrnet_core.augment import draw, plain_view, random_view, view_to_crop
@@ -289,4 +289,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    with_memory_kept()
     sys.exit(main())

@@ -50,7 +50,7 @@ from pipelines.deploy import deploy
 from pipelines.serving import live
 
 ADDED_MS, OF_BARE, READY_MS = 5, 0.85, 100
-Answered = collections.namedtuple("Answered", "status seconds")
+Answered = collections.namedtuple("Answered", "status seconds retry_s")
 
 
 def main() -> int:
@@ -130,7 +130,7 @@ class Client:
         self.reader: asyncio.StreamReader | None = None
 
     async def ask(self, request: bytes) -> Answered:
-        started = time.perf_counter()
+        started, retry_s = time.perf_counter(), 0.2
         try:
             if self.reader is None:
                 self.reader, self.writer = await asyncio.open_connection(self.host, self.port)
@@ -138,20 +138,20 @@ class Client:
             head = await self.reader.readuntil(b"\r\n\r\n")
             fields = dict(line.split(b": ", 1) for line in head.lower().split(b"\r\n")[1:-2])
             await self.reader.readexactly(int(fields[b"content-length"]))
-            status = int(head.split()[1])
+            status, retry_s = int(head.split()[1]), float(fields.get(b"retry-after", retry_s))
             if fields.get(b"connection") == b"close":
                 self.writer.close()
                 self.reader = None
         except (OSError, asyncio.IncompleteReadError):
             self.reader, status = None, 0
-        return Answered(status, time.perf_counter() - started)
+        return Answered(status, time.perf_counter() - started, retry_s)
 
     async def go_on(self, answers: list[Answered], end: float) -> None:
         while time.monotonic() < end:
             answer = await self.ask(self.poses)
             answers.append(answer)
             if answer.status != 200:
-                await asyncio.sleep(0.2)  # as it was asked to
+                await asyncio.sleep(answer.retry_s)
 
 
 def added(url: str, predictor: PosePredictor, pairs: int = 150, pace_s: float = 0.1) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ratios import exit_code, judge
+from ratios import exit_code, judge, with_memory_kept
 from torch import Tensor, multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -260,4 +260,5 @@ def made_up(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    with_memory_kept()
     sys.exit(main())

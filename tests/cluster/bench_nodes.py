@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from bench_preprocess import drawn, repeated
-from machines import ADDRESSES, Cluster, Machine, network
+from machines import ADDRESSES, Cluster, Machine, network, until
 from ratios import exit_code, judge
 
 LIMIT = 0.9
@@ -98,8 +98,14 @@ def control_groups() -> Iterator[list[Path]]:
         yield groups
     finally:
         for group in groups:
-            with contextlib.suppress(OSError):  # where none could be made
-                group.rmdir()
+            until(lambda group=group: removed(group), 60, f"{group} is empty")
+
+
+def removed(group: Path) -> bool:
+    """False while the last processes in it end."""
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
 
 
 def hold(group: Path, cores: float) -> None:
