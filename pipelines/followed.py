@@ -1,4 +1,4 @@
-"""The MLflow run of a training run: opened while Ray starts, and given at the end what came out.
+"""The MLflow run of a training run: opened while its workers start, and given at the end what came out.
 
 A server that is away costs no training: figures are kept in the run's folder, and sent when it is back.
 """
@@ -68,6 +68,12 @@ def follow(
             flush=True,
         )
         return None
+
+
+def follow_run(config: RunConfig, manifest: Manifest, folder: str) -> Followed | None:
+    """`follow`, by a store that is opened for it."""
+    with opening(config, folder) as tracker:
+        return follow(tracker, config, manifest, folder)
 
 
 def open_run(

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.errors import ConfigError, DataError, Failure
 from hrnet_core.locations import is_uri, refuse_no_bucket
 from pipelines.config import RunConfig
 from pipelines.lease import leased
@@ -130,6 +130,30 @@ def check_same_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
             f"--run.name (its weights can be the start: --model.init {join(folder, 'best')}), or --run.fresh "
             f"to move it aside."
         )
+
+
+def begin_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
+    """run.json of a run that is being opened in MLflow, with the id that it has there from before: until
+    `write_run` or `give_up`, workers wait (`tracked_as`)."""
+    earlier = read_record(folder, "run.json") or {}
+    now = {"run_id": earlier.get("run_id"), "decides": _decides(config, dataset_digest)}
+    write_json(join(folder, "run.json"), {**now, "opening": True})
+
+
+def give_up(folder: str) -> None:
+    """Of a run that was begun: its workers are to end, if there are any."""
+    if (known := read_record(folder, "run.json")) and known.get("opening"):
+        write_json(join(folder, "run.json"), {**known, "opening": None})
+
+
+def tracked_as(folder: str) -> str | None:
+    """MLflow's id of the run, once the driver has it, None where MLflow is away. Failure where the driver has
+    given up."""
+    while (known := read_record(folder, "run.json") or {}).get("opening"):
+        time.sleep(0.2)
+    if "opening" in known:
+        raise Failure(f"{folder}: the command that began this run has given up.")
+    return known.get("run_id")
 
 
 def write_run(folder: str, config: RunConfig, dataset_digest: str, run_id: str | None) -> None:

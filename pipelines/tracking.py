@@ -76,6 +76,11 @@ def store_of(settings: TrackSettings, storage: str | Path) -> str | None:
     return named
 
 
+def uri_of(settings: TrackSettings, storage: str | Path) -> str:
+    """Of the store, as MLflow takes it; errors of `store_of`."""
+    return store_of(settings, storage) or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+
+
 class StoreAway(ConfigError):
     """The server that was named does not answer now: nothing is wrong with its address as such."""
 
@@ -94,7 +99,7 @@ class Tracker:
         self.settings = settings
         self.storage = Path() if named else Path(storage).resolve()
         self.local = not named
-        self.uri = named or f"sqlite:///{self.storage / 'mlflow.db'}"
+        self.uri = uri_of(settings, storage)
         self.shown = without_credentials(self.uri)
         self.there = create or not self.local or (self.storage / "mlflow.db").exists()
         if self.there:

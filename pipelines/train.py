@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from hrnet_core.choices import Augmentation
@@ -19,27 +21,32 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, 
 from hrnet_core.locations import open_folder
 from pipelines.cluster import ray_session, require, selector
 from pipelines.config import RunConfig
-from pipelines.followed import Followed, follow, hand_over, opening
+from pipelines.followed import Followed, follow_run, hand_over
 from pipelines.run_folder import (
     ERRORS,
     TrainResult,
+    begin_run,
     check_same_run,
+    give_up,
     keep_error,
     move_aside,
     no_room,
     only_one,
     run_folder,
+    storage_of,
     where_it_stands,
 )
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.shared_paths import refuse_unshared
-from pipelines.stop import in_a_thread
+from pipelines.stop import begun, waited
 from pipelines.storage import absolute, base_name, join
-from pipelines.tracking import store_of
+from pipelines.tracking import store_of, uri_of
 
 if TYPE_CHECKING:
+    import ray.train
     from ray.train import UserCallback
+    from ray.train.torch import TorchTrainer
 
     from pipelines.training.state import Standing
 
@@ -91,12 +98,17 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
     """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
     got it yet."""
     settings = config.train
-    with opening(config, folder) as tracker, ray_session(config.ray, quiet=True, train=True):
+    begun(functools.partial(importlib.import_module, "torch"))  # beside Ray's start, which mostly waits
+    with ray_session(config.ray, quiet=True, train=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         refuse_unshared_run(config)
-        followed = follow(tracker, config, manifest, folder)
-        result = result or fit(config, manifest, folder, followed)
+        following = functools.partial(follow_run, config, manifest, folder)
+        if result is None:
+            begin_run(folder, config, manifest.digest)
+            result, followed = fit(config, manifest, folder, following)
+        else:
+            followed = following()
     result = hand_over(config, manifest, result, followed)
     result.write()
     print(
@@ -110,17 +122,24 @@ def fit(
     config: RunConfig,
     manifest: Manifest,
     folder: str,
-    followed: Followed | None,
+    following: Callable[[], Followed | None],
     callbacks: Sequence[UserCallback] = (),
-) -> TrainResult:
+) -> tuple[TrainResult, Followed | None]:
     """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
 
-    callbacks: told of each report, in Ray Train's controller."""
+    following: opens the MLflow run, while the workers start. callbacks: told of each report, in Ray Train's
+    controller."""
+    trainer = _trainer(config, manifest, folder, callbacks)
+    training, followed = begun(trainer.fit), None
     try:
-        return _result(_fit(config, manifest, folder, followed, callbacks), folder, manifest)
+        followed = following()
+        standing = _outcome(training, config, folder, epoch_steps(config, manifest))
+        return _result(standing, folder, manifest), followed
     except BaseException as error:
         if followed:
             followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        else:
+            give_up(folder)
         raise
 
 
@@ -185,21 +204,17 @@ def epoch_steps(config: RunConfig, manifest: Manifest) -> int:
     return -(-sum(manifest.row_groups(config.data.train_split).values()) // config.train.batch_size)
 
 
-def _fit(
-    config: RunConfig,
-    manifest: Manifest,
-    folder: str,
-    followed: Followed | None,
-    callbacks: Sequence[UserCallback],
-) -> Standing:
-    """Ray Train until the loop is through. What comes before it needs no torch."""
+def _trainer(
+    config: RunConfig, manifest: Manifest, folder: str, callbacks: Sequence[UserCallback]
+) -> TorchTrainer:
+    """Ray Train, before it begins. What comes before this needs no torch."""
     for name, value in RAY_TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.training.faults import Faults, what_happened
-    from pipelines.training.loop import Diverged, train_worker
+    from pipelines.training.faults import Faults
+    from pipelines.training.loop import train_worker
     from pipelines.training.state import Job
 
     settings, steps = config.train, epoch_steps(config, manifest)
@@ -209,11 +224,11 @@ def _fit(
     if settings.teacher:
         settings = settings.model_copy(update={"teacher": absolute(settings.teacher)})
         config = config.model_copy(update={"train": settings})
-    uri, run_id = (followed.tracker.uri, followed.run_id) if followed else (None, None)
+    uri = uri_of(config.track, storage_of(folder))
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     files, place = open_folder(folder)
-    trainer = TorchTrainer(
-        functools.partial(train_worker, Job(config, manifest.folder, folder, uri, run_id)),
+    return TorchTrainer(
+        functools.partial(train_worker, Job(config, manifest.folder, folder, uri)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,
@@ -231,11 +246,21 @@ def _fit(
             callbacks=[Faults(folder, steps, settings.max_failures), *callbacks],
         ),
     )
+
+
+def _outcome(training: Future[ray.train.Result], config: RunConfig, folder: str, steps: int) -> Standing:
+    """Of the loop, once it is through."""
+    import ray.train
+
+    from pipelines.training.faults import what_happened
+    from pipelines.training.loop import Diverged
+
+    most = config.train.max_failures
     try:
-        outcome = in_a_thread(trainer.fit).return_value
+        outcome = waited(training).return_value
     except ray.train.WorkerGroupError as error:
         raise Failure(
-            f"{what_happened(error.worker_failures)}, and train.max_failures {settings.max_failures} allows "
+            f"{what_happened(error.worker_failures)}, and train.max_failures {most} allows "
             f"no further restart. {where_it_stands(folder, steps)} Details: {join(folder, ERRORS)}"
         ) from error
     except ray.train.ControllerError as error:

@@ -42,7 +42,7 @@ def on_gpu(
 
     how = {"use_gpu": True, "checkpoint_minutes": 1e-9, "schedule": "cosine", "validate_every": 2}
     config = small_config(manifest, folder, **{**how, "graph": False, **train})
-    job = Job(config, manifest.folder, str(folder), tracking_uri=None, run_id=None)
+    job = Job(config, manifest.folder, str(folder), tracking_uri=None)
     return set_up(job, 0, 1, torch.device("cuda", 0), report, checkpoint), folders
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,19 @@ from torch import multiprocessing
 from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
 from pipelines.cluster import quiet_engines
-from pipelines.followed import follow, hand_over, opening
+from pipelines.followed import follow, follow_run, hand_over, opening
 from pipelines.metric_log import MetricLog, read_rows
-from pipelines.run_folder import place, reached_step, saved_step, where_it_stands, write_run
+from pipelines.run_folder import (
+    begin_run,
+    check_same_run,
+    give_up,
+    place,
+    reached_step,
+    saved_step,
+    tracked_as,
+    where_it_stands,
+    write_run,
+)
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import in_a_thread
 from pipelines.storage import BucketAway
@@ -394,6 +406,54 @@ def test_an_address_that_is_wrong_is_refused(manifest: Manifest, tmp_path: Path)
     folder = str(tmp_path / "r")
     with opening(config, folder) as tracker, pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
         follow(tracker, config, manifest, folder)
+
+
+def test_workers_wait_for_the_run_in_mlflow(manifest: Manifest, tmp_path: Path) -> None:
+    """They start while it is opened; none trains for a command that has given up."""
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    assert tracked_as(folder) is None  # a worker by itself
+    write_run(folder, config, manifest.digest, "earlier")
+    begin_run(folder, config, manifest.digest)
+    with ThreadPoolExecutor(1) as worker:
+        waiting = worker.submit(tracked_as, folder)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.5)
+        write_run(folder, config, manifest.digest, "now")
+        assert waiting.result(60) == "now"
+    give_up(folder)  # of a run that is open already: nothing
+    assert tracked_as(folder) == "now"
+    begin_run(folder, config, manifest.digest)
+    give_up(folder)
+    with pytest.raises(Failure, match="has given up"):
+        tracked_as(folder)
+    begin_run(folder, config, manifest.digest)
+    check_same_run(folder, config, manifest.digest)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["run_id"] == "now"
+
+
+def test_a_store_that_is_refused_ends_the_workers(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train waits for its workers, and they for the run."""
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    config = config.model_copy(update={"track": config.track.model_copy(update={"uri": "htp://127.0.0.1:9"})})
+    ended: list[BaseException] = []
+
+    class Trainer:
+        def fit(self) -> None:
+            try:
+                one_worker(config, tmp_path / "r")
+            except Failure as error:
+                ended.append(error)
+
+    monkeypatch.setattr(driver, "_trainer", lambda *_: Trainer())
+    begin_run(folder, config, manifest.digest)
+    with pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
+        driver.fit(config, manifest, folder, functools.partial(follow_run, config, manifest, folder))
+    deadline = time.monotonic() + 60
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "has given up" in str(ended)
 
 
 def test_a_database_that_is_being_made_is_made_to_its_end(manifest: Manifest, tmp_path: Path) -> None:

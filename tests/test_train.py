@@ -226,7 +226,7 @@ def one_worker(
     def report(figures: dict[str, Any], saved: str | None) -> None:
         reports.append({**figures, "folder": saved})
 
-    job = Job(config, config.data.shards, str(folder), tracking_uri=None, run_id=None)
+    job = Job(config, config.data.shards, str(folder), tracking_uri=None)
     return set_up(job, 0, 1, torch.device("cpu"), report, checkpoint), reports
 
 

@@ -51,7 +51,7 @@ def one_worker(config: Any, folder: str, saved: Path | None = None) -> tuple[Tra
     def report(figures: dict[str, Any], made: str | None) -> None:
         checkpoints.append(Path(str(made)))
 
-    job = Job(config, config.data.shards, folder, tracking_uri=None, run_id=None)
+    job = Job(config, config.data.shards, folder, tracking_uri=None)
     return set_up(job, 0, 1, torch.device("cpu"), report, saved), checkpoints
 
 

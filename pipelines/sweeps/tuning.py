@@ -79,7 +79,7 @@ def run_trial(point: dict[str, Any], sweep: Sweep) -> None:
         with only_one(folder), opening(config, folder) as tracker:
             check_same_run(folder, config, sweep.manifest.digest)
             followed = follow(tracker, config, sweep.manifest, folder, sweep.run_id)
-            result = fit(config, sweep.manifest, folder, followed, [TuneReportCallback()])
+            result, _ = fit(config, sweep.manifest, folder, lambda: followed, [TuneReportCallback()])
             if followed:
                 file = join(folder, "metrics.jsonl")
                 MetricLog(file, result.step, followed.tracker.uri, followed.run_id).flush(force=True)

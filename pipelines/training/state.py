@@ -34,6 +34,7 @@ from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
+from pipelines.run_folder import tracked_as
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import answering, join, put_file, write_whole
 from pipelines.train_settings import TrainSettings
@@ -56,8 +57,7 @@ class Job:
     folder: str
     """STORAGE/NAME, path or URI, the same for all workers."""
     tracking_uri: str | None
-    """MLflow's, and `run_id` of the run that takes the metrics; None: they stay in `folder`."""
-    run_id: str | None
+    """MLflow's, that takes the metrics of the run that run.json names; None: they stay in `folder`."""
 
 
 @dataclass
@@ -160,7 +160,8 @@ def set_up(
     if settings.compile and (why := cannot_compile(device.type)):
         raise ConfigError(f"train.compile cannot be followed here: {why}.")
 
-    spec = make_spec(config, manifest, job.run_id)
+    run_id = tracked_as(job.folder)
+    spec = make_spec(config, manifest, run_id)
     model = make_model(config, spec, start=not checkpoint).to(device)
     weights = spec.skeleton.joint_weights if settings.joint_weights else None
     run = Training(
@@ -192,7 +193,7 @@ def set_up(
         restore(run, checkpoint)
     if rank == 0:
         steps = run.standing.total_steps
-        run.log = MetricLog(join(job.folder, "metrics.jsonl"), steps, job.tracking_uri, job.run_id)
+        run.log = MetricLog(join(job.folder, "metrics.jsonl"), steps, job.tracking_uri, run_id)
     return run
 
 

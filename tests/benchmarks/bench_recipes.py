@@ -120,7 +120,7 @@ def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
             sys.exit("the set could not be made")
     begun = time.perf_counter()
     where = args.folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
-    job = Job(config, str(shards), str(where), tracking_uri=None, run_id=None)
+    job = Job(config, str(shards), str(where), tracking_uri=None)
     run = set_up(job, 0, 1, torch.device("cpu"), lambda figures, saved: None)
     train_epochs(run)
     assert run.log is not None

@@ -82,7 +82,7 @@ def times(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
 
 
 def new_run(config: RunConfig, manifest: Manifest, folder: Path, device: torch.device) -> Training:
-    job = Job(config, manifest.folder, str(folder), tracking_uri=None, run_id=None)
+    job = Job(config, manifest.folder, str(folder), tracking_uri=None)
     return set_up(job, 0, 1, device, lambda figures, saved: None)
 
 
