@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TextIO
 
+from hrnet_core import memory
 from hrnet_core.errors import ConfigError, PoseError
 from pipelines import environment
 from pipelines.config import RaySettings
@@ -26,15 +27,6 @@ METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
 macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
-MEMORY_KEPT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
-"""glibc's variables for processes that compute. As it is, glibc gives each block above 32 MB back when it is
-freed, in threads but the main one each above 64 MB whatever it is told, and the kernel clears the memory anew
-for the next pass: a fifth of one of W32 with 32 people on a CPU. With these it keeps up to 1 GB. The nodes of
-a cluster have them from the image and ray_cluster.yaml."""
 
 
 def on_cluster() -> bool:
@@ -115,7 +107,7 @@ def _started(
 
     address = address or os.environ.get("RAY_ADDRESS", "local")
     how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": QUIET}}
-    inherited = dict(MEMORY_KEPT)
+    inherited: dict[str, str] = {}
     if address == "local":
         how |= {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}
         how["_metrics_export_port"] = settings.metrics_port
@@ -124,6 +116,7 @@ def _started(
         if plain:
             del how["runtime_env"]
             inherited["RAY_LOGGER_LEVEL"] = "error"  # what the hook does
+            inherited |= memory.PASSES  # what processes with an environment have in it
         if train:  # which gives its processes environments
             inherited["RAY_prestart_worker_first_driver"] = "0"
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from hrnet_core import memory
 from hrnet_core.choices import Augmentation
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
 from hrnet_core.locations import open_folder
@@ -244,6 +245,7 @@ def _trainer(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=[Faults(folder, steps, settings.max_failures), *callbacks],
+            worker_runtime_env={"env_vars": memory.KEPT},
         ),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray import serve
 
+from hrnet_core.memory import PASSES
 from serve.routes import make_app
 from serve.settings import LiveSettings, ServeArgs
 from serve.v2_grpc import PoseEndpoint
@@ -49,6 +50,7 @@ def deployment(args: ServeArgs) -> serve.Deployment:
             "num_cpus": args.num_cpus,
             "num_gpus": args.num_gpus,
             "label_selector": args.labels,
+            "runtime_env": {"env_vars": {} if args.num_gpus else PASSES},
         },
         # Our 429 must come first: it is problem+json. Serve's own queue only guards against a flood.
         max_ongoing_requests=args.max_requests + args.max_bodies + 16,

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.cluster import MEMORY_KEPT
-
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "ray_cluster.yaml"
 
@@ -175,16 +173,6 @@ def test_a_token_is_on_for_every_node(cluster: dict[str, Any], commands: str) ->
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     setup = cluster[commands.replace("start_ray", "setup")]
     assert any("chmod 600 ~/.ray/auth_token" in c for c in setup)
-
-
-@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_every_node_keeps_freed_memory(cluster: dict[str, Any], commands: str) -> None:
-    (start,) = [command for command in cluster[commands] if "ray start" in command]
-    before, _ = start.split("ray start")
-    image = (ROOT / "infra" / "Dockerfile").read_text()
-    for name, value in MEMORY_KEPT.items():
-        assert re.search(rf"\bexport\b[^;]* {name}={value}\b", before)
-        assert re.search(rf"^ENV .*\b{name}={value}\b", image, re.MULTILINE)
 
 
 def test_nothing_listens_to_the_world(cluster: dict[str, Any]) -> None:
@@ -381,6 +369,7 @@ def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: 
     """Up to the options that Serve makes actors with."""
     from test_deploy import save
 
+    from hrnet_core import memory
     from pipelines import deploy
     from pipelines.config import RaySettings, RunSettings, ServeSettings
     from serve.app import deployment
@@ -402,6 +391,7 @@ def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: 
         options = deployment(told[-1]).ray_actor_options
         assert options is not None
         assert options.get("label_selector", {}) == labels
+        assert options["runtime_env"] == {"env_vars": memory.PASSES}  # of a CPU's passes
 
 
 # --- what not all nodes have ------------------------------------------------------------------

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hrnet_core.errors": set(),
     "hrnet_core.architecture": set(),
     "hrnet_core.choices": set(),
+    "hrnet_core.memory": set(),
     "hrnet_core.files": {"hrnet_core.errors"},
     "hrnet_core.skeleton": {"numpy", "hrnet_core.errors", "hrnet_core.files"},
     "hrnet_core.images": {

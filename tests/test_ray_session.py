@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from hrnet_core import memory
 from pipelines.cluster import ray_session
 from pipelines.config import RaySettings
 
@@ -24,6 +26,7 @@ def test_work_of_a_stage_takes_a_process_that_was_started_ahead() -> None:
     assert len(seen["ahead"]) == 1
     assert seen["process"] in seen["ahead"]
     assert seen["level"] == logging.ERROR
+    assert seen["memory"] == memory.PASSES
 
 
 @pytest.mark.slow
@@ -33,6 +36,7 @@ def test_nothing_is_started_ahead_that_ray_train_could_not_use() -> None:
     assert seen["ahead"] == []
     assert seen["level"] == logging.ERROR
     assert seen["address"] == seen["of_this_ray"]
+    assert seen["memory"] == memory.KEPT
 
 
 def session(train: bool) -> dict[str, Any]:
@@ -54,11 +58,17 @@ def look(train: bool) -> dict[str, Any]:
 
         def task() -> dict[str, Any]:
             level = logging.getLogger("ray").level
-            return {"process": os.getpid(), "level": level, "address": os.environ.get("RAY_ADDRESS")}
+            began_with = Path("/proc/self/environ").read_bytes().decode().split("\0")
+            return {
+                "process": os.getpid(),
+                "level": level,
+                "address": os.environ.get("RAY_ADDRESS"),
+                "memory": dict(one.split("=", 1) for one in began_with if one.startswith("MALLOC_")),
+            }
 
         asked = ray.remote(task)
         if train:
-            asked = asked.options(runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}})
+            asked = asked.options(runtime_env={"env_vars": memory.KEPT})
         return {
             **ray.get(asked.remote()),
             "ahead": ahead,

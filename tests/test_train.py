@@ -17,6 +17,7 @@ from test_feed import AREA, dotted_shards
 from torch import multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from hrnet_core import memory
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.model import HRNet
@@ -577,6 +578,11 @@ def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_pa
         pytest.raises(ConfigError, match="another process"),
     ):
         driver.train(small_config(manifest, tmp_path))
+
+
+def test_workers_keep_freed_memory(manifest: Manifest, tmp_path: Path) -> None:
+    trainer = driver._trainer(small_config(manifest, tmp_path), manifest, str(tmp_path / "r"), [])
+    assert trainer.run_config.worker_runtime_env == {"env_vars": memory.KEPT}
 
 
 @pytest.mark.ray

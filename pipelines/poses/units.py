@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hrnet_core import memory
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import (
     cpus_per_gpu,
@@ -162,6 +163,8 @@ def rows_on_ray(
         stored = ray.put((model, spec, exported))
         reading = cpus if settings.cpus_per_worker or not gpus else cpus_per_gpu()
         arguments = (functools.partial(ray.get, stored), work, settings, reading)
+        # A Ray that is started here has handed the variables on, and an environment would cost a second.
+        kept = {"runtime_env": {"env_vars": memory.PASSES}} if on_cluster() and not gpus else {}
         yield from (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(
@@ -172,6 +175,7 @@ def rows_on_ray(
                 num_cpus=cpus,
                 num_gpus=gpus,
                 label_selector=labels,
+                **kept,
             )
             .iter_rows()
         )

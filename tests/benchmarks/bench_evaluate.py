@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dots
 from ratios import compare, exit_code, judge, with_memory_kept
 
+from hrnet_core import memory
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, read_spec, save_checkpoint
 from hrnet_core.heatmaps import HeatmapCodec
@@ -351,5 +352,5 @@ def ap_of(people: EvaluationSet, predictor: PosePredictor, settings: EvaluateSet
 
 
 if __name__ == "__main__":
-    with_memory_kept()
+    with_memory_kept(memory.PASSES)
     sys.exit(main())

@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.cluster import MEMORY_KEPT
+from hrnet_core import memory
 
 missed: list[str] = []
 
 
-def with_memory_kept() -> None:
+def with_memory_kept(variables: dict[str, str] = memory.KEPT) -> None:
     """This command, begun anew with the variables that a stage's processes have if it has them not: glibc
     reads them once."""
-    if not MEMORY_KEPT.keys() <= os.environ.keys():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **MEMORY_KEPT})
+    if not variables.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **variables})
 
 
 def compare(

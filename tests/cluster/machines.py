@@ -21,8 +21,6 @@ from typing import Any
 
 import psutil
 
-from pipelines.cluster import MEMORY_KEPT
-
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"
@@ -63,8 +61,7 @@ class Machine:
         """Of the kernel's control groups, the one that its commands are in."""
         kept = {k: os.environ[k] for k in ("PYTHONPATH", "LANG") if k in os.environ}
         path = f"{BIN}:{os.environ['PATH']}"
-        ours = {"PATH": path, "HOME": HOME, "RAY_AUTH_MODE": "token", **MEMORY_KEPT}
-        self.variables = {**kept, **ours, **variables}
+        self.variables = {**kept, "PATH": path, "HOME": HOME, "RAY_AUTH_MODE": "token", **variables}
         self.first: psutil.Process | None = None
         """Process 1 as it is called out here."""
 
