@@ -601,6 +601,7 @@ def test_a_run_end_to_end(
     config = small_config(manifest, tmp_path, num_workers=2, cpus_per_worker=0.5, **stop)
     with pytest.raises(ConfigError, match="wants 8 workers of 2 CPU"):
         driver.train(small_config(manifest, tmp_path, num_workers=8, cpus_per_worker=2))
+    assert not (tmp_path / "mlflow.db").exists()
     result = driver.train(config.model_copy(update={"track": TrackSettings()}))
     assert (result.epochs, result.samples, result.run_name) == (2, 74, "r")
     model, spec = load_checkpoint(result.best_checkpoint)
@@ -628,7 +629,7 @@ def test_a_run_end_to_end(
         assert (found.folder / "model.onnx").exists()
     assert not Path(result.best_checkpoint, "model.onnx").exists()
 
-    monkeypatch.setattr(driver, "_fit", None)  # would fail if it were called
+    monkeypatch.setattr(driver, "_trainer", None)  # would fail if it were called
     assert driver.train(config) == result
     assert list(json.loads(Path(result.folder, "result.json").read_text())) == [
         f.name for f in fields(result)
