@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import time
@@ -171,12 +172,12 @@ class Tracker:
 
     def log_dataset(self, run_id: str, source: str, digest: str, pairs: Iterable[tuple[str, str]]) -> None:
         """Splits of a dataset as inputs of a run: (context, split)."""
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        # As MLflow's resolver says it, which does not know Azure's.
+        kind = source.partition("://")[0] if is_uri(source) else "local"
         for context, split in pairs:
-            entity = MetaDataset(resolve_dataset_source(source), split, digest[:DIGITS])._to_mlflow_entity()
+            entity = Dataset(split, digest[:DIGITS], kind, json.dumps({"uri": source}))
             self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from pipelines.checkpoints import local_checkpoint
 from pipelines.config import TrackSettings
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.registry import Registry, champion_of, record_evaluation
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, quiet_mlflow
 
 DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
 
@@ -66,6 +67,27 @@ def test_a_run_holds_parameters_tags_and_the_dataset(tracker: Tracker, storage: 
     assert open_run(tracker, run_id=run_id) == run_id
     assert tracker.client.get_run(run_id).info.status == "RUNNING"
     assert open_run(tracker, run_id="0" * 32) not in (run_id, "0" * 32)
+
+
+@pytest.mark.parametrize(
+    "source", ["/data/shards", "s3://team/shards", "gs://team/shards", "az://team/shards"]
+)
+def test_a_dataset_lies_where_mlflow_says_so_itself(tracker: Tracker, source: str) -> None:
+    """Of Azure's places MLflow's own resolver knows nothing."""
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+
+    digest = hashlib.sha256(source.encode()).hexdigest()  # a dataset that MLflow has keeps its place
+    run_id = open_run(tracker)
+    tracker.log_dataset(run_id, source, digest, [("inspection", "train2017")])
+    logged = [one.dataset for one in tracker.client.get_run(run_id).inputs.dataset_inputs]
+    (found,) = [one for one in logged if digest.startswith(one.digest)]
+    assert (found.name, json.loads(found.source)) == ("train2017", {"uri": source})
+    if not source.startswith("az:"):
+        with quiet_mlflow():
+            theirs = resolve_dataset_source(source)
+        entity = MetaDataset(theirs, "train2017", found.digest)._to_mlflow_entity()
+        assert (found.source_type, found.source) == (entity.source_type, entity.source)
 
 
 def test_metrics_reach_mlflow_once_when_training_goes_back(tracker: Tracker, tmp_path: Path) -> None:
