@@ -183,6 +183,8 @@ class Parent:
         for number, trial in enumerate(trials):
             if not trial.state:
                 self._end_trial(this.trial_folder(number), "KILLED", {})
+            elif trial.state == "stopped":  # a process that Tune ends may say FAILED last
+                self._end_trial(this.trial_folder(number), "FINISHED", {})
         if self.tracker is None or self.run_id is None:
             return
         with contextlib.suppress(Exception):

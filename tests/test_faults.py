@@ -567,7 +567,8 @@ def test_a_killed_worker_then_sigterm_then_the_same_command(manifest: Manifest, 
     wait_until(lambda: saved_step(str(run)) > at, process)  # it goes on
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143
-    lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", line) for line in out.read_text().splitlines()]
+    first, *lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", line) for line in out.read_text().splitlines()]
+    assert first == "starting Ray ..."
     assert [
         line for line in lines if not re.match(r" *epoch \d+[/,]|worker [01] was lost \(its pro", line)
     ] == []

@@ -22,10 +22,10 @@ from pipelines.config_file import load_config
 from pipelines.run_folder import TrainResult
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import write_json
-from pipelines.sweep import sweep
+from pipelines.sweep import Parent, sweep
 from pipelines.sweeps.space import trial_config, trial_values
 from pipelines.sweeps.trials import FAILED, STOPPED, Sweep, table
-from pipelines.tracking import quiet_mlflow
+from pipelines.tracking import Tracker, quiet_mlflow
 from pipelines.training.state import Job
 
 SPACE = {"train.lr": {"loguniform": ["1e-4", 0.01]}, "train.loss": {"choice": ["official", "linear"]}}
@@ -200,6 +200,22 @@ def sweep_of_known_aps(shards: str, storage: str) -> None:
 
     tuning.run_trial = trial_of_known_aps
     print(sweep(known_sweep(Manifest.load(shards), Path(storage))))
+
+
+def test_a_stopped_trial_whose_process_says_failed_last_is_finished(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    this = Sweep(known_sweep(manifest, tmp_path), manifest, str(tmp_path / "r"))
+    tracker = Tracker(this.config.track, tmp_path)
+    above, trial = (tracker.new_run(name, {}) for name in ("r", "r-01"))
+    folder = Path(this.trial_folder(1))
+    write_json(str(folder / "run.json"), {"run_id": trial, "decides": {}})
+    write_json(str(folder / STOPPED), {"epoch": 1})
+    tracker.close_run(trial, "FAILED")
+    Parent(tracker, above).close(this, "FINISHED")
+    assert [tracker.client.get_run(run).info.status for run in (above, trial)] == ["FINISHED"] * 2
 
 
 @pytest.mark.slow
