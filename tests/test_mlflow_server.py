@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def environment(postgres: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     return {
         **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as where the project is installed
         "MLFLOW_PORT": port,
         "MLFLOW_BACKEND_STORE_URI": address(postgres),
         "MLFLOW_ARTIFACTS": f"{bucket}/mlflow",
