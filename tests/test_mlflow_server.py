@@ -18,6 +18,9 @@ from free_ports import free_port
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PASSWORD = "correct-horse-battery"
+NEXT = os.environ.get("HRNET_NEXT_MLFLOW")
+"""Folder of the programs of another environment, with a later MLflow: the copy is upgraded to that and served
+by it, and asked by the MLflow of this one."""
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,8 @@ def test_runs_in_a_database_artifacts_in_a_bucket_for_users(
     subprocess.run([programs / "pg_dump", *reached, "-Fc", "-f", saved, "mlflow"], check=True)
     subprocess.run([programs / "pg_restore", *reached, "-d", "copy", saved], check=True)
     other = environment | {"MLFLOW_BACKEND_STORE_URI": address(postgres, "copy")}
+    if NEXT:
+        other["PATH"] = f"{NEXT}:{environment['PATH']}"
     assert "the tables fit MLflow" in script(other, "--upgrade", tmp_path / "other")
     with running(other, tmp_path / "other") as uri:
         again = mlflow.MlflowClient(uri).get_run(run.info.run_id)
