@@ -456,11 +456,14 @@ def test_a_mode_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch._inductor.config
+
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
     torch._dynamo.reset()
-    with pytest.raises(ConfigError, match=r"mode 'compiled': torch\.compile failed here .*headers of Python"):
+    failed = r"mode 'compiled': torch\.compile failed here .*headers of Python"
+    # torch's own: monkeypatch would take the setting away for good.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "false")}), pytest.raises(ConfigError, match=failed):
         hrnet_predictor("compiled")[1].heatmaps(noise(2))
     torch._dynamo.reset()
 
