@@ -70,10 +70,12 @@ def follow(
         return None
 
 
-def follow_run(config: RunConfig, manifest: Manifest, folder: str) -> Followed | None:
+def follow_run(
+    config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+) -> Followed | None:
     """`follow`, by a store that is opened for it."""
     with opening(config, folder) as tracker:
-        return follow(tracker, config, manifest, folder)
+        return follow(tracker, config, manifest, folder, parent)
 
 
 def open_run(

@@ -96,10 +96,9 @@ class Tracker:
     """
 
     def __init__(self, settings: TrackSettings, storage: str | Path, create: bool = True) -> None:
-        named = store_of(settings, storage)
         self.settings = settings
-        self.storage = Path() if named else Path(storage).resolve()
-        self.local = not named
+        self.local = not store_of(settings, storage)
+        self.storage = Path(storage).resolve() if self.local else Path()
         self.uri = uri_of(settings, storage)
         self.shown = without_credentials(self.uri)
         self.there = create or not self.local or (self.storage / "mlflow.db").exists()

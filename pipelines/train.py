@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -104,12 +104,10 @@ def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResu
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         refuse_unshared_run(config)
-        following = functools.partial(follow_run, config, manifest, folder)
         if result is None:
-            begin_run(folder, config, manifest.digest)
-            result, followed = fit(config, manifest, folder, following)
+            result, followed = fit(config, manifest, folder)
         else:
-            followed = following()
+            followed = follow_run(config, manifest, folder)
     result = hand_over(config, manifest, result, followed)
     result.write()
     print(
@@ -123,17 +121,18 @@ def fit(
     config: RunConfig,
     manifest: Manifest,
     folder: str,
-    following: Callable[[], Followed | None],
+    parent: str | None = None,
     callbacks: Sequence[UserCallback] = (),
 ) -> tuple[TrainResult, Followed | None]:
     """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
 
-    following: opens the MLflow run, while the workers start. callbacks: told of each report, in Ray Train's
-    controller."""
+    The run in MLflow (below the run `parent`) is opened while the workers start. callbacks: told of each
+    report, in Ray Train's controller."""
     trainer = _trainer(config, manifest, folder, callbacks)
+    begin_run(folder, config, manifest.digest)
     training, followed = begun(trainer.fit), None
     try:
-        followed = following()
+        followed = follow_run(config, manifest, folder, parent)
         standing = _outcome(training, config, folder, epoch_steps(config, manifest))
         return _result(standing, folder, manifest), followed
     except BaseException as error:

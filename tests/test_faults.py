@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from torch import multiprocessing
 from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
 from pipelines.cluster import quiet_engines
-from pipelines.followed import follow, follow_run, hand_over, opening
+from pipelines.followed import follow, hand_over, opening
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.run_folder import (
     begin_run,
@@ -447,9 +446,8 @@ def test_a_store_that_is_refused_ends_the_workers(
                 ended.append(error)
 
     monkeypatch.setattr(driver, "_trainer", lambda *_: Trainer())
-    begin_run(folder, config, manifest.digest)
     with pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
-        driver.fit(config, manifest, folder, functools.partial(follow_run, config, manifest, folder))
+        driver.fit(config, manifest, folder)
     deadline = time.monotonic() + 60
     while not ended and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -17,7 +17,6 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from hrnet_core.locations import open_folder
-from pipelines.followed import follow, opening
 from pipelines.metric_log import MetricLog
 from pipelines.progress import Every
 from pipelines.run_folder import check_same_run, keep_error, only_one
@@ -76,10 +75,9 @@ def run_trial(point: dict[str, Any], sweep: Sweep) -> None:
     if sweep.trial(number).state:
         return
     try:
-        with only_one(folder), opening(config, folder) as tracker:
+        with only_one(folder):
             check_same_run(folder, config, sweep.manifest.digest)
-            followed = follow(tracker, config, sweep.manifest, folder, sweep.run_id)
-            result, _ = fit(config, sweep.manifest, folder, lambda: followed, [TuneReportCallback()])
+            result, followed = fit(config, sweep.manifest, folder, sweep.run_id, [TuneReportCallback()])
             if followed:
                 file = join(folder, "metrics.jsonl")
                 MetricLog(file, result.step, followed.tracker.uri, followed.run_id).flush(force=True)

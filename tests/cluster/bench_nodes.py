@@ -37,6 +37,9 @@ from bench_preprocess import drawn, repeated
 from machines import ADDRESSES, Cluster, Machine, network, until
 from ratios import exit_code, judge
 
+from pipelines.benchmark import save_random
+from pipelines.config_file import load_config
+
 LIMIT = 0.9
 WORKERS = ("w1", "w2", "w3", "w4")
 NODES = (1, 2, 4)
@@ -68,7 +71,7 @@ def main() -> int:
         source = drawn(shared / "drawn", arguments.photos)
         for verb, people in sets.items():
             repeated(source, shared / verb, people)
-        save_network(shared / "checkpoint")
+        save_random(shared / "checkpoint", load_config("tiny"))
         # The store of a run that nobody reads: the rates are in what the stages say and write.
         cluster = Cluster({"MLFLOW_TRACKING_URI": "sqlite:////mnt/mlflow.db"}, logs, shared, WORKERS)
         for i, name in enumerate(WORKERS):
@@ -116,23 +119,6 @@ def hold(group: Path, cores: float) -> None:
         (group / "cpu.cfs_quota_us").write_text(quota)
     else:
         (group / "cpu.max").write_text(f"{quota} 100000")
-
-
-def save_network(folder: Path) -> None:
-    """Config `tiny` with random weights."""
-    import torch
-
-    from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
-    from hrnet_core.heatmaps import HeatmapCodec
-    from hrnet_core.model import HRNet
-    from pipelines.config_file import load_config
-
-    config = load_config("tiny")
-    torch.manual_seed(0)
-    network = HRNet(config.model.architecture(17))
-    data = config.data
-    codec = HeatmapCodec(data.codec, data.input_size, sigma=data.sigma_cells)
-    save_checkpoint(folder, network, CheckpointSpec(network.config, codec))
 
 
 Stage = Callable[[Machine, int], float]
