@@ -127,13 +127,13 @@ def test_gradients_in_one_buffer_are_ddps_to_the_bit(tmp_path: Path) -> None:
 
 
 ROUNDED = {"float16": 5e-4, "bfloat16": 5e-4}
-"""Weights that differ by a last bit are now and then rounded apart in 16 bits: 7e-5 of losses, 2e-4 of norms."""
+"""Weights that differ by a last bit are at times rounded apart in 16 bits: 7e-5 of losses, 2e-4 of norms."""
 
 
 def test_three_workers_in_one_buffer_are_ddps_up_to_the_order_of_sums(tmp_path: Path) -> None:
     """Gradients of three are summed in the order of a ring, which depends on where in a buffer they lie. What
-    that rounds, Adam carries on (in float32 9e-8 of losses, 3e-7 of norms); between the workers all is the same
-    to the bit."""
+    that rounds, Adam carries on (in float32 9e-8 of losses, 3e-7 of norms); between the workers all is the
+    same to the bit."""
     multiprocessing.spawn(steps_rank, (str(tmp_path), 3), nprocs=3)
     for name in STEPS:
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(3)]
@@ -168,7 +168,7 @@ def worker(
 
 
 def state(run: Training) -> dict[str, Any]:
-    """All that a run has come to, NaN as itself."""
+    """All that a run has come to."""
     return {
         "losses": losses(run) if run.log else {},
         "model": run.model.state_dict(),
@@ -180,8 +180,8 @@ def state(run: Training) -> dict[str, Any]:
 
 
 def runs_rank(rank: int, folder: str, manifest: Manifest) -> None:
-    """Each run under DDP; with its halves in a pretended recording; gone on with after batch 4 of 6; and where
-    worker 1 could not record."""
+    """Each run under DDP; with its halves in pretended recordings; that one gone on with after batch 4 of 6;
+    and where worker 1 could not record."""
     with workers(rank, folder, 2):
         for name, changed in RUNS.items():
             place = Path(folder) / name
@@ -218,7 +218,7 @@ def cannot(*_: Any) -> None:
 def test_two_workers_that_record_train_as_under_ddp(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """To the bit, where a replay is the same computation: losses, weights, BatchNorm of each worker, average,
+    """To the bit, where a replay is the same computation: losses, weights, each worker's BatchNorm, average,
     optimizer and scale. A run goes on from within an epoch to the same end, but for BatchNorm's statistics of
     worker 1, which nobody reads: they go on from rank 0's. If one worker cannot record, all launch, to the
     same end too."""
