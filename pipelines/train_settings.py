@@ -85,8 +85,9 @@ class TrainSettings(Section):
     """bfloat16, float16: autocast in training; weights, optimizer and loss stay float32. float16 scales the
     loss by torch.amp.GradScaler; right but slow on a CPU."""
     graph: bool | None = None
-    """Record the step of a full batch as one CUDA graph and replay it: kernels are not launched one by one.
-    None: where it can be, which is for one worker with use_gpu."""
+    """Record the step of a full batch as CUDA graphs and replay them: kernels are not launched one by one.
+    Several workers then average gradients after the backward, where DDP does it meanwhile: off for a slow
+    network between them (docs/train-step.md). None: with use_gpu."""
     compile: bool = False
     """BasicBlock, Bottleneck and Fusion through torch.compile, forward and backward; pays with `graph`. Needs
     a C++ compiler on a CPU, Triton on a GPU. Off, because the first start takes a minute or more longer."""
@@ -138,14 +139,11 @@ class TrainSettings(Section):
                 f"train.accumulate {self.accumulate} must divide the {self.batch_size // self.num_workers} "
                 f"rows that each worker has of train.batch_size {self.batch_size}"
             )
-        if self.graph and (self.num_workers > 1 or not self.use_gpu):
-            raise ValueError(
-                "train.graph records the step of one worker on its GPU: it needs train.use_gpu and "
-                "train.num_workers 1 (gradients of several workers are exchanged by launches)"
-            )
+        if self.graph and not self.use_gpu:
+            raise ValueError("train.graph records the step of a worker on its GPU: it needs train.use_gpu")
         return self
 
     @property
     def recorded(self) -> bool:
         """Whether full batches are to be replayed."""
-        return self.use_gpu and self.num_workers == 1 if self.graph is None else self.graph
+        return self.use_gpu if self.graph is None else self.graph

@@ -1,7 +1,9 @@
-"""The recorded training step on a GPU against the launched one; skipped where there is none."""
+"""The recorded training step on a GPU against the launched one; skipped where there is none. Several workers
+on the CPU: test_ddp.py."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,16 @@ import pytest
 import torch
 from test_feed import dotted_shards
 from test_train import losses, small_config
+from torch import multiprocessing
 
 from hrnet_core.modes import cannot_compile
 from pipelines.shards.manifest import Manifest
 from pipelines.training import recording
 from pipelines.training import step as step_module
-from pipelines.training.batch import Sent
+from pipelines.training.ddp import SharedGradients
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Job, Training, set_rate, set_up
-from pipelines.training.step import launch
+from pipelines.training.step import halves, launch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 # A recording's kernels are those of the launches; how sums in gradients are ordered is a GPU's own matter.
@@ -136,7 +139,7 @@ def test_recording_leaves_a_run_as_it_was(manifest: Manifest, tmp_path: Path) ->
     run, _ = on_gpu(manifest, tmp_path / "r", graph=True, precision="float16", ema_decay=0.5)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     sent = next(iter(run.feed.batches(0))).on_device(run.device)
-    step = recording.record(run, lambda sent: launch(run, 1.0, sent), sent)
+    step = recording.record(run, functools.partial(launch, run, 1.0), halves(run), sent)
     assert step.__module__ == recording.__name__
     for network in (run.model, run.scored):
         for key, value in network.state_dict().items():
@@ -155,14 +158,15 @@ def test_a_recording_that_computes_something_else_is_not_used(
     set_rate(run.optimizer, 0.01)
     sent = next(iter(run.feed.batches(0))).on_device(run.device)
 
-    def step(given: Sent) -> torch.Tensor:
-        recording_now = torch.cuda.is_current_stream_capturing()
-        if recording_now and spoilt == "rate":
-            set_rate(run.optimizer, 0.0)
-        loss = launch(run, 1.0, given)
-        return 1.1 * loss if recording_now and spoilt == "loss" else loss
+    first, second = halves(run)
 
-    assert recording.record(run, step, sent) is step
+    def update(loss: torch.Tensor) -> torch.Tensor:
+        if spoilt == "rate":
+            set_rate(run.optimizer, 0.0)
+        return 1.1 * second(loss) if spoilt == "loss" else second(loss)
+
+    step = functools.partial(launch, run, 1.0)
+    assert recording.record(run, step, recording.Halves(first, update), sent) is step
     assert "its losses" in capsys.readouterr().out
 
 
@@ -183,6 +187,54 @@ def test_a_step_that_waits_for_the_gpu_is_launched(
     assert not recorded(run)
     assert "train.graph: not recorded" in capsys.readouterr().out
     assert losses(run) == pytest.approx(losses(launched), rel=SAME)
+
+
+# --- several workers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("means", MEANS[1:4], ids=["bfloat16", "float16", "accumulate-clip-ema"])
+def test_gradients_in_one_buffer_over_nccl(manifest: Manifest, tmp_path: Path, means: dict[str, Any]) -> None:
+    """A world of one, which averages nothing: the recorded run with the buffer is the one without it."""
+    alone, _ = trained(manifest, tmp_path / "alone", graph=True, **means)
+    torch.distributed.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run, _ = on_gpu(manifest, tmp_path / "buffer", graph=True, **means)
+        run.shared = SharedGradients(run.model, 1)
+        train_epochs(run)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert recorded(run)
+    assert losses(run) == pytest.approx(losses(alone), rel=SAME)
+
+
+def gpu_of_two(rank: int, folder: str, manifest: Manifest) -> None:
+    """Launched under DDP, and recorded: losses of rank 0, weights of both."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl", f"file://{folder}/store", rank=rank, world_size=2)
+    found = []
+    for graph in (False, True):
+        how = {"use_gpu": True, "num_workers": 2, "graph": graph, "ema_decay": 0.5, "clip_norm": 1e-3}
+        config = small_config(manifest, Path(folder), precision="bfloat16", schedule="cosine", **how)
+        job = Job(config, manifest.folder, f"{folder}/{graph}", tracking_uri=None)
+        run = set_up(job, rank, 2, device, lambda figures, saved: None)
+        train_epochs(run)
+        assert recorded(run) is graph
+        weights = torch.cat([p.detach().flatten() for p in run.model.parameters()]).cpu()
+        found.append((losses(run) if run.log else {}, weights))
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # who ends first cuts the other off
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_that_record_train_as_under_ddp(manifest: Manifest, tmp_path: Path) -> None:
+    """Losses of two epochs, whose short batches are launched; weights of both workers to the bit."""
+    multiprocessing.spawn(gpu_of_two, (str(tmp_path), manifest), nprocs=2)
+    (launched, replayed), (_, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert list(replayed[0]) == [1, 2, 3, 4, 5, 6]
+    assert replayed[0] == pytest.approx(launched[0], rel=SAME)
+    assert torch.equal(replayed[1], other[1])
 
 
 @pytest.mark.slow

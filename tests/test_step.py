@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.training import step as step_module
 from pipelines.training.average import Average
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Training, make_average, make_optimizer, make_scaler, set_rate
-from pipelines.training.step import Part, launch, train_step
+from pipelines.training.step import Part, halves, launch, train_step
 
 CPU = torch.device("cpu")
 
@@ -217,12 +218,14 @@ def test_what_is_tried_before_a_run_leaves_it_as_it_was(manifest: Manifest, tmp_
 
 
 class PretendedGraph:
-    """Stands for CUDAGraph on a CPU: a replay runs the step again, on the inputs that were recorded."""
+    """Stands for CUDAGraph on a CPU: a replay runs its half of the step again, on what it recorded."""
 
     recording = False
 
+    def pool(self) -> None: ...
+
     def replay(self) -> None:
-        self.loss.copy_(self.step(self.inputs))
+        self.found.copy_(self.half())
 
 
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch, spoilt: float = 1.0) -> list[PretendedGraph]:
@@ -241,23 +244,27 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, spoilt: float = 1.0) -> list[P
         yield
         made.recording = False
 
-    def recorded_launch(run: Training, share: float, sent: Any) -> torch.Tensor:
-        if graphs and graphs[-1].recording:
-            graphs[-1].inputs, graphs[-1].loss = sent, torch.zeros(())
-            graphs[-1].step = lambda inputs: spoilt * launch(run, share, inputs)
-            return graphs[-1].loss
-        return launch(run, share, sent)
+    def recorded(half: Any, factor: float = 1.0) -> Any:
+        def run(given: Any) -> torch.Tensor:
+            assert graphs[-1].recording, "halves are only for recordings"
+            graphs[-1].half, graphs[-1].found = lambda: factor * half(given), torch.zeros(())
+            return graphs[-1].found
+
+        return run
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(
-        step_module,
-        "prepare",
-        lambda run, sent: recording.record(run, lambda sent: recorded_launch(run, 1.0, sent), sent),
-    )
+
+    def prepare(run: Training, sent: Any) -> Any:
+        first, second = halves(run)
+        pretended = recording.Halves(recorded(first), recorded(second, spoilt))
+        return recording.record(run, functools.partial(launch, run, 1.0), pretended, sent)
+
+    monkeypatch.setattr(step_module, "prepare", prepare)
     return graphs
 
 
@@ -277,7 +284,7 @@ def test_a_recorded_run_begins_where_a_launched_one_does(
     graphs = pretend_cuda(monkeypatch, spoilt)
     run, _ = one_worker(config, tmp_path / "recorded")
     train_epochs(run)
-    assert len(graphs) == 1, "once a start"
+    assert len(graphs) == 2, "the halves, once a start"
     assert ("its losses" in capsys.readouterr().out) == (spoilt != 1)
     assert losses(run) == losses(plain)
     for one, other in ((plain.model, run.model), (plain.scored, run.scored)):
@@ -289,17 +296,18 @@ def test_a_recorded_run_begins_where_a_launched_one_does(
 def test_what_cannot_be_recorded_is_launched_and_said(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(run: Training, step: Any, sent: Any) -> Any:
-        run.scaler.scale(torch.zeros(()))
-        step(sent)
+    def fails(run: Training, halves: recording.Halves, sent: Any, _: Any) -> Any:
+        halves.update(halves.gradients(sent))
+        halves.gradients(sent)
         run.scaler.unscale_(run.optimizer)  # as where a capture breaks off
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
+    pretend_cuda(monkeypatch)
     monkeypatch.setattr(recording, "_record", fails)
     run, _ = one_worker(small_config(manifest, tmp_path, precision="float16"), tmp_path / "r")
     batch = next(iter(run.feed.batches(0)))
     sent = batch.on_device(CPU)
-    step = recording.record(run, lambda sent: launch(run, 1.0, sent), sent)
+    step = recording.record(run, functools.partial(launch, run, 1.0), halves(run), sent)
     assert torch.isfinite(step(sent))
     said = capsys.readouterr().out
     assert "train.graph: not recorded" in said
@@ -336,8 +344,8 @@ def test_a_run_may_be_recorded_from_one_start_to_the_next(manifest: Manifest, tm
 @pytest.mark.parametrize(
     ("train", "named"),
     [
-        ({"graph": True}, "needs train.use_gpu and train.num_workers 1"),
-        ({"graph": True, "use_gpu": True, "num_workers": 2}, "needs train.use_gpu and train.num_workers 1"),
+        ({"graph": True}, "needs train.use_gpu"),
+        ({"graph": True, "num_workers": 2}, "needs train.use_gpu"),
         ({"accumulate": 3}, "train.accumulate 3 must divide the 128 rows"),
         ({"accumulate": 32, "num_workers": 8}, "train.accumulate 32 must divide the 16 rows"),
         ({"ema_decay": 1.0}, "less than 1"),
@@ -354,10 +362,11 @@ def test_settings_that_contradict_are_refused(train: dict[str, Any], named: str)
         ({}, False),
         ({"use_gpu": True}, True),
         ({"use_gpu": True, "graph": False}, False),
-        ({"use_gpu": True, "num_workers": 2}, False),
+        ({"use_gpu": True, "num_workers": 2}, True),
+        ({"use_gpu": True, "num_workers": 2, "graph": False}, False),
     ],
 )
-def test_one_worker_with_a_gpu_records_its_step(train: dict[str, Any], recorded: bool) -> None:
+def test_workers_with_a_gpu_record_their_step(train: dict[str, Any], recorded: bool) -> None:
     assert TrainSettings(**train).recorded is recorded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from typing import Any
 
@@ -30,6 +31,44 @@ def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[N
     """For a forward and its backward: whether DDP averages the gradients then, or only adds them up."""
     kept = isinstance(model, DistributedDataParallel) and not now
     return model.no_sync() if kept else contextlib.nullcontext()
+
+
+class SharedGradients:
+    """The gradients of a network in one buffer that stays, for workers to average them between the two
+    recordings of a step (recording.py). Made and averaged by all workers together.
+
+    DDP exchanges from hooks inside the backward, and no hook runs in a replay. What it does is done here:
+    at first all workers get rank 0's weights (as there, without buffers); gradients are divided by the number
+    of workers, then summed.
+    """
+
+    def __init__(self, model: nn.Module, world: int) -> None:
+        self._world = world
+        self._weights = list(model.parameters())
+        sizes = [weight.numel() for weight in self._weights]
+        self._all = torch.zeros(sum(sizes), device=self._weights[0].device)
+        starts = itertools.accumulate(sizes, initial=0)
+        # Each laid out as its weight is: fused optimizers walk through both side by side.
+        self._each = [
+            self._all.as_strided(weight.size(), weight.stride(), start)
+            for weight, start in zip(self._weights, starts, strict=False)
+        ]
+        with torch.no_grad():
+            torch._foreach_copy_(self._each, self._weights)
+            dist.broadcast(self._all, 0)
+            torch._foreach_copy_(self._weights, self._each)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """What a backward made goes into the buffer, divided, and is the weights' gradients there."""
+        torch._foreach_copy_(self._each, [weight.grad for weight in self._weights])
+        self._all.mul_(1 / self._world)
+        for weight, gradient in zip(self._weights, self._each, strict=True):
+            weight.grad = gradient
+
+    def average(self) -> None:
+        """Over workers. Never recorded: gloo cannot be, and over a recorded exchange NCCL keeps no watch."""
+        dist.all_reduce(self._all)
 
 
 def share_buffers(model: nn.Module, world: int) -> None:

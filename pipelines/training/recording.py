@@ -1,21 +1,23 @@
-"""The step of a full batch as one CUDA graph: forward, backward, clipping, optimizer and average.
+"""The step of a full batch as two CUDA graphs: forward and backward; clipping, optimizer and average.
 
 Launched one by one, the kernels of a step of W32 keep an H200 busy half of the time (docs/train-step.md).
 Recorded once a start and replayed for every full batch: what changes from batch to batch lies in tensors, the
-rows in buffers of the recording's own, the learning rate in the optimizer's. Gradients are made inside, in
-the recording's memory. Where recording fails, training goes on by launches, and says so.
+rows in buffers of the recording's own, the learning rate in the optimizer's. Between the two, workers average
+their gradients, by a launch. Where recording fails, training goes on by launches, and says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hrnet_core.errors import first_line
 from pipelines.training.batch import Sent
+from pipelines.training.ddp import all_sum
 from pipelines.training.state import Training, make_scaler
 
 WARM = 3
@@ -26,58 +28,84 @@ SAME = 1e-3
 """Of the loss: how much it may differ. Two launched runs in 16 bits differ by 2e-5 in the second step."""
 
 
-def record(run: Training, step: Callable[[Sent], Tensor], sent: Sent) -> Callable[[Sent], Tensor]:
-    """`step` recorded, with a full batch to try it on; `step` itself where that fails. The run stands where
-    it stood: weights, BatchNorm, optimizer, scaler and average."""
-    try:
-        return _record(run, step, sent)
-    except _NotTheSame as error:
-        why = str(error)
-    except RuntimeError as error:  # CUDA's errors are such
-        why = first_line(error)
-    # What a capture left half done in it would refuse the next step.
-    scale, run.scaler = run.scaler.state_dict(), make_scaler(run.config.train, run.device)
-    run.scaler.load_state_dict(scale)
-    run.optimizer.zero_grad(set_to_none=True)
-    print(
-        f"train.graph: not recorded, steps are launched kernel by kernel, which is slower: {why}", flush=True
-    )
-    return step
+class Halves(NamedTuple):
+    """A step, before and after workers average their gradients."""
+
+    gradients: Callable[[Sent], Tensor]
+    update: Callable[[Tensor], Tensor]
+    """Of the loss that the first half gave."""
 
 
-def _record(run: Training, step: Callable[[Sent], Tensor], sent: Sent) -> Callable[[Sent], Tensor]:
+def record(
+    run: Training, step: Callable[[Sent], Tensor], halves: Halves, sent: Sent
+) -> Callable[[Sent], Tensor]:
+    """`step`, whose halves these are, recorded, with a full batch to try it on; `step` itself where that
+    fails for one of the workers. All together. The run stands where it stood: weights, BatchNorm, optimizer,
+    scaler and average.
+
+    A worker that could not record launches while the others try their recording, so that all meet as often.
+    """
     inputs = (sent[0].clone(), sent[1].clone(), sent[2].clone())
     main, stream = torch.cuda.current_stream(run.device), torch.cuda.Stream(run.device)
     with as_it_was(run):
         stream.wait_stream(main)  # for what is to be put back, too
         with torch.cuda.stream(stream):
-            launched = [step(inputs) for _ in range(WARM)]
+            launched = torch.stack([step(inputs) for _ in range(WARM)][:CHECKED])
         main.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # The outer one is for a capture that fails, which leaves its own stream behind. thread_local: the feed's
-    # threads lock memory meanwhile.
-    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with torch.cuda.stream(main), capture:
-        loss = step(inputs)
+    recorded, why = step, ""
+    try:
+        # The outer one is for a capture that fails, which leaves its own stream behind.
+        with as_it_was(run), torch.cuda.stream(main):
+            recorded = _record(run, halves, inputs, stream)
+    except RuntimeError as error:  # CUDA's errors are such
+        why = first_line(error)
+        _forget_half(run)
+    with as_it_was(run):
+        found = torch.stack([recorded(sent) for _ in range(CHECKED)])
+    if not why and not torch.allclose(found, launched, rtol=SAME, atol=0, equal_nan=True):
+        why = f"its losses {found.tolist()} are not those of the same steps launched, {launched.tolist()}"
+    if why:
+        print(
+            f"train.graph: not recorded, steps are launched kernel by kernel, which is slower: {why}",
+            flush=True,
+        )
+    failed = all_sum(torch.tensor(float(bool(why)), device=run.device), run.world)
+    return step if failed else recorded
+
+
+def _record(
+    run: Training, halves: Halves, inputs: Sent, stream: torch.cuda.Stream
+) -> Callable[[Sent], Tensor]:
+    """The halves as graphs, each replayed once; what the replays changed is the caller's to put back."""
+    first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    # thread_local: the feed's threads lock memory meanwhile.
+    with torch.cuda.graph(first, stream=stream, capture_error_mode="thread_local"):
+        loss = halves.gradients(inputs)
+    # In the same memory: the second never runs while the first does, and begins with what that left.
+    with torch.cuda.graph(second, pool=first.pool(), stream=stream, capture_error_mode="thread_local"):
+        updated = halves.update(loss)
 
     def replay(given: Sent) -> Tensor:
         for own, other in zip(inputs, given, strict=True):
             own.copy_(other)
-        graph.replay()
-        return loss.clone()  # the next replay writes over it
+        first.replay()
+        if run.shared is not None:
+            run.shared.average()
+        second.replay()
+        return updated.clone()  # the next replay writes over it
 
-    with as_it_was(run):
-        replayed = torch.stack([replay(sent) for _ in range(CHECKED)])
-    expected = torch.stack(launched[:CHECKED])
-    if not torch.allclose(replayed, expected, rtol=SAME, atol=0, equal_nan=True):
-        raise _NotTheSame(
-            f"its losses {replayed.tolist()} are not those of the same steps launched, {expected.tolist()}"
-        )
+    # A first launch takes memory. If there is none, it is known before the workers meet.
+    first.replay()
+    second.replay()
+    torch.cuda.synchronize(run.device)
     return replay
 
 
-class _NotTheSame(Exception):
-    """The recording computes something else than what it was recorded of."""
+def _forget_half(run: Training) -> None:
+    """What a capture left half done in scaler and gradients, and what would refuse the next step."""
+    scale, run.scaler = run.scaler.state_dict(), make_scaler(run.config.train, run.device)
+    run.scaler.load_state_dict(scale)
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 @contextlib.contextmanager

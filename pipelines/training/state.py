@@ -40,7 +40,7 @@ from pipelines.storage import answering, join, put_file, write_whole
 from pipelines.train_settings import TrainSettings
 from pipelines.training.average import Average
 from pipelines.training.batch import Sent
-from pipelines.training.ddp import wrap
+from pipelines.training.ddp import SharedGradients, wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
 from pipelines.training.teacher import Teacher, load_teacher
@@ -102,7 +102,9 @@ class Training:
     model: nn.Module
     """The network itself, not the wrapper."""
     parallel: nn.Module
-    """The network as it is called in training: under DDP where there are several workers."""
+    """The network as it is called in training: under DDP where several workers launch their steps."""
+    shared: SharedGradients | None
+    """Of several workers that record them."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Of the loss in float16; does nothing in the other precisions."""
@@ -173,7 +175,8 @@ def set_up(
         device=device,
         report=report,
         model=model,
-        parallel=wrap(model, device, world),
+        parallel=model if settings.recorded else wrap(model, device, world),
+        shared=SharedGradients(model, world) if settings.recorded and world > 1 else None,
         optimizer=make_optimizer(model, settings),
         scaler=make_scaler(settings, device),
         average=make_average(model, settings),

@@ -2,10 +2,13 @@
 
     one_step        a batch that is on the device
       launch        normalised, in `train.accumulate` parts
-        train_step  forward, backward, clipping, optimizer, average
+        train_step
+          gradients   forward, backward
+          (workers average them: under DDP inside the backward, else here)
+          update      clipping, optimizer, average
 
-Nothing in launch waits for the device: that is what lets full batches be recorded (recording.py), and the
-program run ahead of the GPU where they are not.
+Nothing in launch waits for the device: that is what lets both halves of a full batch be recorded
+(recording.py), and the program run ahead of the GPU where they are not.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from pipelines.train_settings import TrainSettings
 from pipelines.training.average import Average
 from pipelines.training.batch import Batch, Sent
 from pipelines.training.compiled import compile_first
-from pipelines.training.ddp import exchange
-from pipelines.training.recording import record
+from pipelines.training.ddp import SharedGradients, exchange
+from pipelines.training.recording import Halves, record
 from pipelines.training.state import Training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,18 +60,35 @@ def train_step(
     scaler: torch.amp.GradScaler = UNSCALED,
     average: Average | None = None,
     norm: Tensor | None = None,
+    shared: SharedGradients | None = None,
 ) -> Tensor:
     """One optimizer step; the loss (detached), weighted by share and summed over `parts`. norm: float32 (),
-    takes the norm of the gradient over all weights, averaged over workers and before clipping.
+    takes the norm of the gradient over all weights, averaged over workers and before clipping. shared: of
+    several workers where `model` is not under DDP.
 
     Where that norm is not finite, weights and optimizer stay as they are, and the loss that is returned is
     NaN. In float16 the scaler decides: it leaves steps out on purpose, to find its scale, and NaN is only a
     loss that is.
 
-    A worker has `train.accumulate` parts, and DDP averages the gradients over workers once, at the last. One
+    A worker has `train.accumulate` parts, and the gradients are averaged over workers once, at the last. One
     process that is given the parts of W workers, with their shares / W, runs them one after the other and
     does the same (tests/test_train.py holds the two against each other).
     """
+    loss = gradients(model, optimizer, parts, settings, scaler, shared)
+    if shared is not None:
+        shared.average()
+    return update(model, optimizer, loss, settings, scaler, average, norm)
+
+
+def gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Part],
+    settings: TrainSettings,
+    scaler: torch.amp.GradScaler = UNSCALED,
+    shared: SharedGradients | None = None,
+) -> Tensor:
+    """The first half of train_step: this worker's gradients, under DDP averaged over all; the loss."""
     optimizer.zero_grad(set_to_none=True)
     device = parts[0].images.device
     total = torch.zeros((), device=device)
@@ -81,6 +101,21 @@ def train_step(
             )
             scaler.scale(loss).backward()
         total += loss.detach()
+    if shared is not None:
+        shared.take()
+    return total
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    settings: TrainSettings,
+    scaler: torch.amp.GradScaler = UNSCALED,
+    average: Average | None = None,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """The second half of train_step, from averaged gradients to new weights; the loss that it returns."""
     scaler.unscale_(optimizer)
     found = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
     if norm is not None:
@@ -88,20 +123,20 @@ def train_step(
     if settings.clip_norm:
         nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm, found, foreach=True)
     if not scaler.is_enabled():
-        total = torch.where(skip_if_not_finite(optimizer, found), torch.nan, total)
+        loss = torch.where(skip_if_not_finite(optimizer, found), torch.nan, loss)
     scaler.step(optimizer)  # a fused optimizer leaves a step out by itself, on the device
     scaler.update()
     if average is not None:
         average.update()
-    return total
+    return loss
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     """Have the next step of a fused optimizer change nothing where the gradient's norm is not finite; bool ()
     whether.
 
-    Decided and done on the device: nobody waits for it. DDP gives every worker the same averaged gradient, so
-    all decide alike without asking each other.
+    Decided and done on the device: nobody waits for it. Every worker has the same averaged gradient, so all
+    decide alike without asking each other.
     """
     skip = ~norm.isfinite()
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
@@ -130,13 +165,28 @@ def prepare(run: Training, sent: Sent) -> Callable[[Sent], Tensor]:
     step = functools.partial(launch, run, 1.0)
     if run.config.train.compile:
         compile_first(run, step, sent)
-    return record(run, step, sent) if run.config.train.recorded else step
+    return record(run, step, halves(run), sent) if run.config.train.recorded else step
+
+
+def halves(run: Training) -> Halves:
+    """What launch does with a full batch, before and after workers average."""
+    settings = run.config.train
+
+    def first(sent: Sent) -> Tensor:
+        parts = parts_of(run, 1.0, sent)
+        return gradients(run.parallel, run.optimizer, parts, settings, run.scaler, run.shared)
+
+    def second(loss: Tensor) -> Tensor:
+        how = settings, run.scaler, run.average, run.grad_norm
+        return update(run.parallel, run.optimizer, loss, *how)
+
+    return Halves(first, second)
 
 
 def launch(run: Training, share: float, sent: Sent) -> Tensor:
     """train_step, its kernels launched one by one. share: of all rows in `sent`, as in Part."""
     parts = parts_of(run, share, sent)
-    how = run.config.train, run.scaler, run.average, run.grad_norm
+    how = run.config.train, run.scaler, run.average, run.grad_norm, run.shared
     return train_step(run.parallel, run.optimizer, parts, *how)
 
 

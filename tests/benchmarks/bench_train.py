@@ -11,7 +11,9 @@ is left; its rows are printed as they are there, the most wanted first.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import json
 import statistics
 import sys
 import tempfile
@@ -33,7 +35,7 @@ from pipelines.config_file import load_config
 from pipelines.shards.manifest import Manifest
 from pipelines.train_settings import TrainSettings
 from pipelines.training.batch import Batch, Sent, on_device_ahead
-from pipelines.training.ddp import wrap
+from pipelines.training.ddp import SharedGradients, wrap
 from pipelines.training.loop import train_epoch
 from pipelines.training.state import Job, Training, make_optimizer, set_up
 from pipelines.training.step import Part, one_step, prepare, train_step
@@ -59,8 +61,8 @@ def main() -> int:
             the_loop(device, Path(folder), args.rounds)
         if "ddp" in args.only and args.device == "cpu":
             multiprocessing.spawn(ddp_rank, (folder, args.rounds), nprocs=2)
-            ratio = float((Path(folder) / "ratio").read_text())
-            judge("two workers, gradients exchanged / not", ratio, 1.25)
+            for way, ratio in json.loads((Path(folder) / "ratios").read_text()).items():
+                judge(f"two workers, gradients exchanged {way} / not", ratio, 1.25)
         if "table" in args.only and args.device == "cuda":
             table(device, Path(folder), end)
     return exit_code()
@@ -156,8 +158,8 @@ def one_epoch(run: Training, batches: Watched) -> None:
 
 
 def ddp_rank(rank: int, folder: str, rounds: int, steps: int = 8) -> None:
-    """One of two processes (gloo): steps under DDP in turn with the same steps alone. tiny's network, half of
-    its batch each."""
+    """One of two processes (gloo): steps under DDP, and with gradients in one buffer, in turn with the same
+    steps alone. tiny's network, half of its batch each."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     config = load_config("tiny")
@@ -169,23 +171,27 @@ def ddp_rank(rank: int, folder: str, rounds: int, steps: int = 8) -> None:
         torch.ones(half, 17),
         1.0,
     )
-    sides = []
-    for world in (2, 1):
+    ways: dict[str, Callable[[], Tensor]] = {}
+    for way in ("by DDP", "in one buffer", "alone"):
         network = HRNet(config.model.architecture(17), "kaiming").to(memory_format=torch.channels_last)
-        model = wrap(network.train(), torch.device("cpu"), world)
-        sides.append((model, make_optimizer(model, settings)))
+        shared = SharedGradients(network, 2) if way == "in one buffer" else None
+        model = wrap(network.train(), torch.device("cpu"), 2 if way == "by DDP" else 1)
+        optimizer = make_optimizer(model, settings)
+        ways[way] = functools.partial(train_step, model, optimizer, [part], settings, shared=shared)
 
-    def some(side: int) -> None:
+    def some(step: Callable[[], Tensor]) -> None:
         for _ in range(steps):
-            train_step(*sides[side], [part], settings)
-        torch.distributed.barrier()  # both sides end together
+            step()
+        torch.distributed.barrier()  # both workers end together
 
-    ratios = []
+    ratios: dict[str, list[float]] = {"by DDP": [], "in one buffer": []}
     for _ in range(rounds + 1):
-        together, alone = (seconds(lambda i=i: some(i), torch.device("cpu")) for i in (0, 1))
-        ratios.append(together / alone)
+        took = {way: seconds(lambda step=step: some(step), torch.device("cpu")) for way, step in ways.items()}
+        for way, of_way in ratios.items():
+            of_way.append(took[way] / took["alone"])
     if rank == 0:
-        (Path(folder) / "ratio").write_text(str(statistics.median(ratios[1:])))
+        found = {way: statistics.median(of_way[1:]) for way, of_way in ratios.items()}
+        (Path(folder) / "ratios").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
