@@ -185,8 +185,8 @@ def added(url: str, predictor: PosePredictor, pairs: int = 150, pace_s: float = 
 async def asking(
     url: str, data: bytes, boxes: list[list[float]], clients: int, seconds: float, impatient: bool = False
 ) -> list[Answered]:
-    """What so many clients were answered that ask as fast as they are answered; refused, they wait as they are
-    told, or less."""
+    """What so many clients were answered that ask as fast as they are answered. Refused they wait, as long as
+    they are told or less."""
     answers: list[Answered] = []
     end = time.monotonic() + seconds
     await asyncio.gather(*(Client(url, data, boxes).go_on(answers, end, impatient) for _ in range(clients)))
