@@ -61,16 +61,15 @@ class Envelope:
         traces, traced = self.service.traces, request.url.path not in PROBES
         given = request.state.request_id
         spans = traces.began(request.method, request.headers, given) if traced else UNTRACED
-        request.state.spans, status = spans, 0
+        request.state.spans, status, seconds = spans, 0, 0.0
 
         async def counted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, seconds
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, seconds = message["status"], time.perf_counter() - started
                 headers = MutableHeaders(scope=message)
                 for name, value in SAFE.items():
                     headers.setdefault(name, value)
-                self._ended(request, status, time.perf_counter() - started)
             await send(message)
 
         try:
@@ -86,6 +85,8 @@ class Envelope:
             response = await as_response(request, error)
             await response(scope, receive, counted)
         finally:
+            if status:  # nobody waits for the log
+                self._ended(request, status, seconds)
             spans.end()
 
     def _check_host(self, request: Request) -> None:

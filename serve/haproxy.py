@@ -8,6 +8,8 @@ on it. Before that, here:
   replica, one that was killed, too many requests, too slow, nothing deployed.
 - The ports of statistics and metrics listen on this machine only; Serve opens them to everyone.
 - A client gets ten seconds to send its headers.
+- When a replica says that it takes nothing more, HAProxy refuses what is posted in the next moment itself:
+  clients that ask again and again, whatever they are told, then cost the replica nothing.
 
 A line that is not found, in another version of Ray, stays as it is.
 """
@@ -24,6 +26,14 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HEADERS_S = 10
+FULL_MS = 50
+"""After a replica said that it is full. Of 64 places few are given back meanwhile, and who was refused is to
+wait a second or more."""
+FULL_BYTES = 250_000
+"""Bodies that HAProxy refuses itself, as all of one fits its buffer (pipelines/serving/ingress.py). Refused in
+the middle of a longer one, a client may find its connection closed instead of the answer."""
+FULL_HEADER = "x-hrnet-full"
+"""Of a refusal by a replica that would refuse everyone: for what (`reason`). serve/room.py sends it."""
 RETRY_S = 1
 UNAVAILABLE = 14  # grpc.StatusCode
 UNREADABLE = (400, "malformed-request", "The request cannot be read", "this is not HTTP as it is read here.")
@@ -59,6 +69,8 @@ def edited(config: str) -> str:
         r"^ *errorfile 50\d .*\n": "",
         r"^defaults$": "\n".join(defaults),
         r"^(frontend http_frontend\n *bind .*)$": "\n".join([r"\g<1>", *_rules()]),
+        # Behind what names the application, by which Serve counts requests.
+        r"^( *# Static routing based on path prefixes .*)$": "\n".join([*_while_full(), r"\g<1>"]),
         r"^( *http-request return status) 404 .*$": rf"\g<1> 503 {_sent(AWAY)}",
         # Over gRPC the same: no application, or none at the moment.
         r'hdr grpc-status 5 hdr grpc-message "Application [^"]*"': away,
@@ -72,11 +84,16 @@ def _rules() -> list[str]:
     """Of the frontend: an id for each request, and problems in place of plain text. What the application says
     with such a status is never plain text."""
     plain, given = "{ res.hdr(content-type) -m beg text/plain }", "{ req.hdr(x-request-id) -m found }"
+    full = f"{{ status 429 }} {{ res.hdr({FULL_HEADER}) -m found }}"
     return [
         "    unique-id-format %[uuid]",
         f"    http-request set-header x-request-id %[unique-id] if !{given}",
         "    http-request set-var(txn.hrnet_id) req.hdr(x-request-id),json(utf8s)",
         "    http-request set-var(txn.hrnet_path) path,json(utf8s)",
+        f"    http-response set-var(proc.hrnet_full) res.hdr({FULL_HEADER}) if {full}",
+        f"    http-response set-var(proc.hrnet_retry_s) res.hdr(retry-after) if {full}",
+        f"    http-response set-var(proc.hrnet_full_at) date(0,ms) if {full}",
+        f"    http-response del-header {FULL_HEADER}",
         *(
             f"    http-response return status {sent[0]} {_sent(sent)} if {{ status {status} }} {plain}"
             for status, sent in OF_SERVE.items()
@@ -85,7 +102,21 @@ def _rules() -> list[str]:
     ]
 
 
-def _sent(sent: Sent) -> str:
+def _while_full() -> list[str]:
+    """Of the frontend: what is posted just after a replica was full is refused as that replica did. Not where
+    a page asks: it could not read an answer without the headers of --serve.cors-origins."""
+    moment = f"{{ date(0,ms),sub(proc.hrnet_full_at) lt {FULL_MS} }}"
+    short = f"{{ req.hdr_cnt(content-length) gt 0 }} {{ req.hdr_val(content-length) lt {FULL_BYTES} }}"
+    known = "{ var(proc.hrnet_full_at) -m found }"
+    asked = f"METH_POST {short} !{{ req.hdr(origin) -m found }} {known} {moment}"
+    refused = _sent(FULL, "%[var(proc.hrnet_full)]", "%[var(proc.hrnet_retry_s)]")
+    return [
+        f"    http-request wait-for-body time {HEADERS_S}s if {asked}",
+        f"    http-request return status 429 {refused} if {asked}",
+    ]
+
+
+def _sent(sent: Sent, reason: str = "", retry_s: str = str(RETRY_S)) -> str:
     """What HAProxy is to send, in its language."""
     status, slug, title, detail = sent
     request_id = "%[var(txn.hrnet_id)]"
@@ -96,8 +127,9 @@ def _sent(sent: Sent) -> str:
         "detail": detail,
         "instance": "%[var(txn.hrnet_path)]",
         "request_id": request_id,
+        **({"reason": reason} if reason else {}),
     }
-    headers = {"X-Request-ID": request_id, **({"Retry-After": RETRY_S} if status in (429, 503) else {})}
+    headers = {"X-Request-ID": request_id, **({"Retry-After": retry_s} if status in (429, 503) else {})}
     given = " ".join(f"hdr {name} {value}" for name, value in headers.items())
     return f"content-type application/problem+json {given} lf-string '{json.dumps(problem)}'"
 

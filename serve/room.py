@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from serve.haproxy import FULL_HEADER
 from serve.keys import Key, Rates
 from serve.schemas import Problem
 from serve.settings import ServeArgs
@@ -34,15 +35,19 @@ class Room:
         """Whose crops wait for the network or are in it."""
         self._recent_people = self._recent_s = 0.0
 
+    def expect(self, key: Key | None) -> None:
+        """Problem where a request would find no place, or no time before its deadline: its body would be read
+        for nothing."""
+        self._has_place(key)
+        self._in_time(0)
+
     @contextmanager
     def body(self, key: Key | None) -> Iterator[Callable[[int], None]]:
         """While a body is held: its bytes are added by calling what is given. Ends with the request.
 
-        key: whose request it is; its rate and share are asked first.
+        key: whose request it is; it counts for its rate.
         """
         self._within_rate(key)
-        self._has_place(key)  # else it would be read for nothing
-        self._in_time(0)
         held = 0
 
         def add(more: int) -> None:
@@ -138,8 +143,15 @@ class Room:
             f"work: behind them no answer would come within {self.args.deadline_s:g} s.",
             "pixels": f"{self.pixels.held:,} decoded pixels are in memory here, as many as are taken.",
         }[reason]
-        retry = {"Retry-After": str(math.ceil(self.usual_s if wait_s is None else wait_s))}
-        return Problem("overloaded", f"{what} Try again later.", headers=retry, reason=reason)
+        headers = {"Retry-After": str(math.ceil(self.usual_s if wait_s is None else wait_s))}
+        if self._nobody_fits():
+            headers[FULL_HEADER] = reason
+        return Problem("overloaded", f"{what} Try again later.", headers=headers, reason=reason)
+
+    def _nobody_fits(self) -> bool:
+        """Whether a request would be refused whoever sent it and whatever it holds."""
+        late = self.people * self.seconds_a_person > self.args.deadline_s
+        return self.in_progress >= self.args.max_requests or late
 
 
 class Pixels:

@@ -19,6 +19,7 @@ from hrnet_core.images import encode_png
 from hrnet_core.overlays import draw_poses
 from hrnet_core.results import Poses
 from serve.detector import BoxesFrom, Find
+from serve.door import Door
 from serve.envelope import Envelope, as_response, known_parameters
 from serve.methods import Methods
 from serve.model import ServedModel
@@ -53,6 +54,7 @@ def make_app(service: PoseService) -> FastAPI:
     # The last one is asked first: a page's OPTIONS is CORS's, others are Methods'; HEAD tells what is packed.
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(Methods)
+    app.add_middleware(Door, service=service)
     if service.args.cors_origins:
         app.add_middleware(
             CORSMiddleware,

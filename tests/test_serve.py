@@ -38,6 +38,7 @@ from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from serve import app as serving
 from serve import client
+from serve.haproxy import FULL_HEADER
 from serve.model import ServedModel, load_model
 from serve.routes import make_app
 from serve.samples import load_samples
@@ -480,6 +481,8 @@ def test_a_service_without_a_model_is_alive_and_not_ready(checkpoint: Path) -> N
 
 def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint: Path) -> None:
     service = service_of(checkpoint, max_requests=2)
+    ended: list[tuple[str, int, str]] = []
+    service.metrics.ended = lambda one: ended.append((one.path, one.status, one.reason))  # type: ignore[method-assign]
     inside, free = threading.Semaphore(0), threading.Event()
     unhindered = service.pictures.threads
 
@@ -500,7 +503,8 @@ def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint
             held = [asyncio.create_task(http.post("/v1/poses", **form())) for _ in range(2)]
             for _ in held:
                 assert await asyncio.to_thread(inside.acquire, timeout=30)
-            refused = await http.post("/v1/poses", **form())
+            # At the door, before the parameters are read: with a place it would be 422.
+            refused = await http.post("/v1/poses?unknown=1", **form())
             free.set()
             return refused, await asyncio.gather(*held), await http.post("/v1/poses", **form())
 
@@ -508,6 +512,8 @@ def test_when_all_places_are_taken_the_next_one_is_told_to_come_again(checkpoint
     assert refused.status_code == 429
     assert refused.json()["type"] == "urn:hrnet:problem:overloaded"
     assert int(refused.headers["retry-after"]) >= 1
+    assert refused.headers[FULL_HEADER] == refused.json()["reason"] == "places", "what HAProxy goes by"
+    assert ended[0] == ("/v1/poses", 429, "places")
     assert [response.status_code for response in held] == [200, 200]
     assert later.status_code == 200, "the places are free again"
 
@@ -691,18 +697,17 @@ def test_people_gather_while_the_model_is_busy_and_go_when_it_is_idle(checkpoint
         return Inferred(np.zeros(0), np.zeros(0), 0, 0)
 
     async def busy_then_idle() -> None:
-        run_batch = PoseService._infer_batched.__wrapped__  # what @serve.batch calls with a batch
         inside, free = threading.Event(), threading.Event()
         model.predictor.hold = lambda: (inside.set(), free.wait(30))  # type: ignore[attr-defined]
-        running = asyncio.create_task(run_batch(service, [crops_of(model, 1)]))
-        assert await asyncio.to_thread(inside.wait, 30)
         service._infer_batched = batched  # type: ignore[method-assign]
+        running = asyncio.create_task(service._infer_portion(crops_of(model, 1)))
+        assert await asyncio.to_thread(inside.wait, 30)
         waiting = [asyncio.create_task(service._infer_portion(crops_of(model, v))) for v in (2, 3)]
         for _ in range(5):
             await asyncio.sleep(0)
         assert handed_in == [], "a batch closed now would hold one person"
         free.set()
-        await running
+        assert (await running).scores[:, 0].tolist() == [1], "who comes alone is no batch of Serve's"
         await asyncio.gather(*waiting)
         assert len(handed_in) == 2
 

@@ -353,9 +353,9 @@ def test_runs_and_pictures_are_counted(
     assert service.model.detector
     sha256 = service.model.detector.sha256[:12]
     counted: list[Any] = []
-    monkeypatch.setattr(service.metrics.looked, "inc", lambda count, tags: counted.append((count, tags)))
+    monkeypatch.setattr(service.metrics.looked, "add", lambda *told: counted.append(told))
     results(ask(service, images=2))
-    assert counted == [(2, {"detector": sha256})]
+    assert counted == [(2, sha256)]
     assert sum(service.metrics.runs._series[(sha256,)].counts) == 1
     assert service.metrics.runs._series[(sha256,)].total > 0
 

@@ -15,6 +15,7 @@ import pytest
 from test_serve import call, form, save_tiny, service_of
 
 from hrnet_core.errors import ConfigError
+from serve.haproxy import FULL_HEADER
 from serve.keys import Keys, Rates, read_keys
 from serve.routes import make_app
 from serve.service import PoseService
@@ -196,6 +197,7 @@ def test_a_key_may_have_its_share_of_the_places(checkpoint: Path, file: Path) ->
 
     mine, others = asyncio.run(ask())
     assert (mine.status_code, mine.json()["reason"]) == (429, "share")
+    assert FULL_HEADER not in mine.headers, "others have room, and HAProxy must not refuse them"
     assert others.status_code == 200
     assert post(service, headers=bearer(SECRET)).status_code == 200
 

@@ -9,6 +9,7 @@ added       one client at a fixed pace: the request's time less that of the same
 saturation  people per second of 4, 16, 64 and 256 clients that ask as fast as they are answered, and of the
             predictor alone in turn with them; the limit is on people per second of CPU, which other work
             on the machine lengthens less; shares of 200 and 429; how long /readyz takes meanwhile
+impatient   the same of 256 clients that ask again after .2 s whatever they are told
 ramp        replicas over time while clients come and go, with --serve.max-replicas 2
 
 Clients and the endpoint share this machine, so few cores are shared out among them. Exit code 1 where a limit
@@ -50,6 +51,7 @@ from pipelines.deploy import deploy
 from pipelines.serving import live
 
 ADDED_MS, OF_BARE, READY_MS = 5, 0.85, 100
+IMPATIENT_S = 0.2
 Answered = collections.namedtuple("Answered", "status seconds retry_s")
 
 
@@ -63,7 +65,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="people of a forward pass at most, of saturation")
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--only", nargs="*", default=["added", "saturation", "ramp"])
+    parser.add_argument("--only", nargs="*", default=["added", "saturation", "impatient", "ramp"])
     args = parser.parse_args()
     print(f"{machine('cpu')}, load {os.getloadavg()[0]:.1f}, HAProxy {args.haproxy}", flush=True)
     haproxy = args.haproxy == "True"
@@ -74,6 +76,9 @@ def main() -> int:
         batch = {"max_batch_people": args.batch} if args.batch else {}
         with endpoint(args.config, haproxy=haproxy, threads=1, **batch) as (url, predictor):
             saturation(url, predictor, args.people, args.clients, args.seconds)
+    if "impatient" in args.only:
+        with endpoint("tiny", haproxy=haproxy, threads=1) as (url, predictor):
+            saturation(url, predictor, args.people, [256], args.seconds, impatient=True)
     if "ramp" in args.only:
         with endpoint("tiny", haproxy=haproxy, max_replicas=2, max_requests=8, threads=1) as (url, _):
             ramp(url, args.seconds)
@@ -146,12 +151,12 @@ class Client:
             self.reader, status = None, 0
         return Answered(status, time.perf_counter() - started, retry_s)
 
-    async def go_on(self, answers: list[Answered], end: float) -> None:
+    async def go_on(self, answers: list[Answered], end: float, impatient: bool) -> None:
         while time.monotonic() < end:
             answer = await self.ask(self.poses)
             answers.append(answer)
             if answer.status != 200:
-                await asyncio.sleep(answer.retry_s)
+                await asyncio.sleep(IMPATIENT_S if impatient else answer.retry_s)
 
 
 def added(url: str, predictor: PosePredictor, pairs: int = 150, pace_s: float = 0.1) -> None:
@@ -178,12 +183,13 @@ def added(url: str, predictor: PosePredictor, pairs: int = 150, pace_s: float = 
 
 
 async def asking(
-    url: str, data: bytes, boxes: list[list[float]], clients: int, seconds: float
+    url: str, data: bytes, boxes: list[list[float]], clients: int, seconds: float, impatient: bool = False
 ) -> list[Answered]:
-    """What so many clients were answered that ask as fast as they are answered."""
+    """What so many clients were answered that ask as fast as they are answered. Refused they wait, as long as
+    they are told or less."""
     answers: list[Answered] = []
     end = time.monotonic() + seconds
-    await asyncio.gather(*(Client(url, data, boxes).go_on(answers, end) for _ in range(clients)))
+    await asyncio.gather(*(Client(url, data, boxes).go_on(answers, end, impatient) for _ in range(clients)))
     return answers
 
 
@@ -194,7 +200,14 @@ def closed_loop(url: str, data: bytes, boxes: list[list[float]], clients: int, s
     return sum(a.status == 200 for a in answers) / (time.perf_counter() - started)
 
 
-def saturation(url: str, predictor: PosePredictor, people: int, clients: list[int], seconds: float) -> None:
+def saturation(
+    url: str,
+    predictor: PosePredictor,
+    people: int,
+    clients: list[int],
+    seconds: float,
+    impatient: bool = False,
+) -> None:
     data, boxes = picture(people)
 
     def alone() -> tuple[float, float]:
@@ -210,7 +223,7 @@ def saturation(url: str, predictor: PosePredictor, people: int, clients: list[in
         started, cpu = time.perf_counter(), cpu_of_replicas()
         with get_context("spawn").Pool(1) as pool:  # a process of its own: these clients keep a loop busy
             ready = pool.apply_async(slowest_ready, (url, seconds))
-            answers = asyncio.run(asking(url, data, boxes, count, seconds))
+            answers = asyncio.run(asking(url, data, boxes, count, seconds, impatient))
             slowest = ready.get()
         done = people * sum(a.status == 200 for a in answers)
         rate, by_cpu = done / (time.perf_counter() - started), done / (cpu_of_replicas() - cpu)
