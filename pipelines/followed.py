@@ -20,7 +20,7 @@ from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
 from pipelines.registry import Registry
-from pipelines.run_folder import TrainResult, read_record, storage_of, write_run
+from pipelines.run_folder import TrainResult, run_id_of, storage_of, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import begun, waited
 from pipelines.storage import base_name, join, list_files
@@ -57,14 +57,16 @@ def follow(
     tracker: Future[Tracker], config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
 ) -> Followed | None:
     """The run in MLflow (below the run `parent`), whose id run.json has then; None, and a sentence, where the
-    server is away: figures are kept until it is back."""
+    server is away: figures are kept until it is back. A run that it knows from before keeps its id."""
     try:
         return open_run(waited(tracker), config, manifest, folder, parent)
     except StoreAway as error:
-        write_run(folder, config, manifest.digest, None)
+        known = run_id_of(folder)
+        write_run(folder, config, manifest.digest, known)
+        when = "when it is back" if known else "at the end"
         print(
             f"{error} Training goes on without it: figures are kept in {join(folder, 'metrics.jsonl')}, and "
-            f"sent at the end, or by the same command again.",
+            f"sent {when}, or by the same command again.",
             flush=True,
         )
         return None
@@ -98,7 +100,7 @@ def open_run(
             "training": config.data.train_split,
             "validation": config.data.val_split,
         },
-        (read_record(folder, "run.json") or {}).get("run_id"),
+        run_id_of(folder),
     )
     write_run(folder, config, manifest.digest, run_id)
     return Followed(tracker, run_id)

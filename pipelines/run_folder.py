@@ -135,9 +135,7 @@ def check_same_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
 def begin_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
     """run.json of a run that is being opened in MLflow, with the id that it has there from before: until
     `write_run` or `give_up`, workers wait (`tracked_as`)."""
-    earlier = read_record(folder, "run.json") or {}
-    now = {"run_id": earlier.get("run_id"), "decides": _decides(config, dataset_digest)}
-    write_json(join(folder, "run.json"), {**now, "opening": True})
+    _write_record(folder, config, dataset_digest, run_id_of(folder), opening=True)
 
 
 def give_up(folder: str) -> None:
@@ -156,9 +154,14 @@ def tracked_as(folder: str) -> str | None:
     return known.get("run_id")
 
 
+def run_id_of(folder: str) -> str | None:
+    """MLflow's id of the run as run.json has it; None where MLflow has never heard of it."""
+    return (read_record(folder, "run.json") or {}).get("run_id")
+
+
 def write_run(folder: str, config: RunConfig, dataset_digest: str, run_id: str | None) -> None:
     """run.json and config.yaml. run_id: MLflow's, None as long as it has none."""
-    write_json(join(folder, "run.json"), {"run_id": run_id, "decides": _decides(config, dataset_digest)})
+    _write_record(folder, config, dataset_digest, run_id)
     settings = yaml.safe_dump(
         config.model_dump(mode="json", exclude={"config_name", "sweep"}), sort_keys=False
     )
@@ -242,6 +245,13 @@ def saved_step(folder: str) -> int:
             return int(latest["metrics"]["step"]) if latest else 0
         time.sleep(0.1)
     return 0
+
+
+def _write_record(
+    folder: str, config: RunConfig, dataset_digest: str, run_id: str | None, **opening: bool
+) -> None:
+    now = {"run_id": run_id, "decides": _decides(config, dataset_digest), **opening}
+    write_json(join(folder, "run.json"), now)
 
 
 def _decides(config: RunConfig, dataset_digest: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hrnet_core.locations import is_uri
 from pipelines.cluster import ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
-from pipelines.run_folder import only_one, read_record, run_folder, storage_of
+from pipelines.run_folder import only_one, read_record, run_folder, run_id_of, storage_of
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import in_a_thread
 from pipelines.storage import absolute, join, write_json, write_whole
@@ -193,7 +193,7 @@ class Parent:
         self.tracker.close_run(self.run_id, status)
 
     def _end_trial(self, folder: str, status: str, tags: dict[str, str]) -> None:
-        run_id = (read_record(folder, "run.json") or {}).get("run_id")
+        run_id = run_id_of(folder)
         if self.tracker is None or run_id is None:
             return
         with contextlib.suppress(Exception):  # a server that is away: the run stays RUNNING there

@@ -88,33 +88,31 @@ def train(config: RunConfig) -> TrainResult:
         if result and result.version is not None:
             print(f"run {result.run_name} is finished: AP {result.best_ap:.3f}, {result.best_checkpoint}")
             return result
-        manifest.verify({config.data.train_split, config.data.val_split})
         if result is None:
+            manifest.verify({config.data.train_split, config.data.val_split})
             check_start(config, manifest)
         with told_in_a_sentence(folder, epoch_steps(config, manifest)):
-            return _train(config, manifest, folder, result)
+            followed = None
+            if result is None:  # else only MLflow has not got it yet
+                result, followed = _train(config, manifest, folder)
+            result = hand_over(config, manifest, result, followed)
+            result.write()
+    print(
+        f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
+        f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}"
+    )
+    return result
 
 
-def _train(config: RunConfig, manifest: Manifest, folder: str, result: TrainResult | None) -> TrainResult:
-    """The run in its folder: MLflow, Ray, and what came out in result.json. result: where only MLflow has not
-    got it yet."""
+def _train(config: RunConfig, manifest: Manifest, folder: str) -> tuple[TrainResult, Followed | None]:
+    """The run in its folder, by `fit` on a Ray that is started or joined for it."""
     settings = config.train
     begun(functools.partial(importlib.import_module, "torch"))  # beside Ray's start, which mostly waits
     with ray_session(config.ray, quiet=True, train=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         refuse_unshared_run(config)
-        if result is None:
-            result, followed = fit(config, manifest, folder)
-        else:
-            followed = follow_run(config, manifest, folder)
-    result = hand_over(config, manifest, result, followed)
-    result.write()
-    print(
-        f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
-        f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}"
-    )
-    return result
+        return fit(config, manifest, folder)
 
 
 def fit(

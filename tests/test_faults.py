@@ -27,9 +27,10 @@ from torch import multiprocessing
 from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
 from pipelines.cluster import quiet_engines
-from pipelines.followed import follow, hand_over, opening
+from pipelines.followed import follow, follow_run, hand_over, opening
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.run_folder import (
+    TrainResult,
     begin_run,
     check_same_run,
     give_up,
@@ -396,6 +397,71 @@ def test_a_server_that_is_away_at_the_start_costs_a_sentence_and_gets_all_later(
     rows = [row for row in read_rows(tmp_path / "r" / "metrics.jsonl") if "train/loss" in row]
     assert [(m.step, m.value) for m in history] == [(row["step"], row["train/loss"]) for row in rows]
     assert client.get_run(result.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_goes_on_while_its_server_is_away_stays_the_run_it_was(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun in MLflow, gone on without it: all figures end in that one run, and no other is opened."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)  # where a store that is named puts files
+    there = small_config(manifest, tmp_path)
+    folder, uri = str(tmp_path / "r"), f"sqlite:///{tmp_path}/server.db"
+    there, away = (
+        there.model_copy(update={"track": there.track.model_copy(update={"uri": at})})
+        for at in (uri, "http://127.0.0.1:9")
+    )
+    first = follow_run(there, manifest, folder)
+    assert first is not None
+    first.close("FAILED")
+    capsys.readouterr()
+
+    begin_run(folder, away, manifest.digest)
+    assert follow_run(away, manifest, folder) is None
+    assert "sent when it is back" in capsys.readouterr().out
+    assert tracked_as(folder) == first.run_id
+    run, _ = one_worker(away, tmp_path / "r")
+    assert run.spec.provenance["run_id"] == first.run_id
+    train_epochs(run)
+    rows = [row for row in read_rows(tmp_path / "r" / "metrics.jsonl") if "train/loss" in row]
+    losses = [(row["step"], row["train/loss"]) for row in rows]
+    assert losses
+    result = hand_over(away, manifest, driver._result(run.standing, folder, manifest), None)
+    assert (result.version, tracked_as(folder)) == (None, first.run_id)
+
+    client = MlflowClient(uri, uri)
+    assert client.get_metric_history(first.run_id, "train/loss") == []
+    assert run.log is not None
+    run.log.uri = uri  # it is back while workers train
+    assert run.log.flush(force=True)
+    history = client.get_metric_history(first.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == losses
+
+    result = hand_over(there, manifest, result, None)
+    assert (result.run_id, result.version) == (first.run_id, 1)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    assert [one.info.run_id for one in client.search_runs(experiments)] == [first.run_id]
+    assert len(client.get_metric_history(first.run_id, "train/loss")) == len(losses)
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_results_that_only_mlflow_lacks_are_sent_without_ray(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is through: neither a Ray nor its shards are needed."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    write_run(folder, config, manifest.digest, None)
+    run, _ = one_worker(config, tmp_path / "r")
+    train_epochs(run)
+    driver._result(run.standing, folder, manifest).write()
+    monkeypatch.setattr(driver, "ray_session", None)  # would fail if it were called
+    result = driver.train(config)
+    assert result.version == 1
+    assert TrainResult.read(folder) == result
 
 
 def test_an_address_that_is_wrong_is_refused(manifest: Manifest, tmp_path: Path) -> None:
