@@ -24,6 +24,8 @@ from pipelines.stop import handlers_kept
 
 QUIET = "pipelines.quiet_worker.quiet_worker"
 METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
+TRAIN_HELPERS = 4
+"""Processes that Ray Train starts beside its controller and its workers."""
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
 macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
@@ -119,6 +121,9 @@ def _started(
             inherited |= memory.PASSES  # what processes with an environment have in it
         if train:  # which gives its processes environments
             inherited["RAY_prestart_worker_first_driver"] = "0"
+            # Ray starts as many at once as it has CPUs: workers of Ray Train would wait for its helpers.
+            cpus = settings.num_cpus or os.cpu_count() or 1
+            inherited["RAY_worker_maximum_startup_concurrency"] = str(cpus + TRAIN_HELPERS)
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray guards the Ray it starts with a token that it makes itself, and says so at each start.
