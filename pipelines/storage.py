@@ -319,11 +319,14 @@ def read_file(path: str, size: int | None = None) -> bytes:
 def read_files(paths: Iterable[str]) -> Iterator[bytes]:
     """Files (paths or URIs) in their order, those of a bucket AT_ONCE at a time. Errors as of `read_file`."""
     paths = list(paths)
-    yield from ahead(read_file, paths, AT_ONCE) if any(map(is_uri, paths)) else map(read_file, paths)
+    yield from ahead(read_file, paths, AT_ONCE if any(map(is_uri, paths)) else 0)
 
 
 def ahead(one: Callable[[Asked], Found], asked: Iterable[Asked], most: int) -> Iterator[Found]:
-    """`one` of each in order, in `most` threads, no further ahead than there are threads."""
+    """`one` of each in order, in `most` threads, no further ahead than there are threads; 0: here, when asked."""
+    if not most:
+        yield from map(one, asked)
+        return
     begun = deque[Future[Found]]()
     pool = ThreadPoolExecutor(most, "ahead")
     try:

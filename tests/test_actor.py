@@ -24,7 +24,7 @@ from hrnet_core.checkpoint import load_checkpoint
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.predictor import PosePredictor
-from pipelines.cluster import cpus_per_gpu, room_for
+from pipelines.cluster import cpus_each, cpus_per_gpu, room_for
 from pipelines.config import EvaluateSettings, PredictSettings, RaySettings
 from pipelines.evaluate import evaluate
 from pipelines.poses import units
@@ -336,7 +336,7 @@ def test_pixels_are_kept_only_to_be_drawn_on(dots: tuple[Path, Path]) -> None:
 
 
 def nodes(*resources: dict[str, float]) -> Callable[[], list[dict[str, Any]]]:
-    return lambda: [{"Alive": True, "Resources": r} for r in resources]
+    return lambda: [{"Alive": True, "Resources": r, "Labels": {}} for r in resources]
 
 
 def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +358,43 @@ def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room_for(1, 0, {"pool": "spot"}) == 0
     monkeypatch.setattr("ray.nodes", nodes({"CPU": 3.0}))
     assert cpus_per_gpu() == 1
+
+
+def idle(monkeypatch: pytest.MonkeyPatch, *cpus: float) -> None:
+    """Nodes with so many CPUs, and nobody at work on them."""
+    monkeypatch.setattr("ray.nodes", nodes(*({"CPU": each} if each else {} for each in cpus)))
+    for asked in ("ray.available_resources", "ray.cluster_resources"):
+        monkeypatch.setattr(asked, lambda: {"CPU": sum(cpus)})
+
+
+@pytest.mark.parametrize(
+    ("nodes_of", "sizes", "cpus"),
+    [
+        ([2], [2000, 10], 2),  # COCO folders of one large and one tiny shard
+        ([2], [2000] * 8, 1),
+        ([2], [200, 100], 1),  # shorter than what Ray takes for the second
+        ([16], [2000], 6),
+        ([16], [2000] * 3, 5),
+        ([16], [2000] * 2 + [100], 5),
+        ([16], [2000] * 16, 1),
+        ([16], [2000] * 74, 1),
+        ([16], [2000] * 9, 3),  # four after five end sooner than nine of one CPU
+        ([4], [2000] * 3, 4),
+        ([16, 16, 4, 0], [2000] * 2, 4),  # the head has none
+        ([16, 1], [2000], 1),
+        ([8, 8], [2000] * 3, 4),
+        ([0.5], [2000], 1),
+    ],
+)
+def test_few_tasks_get_several_cpus(
+    monkeypatch: pytest.MonkeyPatch, nodes_of: list[float], sizes: list[int], cpus: int
+) -> None:
+    """No more than the smallest node has, and only where the last task ends sooner."""
+    idle(monkeypatch, *nodes_of)
+    assert cpus_each(sizes, 6, {}, 150) == cpus
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": sum(nodes_of) - 1})
+    assert cpus_each(sizes, 6, {}, 150) == 1  # others are at work
+    assert cpus_each(sizes, 6, {"pool": "none"}, 150) == 1
 
 
 @pytest.mark.parametrize(
