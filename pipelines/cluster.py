@@ -239,8 +239,8 @@ def room_for(cpus: float, gpus: float, labels: Mapping[str, str] = MappingProxyT
 def cpus_each(
     sizes: Sequence[float], most: int, labels: Mapping[str, str] = MappingProxyType({}), fixed: float = 0.0
 ) -> int:
-    """How many CPUs each of some tasks should ask for, 1 to `most`, for the last of them to end soonest on the
-    nodes with these labels that Ray has now; the fewest of those that are as good.
+    """How many CPUs each of some tasks should ask for, 1 to `most`, for the last of them to end soonest on
+    the nodes with these labels that Ray has now; the fewest of those that are as good.
 
     sizes: the work of each, in the order of their start. fixed: what each costs besides, whatever its CPUs.
     No more than the smallest of these nodes has: any of them can take the place of one that is lost. 1 where

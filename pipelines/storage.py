@@ -323,7 +323,7 @@ def read_files(paths: Iterable[str]) -> Iterator[bytes]:
 
 
 def ahead(one: Callable[[Asked], Found], asked: Iterable[Asked], most: int) -> Iterator[Found]:
-    """`one` of each in order, in `most` threads, no further ahead than there are threads; 0: here, when asked."""
+    """`one` of each in order, in `most` threads, no further ahead than there are threads; 0: in this one."""
     if not most:
         yield from map(one, asked)
         return

@@ -1,4 +1,4 @@
-"""An actor's threads: pictures read ahead, passes in turn, and the same bytes however many there are."""
+"""An actor's threads: pictures read ahead, passes at a time, and the same bytes however many there are."""
 
 from __future__ import annotations
 
@@ -153,6 +153,46 @@ def test_passes_take_turns_on_a_cpu_and_overlap_on_a_gpu() -> None:
     assert inside.most == 1
     together = threading.Barrier(2)
     both(Threads(predictor(lambda: together.wait(SOON), "cuda")))  # breaks unless two are inside
+
+
+def test_as_many_batches_are_in_the_network_as_it_has_cpus() -> None:
+    """Of one unit, in order; with --evaluate.cpus-per-worker the CPUs are the threads of one pass."""
+    together, seen = threading.Barrier(2), []
+
+    def predict_crops(crops: Any, *_: Any) -> tuple[Any, Any]:
+        together.wait(SOON)  # breaks unless two are inside
+        seen.append((len(crops), torch.get_num_threads()))
+        return crops, crops
+
+    spy: Any = SimpleNamespace(
+        device=torch.device("cpu"), predict_crops=predict_crops, finish=lambda people, *found: found
+    )
+    crops = np.arange(10, dtype=np.uint8).reshape(5, 2, 1, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        threads = Threads(spy, 2, passes=2)
+        keypoints, scores = threads.predict([SimpleNamespace(crops=crops)] * 2, True, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(seen) == [(1, 1), (3, 1), (3, 1), (3, 1)]
+    np.testing.assert_array_equal(keypoints, np.concatenate([crops, crops]))
+    np.testing.assert_array_equal(scores, keypoints)
+
+
+@pytest.mark.parametrize(("given", "passes"), [({}, 3), ({"cpus_per_worker": 3}, 1), ({"use_gpu": True}, 3)])
+def test_passes_at_once_are_the_cpus_over_the_threads_of_one(
+    dots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], passes: int
+) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr("pipelines.poses.actor.Threads", lambda _, *numbers: made.append(numbers))
+    monkeypatch.setattr("hrnet_core.predictor.PosePredictor", lambda *_: None)
+    before = torch.get_num_threads()
+    try:
+        Actor(lambda: (None, None, {}), None, EvaluateSettings(**given), cpus=3)
+    finally:
+        torch.set_num_threads(before)
+    assert made == [(3, passes)]
 
 
 def test_the_network_has_the_threads_that_were_set() -> None:
@@ -399,7 +439,14 @@ def test_few_tasks_get_several_cpus(
 
 @pytest.mark.parametrize(
     ("given", "units_asked", "actors"),
-    [({}, 9, 6), ({}, 4, 4), ({"num_workers": 2}, 9, 2), ({"cpus_per_worker": 3}, 9, 2)],
+    [
+        ({}, 12, 6),
+        ({}, 4, 4),
+        ({}, 9, 3),  # of two CPUs: three units each are sooner done than two of one CPU
+        ({}, 2, 2),
+        ({"num_workers": 2}, 9, 2),
+        ({"cpus_per_worker": 3}, 9, 2),
+    ],
 )
 def test_the_default_fills_the_machine(
     dots: tuple[Path, Path],
@@ -408,7 +455,8 @@ def test_the_default_fills_the_machine(
     units_asked: int,
     actors: int,
 ) -> None:
-    """6 CPUs: as many actors, but no more than units; what is said explicitly is obeyed."""
+    """6 CPUs: as many actors, but no more than units, and fewer of two CPUs where these end sooner; what is
+    said explicitly is obeyed."""
 
     class Asked(Exception):
         pass
@@ -417,7 +465,7 @@ def test_the_default_fills_the_machine(
         raise Asked(size)
 
     monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _, quiet: threading.Lock())
-    monkeypatch.setattr("ray.nodes", nodes({"CPU": 6.0}))
+    idle(monkeypatch, 6)
     monkeypatch.setattr("ray.data.ActorPoolStrategy", strategy)
     pending = dict.fromkeys(range(units_asked))
     arguments = pending, None, dots[1], EvaluateSettings(**given), RaySettings(), "evaluate"

@@ -27,7 +27,7 @@ from pipelines.sources.coco import read_coco
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """61 people in 30 pictures; five of them broken, each in its own way, one gone after the plan was made."""
+    """61 people in 31 pictures, five of them broken, each in its own way."""
     people = [1, 3, 2, 1, 4, 2, 1, 2, 3, 1] * 3 + [1]
     coco = write_coco(tmp_path_factory.mktemp("coco") / "root", {TRAIN: people, VAL: [2]})
     for index, spoil in enumerate(SPOIL.values()):
