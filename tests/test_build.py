@@ -137,8 +137,13 @@ def test_tasks_of_several_cpus_on_ray(
 ) -> None:
     """Where people are many enough for it, here as if Ray took no time between tasks: 60 and 2 people on two
     CPUs, one task after the other."""
+    import ray
+
     one, _ = run_preprocess(config(damaged, tmp_path / "one", people_per_shard=100))
     assert "2 shards to make\n" in capsys.readouterr().out
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # Ray hears late of what is free again
     monkeypatch.setattr(preprocess_module, "BETWEEN_TASKS", 0)
     two, log = run_preprocess(config(damaged, tmp_path / "two", people_per_shard=100))
     assert "2 shards to make, 2 CPUs each\n" in capsys.readouterr().out

@@ -104,7 +104,8 @@ class Threads:
         if self._network is None:
             keypoints, scores = predict_crops(crops, *how)
         else:  # the batches that predict_crops would make of them, each a pass
-            batches = (crops[first : first + batch_size] for first in range(0, len(crops), batch_size))
+            starts = range(0, len(crops), batch_size) or [0]  # pictures without people too
+            batches = [crops[first : first + batch_size] for first in starts]
             begun = [self._network.submit(predict_crops, batch, *how) for batch in batches]
             found = zip(*(one.result() for one in begun), strict=True)
             keypoints, scores = map(np.concatenate, found)
@@ -134,7 +135,7 @@ class Actor:
         predictor = PosePredictor(
             model, spec, settings.device, settings.mode, exported, settings.compile_cache
         )
-        self.threads = Threads(predictor, cpus, cpus // settings.threads)
+        self.threads = Threads(predictor, cpus, max(1, cpus // settings.threads))
         self.work = work
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
