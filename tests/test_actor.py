@@ -418,7 +418,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, *cpus: float) -> None:
         ([16], [2000] * 2 + [100], 5),
         ([16], [2000] * 16, 1),
         ([16], [2000] * 74, 1),
-        ([16], [2000] * 9, 3),  # four after five end sooner than nine of one CPU
+        ([16], [2000] * 9, 5),  # three rounds of three end sooner than nine of one CPU
         ([4], [2000] * 3, 1),  # three after each other would be no sooner
         ([16, 16, 4, 0], [2000] * 2, 4),  # the head has none
         ([16, 1], [2000], 1),
