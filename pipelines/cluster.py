@@ -29,8 +29,8 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
 macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
 
-SHARED = 1.15
-"""CPU time of work that threads share, against that of one: at most 1.12 measured, and they wait a little."""
+SHARED = 1.3
+"""Seconds of CPUs that threads of a task keep, against those of one thread: they wait for Python's lock."""
 
 
 def on_cluster() -> bool:
