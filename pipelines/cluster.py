@@ -29,7 +29,7 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
 macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
 
-SHARED = 1.3
+SHARED = 1.2
 """Seconds of CPUs that threads of a task keep, against those of one thread: they wait for Python's lock."""
 
 

@@ -116,7 +116,9 @@ def _rows(shard: _Shard, rejected: list[Rejection], threads: int) -> Iterator[_R
     one = functools.partial(_of_photo, shard, matrices, threading.Semaphore(threads))
     far = any(is_uri(photo.path) for photo in work.photos)
     most = READ_AHEAD * threads if far or threads > 1 else 0
-    for found in ahead(one, zip(work.photos, work.people.by_image().values(), strict=True), most):
+    # A bucket is waited for by as many threads; on a disk more than work would be in each other's way.
+    asked = zip(work.photos, work.people.by_image().values(), strict=True)
+    for found in ahead(one, asked, most, most if far else threads):
         if isinstance(found, Rejection):
             rejected.append(found)
         else:
