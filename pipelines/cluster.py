@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -29,6 +30,9 @@ TRAIN_HELPERS = 4
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for a Ray of one machine: with "0" its processes listen on the loopback address alone, as on
 macOS and Windows; on Linux they would listen to everyone. Ray reads it when it is imported."""
+
+SHARED = 1.2
+"""Seconds of CPUs that threads of a task keep, against those of one thread: they wait for Python's lock."""
 
 
 def on_cluster() -> bool:
@@ -235,6 +239,32 @@ def room_for(cpus: float, gpus: float, labels: Mapping[str, str] = MappingProxyT
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     nodes = _nodes(labels)
     return sum(min(int(n.get(kind, 0) // each) for kind, each in bundle.items()) for n in nodes)
+
+
+def cpus_each(
+    sizes: Sequence[float], most: int, labels: Mapping[str, str] = MappingProxyType({}), fixed: float = 0.0
+) -> int:
+    """How many CPUs each of some tasks should ask for, 1 to `most`, for the last of them to end soonest on
+    the nodes with these labels that Ray has now; the fewest of those that are as good.
+
+    sizes: the work of each, in the order of their start. fixed: what each costs besides, whatever its CPUs.
+    No more than the smallest of these nodes has: any of them can take the place of one that is lost. 1 where
+    others are at work on this Ray: a task of several waits until one node has them free.
+    """
+    import ray
+
+    nodes = [int(node.get("CPU", 0)) for node in _nodes(labels)]
+    smallest = min(filter(None, nodes), default=1)
+    if ray.available_resources().get("CPU") != ray.cluster_resources().get("CPU"):
+        return 1
+
+    def end(cpus: int) -> float:
+        free = [0.0] * max(1, sum(have // cpus for have in nodes))
+        for size in sizes:
+            heapq.heapreplace(free, free[0] + fixed + size * (SHARED if cpus > 1 else 1) / cpus)
+        return max(free)
+
+    return min(range(1, min(most, smallest) + 1), key=end)
 
 
 def cpus_per_gpu() -> int:

@@ -132,8 +132,8 @@ class WorkerSettings(Section):
     machine; on a cluster, the nodes that are there when the stage starts."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs of an actor: threads of its network, and pictures decoded at a time. Results depend on it by
-    rounding only, with use_gpu not at all. Default: 1; with use_gpu the GPU's share of its machine's CPUs, of
-    which Ray is asked for 1."""
+    rounding only, with use_gpu not at all. Default: 1, or 2 for passes of one thread where units are few;
+    with use_gpu the GPU's share of its machine's CPUs, of which Ray is asked for 1."""
     use_gpu: bool = False
     """One GPU for each actor."""
 

@@ -3,8 +3,8 @@
     annotations, boxes -> work units -> Ray Data actors -> answers -> OKS-NMS -> results.json -> ten figures
 
 The protocol is the published one (docs/evaluate.md). Three things make the figures independent of how
-many actors work: units and the batches inside them are fixed by the data, each actor has a fixed number of
-threads, and answers are sorted by (image_id, instance id) before anything is scored.
+many actors work: units and the batches inside them are fixed by the data, each pass of the network has a
+fixed number of threads, and answers are sorted by (image_id, instance id) before anything is scored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Preprocess: a COCO folder becomes shards of crops with their heatmaps, on Ray Data.
 
     read_split (both) -> plan_shards -> finished_shards are kept
-    -> a Ray task for each pending one: build_shard -> rejected.parquet, README, manifest.json
+    -> a Ray task for each pending one, of several CPUs where there are few: build_shard
+    -> rejected.parquet, README, manifest.json
 
 A shard is the unit of work and of recovery. Its bytes follow from the plan alone, so the dataset's digest
 is the same for any number of tasks, after a kill, and for two writers at once.
@@ -30,11 +31,11 @@ import pyarrow as pa
 from hrnet_core.errors import DataError, PoseError
 from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import load_skeleton
-from pipelines.cluster import quiet_ray_data, ray_session, require, room_for, selector
+from pipelines.cluster import cpus_each, quiet_ray_data, ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import DataSettings, RunConfig
 from pipelines.progress import Clock, ProgressLine
-from pipelines.shards.build import build_shard
+from pipelines.shards.build import MOST_THREADS, build_shard
 from pipelines.shards.manifest import Manifest, write_manifest
 from pipelines.shards.plan import (
     BuiltShard,
@@ -55,8 +56,8 @@ from pipelines.storage import absolute, file_sizes, is_file, join, relative
 
 LONG_ANNOTATIONS = 16_000_000
 """Bytes of an annotation file above which it is read while Ray starts."""
-SHORT_TASK = 256
-"""People of a shard below which Ray takes about as long from one task to the next as the task."""
+BETWEEN_TASKS = 150
+"""People that a CPU could do while Ray goes from one task to the next (0.12 to 0.21 s)."""
 Built = dict[tuple[str, int], BuiltShard]
 """By ShardWork.key."""
 
@@ -83,14 +84,14 @@ def run_preprocess(config: RunConfig) -> tuple[Manifest, TaskLog]:
         pending = [work for work in works if work.key not in built]
         log = TaskLog(pending)
         if pending:
-            import ray
-
             session.enter_context(ray_session(config.ray, quiet=True))
             require(config.ray, 1, 1, 0, "preprocess")
             refuse_unshared([("--data.root", data.root)], [("--data.shards", data.shards)])
             labels = selector(config.ray)
-            log.begin(room_for(1, 0, labels) if ray.is_initialized() else 1)
-            for task in _on_ray(pending, labels):
+            sizes = [len(work.people) for work in pending]
+            cpus = cpus_each(sizes, MOST_THREADS, labels, BETWEEN_TASKS)
+            log.begin(room_for(cpus, 0, labels), cpus)
+            for task in _on_ray(pending, labels, cpus):
                 built[task.key] = task.built
                 log.done(task)
                 if data.strict:
@@ -144,15 +145,20 @@ class Task(NamedTuple):
     """The most resident memory that the process ever had."""
 
 
-def _on_ray(pending: Sequence[ShardWork], labels: dict[str, str]) -> Iterator[Task]:
-    """Each shard as its task ends, in any order. labels: of the nodes that may make them."""
+def _on_ray(pending: Sequence[ShardWork], labels: dict[str, str], cpus: int) -> Iterator[Task]:
+    """Each shard as its task ends, in any order. labels: of the nodes that may make them. cpus: of a task."""
     import ray.data
 
     # A row a shard and a block a row: a task each, however Ray would like to group them.
     blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
     with quiet_ray_data():
         answers = ray.data.from_arrow(blocks).map_batches(
-            _build_batch, batch_size=1, batch_format="pyarrow", num_cpus=1, label_selector=labels
+            _build_batch,
+            fn_kwargs={"threads": cpus},
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=cpus,
+            label_selector=labels,
         )
         # Read ahead, each answer would wait for the one after it.
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -162,22 +168,22 @@ def _on_ray(pending: Sequence[ShardWork], labels: dict[str, str]) -> Iterator[Ta
                 yield answer
 
 
-def _build_batch(batch: pa.Table) -> pa.Table:
+def _build_batch(batch: pa.Table, threads: int) -> pa.Table:
     """The task: shards as pickled ShardWork in, a pickled Task of each out; or the words of its error."""
-    cv2.setNumThreads(1)  # a task has one CPU
+    cv2.setNumThreads(1)  # photos share a task's CPUs, not the rows of one
     answers = []
     for work in map(pickle.loads, batch["work"].to_pylist()):
         try:
-            answer: Task | str = build_timed(work)
+            answer: Task | str = build_timed(work, threads)
         except PoseError as error:  # the user's to mend: told as one paragraph, not as a worker's traceback
             answer = str(error)
         answers.append(pickle.dumps(answer))
     return pa.table({"answer": answers})
 
 
-def build_timed(work: ShardWork) -> Task:
+def build_timed(work: ShardWork, threads: int = 1) -> Task:
     start = time.time()
-    built = build_shard(work)
+    built = build_shard(work, threads)
     worker = f"{platform.node()}:{os.getpid()}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Task(work.key, len(work.people), built, start, time.time(), worker, peak)
@@ -196,17 +202,11 @@ class TaskLog:
         self._line = ProgressLine("preprocess", len(pending), "shards", "people", clock=clock)
         self._slots = 1
 
-    def begin(self, slots: int) -> None:
-        """slots: tasks that can run at once."""
+    def begin(self, slots: int, cpus: int = 1) -> None:
+        """slots: tasks that can run at once, of so many CPUs each."""
         self._slots = slots
-        print(f"preprocess: {self._all_people:,} people in {self.shards} shards to make", flush=True)
-        better = max(SHORT_TASK, -(-self._all_people // max(1, slots)))
-        if self.shards < slots and self._all_people >= 2 * better * self.shards:
-            print(
-                f"preprocess: a shard keeps one CPU at work, so {slots - self.shards} of {slots} have none. "
-                f"--data.people-per-shard {better} would use more, and makes another dataset.",
-                flush=True,
-            )
+        each = f", {cpus} CPUs each" if cpus > 1 else ""
+        print(f"preprocess: {self._all_people:,} people in {self.shards} shards to make{each}", flush=True)
 
     def done(self, task: Task) -> None:
         self.tasks.append(task)

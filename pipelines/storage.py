@@ -319,13 +319,19 @@ def read_file(path: str, size: int | None = None) -> bytes:
 def read_files(paths: Iterable[str]) -> Iterator[bytes]:
     """Files (paths or URIs) in their order, those of a bucket AT_ONCE at a time. Errors as of `read_file`."""
     paths = list(paths)
-    yield from ahead(read_file, paths, AT_ONCE) if any(map(is_uri, paths)) else map(read_file, paths)
+    yield from ahead(read_file, paths, AT_ONCE if any(map(is_uri, paths)) else 0)
 
 
-def ahead(one: Callable[[Asked], Found], asked: Iterable[Asked], most: int) -> Iterator[Found]:
-    """`one` of each in order, in `most` threads, no further ahead than there are threads."""
+def ahead(
+    one: Callable[[Asked], Found], asked: Iterable[Asked], most: int, threads: int | None = None
+) -> Iterator[Found]:
+    """`one` of each in order, no further ahead than `most`, in `threads` threads (default: as many); with a
+    `most` of 0 in this one."""
+    if not most:
+        yield from map(one, asked)
+        return
     begun = deque[Future[Found]]()
-    pool = ThreadPoolExecutor(most, "ahead")
+    pool = ThreadPoolExecutor(threads or most, "ahead")
     try:
         for each in asked:
             begun.append(pool.submit(one, each))

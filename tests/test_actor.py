@@ -1,4 +1,4 @@
-"""An actor's threads: pictures read ahead, passes in turn, and the same bytes however many there are."""
+"""An actor's threads: pictures read ahead, passes at a time, and the same bytes however many there are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hrnet_core.checkpoint import load_checkpoint
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.predictor import PosePredictor
-from pipelines.cluster import cpus_per_gpu, room_for
+from pipelines.cluster import cpus_each, cpus_per_gpu, room_for
 from pipelines.config import EvaluateSettings, PredictSettings, RaySettings
 from pipelines.evaluate import evaluate
 from pipelines.poses import units
@@ -153,6 +153,46 @@ def test_passes_take_turns_on_a_cpu_and_overlap_on_a_gpu() -> None:
     assert inside.most == 1
     together = threading.Barrier(2)
     both(Threads(predictor(lambda: together.wait(SOON), "cuda")))  # breaks unless two are inside
+
+
+def test_as_many_batches_are_in_the_network_as_it_has_cpus() -> None:
+    """Of one unit, in order; with --evaluate.cpus-per-worker the CPUs are the threads of one pass."""
+    together, seen = threading.Barrier(2), []
+
+    def predict_crops(crops: Any, *_: Any) -> tuple[Any, Any]:
+        together.wait(SOON)  # breaks unless two are inside
+        seen.append((len(crops), torch.get_num_threads()))
+        return crops, crops
+
+    spy: Any = SimpleNamespace(
+        device=torch.device("cpu"), predict_crops=predict_crops, finish=lambda people, *found: found
+    )
+    crops = np.arange(10, dtype=np.uint8).reshape(5, 2, 1, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        threads = Threads(spy, 2, passes=2)
+        keypoints, scores = threads.predict([SimpleNamespace(crops=crops)] * 2, True, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(seen) == [(1, 1), (3, 1), (3, 1), (3, 1)]
+    np.testing.assert_array_equal(keypoints, np.concatenate([crops, crops]))
+    np.testing.assert_array_equal(scores, keypoints)
+
+
+@pytest.mark.parametrize(("given", "passes"), [({}, 3), ({"cpus_per_worker": 3}, 1), ({"use_gpu": True}, 3)])
+def test_passes_at_once_are_the_cpus_over_the_threads_of_one(
+    dots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], passes: int
+) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr("pipelines.poses.actor.Threads", lambda _, *numbers: made.append(numbers))
+    monkeypatch.setattr("hrnet_core.predictor.PosePredictor", lambda *_: None)
+    before = torch.get_num_threads()
+    try:
+        Actor(lambda: (None, None, {}), None, EvaluateSettings(**given), cpus=3)
+    finally:
+        torch.set_num_threads(before)
+    assert made == [(3, passes)]
 
 
 def test_the_network_has_the_threads_that_were_set() -> None:
@@ -336,7 +376,7 @@ def test_pixels_are_kept_only_to_be_drawn_on(dots: tuple[Path, Path]) -> None:
 
 
 def nodes(*resources: dict[str, float]) -> Callable[[], list[dict[str, Any]]]:
-    return lambda: [{"Alive": True, "Resources": r} for r in resources]
+    return lambda: [{"Alive": True, "Resources": r, "Labels": {}} for r in resources]
 
 
 def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,9 +400,53 @@ def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpus_per_gpu() == 1
 
 
+def idle(monkeypatch: pytest.MonkeyPatch, *cpus: float) -> None:
+    """Nodes with so many CPUs, and nobody at work on them."""
+    monkeypatch.setattr("ray.nodes", nodes(*({"CPU": each} if each else {} for each in cpus)))
+    for asked in ("ray.available_resources", "ray.cluster_resources"):
+        monkeypatch.setattr(asked, lambda: {"CPU": sum(cpus)})
+
+
+@pytest.mark.parametrize(
+    ("nodes_of", "sizes", "cpus"),
+    [
+        ([2], [2000, 10], 2),  # COCO folders of one large and one tiny shard
+        ([2], [2000] * 8, 1),
+        ([2], [200, 100], 1),  # shorter than what Ray takes for the second
+        ([16], [2000], 6),
+        ([16], [2000] * 3, 5),
+        ([16], [2000] * 2 + [100], 5),
+        ([16], [2000] * 16, 1),
+        ([16], [2000] * 74, 1),
+        ([16], [2000] * 9, 5),  # three rounds of three end sooner than nine of one CPU
+        ([4], [2000] * 3, 1),  # three after each other would be no sooner
+        ([16, 16, 4, 0], [2000] * 2, 4),  # the head has none
+        ([16, 1], [2000], 1),
+        ([8, 8], [2000] * 3, 4),
+        ([0.5], [2000], 1),
+    ],
+)
+def test_few_tasks_get_several_cpus(
+    monkeypatch: pytest.MonkeyPatch, nodes_of: list[float], sizes: list[int], cpus: int
+) -> None:
+    """No more than the smallest node has, and only where the last task ends sooner."""
+    idle(monkeypatch, *nodes_of)
+    assert cpus_each(sizes, 6, {}, 150) == cpus
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": sum(nodes_of) - 1})
+    assert cpus_each(sizes, 6, {}, 150) == 1  # others are at work
+    assert cpus_each(sizes, 6, {"pool": "none"}, 150) == 1
+
+
 @pytest.mark.parametrize(
     ("given", "units_asked", "actors"),
-    [({}, 9, 6), ({}, 4, 4), ({"num_workers": 2}, 9, 2), ({"cpus_per_worker": 3}, 9, 2)],
+    [
+        ({}, 12, 6),
+        ({}, 4, 4),
+        ({}, 9, 3),  # of two CPUs: three units each are sooner done than two of one CPU
+        ({}, 2, 2),
+        ({"num_workers": 2}, 9, 2),
+        ({"cpus_per_worker": 3}, 9, 2),
+    ],
 )
 def test_the_default_fills_the_machine(
     dots: tuple[Path, Path],
@@ -371,7 +455,8 @@ def test_the_default_fills_the_machine(
     units_asked: int,
     actors: int,
 ) -> None:
-    """6 CPUs: as many actors, but no more than units; what is said explicitly is obeyed."""
+    """6 CPUs: as many actors, but no more than units, and fewer of two CPUs where these end sooner; what is
+    said explicitly is obeyed."""
 
     class Asked(Exception):
         pass
@@ -380,7 +465,7 @@ def test_the_default_fills_the_machine(
         raise Asked(size)
 
     monkeypatch.setattr("pipelines.poses.units.ray_session", lambda _, quiet: threading.Lock())
-    monkeypatch.setattr("ray.nodes", nodes({"CPU": 6.0}))
+    idle(monkeypatch, 6)
     monkeypatch.setattr("ray.data.ActorPoolStrategy", strategy)
     pending = dict.fromkeys(range(units_asked))
     arguments = pending, None, dots[1], EvaluateSettings(**given), RaySettings(), "evaluate"

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -65,14 +64,15 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def without_ray(patch: pytest.MonkeyPatch) -> list[str]:
     built: list[str] = []
 
-    def one_by_one(pending: list[Any], _: dict[str, str]) -> Iterator[Any]:
+    def one_by_one(pending: list[Any], *_: Any) -> Iterator[Any]:
         for work in pending:
             built.append(work.names[0])
             yield build_timed(work)._replace(start=0.0, end=1.0, worker="here", peak_bytes=10**8)
 
     patch.setattr(preprocess_module, "_on_ray", one_by_one)
     patch.setattr(preprocess_module, "ray_session", lambda _, quiet: contextlib.nullcontext())
-    patch.setattr(preprocess_module, "require", lambda *_: None)
+    for name in ("require", "cpus_each", "room_for"):
+        patch.setattr(preprocess_module, name, lambda *_: 1)
     return built
 
 
@@ -235,25 +235,6 @@ def test_memory_is_bounded_by_the_row_group(tmp_path: Path) -> None:
         peaks[people] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[360] - peaks[120] < 240 * 1_000
-
-
-@pytest.mark.parametrize(
-    ("shards", "slots", "told"),
-    [
-        ([2000, 1000], 16, "14 of 16 have none. --data.people-per-shard 256 would"),
-        ([2000] * 3, 8, "5 of 8 have none. --data.people-per-shard 750 would"),
-        ([2000] * 3, 3, ""),
-        ([2000] * 3, 4, ""),  # a quarter idle is not worth another dataset
-        ([300, 60], 16, ""),
-    ],
-)
-def test_cpus_that_have_no_shard_are_told(
-    shards: list[int], slots: int, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    TaskLog([SimpleNamespace(people=range(people)) for people in shards]).begin(slots)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 + bool(told)
-    assert told in said[-1]
 
 
 def test_most_at_once_is_counted_from_starts_and_ends() -> None:

@@ -1,9 +1,11 @@
 """An actor: the model, threads that read ahead of it, and the units that it works on at once.
 
     read, decode, cut     several threads, of all units at once, in each unit's order
-    the network           on a CPU one thread, unit after unit; on a GPU passes of several units overlap
+    the network           on a CPU as many passes at a time as there are CPUs for, a batch each; on a GPU
+                          passes of several units overlap
 
-Batches are formed inside a unit: how many threads and units there are changes no bit of an answer.
+Batches are formed inside a unit: how many threads and units there are changes no bit of an answer. The
+threads of one pass would.
 """
 
 from __future__ import annotations
@@ -57,10 +59,11 @@ Work = Callable[[Unit, "Threads"], Outcome]
 class Threads:
     """The threads around one predictor, for units that are worked on at once.
 
-    cpus: how many pictures are decoded at a time, and so held decoded.
+    cpus: how many pictures are decoded at a time, and so held decoded. passes: of the network, on a CPU, at a
+    time, each a batch with torch's number of threads.
     """
 
-    def __init__(self, predictor: PosePredictor, cpus: int = 1) -> None:
+    def __init__(self, predictor: PosePredictor, cpus: int = 1, passes: int = 1) -> None:
         import torch
 
         self.predictor = predictor
@@ -72,9 +75,9 @@ class Threads:
         self._readers = ThreadPoolExecutor(self._ahead, "read")
         self._network: ThreadPoolExecutor | None = None
         if predictor.device.type == "cpu":
-            # Two passes would fight for the same cores. OpenMP's number of threads belongs to a thread.
+            # More passes would fight for the same cores. OpenMP's number of threads belongs to a thread.
             ours = (torch.get_num_threads(),)
-            self._network = ThreadPoolExecutor(1, "network", torch.set_num_threads, ours)
+            self._network = ThreadPoolExecutor(passes, "network", torch.set_num_threads, ours)
 
     def read(self, one: Callable[[Asked], Found], asked: Iterable[Asked]) -> Iterator[Found]:
         """`one` of each in order, read in several threads, no further ahead than there are threads."""
@@ -97,12 +100,15 @@ class Threads:
         if not prepared:
             return []
         crops = np.concatenate([one.crops for one in prepared])
-        arguments = crops, flip_test, batch_size, border
-        predict_crops = self.predictor.predict_crops
+        predict_crops, how = self.predictor.predict_crops, (flip_test, batch_size, border)
         if self._network is None:
-            keypoints, scores = predict_crops(*arguments)
-        else:
-            keypoints, scores = self._network.submit(predict_crops, *arguments).result()
+            keypoints, scores = predict_crops(crops, *how)
+        else:  # the batches that predict_crops would make of them, each a pass
+            starts = range(0, len(crops), batch_size) or [0]  # pictures without people too
+            batches = [crops[first : first + batch_size] for first in starts]
+            begun = [self._network.submit(predict_crops, batch, *how) for batch in batches]
+            found = zip(*(one.result() for one in begun), strict=True)
+            keypoints, scores = map(np.concatenate, found)
         return self.predictor.finish(prepared, keypoints, scores)
 
 
@@ -122,14 +128,14 @@ class Actor:
 
         from hrnet_core.predictor import PosePredictor
 
-        # Threads decide the order of float additions: fixed, so that any number of actors agrees.
+        # Threads of a pass decide the order of float additions: fixed, so that any number of actors agrees.
         cv2.setNumThreads(1)
         torch.set_num_threads(settings.threads)
         model, spec, exported = load()
         predictor = PosePredictor(
             model, spec, settings.device, settings.mode, exported, settings.compile_cache
         )
-        self.threads = Threads(predictor, cpus)
+        self.threads = Threads(predictor, cpus, max(1, cpus // settings.threads))
         self.work = work
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:

@@ -2,8 +2,8 @@
 
     units -> Ray Data actors -> an answer each -> kept in a folder as it comes
 
-Who works on a unit, and how many do, changes nothing: an actor has a fixed number of threads, and the
-batches inside a unit follow from the unit alone. A second call asks only for the units that are not there.
+Who works on a unit, and how many do, changes nothing: a pass has a fixed number of threads, and the batches
+inside a unit follow from the unit alone. A second call asks only for the units that are not there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import (
+    cpus_each,
     cpus_per_gpu,
     on_cluster,
     quiet_ray_data,
@@ -42,6 +43,8 @@ UNFINISHED = "unfinished"
 Item = TypeVar("Item")
 UNITS_AT_ONCE = 2
 """Of an actor: one in the network, one that is read."""
+BATCHES = 2
+"""Of a unit: passes that it has for as many CPUs."""
 
 
 def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> list[list[Item]]:
@@ -149,6 +152,8 @@ def rows_on_ray(
         labels = selector(ray_settings)
         require(ray_settings, settings.num_workers or 1, cpus, gpus, f"hrnet {verb} --{verb}.num-workers")
         refuse_unshared(reads)
+        if not (settings.num_workers or settings.cpus_per_worker or gpus):
+            cpus = cpus_each([1] * len(rows), BATCHES, labels)
         workers = min(settings.num_workers or room_for(cpus, gpus, labels), len(rows))
         # A GPU answers a unit before Ray brings the next. Who starts first must not take all of a few units.
         waiting = UNITS_AT_ONCE * (2 if gpus else 1)

@@ -1,6 +1,7 @@
 """One shard from its photographs: what a task of preprocess does.
 
-photo -> its people -> views, crops or one cut, heatmaps -> a row group of each variant
+photo -> its people -> views, crops or one cut     several photos at a time where the task has several CPUs
+heatmaps -> a row group of each variant            one after the other, beside them
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,13 +26,16 @@ from hrnet_core.locations import is_uri
 from pipelines.config import DataSettings
 from pipelines.shards.plan import BuiltShard, ShardWork, cannot_write, find_built
 from pipelines.shards.schema import shard_schema
-from pipelines.shards.writer import writing_shard
+from pipelines.shards.writer import ShardWriter, writing_shard
 from pipelines.sources.photos import check_photo, decode_photo
-from pipelines.sources.records import Rejection
+from pipelines.sources.records import Photo, Rejection
 from pipelines.storage import ahead, join
 
 READ_AHEAD = 8
-"""Photographs of a bucket that a task waits for at a time, a file's bytes each."""
+"""Photographs for each thread of a task that are read, or ready, before their turn: a bucket is waited for so
+many at a time, and no thread waits for the one before it. A file's bytes or its pictures each."""
+MOST_THREADS = 6
+"""That one shard can use: what is written one after the other is 15 % of the work."""
 LARGEST_CUT = 4
 """A side of a stored cut (data.context 2.0) is at most this many times the network's longer input side; a
 larger cut is made smaller. The plain view then has two pixels of the cut to one of the crop, and a view of
@@ -38,10 +43,12 @@ half its size (a half body, a zoom) still one to one: nothing that a crop could 
 have 640 px at most: at 256x192 their cuts are never touched. Another number makes another schema version."""
 
 
-def build_shard(work: ShardWork) -> BuiltShard:
+def build_shard(work: ShardWork, threads: int = 1) -> BuiltShard:
     """Write one shard, a file for each variant. Needs no Ray.
 
     Each photo is decoded once for all its people and views. One that cannot be used becomes a rejection.
+    threads: how many photos are worked on at a time; with more than one, beside the writing. They change no
+    byte: photos come in their order.
     DataError where the target cannot be written; then no file of this shard is left half.
     """
     shard = _placed(work)
@@ -51,11 +58,13 @@ def build_shard(work: ShardWork) -> BuiltShard:
         with contextlib.ExitStack() as stack:
             files = [writing_shard(join(work.folder, name), schema) for name in work.names]
             writers = [stack.enter_context(file) for file in files]
-            # One row group after the other: no more pictures are kept than it has.
-            rows = _rows(shard, rejected)
-            while group := list(itertools.islice(rows, work.recipe.settings.row_group_people)):
-                for variant, writer in enumerate(writers):
-                    writer.write(_columns(shard, group, variant))
+            rows = stack.enter_context(contextlib.closing(_rows(shard, rejected, threads)))
+            # One row group after the other: no more pictures are kept than it has. While a thread writes one,
+            # the next is filled: then twice as many, and those of the photos that are worked on.
+            groups = iter(lambda: list(itertools.islice(rows, work.recipe.settings.row_group_people)), [])
+            write = functools.partial(_write, shard, writers)
+            for _ in ahead(write, groups, 1 if threads > 1 else 0):
+                pass
             finished = [writers[v].finish(name, v, rejected) for v, name in enumerate(work.names)]
             find_built(work)  # refuses where a run with other settings has written here meanwhile
     except OSError as error:
@@ -100,31 +109,53 @@ class _Row(NamedTuple):
     """Of the photo's file."""
 
 
-def _rows(shard: _Shard, rejected: list[Rejection]) -> Iterator[_Row]:
+def _rows(shard: _Shard, rejected: list[Rejection], threads: int) -> Iterator[_Row]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
-    work, settings = shard.work, shard.work.recipe.settings
+    work = shard.work
     matrices = np.stack([image_to_crop for _, image_to_crop in shard.views], axis=1)
-    check = functools.partial(check_photo, max_pixels=settings.max_pixels)
+    one = functools.partial(_of_photo, shard, matrices, threading.Semaphore(threads))
     far = any(is_uri(photo.path) for photo in work.photos)
-    checks = ahead(check, work.photos, READ_AHEAD) if far else map(check, work.photos)
-    for photo, checked, people in zip(work.photos, checks, work.people.by_image().values(), strict=True):
+    most = READ_AHEAD * threads if far or threads > 1 else 0
+    # A bucket is waited for by as many threads; on a disk more than work would be in each other's way.
+    asked = zip(work.photos, work.people.by_image().values(), strict=True)
+    for found in ahead(one, asked, most, most if far else threads):
+        if isinstance(found, Rejection):
+            rejected.append(found)
+        else:
+            yield from found
+
+
+def _of_photo(
+    shard: _Shard, matrices: Float64, working: threading.Semaphore, asked: tuple[Photo, slice]
+) -> list[_Row] | Rejection:
+    """The people (rows of the shard's) of a photo. working: held while its pixels are there."""
+    photo, people = asked
+    settings = shard.work.recipe.settings
+    checked = check_photo(photo, settings.max_pixels)
+    with working:
         image = decode_photo(photo, checked)
         if isinstance(image, Rejection):
-            rejected.append(replace(image, people=people.stop - people.start))
-            continue
-        sha256 = checked.sha256
+            return replace(image, people=people.stop - people.start)
+        sha256, rows = checked.sha256, []
         for index in range(people.start, people.stop):
             if settings.context == 1.0:
                 crops = crop_people(image, matrices[index], settings.input_size)
                 pictures = [_encode(crop, settings) for crop in crops]
             else:
                 cut = cut_photo(image, shard.cuts.box[index], shard.cuts.size[index])
-                pictures = [_encode(cut, settings)] * work.variants
-            yield _Row(index, pictures, sha256)
+                pictures = [_encode(cut, settings)] * shard.work.variants
+            rows.append(_Row(index, pictures, sha256))
+    return rows
 
 
 def _encode(crop: NDArray[np.uint8], settings: DataSettings) -> bytes:
     return encode_png(crop) if settings.image_format == "png" else encode_jpeg(crop, settings.jpeg_quality)
+
+
+def _write(shard: _Shard, writers: Sequence[ShardWriter], group: Sequence[_Row]) -> None:
+    """A row group of each variant; the heatmaps of one variant are there at a time."""
+    for variant, writer in enumerate(writers):
+        writer.write(_columns(shard, group, variant))
 
 
 def _columns(shard: _Shard, group: Sequence[_Row], variant: int) -> dict[str, Any]:

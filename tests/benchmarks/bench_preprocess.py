@@ -378,7 +378,7 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     build.build_shard(works[-1])  # what the first shard of a process costs once (imports) is no step
     watch = Stopwatch()
     for owner, name, step in (
-        (build, "open_photo", "read and hash the photo"),
+        (build, "check_photo", "read the photo"),
         (images, "read_header", "judge its header and end"),
         (images, "_is_complete", "judge its header and end"),
         (images, "_decode", "imdecode"),
