@@ -30,8 +30,8 @@ FULL_MS = 50
 """After a replica said that it is full. Of 64 places few are given back meanwhile, and who was refused is to
 wait a second or more."""
 FULL_BYTES = 250_000
-"""Bodies that HAProxy refuses itself: all of one fits its buffer (pipelines/serving/ingress.py). Refused in the
-middle of a longer one, a client may find its connection closed instead of the answer."""
+"""Longer bodies are left to the replica: they do not fit HAProxy's buffer (pipelines/serving/ingress.py), and
+refused in the middle of one, a client may find its connection closed instead of the answer."""
 FULL_HEADER = "x-hrnet-full"
 """Of a refusal by a replica that would refuse everyone: for what (`reason`). serve/room.py sends it."""
 RETRY_S = 1
