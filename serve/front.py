@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 AT_ONCE = 2
-"""Requests at a turn of the loop: of .4 ms each, where they are refused."""
+"""Requests at a turn of the loop: of half a millisecond each, where they are refused."""
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 """A request id that is taken over from a client: what every log, header and JSON text can hold as it is."""
 
