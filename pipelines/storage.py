@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, unquote
 
 import psutil
@@ -33,9 +33,8 @@ from pyarrow import fs
 from hrnet_core.errors import DataError
 from hrnet_core.files import put_in_place
 from hrnet_core.locations import fetch_file, is_uri, one_line, open_folder
+from pipelines.in_order import ahead
 
-Asked = TypeVar("Asked")
-Found = TypeVar("Found")
 AT_ONCE = 16
 """Files of a bucket that a process reads or writes at a time: a request waits much longer than it works."""
 PARTS = ".hrnet-uploads"
@@ -320,27 +319,6 @@ def read_files(paths: Iterable[str]) -> Iterator[bytes]:
     """Files (paths or URIs) in their order, those of a bucket AT_ONCE at a time. Errors as of `read_file`."""
     paths = list(paths)
     yield from ahead(read_file, paths, AT_ONCE if any(map(is_uri, paths)) else 0)
-
-
-def ahead(
-    one: Callable[[Asked], Found], asked: Iterable[Asked], most: int, threads: int | None = None
-) -> Iterator[Found]:
-    """`one` of each in order, no further ahead than `most`, in `threads` threads (default: as many); with a
-    `most` of 0 in this one."""
-    if not most:
-        yield from map(one, asked)
-        return
-    begun = deque[Future[Found]]()
-    pool = ThreadPoolExecutor(threads or most, "ahead")
-    try:
-        for each in asked:
-            begun.append(pool.submit(one, each))
-            if len(begun) > most:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,8 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.train_settings": {"pipelines.section"},
     "pipelines.config": {"pipelines.section", "pipelines.train_settings", "serve.settings"},
     "pipelines.config_file": {"pipelines.config"},
-    "pipelines.storage": set(),
+    "pipelines.in_order": set(),
+    "pipelines.storage": {"pipelines.in_order"},
     "pipelines.progress": set(),
     "pipelines.environment": set(),
     "pipelines.cluster": {
@@ -148,7 +149,12 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.shared_paths": {"pipelines.cluster", "pipelines.storage"},
     "pipelines.drawn": set(),
     "pipelines.sources": {"pipelines.config", "pipelines.storage"},
-    "pipelines.shards": {"pipelines.config", "pipelines.storage", "pipelines.sources"},
+    "pipelines.shards": {
+        "pipelines.config",
+        "pipelines.in_order",
+        "pipelines.storage",
+        "pipelines.sources",
+    },
     "pipelines.poses": {
         "pipelines.config",
         "pipelines.storage",
