@@ -130,6 +130,7 @@ ROUNDED = {"float16": 5e-4, "bfloat16": 5e-4}
 """Weights that differ by a last bit are at times rounded apart in 16 bits: 7e-5 of losses, 2e-4 of norms."""
 
 
+@pytest.mark.slow
 def test_three_workers_in_one_buffer_are_ddps_up_to_the_order_of_sums(tmp_path: Path) -> None:
     """Gradients of three are summed in the order of a ring, which depends on where in a buffer they lie. What
     that rounds, Adam carries on (in float32 9e-8 of losses, 3e-7 of norms); between the workers all is the
