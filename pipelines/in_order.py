@@ -19,14 +19,19 @@ def ahead(
     if not most:
         yield from map(one, asked)
         return
-    begun = deque[Future[Found]]()
     pool = ThreadPoolExecutor(threads or most, "ahead")
     try:
-        for each in asked:
-            begun.append(pool.submit(one, each))
-            if len(begun) > most:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+        yield from results((pool.submit(one, each) for each in asked), most)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def results(begun: Iterable[Future[Found]], most: int) -> Iterator[Found]:
+    """What comes of each in order; no more than `most` are begun beyond the one that is waited for."""
+    waiting = deque[Future[Found]]()
+    for one in begun:
+        waiting.append(one)
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -109,18 +109,30 @@ class Room:
         """Of the network, over its last ten or so batches; 0 before the first."""
         return self._recent_s / self._recent_people if self._recent_people else 0.0
 
+    @property
+    def waiting_s(self) -> float:
+        """Of the network, for the people that wait."""
+        return self.people * self.seconds_a_person
+
     def _in_time(self, people: int) -> None:
-        """Who is too slow alone is let in: it would be too slow at any time, and 504 says so."""
-        own = people * self.seconds_a_person
-        if own <= self.args.deadline_s < own + self.people * self.seconds_a_person:
-            raise self.full("wait", own + self.people * self.seconds_a_person - self.args.deadline_s)
+        if late := self._late_s(people):
+            raise self.full("wait", late)
+
+    def _late_s(self, people: int) -> float:
+        """Beyond the deadline, behind those that wait; 0 in time. Who is too slow alone is let in: it would
+        be too slow at any time, and 504 says so."""
+        own, deadline = people * self.seconds_a_person, self.args.deadline_s
+        return 0.0 if own > deadline else max(0.0, own + self.waiting_s - deadline)
 
     def _has_place(self, key: Key | None) -> None:
-        if self.in_progress >= self.args.max_requests:
+        if self._no_place():
             raise self.full("places")
         share = (key.share or self.args.key_share) if key else 1.0
         if key and self._of_key[key.name] >= max(1, math.floor(share * self.args.max_requests)):
             raise self.full("share")
+
+    def _no_place(self) -> bool:
+        return self.in_progress >= self.args.max_requests
 
     def _within_rate(self, key: Key | None) -> None:
         rate = (key.rate or self.args.key_rate) if key else None
@@ -139,8 +151,8 @@ class Room:
             "share": "the key has as many requests in progress here as it may.",
             "bodies": f"{self.bodies} bodies are being read here, as many as are taken.",
             "bytes": f"bodies of {self.bytes_held:,} bytes are held here, as many as are taken.",
-            "wait": f"{self.people} people are waiting here, {self.people * self.seconds_a_person:.0f} s of "
-            f"work: behind them no answer would come within {self.args.deadline_s:g} s.",
+            "wait": f"{self.people} people are waiting here, {self.waiting_s:.0f} s of work: "
+            f"behind them no answer would come within {self.args.deadline_s:g} s.",
             "pixels": f"{self.pixels.held:,} decoded pixels are in memory here, as many as are taken.",
         }[reason]
         headers = {"Retry-After": str(math.ceil(self.usual_s if wait_s is None else wait_s))}
@@ -150,8 +162,7 @@ class Room:
 
     def _nobody_fits(self) -> bool:
         """Whether a request would be refused whoever sent it and whatever it holds."""
-        late = self.people * self.seconds_a_person > self.args.deadline_s
-        return self.in_progress >= self.args.max_requests or late
+        return self._no_place() or self._late_s(0) > 0
 
 
 class Pixels:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from test_feed import dotted_shards
 from test_step import pretend_cuda
 from test_teacher import teacher_in
-from test_train import losses, made_up_part, made_up_parts, new_model, small_config
+from test_train import losses, made_up_part, made_up_parts, new_model, small_config, workers
 from torch import Tensor, multiprocessing
 
 from pipelines.shards.manifest import Manifest
@@ -27,15 +25,6 @@ from pipelines.training.state import Job, Training, make_average, make_optimizer
 from pipelines.training.step import Part, launch, train_step
 
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def workers(rank: int, folder: str, world: int) -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    yield
-    torch.distributed.barrier()  # who ends first cuts the other off
-    torch.distributed.destroy_process_group()
 
 
 # --- the step -------------------------------------------------------------------------------------------

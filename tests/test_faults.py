@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from test_feed import dotted_shards
-from test_train import made_up_part, new_model, one_worker, small_config
+from test_train import made_up_part, new_model, one_worker, small_config, workers
 from torch import multiprocessing
 
 from hrnet_core.errors import ConfigError, DataError, Failure
@@ -100,20 +100,17 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(optimizer_name: str
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    settings = TrainSettings()
-    model = wrap(new_model(), torch.device("cpu"), 2)
-    optimizer = make_optimizer(model, settings)
-    part = made_up_part(0, slice(4 * rank, 4 * rank + 4), 1.0)
-    if rank == 1:
-        part.heatmaps[0, 0, 0, 0] = torch.nan
-    before = state_of(model, optimizer)
-    loss = train_step(model, optimizer, [part], settings)
-    kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    torch.save((loss, kept), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # who ends first cuts the other off
-    torch.distributed.destroy_process_group()
+    with workers(rank, folder):
+        settings = TrainSettings()
+        model = wrap(new_model(), torch.device("cpu"), 2)
+        optimizer = make_optimizer(model, settings)
+        part = made_up_part(0, slice(4 * rank, 4 * rank + 4), 1.0)
+        if rank == 1:
+            part.heatmaps[0, 0, 0, 0] = torch.nan
+        before = state_of(model, optimizer)
+        loss = train_step(model, optimizer, [part], settings)
+        kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        torch.save((loss, kept), f"{folder}/{rank}.pt")
 
 
 def test_all_ranks_leave_out_a_step_that_one_found_not_finite(tmp_path: Path) -> None:

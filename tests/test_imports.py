@@ -157,6 +157,7 @@ STANDS_ON: dict[str, set[str]] = {
     },
     "pipelines.poses": {
         "pipelines.config",
+        "pipelines.in_order",
         "pipelines.storage",
         "pipelines.progress",
         "pipelines.cluster",
@@ -188,6 +189,7 @@ STANDS_ON: dict[str, set[str]] = {
         "pipelines.code_version",
         "pipelines.config",
         "pipelines.train_settings",
+        "pipelines.in_order",
         "pipelines.storage",
         "pipelines.progress",
         "pipelines.metric_log",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -79,23 +81,30 @@ def counted(exchanges: list[int], bucket):
     return allreduce_hook(None, bucket)
 
 
-def ddp_rank(rank: int, folder: str) -> None:
-    """One of two DDP processes: the real wrap and train_step over its part of each batch."""
+@contextlib.contextmanager
+def workers(rank: int, folder: str, world: int = 2) -> Iterator[None]:
+    """This process as one of several workers, over gloo, while the block lasts."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    for case, (rows, changed, _) in enumerate(WORKERS_CASES):
-        settings, exchanges = TrainSettings(**changed), []
-        own = (slice(0, rows), slice(rows, 8))[rank]
-        model = wrap(new_model(), torch.device("cpu"), 2)
-        model.register_comm_hook(exchanges, counted)
-        optimizer = make_optimizer(model, settings)
-        losses = [
-            train_step(model, optimizer, made_up_parts(step, own, 2, settings.accumulate), settings)
-            for step in range(STEPS)
-        ]
-        torch.save((torch.stack(losses), len(exchanges)), f"{folder}/{case}-{rank}.pt")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    yield
     torch.distributed.barrier()  # who ends first cuts the other off
     torch.distributed.destroy_process_group()
+
+
+def ddp_rank(rank: int, folder: str) -> None:
+    """One of two DDP processes: the real wrap and train_step over its part of each batch."""
+    with workers(rank, folder):
+        for case, (rows, changed, _) in enumerate(WORKERS_CASES):
+            settings, exchanges = TrainSettings(**changed), []
+            own = (slice(0, rows), slice(rows, 8))[rank]
+            model = wrap(new_model(), torch.device("cpu"), 2)
+            model.register_comm_hook(exchanges, counted)
+            optimizer = make_optimizer(model, settings)
+            losses = [
+                train_step(model, optimizer, made_up_parts(step, own, 2, settings.accumulate), settings)
+                for step in range(STEPS)
+            ]
+            torch.save((torch.stack(losses), len(exchanges)), f"{folder}/{case}-{rank}.pt")
 
 
 def test_two_ddp_ranks_equal_one_process_with_both_parts(tmp_path: Path) -> None:

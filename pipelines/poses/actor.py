@@ -16,9 +16,8 @@ import pickle
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import WorkerSettings
+from pipelines.in_order import results
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -81,13 +81,7 @@ class Threads:
 
     def read(self, one: Callable[[Asked], Found], asked: Iterable[Asked]) -> Iterator[Found]:
         """`one` of each in order, read in several threads, no further ahead than there are threads."""
-        begun: deque[Future[Found]] = deque()
-        for each in asked:
-            begun.append(self._readers.submit(one, each))
-            if len(begun) > self._ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+        return results((self._readers.submit(one, each) for each in asked), self._ahead)
 
     def predict(
         self,

@@ -24,6 +24,7 @@ from hrnet_core.choices import Noise
 from hrnet_core.geometry import Float64, compose_affine, invert_affine
 from hrnet_core.noise import PlacedNoise, draw_noise, place_noise
 from hrnet_core.views import invert_views, pack_reaches, view_reaches
+from pipelines.in_order import results
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
 from pipelines.shards.schema import CROP_COLUMNS
@@ -104,14 +105,9 @@ class Feed:
         ended or is closed.
         """
         pool = ThreadPoolExecutor(self.threads, "feed")
-        made: deque[Future[Batch]] = deque()
         try:
-            for batch in self._submit(pool, epoch, start, epoch + 1 if stop is None else stop):
-                made.append(batch)
-                if len(made) > self.ahead:
-                    yield made.popleft().result()
-            while made:
-                yield made.popleft().result()
+            begun = self._submit(pool, epoch, start, epoch + 1 if stop is None else stop)
+            yield from results(begun, self.ahead)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -28,13 +28,11 @@ import torch
 from bench_preprocess import SPLITS, drawn, repeated
 from ratios import compare, exit_code, judge, with_memory_kept
 
-from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import CheckpointSpec
-from hrnet_core.heatmaps import HeatmapCodec
-from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
+from pipelines.benchmark import save_random
 from pipelines.config import DataSettings
+from pipelines.config_file import load_config
 from pipelines.poses.actor import Threads
 from pipelines.shards.build import build_shard
 from pipelines.shards.plan import plan_shards
@@ -64,7 +62,7 @@ def main() -> int:
         coco = repeated(photos, folder / "coco", arguments.people)
         for kind, settings in SHARD.items():
             timed(f"a shard of {kind}", shard(coco, folder / kind, settings), arguments.rounds)
-    timed("a unit of W32", unit(), arguments.rounds)
+        timed("a unit of W32", unit(folder / "w32"), arguments.rounds)
     print(f"load {os.getloadavg()[0]:.1f}")
     return exit_code()
 
@@ -92,12 +90,10 @@ def shard(coco: Path, folder: Path, settings: dict[str, Any]) -> Build:
     return build
 
 
-def unit() -> Build:
+def unit(checkpoint: Path) -> Build:
     """Two batches in the network, so many at a time."""
-    torch.manual_seed(0)
-    config = HRNetConfig()
-    spec = CheckpointSpec(config, HeatmapCodec("official", (192, 256)))
-    predictor: Any = PosePredictor(HRNet(config).eval(), spec, "cpu", "float32")
+    save_random(checkpoint, load_config("w32_256x192"))
+    predictor: Any = PosePredictor.load(checkpoint, "cpu", "float32")
     predictor.finish = lambda _, *found: [part.tobytes() for part in found]  # as they left the network
     crops = np.random.default_rng(0).integers(0, 256, (2 * BATCH, 256, 192, 3), np.uint8)
     of_passes = {passes: Threads(predictor, passes, passes) for passes in (1, 2)}
