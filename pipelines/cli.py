@@ -21,6 +21,7 @@ from typing import Any
 
 import tyro
 
+from hrnet_core import memory
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import destination, is_uri, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
@@ -32,6 +33,7 @@ from pipelines.stop import Stopped, stoppable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    memory.collect_seldom()
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["help"]
     if name in ("-h", "--help", "help"):
         print(usage())

@@ -23,7 +23,7 @@ from pipelines.config import RaySettings
 from pipelines.progress import Every
 from pipelines.stop import handlers_kept
 
-QUIET = "pipelines.quiet_worker.quiet_worker"
+HOOK = "pipelines.worker_process.begin"
 METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
 TRAIN_HELPERS = 4
 """Processes that Ray Train starts beside its controller and its workers."""
@@ -112,7 +112,7 @@ def _started(
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS", "local")
-    how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": QUIET}}
+    how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": HOOK}}
     inherited: dict[str, str] = {}
     if address == "local":
         how |= {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}

@@ -59,14 +59,9 @@ def handlers_kept() -> Iterator[None]:
                 signal.signal(which, handler)
 
 
-def in_a_thread(work: Callable[[], T]) -> T:
-    """The result of `work`, or its exception. For what takes Ctrl-C for itself where it runs in the main
-    thread, which here only waits; stopped, it leaves the work to end with the process."""
-    return waited(begun(work))
-
-
 def begun(work: Callable[[], T]) -> Future[T]:
-    """`work` in a thread that ends with the process, whoever waits for it (`waited`)."""
+    """`work` in a thread that ends with the process, whoever waits for it (`waited`). Also for what takes
+    Ctrl-C for itself where it runs in the main thread, which then only waits; stopped, it leaves the work."""
     done: Future[T] = Future()
 
     def run() -> None:
@@ -79,7 +74,10 @@ def begun(work: Callable[[], T]) -> Future[T]:
     return done
 
 
-def waited(done: Future[T]) -> T:
+def waited(done: Future[T], beside: Future[None] | None = None) -> T:
+    """The result of `done`, or its exception; that of `beside` as soon as it has one."""
     while not done.done():
         wait([done], 0.2)  # a signal that another thread was given wakes nobody
+        if beside and beside.done():
+            beside.result()
     return done.result()

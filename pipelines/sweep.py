@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import yaml
@@ -21,11 +22,11 @@ from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.run_folder import only_one, read_record, run_folder, run_id_of, storage_of
 from pipelines.shards.manifest import Manifest
-from pipelines.stop import in_a_thread
+from pipelines.stop import begun, waited
 from pipelines.storage import absolute, join, write_json, write_whole
 from pipelines.sweeps.trials import Sweep, table
 from pipelines.tracking import StoreAway, Tracker, store_of
-from pipelines.train import check_settings, check_start, refuse_unshared_run
+from pipelines.train import begun_check, check_settings, check_start, refuse_unshared_run
 
 
 def sweep(config: RunConfig) -> str:
@@ -46,10 +47,10 @@ def sweep(config: RunConfig) -> str:
     with only_one(this.folder):
         _check_same_sweep(this)
         if not all(trial.state for trial in this.trials()):
-            manifest.verify({config.data.train_split, config.data.val_split})
+            whole = begun_check(config, manifest)
             for model in {trial.model: trial for trial in this.configs}.values():
                 check_start(model, manifest)
-            _run(this)
+            _run(this, whole)
         trials = this.trials()
         best = max(trials, key=lambda trial: trial.ap)
         if best.ap < 0:
@@ -106,8 +107,8 @@ def _write_best(this: Sweep, number: int) -> None:
 # --- on Ray, in MLflow ----------------------------------------------------------------------------
 
 
-def _run(this: Sweep) -> None:
-    """All trials that are not through, below one MLflow run."""
+def _run(this: Sweep, whole: Future[None]) -> None:
+    """All trials that are not through, below one MLflow run. whole: of `begun_check`."""
     settings, train = this.config.sweep, this.config.train
     gpus = 1.0 if train.use_gpu else 0.0
     parent, status = Parent(None, None), "FAILED"
@@ -129,7 +130,9 @@ def _run(this: Sweep) -> None:
                 settings.concurrent or room_for(train.cpus_per_worker, gpus, labels) // train.num_workers
             )
             print(f"sweep {this.config.run.name}: {settings.trials} trials, {at_once} at a time", flush=True)
-            in_a_thread(functools.partial(tune_trials, this, at_once, parent.stopped))
+            # Tune takes Ctrl-C for itself where it runs in the main thread.
+            waited(begun(functools.partial(tune_trials, this, at_once, parent.stopped)), whole)
+            waited(whole)
         status = "FINISHED"
     except KeyboardInterrupt as error:
         status = "KILLED"

@@ -13,7 +13,7 @@ import importlib
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 from hrnet_core import memory
@@ -89,12 +89,12 @@ def train(config: RunConfig) -> TrainResult:
             print(f"run {result.run_name} is finished: AP {result.best_ap:.3f}, {result.best_checkpoint}")
             return result
         if result is None:
-            manifest.verify({config.data.train_split, config.data.val_split})
             check_start(config, manifest)
+            whole = begun_check(config, manifest)
         with told_in_a_sentence(folder, epoch_steps(config, manifest)):
             followed = None
             if result is None:  # else only MLflow has not got it yet
-                result, followed = _train(config, manifest, folder)
+                result, followed = _train(config, manifest, folder, whole)
             result = hand_over(config, manifest, result, followed)
             result.write()
     print(
@@ -104,7 +104,9 @@ def train(config: RunConfig) -> TrainResult:
     return result
 
 
-def _train(config: RunConfig, manifest: Manifest, folder: str) -> tuple[TrainResult, Followed | None]:
+def _train(
+    config: RunConfig, manifest: Manifest, folder: str, whole: Future[None]
+) -> tuple[TrainResult, Followed | None]:
     """The run in its folder, by `fit` on a Ray that is started or joined for it."""
     settings = config.train
     begun(functools.partial(importlib.import_module, "torch"))  # beside Ray's start, which mostly waits
@@ -112,7 +114,7 @@ def _train(config: RunConfig, manifest: Manifest, folder: str) -> tuple[TrainRes
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         refuse_unshared_run(config)
-        return fit(config, manifest, folder)
+        return fit(config, manifest, folder, whole=whole)
 
 
 def fit(
@@ -121,17 +123,23 @@ def fit(
     folder: str,
     parent: str | None = None,
     callbacks: Sequence[UserCallback] = (),
+    whole: Future[None] | None = None,
 ) -> tuple[TrainResult, Followed | None]:
     """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
 
     The run in MLflow (below the run `parent`) is opened while the workers start. callbacks: told of each
-    report, in Ray Train's controller."""
+    report, in Ray Train's controller. whole: of `begun_check`; its DataError ends the run, which does not
+    end without its result."""
     trainer = _trainer(config, manifest, folder, callbacks)
     begin_run(folder, config, manifest.digest)
     training, followed = begun(trainer.fit), None
     try:
         followed = follow_run(config, manifest, folder, parent)
-        standing = _outcome(training, config, folder, epoch_steps(config, manifest))
+        standing = _outcome(training, config, folder, epoch_steps(config, manifest), whole)
+        if whole:
+            if not whole.done():
+                print("waiting until all shards are checked ...", flush=True)
+            waited(whole)
         return _result(standing, folder, manifest), followed
     except BaseException as error:
         if followed:
@@ -197,6 +205,16 @@ def check_start(config: RunConfig, manifest: Manifest) -> None:
         ) from None
 
 
+def begun_check(config: RunConfig, manifest: Manifest) -> Future[None]:
+    """The hashing of all shards (`Manifest.verify`), which goes on beside the run: of a large dataset it
+    would keep it from starting. DataError at once where a second shows it, as it does of small ones."""
+    whole = begun(functools.partial(manifest.verify, {config.data.train_split, config.data.val_split}))
+    wait([whole], 1.0)
+    if whole.done():
+        whole.result()
+    return whole
+
+
 def epoch_steps(config: RunConfig, manifest: Manifest) -> int:
     """Batches of an epoch."""
     return -(-sum(manifest.row_groups(config.data.train_split).values()) // config.train.batch_size)
@@ -247,7 +265,13 @@ def _trainer(
     )
 
 
-def _outcome(training: Future[ray.train.Result], config: RunConfig, folder: str, steps: int) -> Standing:
+def _outcome(
+    training: Future[ray.train.Result],
+    config: RunConfig,
+    folder: str,
+    steps: int,
+    whole: Future[None] | None,
+) -> Standing:
     """Of the loop, once it is through."""
     import ray.train
 
@@ -256,7 +280,7 @@ def _outcome(training: Future[ray.train.Result], config: RunConfig, folder: str,
 
     most = config.train.max_failures
     try:
-        outcome = waited(training).return_value
+        outcome = waited(training, whole).return_value
     except ray.train.WorkerGroupError as error:
         raise Failure(
             f"{what_happened(error.worker_failures)}, and train.max_failures {most} allows "

@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from numpy.typing import NDArray
 from ray import serve
 
+from hrnet_core import memory
 from hrnet_core.errors import PoseError
 from hrnet_core.results import Poses
 from serve.body import FORM_TYPE, JSON_TYPE, Upload, read_body, uploads_of
@@ -96,6 +97,7 @@ class PoseService:
         self._inference = ThreadPoolExecutor(1, "infer")
         self._infer_batched.set_max_batch_size(args.max_batch_people)
         self._infer_batched.set_batch_wait_timeout_s(args.batch_wait_s)
+        memory.collect_as_usual()  # before a model is there: models come and go
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._make_app(self)

@@ -8,14 +8,17 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +45,7 @@ from pipelines.run_folder import (
     write_run,
 )
 from pipelines.shards.manifest import Manifest
-from pipelines.stop import in_a_thread
+from pipelines.stop import begun, waited
 from pipelines.storage import BucketAway
 from pipelines.tracking import quiet_mlflow
 from pipelines.train_settings import TrainSettings
@@ -315,11 +318,11 @@ def test_what_engines_say_is_not_shown(capfd: pytest.CaptureFixture[str]) -> Non
 VERB = """
 import sys, time
 from pipelines import cli
-from pipelines.stop import in_a_thread
+from pipelines.stop import begun, waited
 def wait(seconds):
     try:
         print("begun", flush=True)
-        in_a_thread(lambda: time.sleep(seconds))
+        waited(begun(lambda: time.sleep(seconds)))
     except KeyboardInterrupt as error:
         error.add_note("Where it stands.")
         print("ending", flush=True)
@@ -351,9 +354,9 @@ def test_the_second_signal_ends_at_once() -> None:
 
 
 def test_work_in_a_thread_gives_its_result_or_its_exception() -> None:
-    assert in_a_thread(lambda: 3) == 3
+    assert waited(begun(lambda: 3)) == 3
     with pytest.raises(ZeroDivisionError):
-        in_a_thread(lambda: 1 // 0)
+        waited(begun(lambda: 1 // 0))
 
 
 # --- MLflow away ------------------------------------------------------------------------------------------
@@ -524,6 +527,73 @@ def test_a_database_that_is_being_made_is_made_to_its_end(manifest: Manifest, tm
         raise KeyboardInterrupt
     assert tracker.done()
     assert tracker.result().client.search_experiments(max_results=1)
+
+
+# --- a shard that is not as written ------------------------------------------------------------------------
+
+
+def damaged(manifest: Manifest, copy: Path) -> Manifest:
+    """A copy of a dataset with one other byte in a shard."""
+    shutil.copytree(manifest.folder, copy)
+    file = copy / manifest.shards("train2017")[0].path
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return Manifest.load(copy)
+
+
+def test_a_damaged_shard_of_a_small_dataset_is_named_before_anything_starts(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_train", None)  # would fail if it were called
+    wrong = damaged(manifest, tmp_path / "shards")
+    with pytest.raises(DataError, match=r"train2017-\d+.*\.parquet \(1 in all\) not as written"):
+        driver.train(small_config(wrong, tmp_path))
+    assert not (tmp_path / "r" / "run.json").exists()
+
+
+def test_the_check_of_a_large_dataset_ends_the_run_that_it_goes_on_beside(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    whole, ended = Future[None](), threading.Event()
+
+    class Trainer:
+        def fit(self) -> None:  # begins, is told, would go on
+            assert tracked_as(folder)
+            whole.set_exception(DataError("a.parquet is not as written"))
+            ended.wait(60)
+
+    monkeypatch.setattr(driver, "_trainer", lambda *_: Trainer())
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        driver.fit(config, manifest, folder, whole=whole)
+    ended.set()
+    with opening(config, folder) as tracker:
+        (run,) = waited(tracker).client.search_runs(["1"])
+    assert run.info.status == "FAILED"
+
+
+def test_a_run_does_not_end_before_its_shards_are_checked(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    whole, through = Future[None](), threading.Event()
+
+    class Trainer:
+        def fit(self) -> Any:
+            run, _ = one_worker(config, tmp_path / "r")
+            through.set()
+            return SimpleNamespace(return_value=run.standing)
+
+    monkeypatch.setattr(driver, "_trainer", lambda *_: Trainer())
+    with ThreadPoolExecutor(1) as command:
+        ending = command.submit(driver.fit, config, manifest, folder, whole=whole)
+        assert through.wait(60)
+        with pytest.raises(TimeoutError):
+            ending.result(1)
+        whole.set_result(None)
+        ending.result(60)
+    assert "waiting until all shards are checked" in capsys.readouterr().out
 
 
 # --- a disk without room ----------------------------------------------------------------------------------

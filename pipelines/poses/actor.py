@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hrnet_core import memory
 from pipelines.config import WorkerSettings
 from pipelines.in_order import results
 
@@ -117,6 +118,7 @@ class Actor:
         settings: WorkerSettings,
         cpus: int = 1,
     ) -> None:
+        memory.collect_seldom()
         import cv2
         import torch
 
@@ -131,6 +133,7 @@ class Actor:
         )
         self.threads = Threads(predictor, cpus, max(1, cpus // settings.threads))
         self.work = work
+        memory.collect_as_usual()
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """A batch of one row: Ray Data wants lists."""

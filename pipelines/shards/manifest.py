@@ -16,14 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import refuse_no_bucket
+from hrnet_core.locations import is_uri, refuse_no_bucket
+from pipelines.in_order import ahead
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, SCHEMA_VERSION, Shard, canonical_json
@@ -36,6 +36,9 @@ from pipelines.storage import (
     write_json,
     write_whole,
 )
+
+AT_ONCE, AT_ONCE_FAR = 4, 16
+"""Shards that are hashed at a time: on a disk, and in a bucket, whose streams are slow each."""
 
 
 def write_manifest(folder: str, fields: Mapping[str, Any]) -> Manifest:
@@ -163,12 +166,12 @@ class Manifest:
                 return True
 
         bad = []
-        with ThreadPoolExecutor(4) as pool:
-            for shard, wrong in zip(shards, pool.map(differs, shards), strict=True):
-                if wrong:
-                    bad.append(shard.path)
-                if progress is not None:
-                    progress(shard)
+        at_once = AT_ONCE_FAR if is_uri(self.folder) else AT_ONCE
+        for shard, wrong in zip(shards, ahead(differs, shards, at_once), strict=True):
+            if wrong:
+                bad.append(shard.path)
+            if progress is not None:
+                progress(shard)
         if bad:
             raise DataError(
                 f"{self.folder}: {', '.join(bad[:5])} ({len(bad)} in all) not as written: sha256 differs "

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hrnet_core import memory
 from hrnet_core.errors import ConfigError
 from hrnet_core.predictor import PosePredictor
 from pipelines.progress import time_left
@@ -64,6 +65,7 @@ def train_worker(job: Job) -> Standing | Diverged:
     report = functools.partial(report_to_ray, job.folder)
     with saved_by_ray(job.folder) as saved:
         run = set_up(job, rank, world, device, report, saved)
+    memory.collect_as_usual()
     run.usage = Usage(rank, device, context.get_node_rank(), context.get_local_rank())
     try:
         train_epochs(run)
