@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cluster lint types format clean
+.PHONY: help setup demo test test-slow test-cluster test-gpu lint types format clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-slow: setup  ## the long tests
 
 test-cluster: setup  ## a cluster of three machines made of Linux namespaces, machines lost in it
 	@bash tests/cluster/run.sh $(BIN)/python
+
+test-gpu: setup  ## the tests and figures that need a GPU, 14 minutes at most
+	@bash tests/benchmarks/on_gpu.sh $(BIN)/python
 
 lint: setup  ## style of the whole tree
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

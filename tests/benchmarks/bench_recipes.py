@@ -4,6 +4,8 @@
     python tests/benchmarks/bench_recipes.py FOLDER --recipes udp+ema udp+photometric modern-ema ...
     python tests/benchmarks/bench_recipes.py FOLDER --images 60 --epochs 120 --batch-size 8
                                                            few people, learnt by heart: 1,920 steps
+    python tests/benchmarks/bench_recipes.py FOLDER --coco COCO ...
+                                                           photographs, in place of --images drawn ones
 
 The network and the views are `tiny`'s (1.25 M parameters) at 96x64; the steps, the batch and the highest rate
 (`tiny`'s, times the root of the batch's ratio) are the same for all. A recipe is official, udp, dark or
@@ -54,6 +56,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=450, help="to learn from")
+    parser.add_argument("--coco", type=Path, help="photographs in place of drawn people: a COCO root")
     parser.add_argument("--val-images", type=int, default=225, help="to score")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
@@ -61,6 +64,8 @@ def main() -> int:
     cv2.setNumThreads(1)
     kept = args.folder / "runs.jsonl"
     setting = {name: getattr(args, name) for name in ("epochs", "images", "batch_size")}
+    if args.coco:
+        setting["images"] = str(args.coco.resolve())
     for seed in args.seeds:  # all recipes of a seed, then the next: a table that is cut short is of all
         for recipe in args.recipes:
             how = {"recipe": recipe, "seed": seed, **setting}
@@ -109,14 +114,16 @@ def config_of(recipe: str, seed: int, args: argparse.Namespace) -> RunConfig:
 def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
     """Draws and preprocesses what is not there yet; one run in this process. The loss is of the people to be
     scored, train_loss of the last steps, with noise where there is any."""
-    coco, codec = args.folder / f"coco-{args.images}", config.data.codec
-    shards = args.folder / f"shards-{args.images}-{codec}"
+    coco, codec = args.coco or args.folder / f"coco-{args.images}", config.data.codec
+    shards = args.folder / f"shards-{'photographs' if args.coco else args.images}-{codec}"
     if not (shards / "manifest.json").exists():
         many = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", "1"]
         places = ["--data.root", str(coco), "--data.shards", str(shards)]
         layer = args.folder / f"{codec}.yaml"
         write_whole(str(layer), f"base: tiny\ndata: {{codec: {codec}, sigma: null, input_size: {[*SIZE]}}}\n")
-        if hrnet(["draw", str(coco), *many]) or hrnet(["preprocess", str(layer), *places]):
+        if not args.coco and hrnet(["draw", str(coco), *many]):
+            sys.exit("the set could not be drawn")
+        if hrnet(["preprocess", str(layer), *places]):
             sys.exit("the set could not be made")
     begun = time.perf_counter()
     where = args.folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
@@ -131,23 +138,26 @@ def train(config: RunConfig, args: argparse.Namespace) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean AP and its least and most over seeds, with the mean difference to udp of the same seeds and the
-    standard error of that."""
-    by: dict[str, dict[int, float]] = {}
+    """Mean AP and its least and most over seeds, and mean loss of those who are scored; of both the mean
+    difference to udp of the same seeds and the standard error of that."""
+    by: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
-        by.setdefault(row["recipe"], {})[row["seed"]] = row["AP"]
-    lines = ["| recipe | seeds | AP, mean | least to most | against udp, seed by seed |"]
-    lines.append("|---|---|---|---|---|")
+        by.setdefault(row["recipe"], {})[row["seed"]] = row
+    heads = "recipe", "seeds", "AP, mean", "least to most", "against udp", "loss x 1000", "against udp"
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for recipe, found in by.items():
-        pairs = [ap - by["udp"][seed] for seed, ap in found.items() if seed in by.get("udp", {})]
-        against = ""
+        aps = [row["AP"] for row in found.values()]
+        loss = 1000 * statistics.mean(row["loss"] for row in found.values())
+        against = ["", ""]
+        pairs = [(row, by["udp"][seed]) for seed, row in found.items() if seed in by.get("udp", {})]
         if recipe != "udp" and len(pairs) > 1:
-            error = statistics.stdev(pairs) / len(pairs) ** 0.5
-            against = f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
-        aps = list(found.values())
+            for i, (name, factor, digits) in enumerate((("AP", 1, 3), ("loss", 1000, 4))):
+                differences = [factor * (row[name] - udp[name]) for row, udp in pairs]
+                error = statistics.stdev(differences) / len(pairs) ** 0.5
+                against[i] = f"{statistics.mean(differences):+.{digits}f} ± {error:.{digits}f}"
         lines.append(
             f"| {recipe} | {len(aps)} | {statistics.mean(aps):.3f} | {min(aps):.3f} to {max(aps):.3f} "
-            f"| {against} |"
+            f"| {against[0]} | {loss:.4f} | {against[1]} |"
         )
     return "\n".join(lines)
 
