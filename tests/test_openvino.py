@@ -63,15 +63,28 @@ def heatmaps(folder: Path, crops: NDArray[np.uint8], mode: str) -> NDArray[np.fl
 
 
 def test_how_far_each_mode_is_from_torch(solved: tuple[Path, Path], crops: NDArray[np.uint8]) -> None:
-    """Measured: 1e-6, 6e-3 and 4e-2 of the range."""
+    """Measured: 1e-6, 6e-3 and 4e-2 of the range; with AMX, where the network comes out of its training as
+    another one, 4e-6, 3e-2 and 1.4e-1. Of bfloat16 what test_predictor.py holds of all such modes."""
     truth = heatmaps(solved[1], crops, "float32")
     spread = np.ptp(truth)
     for mode, least, most in (
-        ("openvino", 0, 1e-5), ("openvino_bfloat16", 1e-4, 0.03), ("openvino_int8", 1e-3, 0.15),
+        ("openvino", 0, 1e-5), ("openvino_bfloat16", 1e-4, 0.05), ("openvino_int8", 1e-3, 0.15),
     ):  # fmt: skip
         if not unusable(mode, "cpu", INT8):
             difference = np.abs(heatmaps(solved[1], crops, mode) - truth).max() / spread
             assert least <= difference < most, mode
+
+
+def test_bfloat16_rounds_no_further_than_torchs(solved: tuple[Path, Path], crops: NDArray[np.uint8]) -> None:
+    """Root mean square: 0.0025 and 0.0028 of the range, with AMX. The largest is one cell's."""
+    if why := unusable("openvino_bfloat16", "cpu"):
+        pytest.skip(why)
+    truth = heatmaps(solved[1], crops, "float32")
+    ours, torchs = (
+        float(np.sqrt(np.square(heatmaps(solved[1], crops, mode) - truth).mean()))
+        for mode in ("openvino_bfloat16", "bfloat16")
+    )
+    assert 0 < ours < 1.1 * torchs
 
 
 def test_a_float32_head_is_nearer_than_all_in_bfloat16(

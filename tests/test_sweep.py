@@ -134,7 +134,7 @@ def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Sweep] = []
-    monkeypatch.setattr(verb, "_run", asked.append)
+    monkeypatch.setattr(verb, "_run", lambda this, whole: asked.append(this))
     config = sweep_config(manifest, tmp_path)
     with_outcomes(Sweep(config, manifest, str(tmp_path / "r")))
     sweep(config)
