@@ -205,6 +205,7 @@ def cannot(*_: Any) -> None:
     raise RuntimeError("CUDA error: out of memory")
 
 
+@pytest.mark.slow
 def test_two_workers_that_record_train_as_under_ddp(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
