@@ -20,7 +20,7 @@ from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
 from pipelines.registry import Registry
-from pipelines.run_folder import TrainResult, run_id_of, storage_of, write_run
+from pipelines.run_folder import TrainResult, run_id_of, settings_shown, storage_of, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import begun, waited
 from pipelines.storage import base_name, join, list_files
@@ -86,7 +86,7 @@ def open_run(
     """The earlier run where there is one."""
     run_id = tracker.open_run(
         base_name(folder),
-        config.model_dump(mode="json", exclude={"evaluate", "serve", "sweep", "ray", "run"}),
+        settings_shown(config, {"evaluate", "predict", "serve", "sweep", "ray", "run"}),
         {
             "config": config.config_name,
             "dataset_digest": manifest.digest,

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from hrnet_core.errors import ConfigError, DataError, Failure
-from hrnet_core.locations import is_uri, refuse_no_bucket
+from hrnet_core.locations import destination, is_uri, without_credentials
 from pipelines.config import RunConfig
 from pipelines.lease import leased
 from pipelines.storage import (
@@ -36,11 +36,13 @@ from pipelines.storage import (
     join,
     read_file,
     read_json,
+    writable,
     write_json,
     write_whole,
 )
 
 ERRORS = "errors.log"
+STORAGE = "--run.storage"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -81,26 +83,27 @@ class TrainResult:
 
 
 def run_folder(config: RunConfig, dataset_digest: str) -> str:
-    """STORAGE/NAME, absolute. ConfigError for a name that is a path, DataError where there is no bucket."""
+    """STORAGE/NAME, absolute. ConfigError for a name that is a path, otherwise as `destination`."""
     name = config.run.name or config.identity(dataset_digest)
     if Path(name).name != name or name.startswith("."):
         raise ConfigError(f"--run.name {name!r}: a run's name is a folder's name in --run.storage, no path.")
-    storage = absolute(config.run.storage)
-    refuse_no_bucket(storage, "--run.storage")
-    return join(storage, name)
+    return join(absolute(destination(config.run.storage, STORAGE)), name)
 
 
 @contextlib.contextmanager
 def only_one(folder: str) -> Iterator[None]:
-    """Two drivers of one run would overwrite each other's state: ConfigError for the second."""
+    """Two drivers of one run would overwrite each other's state: ConfigError for the second. DataError where
+    no folder can be made there."""
     storage = storage_of(folder)
     lock = f".{base_name(folder)}.lock"
     if is_uri(folder):
         with leased(storage, lock, folder):
             yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(storage) / lock).open("w") as handle:
+    with writable(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = (Path(storage) / lock).open("w")
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -132,6 +135,12 @@ def check_same_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
         )
 
 
+def refuse_sweep(folder: str) -> None:
+    """ConfigError where the folder is a sweep's."""
+    if read_record(folder, "sweep.json"):
+        raise ConfigError(f"{folder} is a sweep, whose trials are runs. Choose another --run.name.")
+
+
 def begin_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
     """run.json of a run that is being opened in MLflow, with the id that it has there from before: until
     `write_run` or `give_up`, workers wait (`tracked_as`)."""
@@ -160,13 +169,21 @@ def run_id_of(folder: str) -> str | None:
 
 
 def write_run(folder: str, config: RunConfig, dataset_digest: str, run_id: str | None) -> None:
-    """run.json and config.yaml. run_id: MLflow's, None as long as it has none."""
+    """run.json and config.yaml, with which `hrnet train` goes on: it asks for no fresh start, and holds no
+    password. run_id: MLflow's, None as long as it has none."""
     _write_record(folder, config, dataset_digest, run_id)
-    settings = yaml.safe_dump(
-        config.model_dump(mode="json", exclude={"config_name", "sweep"}), sort_keys=False
-    )
+    fields = settings_shown(config, {"config_name", "sweep"})
+    fields["run"]["fresh"] = False
     head = f"# hrnet train {base_name(folder)}: all settings, as they were"
-    write_whole(join(folder, "config.yaml"), f"{head}\n{settings}")
+    write_whole(join(folder, "config.yaml"), f"{head}\n{yaml.safe_dump(fields, sort_keys=False)}")
+
+
+def settings_shown(config: RunConfig, exclude: set[str]) -> dict[str, Any]:
+    """All but some sections, as JSON has them; the address of a server without user and password."""
+    fields = config.model_dump(mode="json", exclude=exclude)
+    if fields["track"]["uri"]:
+        fields["track"]["uri"] = without_credentials(fields["track"]["uri"])
+    return fields
 
 
 def move_aside(folder: str) -> None:
@@ -209,13 +226,15 @@ def no_room(error: BaseException, folder: str) -> DataError | None:
     )
 
 
-def where_it_stands(folder: str, steps: int) -> str:
-    """Where a run stands, as a sentence; `steps`: batches of an epoch."""
+def where_it_stands(folder: str, steps: int, fresh: bool = False) -> str:
+    """Where a run stands, as a sentence; `steps`: batches of an epoch. fresh: it was begun with --run.fresh,
+    which another time would move it aside."""
     saved = saved_step(folder)
     at = f"The run stands after {place(reached_step(folder), steps)}; "
     if not saved:
         return f"{at}it has no checkpoint yet, the same command begins again."
-    return f"{at}the same command goes on from the checkpoint of {place(saved, steps)}."
+    command = "the same command without --run.fresh" if fresh else "the same command"
+    return f"{at}{command} goes on from the checkpoint of {place(saved, steps)}."
 
 
 def place(step: int, steps: int) -> str:

@@ -12,15 +12,24 @@ import functools
 import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
 from hrnet_core.errors import ConfigError, Failure
-from hrnet_core.locations import is_uri
+from hrnet_core.locations import destination, is_uri
 from pipelines.cluster import ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
-from pipelines.run_folder import only_one, read_record, run_folder, run_id_of, storage_of
+from pipelines.run_folder import (
+    STORAGE,
+    check_same_run,
+    only_one,
+    read_record,
+    run_folder,
+    run_id_of,
+    storage_of,
+)
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import begun, waited
 from pipelines.storage import absolute, join, write_json, write_whole
@@ -45,16 +54,22 @@ def sweep(config: RunConfig) -> str:
     for trial in this.configs:
         check_settings(trial, manifest)
     with only_one(this.folder):
-        _check_same_sweep(this)
+        known = _check_same_sweep(this)
+        for number, trial in enumerate(this.configs):  # a run of that name may be another's
+            check_same_run(this.trial_folder(number), trial, manifest.digest)
         if not all(trial.state for trial in this.trials()):
             whole = begun_check(config, manifest)
             for model in {trial.model: trial for trial in this.configs}.values():
                 check_start(model, manifest)
+            if not known:
+                write_json(join(this.folder, "sweep.json"), {"run_id": None, "decides": _decides(this)})
             _run(this, whole)
         trials = this.trials()
         best = max(trials, key=lambda trial: trial.ap)
         if best.ap < 0:
-            raise Failure(f"{this.folder}: no trial came to an AP.\n{table(trials)}")
+            raise Failure(
+                f"{this.folder}: no trial came to an AP; why, is in errors.log of each.\n{table(trials)}"
+            )
         _write_best(this, trials.index(best))
     file = join(this.folder, "best.yaml")
     way = f"hrnet train {file}"
@@ -62,39 +77,47 @@ def sweep(config: RunConfig) -> str:
         way = f"a copy of {file} on this machine: hrnet train best.yaml"
     told = f"{table(trials)}\nbest: {best.name}, AP {best.ap:.3f}. {way} --run.name NAME"
     if left := sum(not trial.state for trial in trials):
-        raise Failure(f"{this.folder}: {left} trials ended with an error; the same command goes on.\n{told}")
+        raise Failure(
+            f"{this.folder}: {left} trials ended with an error, which is in errors.log of each; the same "
+            f"command goes on.\n{told}"
+        )
     return told
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:
     """Trials stand in folders of their own."""
-    run = {"name": config.run.name or "sweep", "storage": absolute(config.run.storage)}
-    init = config.model.init and absolute(config.model.init)
+    run = {"name": config.run.name or "sweep", "storage": absolute(destination(config.run.storage, STORAGE))}
+    init, teacher = (value and absolute(value) for value in (config.model.init, config.train.teacher))
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
             "data": config.data.model_copy(update={"shards": absolute(config.data.shards)}),
             "model": config.model.model_copy(update={"init": init}),
+            "train": config.train.model_copy(update={"teacher": teacher}),
         }
     )
 
 
-def _check_same_sweep(this: Sweep) -> None:
-    """sweep.json says what it is: ConfigError where that differs. More trials may come later."""
+def _decides(this: Sweep) -> dict[str, Any]:
+    """What makes it another sweep. More trials may come later."""
     space = {"space": this.config.sweep.space, "seed": this.config.sweep.seed}
-    now = {"dataset_digest": this.manifest.digest, "sweep": space, **this.config.decides()}
-    known = read_record(this.folder, "sweep.json")
+    return {"dataset_digest": this.manifest.digest, "sweep": space, **this.config.decides()}
+
+
+def _check_same_sweep(this: Sweep) -> bool:
+    """sweep.json says what it is: ConfigError where that differs. False where there is none yet."""
+    now, known = _decides(this), read_record(this.folder, "sweep.json")
     if known is None:
         if read_record(this.folder, "run.json"):
             raise ConfigError(f"{this.folder} is a training run. Choose another --run.name for the sweep.")
-        write_json(join(this.folder, "sweep.json"), {"run_id": None, "decides": now})
-        return
+        return False
     differ = [f"{k} was {v}, now {now.get(k)}" for k, v in known["decides"].items() if now.get(k) != v]
     if differ:
         raise ConfigError(
             f"{this.folder}: this sweep was begun with other settings: {'; '.join(differ)}. Choose another "
             f"--run.name."
         )
+    return True
 
 
 def _write_best(this: Sweep, number: int) -> None:

@@ -33,6 +33,7 @@ from pipelines.run_folder import (
     move_aside,
     no_room,
     only_one,
+    refuse_sweep,
     run_folder,
     storage_of,
     where_it_stands,
@@ -81,17 +82,21 @@ def train(config: RunConfig) -> TrainResult:
     check_settings(config, manifest)
     folder = run_folder(config, manifest.digest)
     with only_one(folder):
-        if config.run.fresh:
-            move_aside(folder)
-        check_same_run(folder, config, manifest.digest)
-        result = TrainResult.read(folder)
+        refuse_sweep(folder)
+        result = None
+        if not config.run.fresh:
+            check_same_run(folder, config, manifest.digest)
+            result = TrainResult.read(folder)
         if result and result.version is not None:
             print(f"run {result.run_name} is finished: AP {result.best_ap:.3f}, {result.best_checkpoint}")
             return result
         if result is None:
             check_start(config, manifest)
             whole = begun_check(config, manifest)
-        with told_in_a_sentence(folder, epoch_steps(config, manifest)):
+            if config.run.fresh:  # nothing else is wrong with the command
+                refuse_moved_weights(config, folder)
+                move_aside(folder)
+        with told_in_a_sentence(folder, epoch_steps(config, manifest), config.run.fresh):
             followed = None
             if result is None:  # else only MLflow has not got it yet
                 result, followed = _train(config, manifest, folder, whole)
@@ -149,6 +154,16 @@ def fit(
         raise
 
 
+def refuse_moved_weights(config: RunConfig, folder: str) -> None:
+    """ConfigError where the run is to start from the one that --run.fresh moves aside."""
+    for flag, value in (("--model.init", config.model.init), ("--train.teacher", config.train.teacher)):
+        if value and f"{absolute(value)}/".startswith(f"{folder}/"):
+            raise ConfigError(
+                f"{flag} {value}: lies in the run that --run.fresh moves aside. Give another --run.name in "
+                f"place of --run.fresh."
+            )
+
+
 def refuse_unshared_run(config: RunConfig) -> None:
     """ConfigError on a cluster where a node that may get a worker has not got what a run reads and writes."""
     read = [("--data.shards", config.data.shards), ("--model.init", config.model.init)]
@@ -191,7 +206,12 @@ def check_start(config: RunConfig, manifest: Manifest) -> None:
 
         from pipelines.training.state import make_spec, make_teacher
 
-        make_teacher(config.train, make_spec(config, manifest, None), torch.device("cpu"))
+        try:
+            make_teacher(config.train, make_spec(config, manifest, None), torch.device("cpu"))
+        except (CheckpointError, DataError) as error:
+            raise type(error)(
+                f"train.teacher: {error} Correct --train.teacher, or leave it out to train without one."
+            ) from None
     if config.model.init is None:
         return
     from hrnet_core.published import fit_weights, read_weights
@@ -282,9 +302,10 @@ def _outcome(
     try:
         outcome = waited(training, whole).return_value
     except ray.train.WorkerGroupError as error:
+        stands = where_it_stands(folder, steps, config.run.fresh)
         raise Failure(
-            f"{what_happened(error.worker_failures)}, and train.max_failures {most} allows "
-            f"no further restart. {where_it_stands(folder, steps)} Details: {join(folder, ERRORS)}"
+            f"{what_happened(error.worker_failures)}, and train.max_failures {most} allows no further "
+            f"restart. {stands} Details: {join(folder, ERRORS)}"
         ) from error
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, PoseError):
@@ -317,7 +338,7 @@ def _result(standing: Standing, folder: str, manifest: Manifest) -> TrainResult:
 
 
 @contextlib.contextmanager
-def told_in_a_sentence(folder: str, steps: int) -> Iterator[None]:
+def told_in_a_sentence(folder: str, steps: int, fresh: bool = False) -> Iterator[None]:
     """What ends the block as a sentence that says where the run stands; tracebacks go into its errors.log.
 
     Stopped gets a note. DataError for a disk without room, Failure for all that is no error of the user's.
@@ -326,7 +347,7 @@ def told_in_a_sentence(folder: str, steps: int) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         with contextlib.suppress(Exception):  # a bucket that is away must not hide who stopped it
-            error.add_note(f"{folder}: {where_it_stands(folder, steps)}")
+            error.add_note(f"{folder}: {where_it_stands(folder, steps, fresh)}")
         raise
     except PoseError:
         raise
@@ -337,4 +358,5 @@ def told_in_a_sentence(folder: str, steps: int) -> Iterator[None]:
         if isinstance(error, Failure):
             raise
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise Failure(f"{folder}: {what}. {where_it_stands(folder, steps)} Details: {file}") from error
+        stands = where_it_stands(folder, steps, fresh)
+        raise Failure(f"{folder}: {what}. {stands} Details: {file}") from error

@@ -15,11 +15,11 @@ import yaml
 from test_feed import dotted_shards
 from test_train import small_config
 
-from hrnet_core.errors import ConfigError, Failure
+from hrnet_core.errors import CheckpointError, ConfigError, Failure
 from pipelines import sweep as verb
 from pipelines.config import RunConfig
 from pipelines.config_file import load_config
-from pipelines.run_folder import TrainResult
+from pipelines.run_folder import TrainResult, write_run
 from pipelines.shards.manifest import Manifest
 from pipelines.storage import write_json
 from pipelines.sweep import Parent, sweep
@@ -63,6 +63,7 @@ def test_values_are_a_function_of_seed_and_number() -> None:
     [
         ({}, r"sweep\.space is empty.*loguniform"),
         ({"data.sigma": {"uniform": [1, 2]}}, r"data\.sigma cannot vary"),
+        ({"train.num_workers": {"choice": [1, 2]}}, r"train\.num_workers cannot vary.*who trains"),
         ({"train.lr": {"normal": [1, 2]}}, r"train\.lr is .*normal.*one of uniform"),
         ({"train.lr": {"loguniform": [0, 1]}}, r"train\.lr: loguniform \[0, 1\]: two numbers above 0"),
         ({"train.lr": {"uniform": [2, 1]}}, "the smaller first"),
@@ -130,6 +131,49 @@ def test_trials_that_are_through_are_a_table_and_a_config_to_train_with(
     assert yaml.safe_load((tmp_path / "r" / "best.yaml").read_text())["train"]["lr"] == values[0]["train.lr"]
 
 
+def test_a_run_that_is_called_as_a_trial_is_not_taken_for_it(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished or not: neither its AP nor its run in MLflow is the trial's."""
+    monkeypatch.setattr(verb, "_run", None)  # would fail if it were called
+    other = small_config(manifest, tmp_path, lr=0.5)
+    write_run(str(tmp_path / "r-01"), other, manifest.digest, "0" * 32)
+    with pytest.raises(ConfigError, match=r"r-01: this run was started with other settings: .*train\.lr"):
+        sweep(sweep_config(manifest, tmp_path))
+
+
+def test_a_sweep_that_is_refused_has_not_begun(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sweep] = []
+    monkeypatch.setattr(verb, "_run", lambda this, whole: asked.append(this))
+    config = sweep_config(manifest, tmp_path)
+    gone = config.model_copy(update={"model": config.model.model_copy(update={"init": "gone.pth"})})
+    with pytest.raises(CheckpointError, match=r"gone\.pth"):
+        sweep(gone)
+    with pytest.raises(Failure, match="no trial came to an AP"):  # as none was run
+        sweep(config)
+    assert len(asked) == 1
+    assert (tmp_path / "r" / "sweep.json").exists()
+
+
+def test_trials_find_weights_by_relative_paths(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand in folders of their own."""
+    asked: list[Sweep] = []
+    monkeypatch.setattr(verb, "_run", lambda this, whole: asked.append(this))
+    monkeypatch.setattr(verb, "check_start", lambda *_: None)
+    config = sweep_config(manifest, tmp_path, {"model.init": {"choice": ["some.pth"]}})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"teacher": "heavier"})})
+    with pytest.raises(Failure):
+        sweep(config)
+    for trial in asked[0].configs:
+        assert (trial.model.init, trial.train.teacher) == (
+            str(Path("some.pth").absolute()), str(Path("heavier").absolute())
+        )  # fmt: skip
+
+
 def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +183,7 @@ def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
     with_outcomes(Sweep(config, manifest, str(tmp_path / "r")))
     sweep(config)
     assert not asked, "nothing was left to do"
-    with pytest.raises(Failure, match=r"2 trials ended with an error; the same command goes on"):
+    with pytest.raises(Failure, match=r"2 trials ended with an error, .* the same command goes on"):
         sweep(sweep_config(manifest, tmp_path, trials=5))
     assert [trial.state for trial in asked[0].trials()] == ["through", "stopped", "failed", "", ""]
     with pytest.raises(ConfigError, match=r"sweep was .*'seed': 0.* now .*'seed': 1"):

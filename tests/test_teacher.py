@@ -98,6 +98,6 @@ def test_a_teacher_of_other_heatmaps_is_refused_before_anything_starts(
     udp = teacher_in(tmp_path / "udp", codec=HeatmapCodec("udp", (64, 64), 0.5))
     with pytest.raises(ConfigError, match=r"train\.teacher: .*codec .*udp.*train it on the same shards"):
         driver.check_start(small_config(manifest, tmp_path, teacher=udp), manifest)
-    with pytest.raises(CheckpointError, match="nothing"):
+    with pytest.raises(CheckpointError, match=r"train\.teacher: .*nothing.* Correct --train\.teacher"):
         driver.check_start(small_config(manifest, tmp_path, teacher=str(tmp_path / "nothing")), manifest)
     assert manifest.recipe.codec == HeatmapCodec("official", (64, 64), 0.5)

@@ -28,8 +28,10 @@ from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
 from pipelines.checkpoints import local_checkpoint
 from pipelines.config import EvaluateSettings, RunConfig, TrackSettings
-from pipelines.run_folder import check_same_run, move_aside, only_one, write_run
+from pipelines.config_file import load_config
+from pipelines.run_folder import check_same_run, move_aside, only_one, where_it_stands, write_run
 from pipelines.shards.manifest import Manifest
+from pipelines.storage import write_json
 from pipelines.train_settings import TrainSettings
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
@@ -574,11 +576,69 @@ def test_a_name_goes_on_only_with_the_same_settings(manifest: Manifest, tmp_path
     assert (tmp_path / "r.1" / "run.json").exists()
 
 
+def run_settings(config: RunConfig, **run: Any) -> RunConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def test_config_yaml_goes_on_where_the_run_was_begun_anew_and_holds_no_password(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    config = run_settings(small_config(manifest, tmp_path), fresh=True)
+    track = config.track.model_copy(update={"uri": "http://user:secret@127.0.0.1:9"})
+    write_run(str(tmp_path / "r"), config.model_copy(update={"track": track}), manifest.digest, None)
+    written = load_config(str(tmp_path / "r" / "config.yaml"))
+    assert not written.run.fresh
+    assert written.track.uri == "http://...@127.0.0.1:9"
+    assert "secret" not in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_a_fresh_start_moves_nothing_for_a_command_that_is_refused(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_train", None)  # would fail if it were called
+    config = run_settings(small_config(manifest, tmp_path), fresh=True)
+    write_run(str(tmp_path / "r"), config, manifest.digest, None)
+    gone = config.model_copy(update={"model": config.model.model_copy(update={"init": "gone.pth"})})
+    with pytest.raises(CheckpointError, match=r"gone\.pth"):
+        driver.train(gone)
+    own = config.model.model_copy(update={"init": str(tmp_path / "r" / "best")})
+    monkeypatch.setattr(driver, "check_start", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"--model\.init .*lies in the run that --run\.fresh moves aside"):
+        driver.train(config.model_copy(update={"model": own}))
+    assert (tmp_path / "r" / "run.json").exists()
+    assert not (tmp_path / "r.1").exists()
+
+
+def test_where_a_fresh_start_stands_is_told_without_another(tmp_path: Path) -> None:
+    snapshot = {"latest_checkpoint_result": {"metrics": {"step": 3}}}
+    write_json(str(tmp_path / "ray" / "checkpoint_manager_snapshot.json"), snapshot)
+    assert "the same command goes on from" in where_it_stands(str(tmp_path), 13)
+    assert "the same command without --run.fresh goes on from" in where_it_stands(str(tmp_path), 13, True)
+
+
+def test_the_folder_of_a_sweep_is_no_runs(manifest: Manifest, tmp_path: Path) -> None:
+    write_json(str(tmp_path / "r" / "sweep.json"), {"run_id": None, "decides": {}})
+    for fresh in (False, True):
+        with pytest.raises(ConfigError, match="is a sweep"):
+            driver.train(run_settings(small_config(manifest, tmp_path), fresh=fresh))
+
+
+def test_a_storage_that_cannot_be_one_is_the_users_to_cure(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = small_config(manifest, tmp_path)
+    with pytest.raises(DataError, match=r"file.*cannot be written"):
+        driver.train(run_settings(config, storage=str(tmp_path / "file")))
+    with pytest.raises(DataError, match=r"File name too long"):
+        driver.train(run_settings(config, name="r" * 300))
+    with pytest.raises(ConfigError, match=r"--run\.storage s3:/typo: a URI has two slashes, s3://typo"):
+        driver.train(run_settings(config, storage="s3:/typo"))
+    assert not Path("s3:").exists()
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden"])
 def test_a_run_name_is_no_path(manifest: Manifest, tmp_path: Path, name: str) -> None:
-    config = small_config(manifest, tmp_path)
     with pytest.raises(ConfigError, match="no path"):
-        driver.train(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}))
+        driver.train(run_settings(small_config(manifest, tmp_path), name=name))
 
 
 def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from hrnet_core.errors import ConfigError
 from pipelines.config import RunConfig
 from pipelines.config_file import explain
+from pipelines.storage import absolute
+from pipelines.train_settings import WORKERS
 
 KINDS = ("uniform", "loguniform", "randint", "choice")
 EXAMPLE = "for example  sweep: {space: {train.lr: {loguniform: [1.0e-4, 1.0e-2]}}}"
@@ -27,6 +29,9 @@ def trial_config(config: RunConfig, number: int, name: str) -> RunConfig:
         section, _, key = setting.partition(".")
         fields[section][key] = value
     fields["run"] |= {"name": name, "fresh": False}
+    for section, key in (("model", "init"), ("train", "teacher")):  # trials stand in folders of their own
+        if isinstance(place := fields[section].get(key), str):
+            fields[section][key] = absolute(place)
     try:
         return RunConfig(**fields)
     except ValidationError as error:
@@ -47,6 +52,11 @@ def _draw(rng: np.random.Generator, setting: str, how: Mapping[str, Any]) -> Any
         raise ConfigError(
             f"sweep.space: {setting} cannot vary: settings of train and model can (the shards are made with "
             f"those of data)."
+        )
+    if setting.partition(".")[2] in WORKERS:
+        raise ConfigError(
+            f"sweep.space: {setting} cannot vary: it says who trains, not what is learnt. Give it to all "
+            f"trials, outside of the space."
         )
     kind, values = next(iter(how.items())) if len(how) == 1 else ("", None)
     if kind not in KINDS or not isinstance(values, list) or not values:
