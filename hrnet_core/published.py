@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hrnet_core.architecture import HRNetConfig
-from hrnet_core.checkpoint import fetch_checkpoint, load_checkpoint, read_file
-from hrnet_core.errors import CheckpointError
-from hrnet_core.locations import fetch_file, is_folder_at, is_uri, one_line
+from hrnet_core.checkpoint import DESCRIPTION, fetch_checkpoint, load_checkpoint, read_file
+from hrnet_core.errors import CheckpointError, DataError
+from hrnet_core.locations import BUCKETS, fetch_file, is_folder_at, is_uri, one_line, without_credentials
 from hrnet_core.model import HRNet
 from hrnet_core.weights import (
     first_names,
@@ -35,6 +35,10 @@ NOT_OURS = {
 }
 WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|model|net|network)\.)+")
 """What torch.compile, DataParallel, Lightning and the like put before every name."""
+TAKEN = (
+    "Name a weights file (.pth, .pt, .safetensors) or a checkpoint folder, a path or a URI (s3://, gs://, "
+    "az://, file://)."
+)
 # Metadata in mmpose's files names these; they are read as empty stand-ins, and none of their code runs.
 HARMLESS_METADATA = (
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -118,6 +122,11 @@ def read_weights(file: str | Path) -> PublishedWeights:
     file of the HRNet authors, WZM's container, simple-HRNet. Names may have a prefix of WRAPPERS, which is
     taken off. Half precision becomes float32. CheckpointError: unreadable, or needs code to be run.
     """
+    if str(file).startswith("models:/"):
+        raise CheckpointError(
+            f"{file}: a version of the registry is not taken here, as it is by evaluate, predict, export and "
+            f"deploy. {TAKEN} The version's own is STORAGE/RUN/best of the run that made it."
+        )
     if is_uri(str(file)):
         return _read_from_afar(str(file))
     path = Path(file)
@@ -128,8 +137,10 @@ def read_weights(file: str | Path) -> PublishedWeights:
         raise CheckpointError(
             f"{path}: no such file. Name a weights file (.pth, .pt, .safetensors) or a checkpoint folder."
         )
+    if path.name == DESCRIPTION:
+        raise CheckpointError(f"{path}: describes weights and holds none. Name the folder that it lies in.")
     safe = path.suffix == ".safetensors"
-    whole = parse_safetensors(read_file(path), path) if safe else read_torch(path, HARMLESS_METADATA)
+    whole = parse_safetensors(read_file(path), path) if safe else _torch_content(path)
     content, container = _unwrap(whole, path)
     names = {key: _our_name(key) for key in content}
     scheme = _scheme(set(content), container)
@@ -199,6 +210,13 @@ def _read_from_afar(uri: str) -> PublishedWeights:
         try:
             fetch_it = fetch_checkpoint if is_folder_at(uri) else fetch_file
             at_hand = fetch_it(uri, Path(copy))
+        except DataError:
+            if uri.startswith((*BUCKETS, "file://")):
+                raise
+            raise CheckpointError(
+                f"{without_credentials(shown)}: nothing is read from addresses of this kind. {TAKEN} What "
+                f"lies on the web is downloaded first."
+            ) from None
         except OSError as error:
             raise CheckpointError(
                 f"{shown}: cannot be read ({one_line(error)}). Name a weights file or a checkpoint folder, "
@@ -208,6 +226,15 @@ def _read_from_afar(uri: str) -> PublishedWeights:
             return replace(read_weights(at_hand), file=shown)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(at_hand), shown)) from None
+
+
+def _torch_content(path: Path) -> Any:
+    """read_torch of a published file, without torch's advice to read the file with its protection off."""
+    try:
+        return read_torch(path, HARMLESS_METADATA)
+    except CheckpointError as error:
+        told = re.sub(r"\(Weights only load failed.*\)", "(no tensors in torch's format)", str(error))
+        raise CheckpointError(told) from None
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:

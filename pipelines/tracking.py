@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,18 +34,22 @@ FEW_TRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 """MLflow asks a server that is away for minutes; a first look gives up after some seconds."""
 DIGITS = 36
 """MLflow's limit for the digest of a dataset: the run's tag dataset_digest has all 64."""
+CHATTY = ("mlflow", "alembic", "urllib3.connectionpool")
+"""Loggers of MLflow, of its tables, and of its requests: each retry is a warning there."""
+RELATIVE = re.compile(r"(sqlite(?:\+\w+)?:///|file:|(?!databricks|uc$))([^/:?][^:?]*)(\?.*)?")
+"""The address of a file or folder as seen from where a process stands: how it begins, path, query."""
 
 
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation) off for a block, and
-    progress bars and addresses for good."""
+    """MLflow's and SQLAlchemy's chatter (deprecations among themselves, table creation, retries) off for a
+    block, and progress bars and addresses for good."""
     import mlflow  # noqa: F401 - its import sets the levels of its loggers
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as restored:
-        for logger in (logging.getLogger("mlflow"), logging.getLogger("alembic")):
+        for logger in map(logging.getLogger, CHATTY):
             restored.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         yield
@@ -54,6 +59,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _reason(cause: BaseException) -> str:
+    """The innermost cause in its own words: around it requests and urllib3 say address and path again."""
+    inner = next((part for part in cause.args if isinstance(part, OSError)), cause)
+    return getattr(inner, "strerror", None) or " ".join(str(inner).split()) or type(inner).__name__
 
 
 def store_of(settings: TrackSettings, storage: str | Path) -> str | None:
@@ -78,8 +89,12 @@ def store_of(settings: TrackSettings, storage: str | Path) -> str | None:
 
 
 def uri_of(settings: TrackSettings, storage: str | Path) -> str:
-    """Of the store, as MLflow takes it; errors of `store_of`."""
-    return store_of(settings, storage) or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    """Of the store, as MLflow takes it; errors of `store_of`. A relative file or folder is made absolute:
+    workers stand in a folder of their own."""
+    uri = store_of(settings, storage) or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    if found := RELATIVE.fullmatch(uri):
+        uri = f"{found[1]}{os.path.abspath(found[2])}{found[3] or ''}"
+    return uri
 
 
 class StoreAway(ConfigError):
@@ -120,8 +135,9 @@ class Tracker:
                 self.client = mlflow.MlflowClient(self.uri, self.uri)
                 self.client.search_experiments(max_results=1)
             except Exception as error:
-                away = not self.local and any(isinstance(cause, OSError) for cause in _causes(error))
-                why = without_credentials(one_line(error))[:300]
+                causes = list(_causes(error))
+                away = not self.local and any(isinstance(cause, OSError) for cause in causes)
+                why = without_credentials(_reason(causes[-1]) if away else one_line(error))[:300]
                 raise (StoreAway if away else ConfigError)(
                     f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
                     f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
@@ -192,6 +208,7 @@ class Tracker:
         found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
         return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
+    @quiet_mlflow()
     def close_run(self, run_id: str, status: str) -> None:
         """End the run: "FINISHED", "FAILED" or "KILLED". In a store that is away it stays RUNNING until it is
         opened again."""

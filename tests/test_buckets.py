@@ -200,7 +200,7 @@ def test_resume_keeps_finished_shards(any_bucket: str, coco: Path, plain: list[s
     files_.delete_file(f"{root}/manifest.json")
     files_.delete_file(f"{root}/{shards[0]}")
     write_whole(join(target, shards[1]), before[shards[1]][:-100])  # as a cut upload would look
-    refused(lambda: Manifest.load(target), "no manifest.json", "hrnet preprocess")
+    refused(lambda: Manifest.load(target), "no manifest.json", "hrnet preprocess", "already is used")
     plain.clear()
     assert preprocess(config(coco, target)).digest == whole.digest  # type: ignore[arg-type]
     assert plain == shards[:2]
@@ -309,8 +309,11 @@ def test_a_missing_bucket_and_a_missing_root(bucket: str, coco: Path, plain: lis
     refused(lambda: preprocess(config(coco, f"{missing}/s")), missing, "no bucket")  # type: ignore[arg-type]
     refused(lambda: read_coco(f"{missing}/coco", TRAIN, COCO17), f"{missing}/coco", "no bucket")
     refused(lambda: Manifest.load(f"{missing}/s"), f"{missing}/s", "no bucket")
-    refused(lambda: Manifest.load(f"{bucket}/s"), f"{bucket}/s", "no manifest.json")
+    refused(lambda: Manifest.load(f"{bucket}/s"), f"{bucket}/s", "no manifest.json", "no such folder")
     upload(coco, f"{bucket}/coco")
+    refused(lambda: Manifest.load(f"{bucket}/coco"), f"{bucket}/coco", "no manifest.json", "no shards")
+    picture = f"{bucket}/coco/{TRAIN}/{TRAIN}-0.jpg"
+    refused(lambda: Manifest.load(picture), picture, "is a file")
     refused(
         lambda: read_coco(f"{bucket}/coco", "test2017", COCO17),
         "test2017.json",

@@ -578,6 +578,46 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("models:/hrnet-pose@champion", ["version of the registry is not taken here", "STORAGE/RUN/best"]),
+        ("https://host/w.pth?download=1", ["https://host/w.pth: nothing is read", "downloaded first"]),
+        ("https://me:hidden@host/w.pth", ["https://...@host/w.pth: nothing is read"]),
+    ],
+)
+def test_places_that_weights_are_not_read_from_are_told_with_those_that_they_are(
+    place: str, words: list[str]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_weights(place)
+    told = str(caught.value)
+    taken = [".safetensors", "checkpoint folder", "s3://", "gs://", "az://"]
+    assert [word for word in (*words, *taken) if word not in told] == [], told
+    assert "hidden" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("checkpoint.json", r"best/checkpoint\.json: describes weights.*Name the folder"),
+        ("notes.pth", r"notes\.pth: not a whole torch file \(no tensors in torch's format\)\. Download"),
+    ],
+)
+def test_torchs_advice_to_switch_its_protection_off_is_not_passed_on(
+    tmp_path: Path, name: str, named: str
+) -> None:
+    """torch says of any JSON that it may be read with weights_only=False, which would run what is in it."""
+    file = tmp_path / "best" / name
+    file.parent.mkdir()
+    file.write_text('{"schema_version": 1}')
+    with pytest.raises(CheckpointError, match=named) as caught:
+        read_weights(file)
+    with pytest.raises(CheckpointError, match=named):
+        read_weights(file.as_uri())
+    assert "weights_only" not in str(caught.value)
+
+
 def test_spec_of_another_skeleton_is_refused() -> None:
     skeleton = Skeleton("three", ("a", "b", "c"), (), (0.1, 0.1, 0.1))
     with pytest.raises(CheckpointError, match="num_keypoints is 17, but skeleton 'three' has 3"):

@@ -277,7 +277,22 @@ def refused(folder: Path, *words: str) -> None:
 def test_a_folder_without_manifest_is_no_dataset(copy: Path, tmp_path: Path) -> None:
     os.remove(copy / "manifest.json")
     refused(copy, "manifest.json", "hrnet preprocess")
-    refused(tmp_path / "nowhere", "manifest.json")
+    refused(copy, "no manifest.json", "what is there already is used")
+
+
+def test_what_is_no_dataset_at_all_is_not_to_be_gone_on_with(pristine: Manifest, tmp_path: Path) -> None:
+    """Preprocessing into a place that was named by mistake is not the way out."""
+    (tmp_path / "coco" / "data").mkdir(parents=True)
+    (tmp_path / "coco" / "data" / "notes.txt").write_text("x")
+    for place, words in (
+        (tmp_path / "nowhere", ["no manifest.json", "no such folder: correct --data.shards"]),
+        (Path(pristine.folder) / "manifest.json", ["is a file: name the folder", "--data.shards"]),
+        (tmp_path / "coco", ["no manifest.json", "holds no shards", "correct --data.shards"]),
+    ):
+        refused(place, *words)
+        with pytest.raises(DataError) as caught:
+            Manifest.load(place)
+        assert "already" not in str(caught.value)
 
 
 def test_shards_must_be_the_manifests(copy: Path) -> None:

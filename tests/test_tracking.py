@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from pipelines.checkpoints import local_checkpoint
 from pipelines.config import TrackSettings
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.registry import Registry, champion_of, record_evaluation
-from pipelines.tracking import Tracker, quiet_mlflow
+from pipelines.tracking import StoreAway, Tracker, quiet_mlflow, uri_of
 
 DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
 
@@ -240,6 +243,60 @@ def test_a_store_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"http://\.\.\.@127\.0\.0\.1:9 does not answer") as caught:
         Tracker(TrackSettings(uri="http://user:secret@127.0.0.1:9"), tmp_path)
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_is_away_is_told_in_few_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither urllib3's retries nor its long way of saying the operating system's three words."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    requests = logging.getLogger("urllib3.connectionpool")
+    before = requests.level
+    with pytest.raises(StoreAway, match=r"127\.0\.0\.1:9 does not answer \(Connection refused\)\. Start"):
+        Tracker(TrackSettings(uri="http://user:secret@127.0.0.1:9"), tmp_path)
+    assert [record.getMessage() for record in caplog.records if record.name == requests.name] == []
+    assert requests.level == before
+
+
+def test_a_server_that_hangs_up_is_told_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """requests keeps that cause among its arguments."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            asked, _ = server.accept()
+            with asked:
+                asked.recv(65536)
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(StoreAway, match=r"answer \(Remote end closed connection without response\)\. S"):
+            Tracker(TrackSettings(uri=uri), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ("sqlite:///rel.db", "sqlite:///{here}/rel.db"),
+        ("sqlite:///../a/rel.db?timeout=9", "sqlite:///{here.parent}/a/rel.db?timeout=9"),
+        ("file:mlruns", "file:{here}/mlruns"),
+        ("./mlruns", "{here}/mlruns"),
+        *((uri, uri) for uri in ("sqlite:////abs/rel.db", "sqlite:///:memory:", "sqlite://", "/abs/mlruns")),
+        *((uri, uri) for uri in ("file:///abs/mlruns", "http://host:5000", "databricks", "databricks://me")),
+        *((uri, uri) for uri in ("postgresql://user:secret@host/db", "sqlite:///file:rel.db?uri=true")),
+    ],
+)
+def test_a_store_in_a_file_is_the_same_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, taken: str
+) -> None:
+    """Workers stand in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    taken = taken.format(here=tmp_path)
+    assert uri_of(TrackSettings(uri=named), "runs") == taken
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert uri_of(TrackSettings(), "runs") == taken
 
 
 def test_a_database_file_cannot_lie_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

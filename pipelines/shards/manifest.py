@@ -29,6 +29,8 @@ from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, SCHEMA_VERSION, Shard, canonical_json
 from pipelines.storage import (
     absolute,
+    is_file,
+    is_folder,
     join,
     list_files,
     read_file,
@@ -48,6 +50,26 @@ def write_manifest(folder: str, fields: Mapping[str, Any]) -> Manifest:
     write_whole(join(folder, "croissant.json"), croissant(fields))
     write_json(join(folder, MANIFEST), fields)
     return Manifest.load(folder)
+
+
+def _what_instead(folder: str) -> str:
+    """What a place (path or URI) without manifest.json is instead of a dataset, and the way out."""
+    if is_file(folder):
+        return f"is a file: name the folder that holds {MANIFEST} (--data.shards)."
+    if not is_folder(folder):
+        return (
+            f"no {MANIFEST}, for there is no such folder: correct --data.shards, or run `hrnet preprocess` "
+            f"with it to make the dataset."
+        )
+    if not any(name.endswith(".parquet") for name in list_files(join(folder, "data"))):
+        return (
+            f"no {MANIFEST}, and the folder holds no shards (data/*.parquet): correct --data.shards, or run "
+            f"`hrnet preprocess` with a folder for the dataset alone."
+        )
+    return (
+        f"no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet preprocess` with "
+        f"--data.shards {folder}: what is there already is used."
+    )
 
 
 def dataset_digest(fields: Mapping[str, Any]) -> str:
@@ -85,10 +107,7 @@ class Manifest:
             known = {s.path: s for split in manifest.splits for s in manifest.all_shards(split)}
         except (FileNotFoundError, NotADirectoryError):
             refuse_no_bucket(folder, "data.shards")
-            raise DataError(
-                f"{folder}: no {MANIFEST}, so not a finished dataset (it is written last). Run `hrnet "
-                f"preprocess` with --data.shards {folder}: what is there already is used."
-            ) from None
+            raise DataError(f"{folder}: {_what_instead(folder)}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: not a manifest ({error!r}). Preprocess into a new folder.") from None
         manifest._check_listing(known)
