@@ -8,12 +8,13 @@ inside a unit follow from the unit alone. A second call asks only for the units 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,8 +98,9 @@ def run_units(
     if done:
         print(f"{verb}: going on, {len(done)} of {len(units)} units are there", flush=True)
     if pending:
-        rows = rows_on_ray(pending, work, checkpoint, settings, ray, verb, reads)
-        speed, problems = _collect(rows, pending, store, verb)
+        # Closed here: Ray's session redirects stderr, and an error that is told while it lasts is not seen.
+        with contextlib.closing(rows_on_ray(pending, work, checkpoint, settings, ray, verb, reads)) as rows:
+            speed, problems = _collect(rows, pending, store, verb)
     answers = list(_stored(store).values())
     modes = {file.partition("?")[0].rpartition(".")[2] for file in answers}
     if len(modes) > 1:
@@ -132,7 +134,7 @@ def rows_on_ray(
     ray_settings: RaySettings,
     verb: str,
     reads: Sequence[tuple[str, str]] = (),
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """What Actor returns for each pending unit, in the order of finishing."""
     import ray
     import ray.data
