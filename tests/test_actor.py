@@ -493,7 +493,7 @@ def test_an_error_among_the_answers_ends_rays_session(
     monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows)
     (tmp_path / "file").touch()
     store, settings = f"{tmp_path}/file/unfinished", EvaluateSettings()
-    with pytest.raises(DataError, match="cannot be written") as caught:
+    with pytest.raises(DataError, match="cannot be written: it, or a part of its path, is a file") as caught:
         units.run_units(["unit"], len, tmp_path, settings, RaySettings(), store, "evaluate")
     assert caught.tb is not None  # holds the frames, as whoever prints the error does
     assert sys.stderr is shown

@@ -296,7 +296,9 @@ def test_shards_for_int8(
     assert "--shards SHARDS" in capsys.readouterr().err
     shards = solved[1].parent / "shards"
     assert shard_crops(shards, "train2017", spec).shape == (24, 128, 96, 3)
-    with pytest.raises(DataError, match="no split 'train'"):
+    with pytest.raises(
+        DataError, match=r"--shards-split train: .*no split 'train'; it has train2017, val2017\."
+    ):
         shard_crops(shards, "train", spec)
     dotted_shards(tmp_path / "square", {"train2017": 8})
     with pytest.raises(DataError, match=r"crops of 64 x 64 px, the checkpoint's are 96 x 128 px"):
