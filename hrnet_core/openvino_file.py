@@ -85,6 +85,11 @@ def open_openvino(
         answer = torch.from_numpy(found)
         return answer if head is None else head(answer)
 
+    # The first look at a tensor's data in a process fills a C++ static. Of two threads that look at once, one
+    # waits in it for the GIL and the other, which holds that, for the static: so whoever loads looks first.
+    width, height = spec.input_size
+    with torch.inference_mode():
+        run(torch.zeros(1, 3, height, width))
     return run
 
 

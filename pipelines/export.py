@@ -142,6 +142,9 @@ def export(
         crops = recorded_crops(folder)
         if format == "openvino_int8":
             crops = shard_crops(shards, shards_split, spec)
+        everyone = None
+        if coco_root is not None:
+            everyone = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton)
         flip = settings.flip_test
         try:
             with contextlib.ExitStack() as stack:
@@ -149,8 +152,7 @@ def export(
                 contents, one, other = _both(*load_checkpoint(folder), format, crops, flip)
                 figures = _difference(one, other, crops[:COMPARED], flip)
                 _refuse_another_network(targets[0], format, figures)
-                if coco_root is not None:
-                    everyone = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton)
+                if everyone is not None:
                     figures |= _on_coco([one, other], first_people(everyone, people), settings)
                 for part, content in zip(parts, contents, strict=True):
                     part.write_bytes(content)
@@ -231,6 +233,10 @@ def shard_crops(shards: str | Path | None, split: str, spec: CheckpointSpec) -> 
         raise DataError(
             f"{shards}: crops of {size[0]} x {size[1]} px, the checkpoint's are {spec.input_size[0]} x "
             f"{spec.input_size[1]} px (width x height). Name shards of its input size."
+        )
+    if split not in manifest.splits:
+        raise DataError(
+            f"--shards-split {split}: {shards} has no split {split!r}; it has {', '.join(manifest.splits)}."
         )
     manifest.verify([split])
     groups = list(manifest.row_groups(split))

@@ -70,6 +70,11 @@ def writable(place: str) -> Iterator[None]:
         yield
     except OSError as error:
         where, why = error.filename or place.partition("?")[0], error.strerror or one_line(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise DataError(
+                f"{where}: cannot be written: it, or a part of its path, is a file, not a folder. Name "
+                f"another place, then run the same command again: what is finished is kept."
+            ) from None
         raise DataError(
             f"{where}: cannot be written ({why}). Check the rights and the room there or name another place, "
             f"then run the same command again: what is finished is kept."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -474,3 +477,23 @@ def test_the_default_fills_the_machine(
     assert asked.value.args == (actors,)
     with pytest.raises(ConfigError, match="wants 7 workers of 1 CPU"):
         next(units.rows_on_ray(*arguments[:3], EvaluateSettings(num_workers=7), *arguments[4:]))
+
+
+def test_an_error_among_the_answers_ends_rays_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which redirects stderr: told while it lasts, the error would be seen by nobody."""
+    answer = {"unit": 0, "content": b"", "people": 1, "problems": "[]", "mode": "float32"}
+    shown = sys.stderr
+
+    def rows(*_: Any) -> Iterator[dict[str, Any]]:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield answer | {"actor": "here", "start": 0.0, "end": 1.0}
+
+    monkeypatch.setattr("pipelines.poses.units.rows_on_ray", rows)
+    (tmp_path / "file").touch()
+    store, settings = f"{tmp_path}/file/unfinished", EvaluateSettings()
+    with pytest.raises(DataError, match="cannot be written: it, or a part of its path, is a file") as caught:
+        units.run_units(["unit"], len, tmp_path, settings, RaySettings(), store, "evaluate")
+    assert caught.tb is not None  # holds the frames, as whoever prints the error does
+    assert sys.stderr is shown

@@ -404,6 +404,14 @@ def test_wrong_input_is_one_paragraph(dots: dict[str, Any], tmp_path: Path, here
     refused(CheckpointError, "no such checkpoint folder", tmp_path / "none", root)
     refused(DataError, "cannot be read", checkpoint, root, boxes=tmp_path / "none.json")
 
+    # Before anything is read: there is neither checkpoint nor COCO.
+    nothing, file = (tmp_path / "none", tmp_path / "nowhere"), tmp_path / "file"
+    file.touch()
+    refused(ConfigError, rf"--report {tmp_path}: is a folder. Name a file", *nothing, report=tmp_path)
+    for out in (file, file / "out"):
+        with pytest.raises(ConfigError, match=rf"--out {out}: {file} is a file, not a folder"):
+            evaluate(*nothing, out=out)
+
     others = tmp_path / "others.json"
     others.write_text(json.dumps([{"image_id": 9, "category_id": 1, "bbox": [1, 1, 5, 5], "score": 1}]))
     refused(DataError, r"others\.json: 1 image ids are not in", checkpoint, root, boxes=others)

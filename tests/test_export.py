@@ -21,7 +21,7 @@ import torch
 from dots import SMALL, rows_here, truth_of, write_solved
 
 from hrnet_core.checkpoint import CheckpointSpec, load_checkpoint, read_spec
-from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.modes import MODES, unusable
 from hrnet_core.onnx_file import export_float16, export_onnx
@@ -191,6 +191,15 @@ def test_what_export_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
         export(checkpoint, tmp_path / "file" / "x.onnx")
     assert main(["export", str(tmp_path / "none")]) == 2
     assert "no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_coco_folder_that_is_none_is_refused_before_the_export(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.export._both", lambda *_: pytest.fail("the network was exported"))
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        export(checkpoint, tmp_path / "x.onnx", coco_root=tmp_path / "nowhere")
+    assert not (tmp_path / "x.onnx").exists()
 
 
 def test_a_slice_is_whole_photographs_with_their_truth(dots: tuple[Path, Path]) -> None:

@@ -139,6 +139,27 @@ def test_answers_are_not_of_a_buffer_that_is_used_again(solved: tuple[Path, Path
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_thread_that_loads_has_run_the_network_once(
+    solved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Two threads that are the first of a process to do so can wait for each other for ever."""
+    model, spec = load_checkpoint(solved[1])
+    if not whole and (why := unusable("openvino_bfloat16", "cpu")):
+        pytest.skip(why)
+    infer, seen = openvino.InferRequest.infer, []
+
+    def watched(request: Any, inputs: Any, *rest: Any) -> Any:
+        found = infer(request, inputs, *rest)
+        seen.append((threading.get_ident(), inputs[0].shape, len(found)))
+        return found
+
+    monkeypatch.setattr(openvino.InferRequest, "infer", watched)
+    head = None if whole else model.final_layer
+    open_openvino([(solved[1] / ONNX).read_bytes()], spec, ONNX, head)
+    assert seen == [(threading.get_ident(), (1, 3, 128, 96), 1)]
+
+
 # --- through evaluate and the endpoint --------------------------------------------------------------------
 
 
@@ -275,7 +296,9 @@ def test_shards_for_int8(
     assert "--shards SHARDS" in capsys.readouterr().err
     shards = solved[1].parent / "shards"
     assert shard_crops(shards, "train2017", spec).shape == (24, 128, 96, 3)
-    with pytest.raises(DataError, match="no split 'train'"):
+    with pytest.raises(
+        DataError, match=r"--shards-split train: .*no split 'train'; it has train2017, val2017\."
+    ):
         shard_crops(shards, "train", spec)
     dotted_shards(tmp_path / "square", {"train2017": 8})
     with pytest.raises(DataError, match=r"crops of 64 x 64 px, the checkpoint's are 96 x 128 px"):

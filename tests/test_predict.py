@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -319,6 +320,10 @@ def test_wrong_arguments_end_with_2_before_any_work(
         ),
         ([source, "--boxes", boxes, "--detector", "d.onnx"], "boxes and detector are both given"),
         ([source, "--detector", "d.onnx"], "d.onnx: cannot be read"),
+        ([source, "--out", boxes], f"--out {boxes}: {boxes} is a file, not a folder"),
+        ([source, "--out", f"{boxes}/out"], f"--out {boxes}/out: {boxes} is a file, not a folder"),
+        ([source, "--out", source], f"{source}: all 6 pictures and videos there lie in {source}, which is"),
+        ([source, "--out", str(dots["pictures"].parent)], "Name another --out."),
         ([source, "--out", "nowhere://x/out"], "nowhere://x/out: not a folder that can be opened"),
     ):
         assert main(["predict", *argv, "--checkpoint", checkpoint]) == 2, argv
@@ -629,6 +634,33 @@ def test_boxes_by_frame_and_every_third_frame(dots: dict[str, Any], tmp_path: Pa
     assert [(r["frame"], r["person"]) for r in rows] == [(0, 0), (0, 1), (3, 0)]
     assert [i["frame"] for i in load(tmp_path / "out" / "images.json")] == [0, 3, 6, 9, 12]
     assert done.summary["counts"] == {"frames": 5, "people": 3}
+
+
+def test_boxes_of_frames_that_are_not_there_are_told(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """After a video's end, which may lie in its last stretch or before that; and of a picture."""
+    clip, box = write_video(tmp_path / "clip.avi", dots, 14), [10, 12, 74, 130]
+    shutil.copy(dots["pictures"] / "picture-0.png", tmp_path / "a.png")
+    boxes = {"clip.avi": {str(n): [box] for n in (0, 13, 14, 10**10)}, "a.png": {"0": [box]}}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    sources = [clip, tmp_path / "a.png"]
+    done = run(dots, sources, tmp_path / "out", tmp_path / "boxes.json", batch_size=4)
+    assert done.summary["counts"] == {"pictures": 1, "frames": 14, "people": 2}
+    still, late = load(tmp_path / "out" / "rejected.json")
+    assert (still["name"], still["reason"], late["reason"]) == ("a.png", "bbox_invalid", "bbox_invalid")
+    assert "boxes by frame number belong to a video" in still["detail"]
+    assert (late["name"], late["frame"]) == ("clip.avi", 14)
+    assert f"2 frames, 14 to {10**10}, fit no frame: 14 can be read" in late["detail"]
+
+    whole = write_video(tmp_path / "whole.avi", dots, 40).read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.json").write_text(json.dumps({"cut.avi": {str(n): [box] for n in range(40)}}))
+    done = run(dots, tmp_path / "cut.avi", tmp_path / "cut", tmp_path / "cut.json", batch_size=4)
+    listed = load(tmp_path / "cut" / "rejected.json")
+    assert {row["reason"] for row in listed} == {"video_cut_off", "bbox_invalid"}
+    told = [re.search(r"boxes of (?:(\d+) frames|frame)", row["detail"]) for row in listed]
+    assert done.summary["counts"]["people"] + sum(int(found[1] or 1) for found in told if found) == 40
 
 
 def test_a_video_that_is_cut_off_is_answered_up_to_there(

@@ -27,7 +27,7 @@ from pipelines.pages.frame import write_page
 from pipelines.poses.formats import ROW, json_list, write_all
 from pipelines.shards.writer import write_rejected
 from pipelines.sources.layout import annotations_of
-from pipelines.storage import remove_leftovers, write_json, write_whole
+from pipelines.storage import remove_leftovers, writable, write_json, write_whole
 from pipelines.training.pictures import draw_curves
 from pipelines.validate import write_csv
 
@@ -118,6 +118,13 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "rejected.parquet": lambda file: write_rejected(str(file), []),
     "metrics.jsonl": lambda file: MetricLog(file),
 }
+
+
+@pytest.mark.parametrize("name", ["file/a", "file/a/b"])
+def test_a_file_in_place_of_a_folder_is_called_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="part of its path, is a file, not a folder"), writable("here"):
+        write_whole(tmp_path / name, b"")
 
 
 @pytest.mark.parametrize("name", WRITERS)

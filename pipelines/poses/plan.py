@@ -99,6 +99,9 @@ def make_plan(
             rejected += [rejected_row(one, "bbox_invalid", why) for why in entry.invalid]
         boxes, size = (entry.boxes, entry.size) if entry else (None, None)
         if one.kind == "picture":
+            if entry is not None and entry.frames is not None:
+                why = "boxes by frame number belong to a video: give a picture's as a list"
+                rejected.append(rejected_row(one, "bbox_invalid", why))
             asked.append(Still(one, boxes, ids.get(one.name), size))
             continue
         try:

@@ -8,12 +8,14 @@ inside a unit follow from the unit alone. A second call asks only for the units 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ import numpy as np
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
+from hrnet_core.locations import destination, is_uri
 from pipelines.cluster import (
     cpus_each,
     cpus_per_gpu,
@@ -61,6 +64,17 @@ def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> l
     return units
 
 
+def folder_to_write(out: str | Path) -> str:
+    """`destination` of a verb's folder, --out. ConfigError also where a file of this machine is there, or
+    above it."""
+    place = destination(out, "--out")
+    if not is_uri(place):
+        for above in (Path(place), *Path(place).parents):
+            if os.path.exists(above) and not os.path.isdir(above):
+                raise ConfigError(f"--out {place}: {above} is a file, not a folder. Name another --out.")
+    return place
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What became of all units of a call of `run_units`."""
@@ -97,8 +111,9 @@ def run_units(
     if done:
         print(f"{verb}: going on, {len(done)} of {len(units)} units are there", flush=True)
     if pending:
-        rows = rows_on_ray(pending, work, checkpoint, settings, ray, verb, reads)
-        speed, problems = _collect(rows, pending, store, verb)
+        # Closed here: Ray's session redirects stderr, and an error that is told while it lasts is not seen.
+        with contextlib.closing(rows_on_ray(pending, work, checkpoint, settings, ray, verb, reads)) as rows:
+            speed, problems = _collect(rows, pending, store, verb)
     answers = list(_stored(store).values())
     modes = {file.partition("?")[0].rpartition(".")[2] for file in answers}
     if len(modes) > 1:
@@ -132,7 +147,7 @@ def rows_on_ray(
     ray_settings: RaySettings,
     verb: str,
     reads: Sequence[tuple[str, str]] = (),
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """What Actor returns for each pending unit, in the order of finishing."""
     import ray
     import ray.data

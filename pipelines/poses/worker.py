@@ -115,7 +115,8 @@ class Worker:
             return self._seen(row | {"exif_rotated": picture.turned}, image, asked.boxes, threads)
 
     def _read_frames(self, asked: Stretch, threads: Threads) -> Iterator[_Seen]:
-        """Frames of a stretch. A video that ends too early says so once."""
+        """Frames of a stretch. A video that ends too early says so once; boxes after its end are
+        told."""
         media, start, stop, expected = asked.media, asked.start, asked.stop, asked.expected
         video = self._video
         if video is None or video.uri != media.uri or video.position > start:  # else it goes on there
@@ -137,6 +138,11 @@ class Worker:
         if ended and missing and not told:
             detail = f"no frame can be read after {video.position}, its header promises {expected}"
             yield _Seen(rejected_row(media, "video_cut_off", detail, video.position))
+        late = sorted(n for n in asked.frames or () if n >= video.position) if ended else []
+        if late:
+            which = f"frame {late[0]}" if len(late) == 1 else f"{len(late)} frames, {late[0]} to {late[-1]},"
+            detail = f"the boxes of {which} fit no frame: {video.position} can be read, counted from 0"
+            yield _Seen(rejected_row(media, "bbox_invalid", detail, video.position))
 
     def _seen(
         self, row: Row, image: NDArray[np.uint8], boxes: NDArray[np.float32] | None, threads: Threads

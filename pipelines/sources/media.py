@@ -60,7 +60,13 @@ def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> tup
     outside = None if exclude is None else f"{absolute(str(exclude)).partition('?')[0]}/"
     for source in sources:
         some, passed = _of_uri(source) if is_uri(source) else _of_path(os.path.expanduser(source))
+        there = len(some)
         some = [m for m in some if outside is None or not m.uri.startswith(outside)]
+        if there and not some:
+            raise DataError(
+                f"{source}: all {there:,} pictures and videos there lie in {str(exclude).partition('?')[0]}, "
+                f"which is written into: what lies in it is no source. Name another --out."
+            )
         if not some:
             nothing = "no picture or video there" if passed else "nothing there"
             refuse_no_bucket(source)
