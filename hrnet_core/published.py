@@ -140,7 +140,7 @@ def read_weights(file: str | Path) -> PublishedWeights:
     if path.name == DESCRIPTION:
         raise CheckpointError(f"{path}: describes weights and holds none. Name the folder that it lies in.")
     safe = path.suffix == ".safetensors"
-    whole = parse_safetensors(read_file(path), path) if safe else _torch_content(path)
+    whole = parse_safetensors(read_file(path), path) if safe else read_torch(path, HARMLESS_METADATA)
     content, container = _unwrap(whole, path)
     names = {key: _our_name(key) for key in content}
     scheme = _scheme(set(content), container)
@@ -226,15 +226,6 @@ def _read_from_afar(uri: str) -> PublishedWeights:
             return replace(read_weights(at_hand), file=shown)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(at_hand), shown)) from None
-
-
-def _torch_content(path: Path) -> Any:
-    """read_torch of a published file, without torch's advice to read the file with its protection off."""
-    try:
-        return read_torch(path, HARMLESS_METADATA)
-    except CheckpointError as error:
-        told = re.sub(r"\(Weights only load failed.*\)", "(no tensors in torch's format)", str(error))
-        raise CheckpointError(told) from None
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:

@@ -44,6 +44,8 @@ def read_torch(path: Path, stand_ins: tuple[str, ...] = ()) -> Any:
                 f"who made it for the state_dict alone, as safetensors."
             ) from None
         why = first_line(error)
+        if why.startswith("Weights only load failed"):  # torch goes on to advise reading it unprotected
+            why = "no tensors in torch's format"
         raise CheckpointError(f"{path}: not a whole torch file ({why}). Download or copy it again.") from None
 
 

@@ -42,7 +42,6 @@ from pipelines.storage import (
 )
 
 ERRORS = "errors.log"
-STORAGE = "--run.storage"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -83,11 +82,28 @@ class TrainResult:
 
 
 def run_folder(config: RunConfig, dataset_digest: str) -> str:
-    """STORAGE/NAME, absolute. ConfigError for a name that is a path, otherwise as `destination`."""
+    """STORAGE/NAME, absolute. ConfigError for a name that is a path, otherwise as `whole_storage`."""
     name = config.run.name or config.identity(dataset_digest)
     if Path(name).name != name or name.startswith("."):
         raise ConfigError(f"--run.name {name!r}: a run's name is a folder's name in --run.storage, no path.")
-    return join(absolute(destination(config.run.storage, STORAGE)), name)
+    return join(whole_storage(config), name)
+
+
+def whole_storage(config: RunConfig) -> str:
+    """--run.storage as it is found from any folder; errors of `destination`."""
+    return absolute(destination(config.run.storage, "--run.storage"))
+
+
+def with_whole_weights(config: RunConfig) -> RunConfig:
+    """`model.init` and `train.teacher` as they are found from any folder: workers and trials stand in folders
+    of their own."""
+    init, teacher = (value and absolute(value) for value in (config.model.init, config.train.teacher))
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"init": init}),
+            "train": config.train.model_copy(update={"teacher": teacher}),
+        }
+    )
 
 
 @contextlib.contextmanager

@@ -17,25 +17,26 @@ from typing import Any
 import yaml
 
 from hrnet_core.errors import ConfigError, Failure
-from hrnet_core.locations import destination, is_uri
+from hrnet_core.locations import is_uri
 from pipelines.cluster import ray_session, require, room_for, selector
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.run_folder import (
-    STORAGE,
     check_same_run,
     only_one,
     read_record,
     run_folder,
     run_id_of,
     storage_of,
+    whole_storage,
+    with_whole_weights,
 )
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import begun, waited
 from pipelines.storage import absolute, join, write_json, write_whole
 from pipelines.sweeps.trials import Sweep, table
 from pipelines.tracking import StoreAway, Tracker, store_of
-from pipelines.train import begun_check, check_settings, check_start, refuse_unshared_run
+from pipelines.train import begun_check, check_settings, check_start, end_check, refuse_unshared_run
 
 
 def sweep(config: RunConfig) -> str:
@@ -86,14 +87,11 @@ def sweep(config: RunConfig) -> str:
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:
     """Trials stand in folders of their own."""
-    run = {"name": config.run.name or "sweep", "storage": absolute(destination(config.run.storage, STORAGE))}
-    init, teacher = (value and absolute(value) for value in (config.model.init, config.train.teacher))
-    return config.model_copy(
+    run = {"name": config.run.name or "sweep", "storage": whole_storage(config)}
+    return with_whole_weights(config).model_copy(
         update={
             "run": config.run.model_copy(update=run),
             "data": config.data.model_copy(update={"shards": absolute(config.data.shards)}),
-            "model": config.model.model_copy(update={"init": init}),
-            "train": config.train.model_copy(update={"teacher": teacher}),
         }
     )
 
@@ -155,7 +153,7 @@ def _run(this: Sweep, whole: Future[None]) -> None:
             print(f"sweep {this.config.run.name}: {settings.trials} trials, {at_once} at a time", flush=True)
             # Tune takes Ctrl-C for itself where it runs in the main thread.
             waited(begun(functools.partial(tune_trials, this, at_once, parent.stopped)), whole)
-            waited(whole)
+            end_check(whole)
         status = "FINISHED"
     except KeyboardInterrupt as error:
         status = "KILLED"

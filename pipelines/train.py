@@ -37,6 +37,7 @@ from pipelines.run_folder import (
     run_folder,
     storage_of,
     where_it_stands,
+    with_whole_weights,
 )
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
@@ -142,9 +143,7 @@ def fit(
         followed = follow_run(config, manifest, folder, parent)
         standing = _outcome(training, config, folder, epoch_steps(config, manifest), whole)
         if whole:
-            if not whole.done():
-                print("waiting until all shards are checked ...", flush=True)
-            waited(whole)
+            end_check(whole)
         return _result(standing, folder, manifest), followed
     except BaseException as error:
         if followed:
@@ -235,6 +234,13 @@ def begun_check(config: RunConfig, manifest: Manifest) -> Future[None]:
     return whole
 
 
+def end_check(whole: Future[None]) -> None:
+    """Returns when all shards are hashed. DataError of `begun_check`."""
+    if not whole.done():
+        print("waiting until all shards are checked ...", flush=True)
+    waited(whole)
+
+
 def epoch_steps(config: RunConfig, manifest: Manifest) -> int:
     """Batches of an epoch."""
     return -(-sum(manifest.row_groups(config.data.train_split).values()) // config.train.batch_size)
@@ -254,17 +260,11 @@ def _trainer(
     from pipelines.training.state import Job
 
     settings, steps = config.train, epoch_steps(config, manifest)
-    if config.model.init:  # workers stand in a folder of their own
-        model = config.model.model_copy(update={"init": absolute(config.model.init)})
-        config = config.model_copy(update={"model": model})
-    if settings.teacher:
-        settings = settings.model_copy(update={"teacher": absolute(settings.teacher)})
-        config = config.model_copy(update={"train": settings})
     uri = uri_of(config.track, storage_of(folder))
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     files, place = open_folder(folder)
     return TorchTrainer(
-        functools.partial(train_worker, Job(config, manifest.folder, folder, uri)),
+        functools.partial(train_worker, Job(with_whole_weights(config), manifest.folder, folder, uri)),
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,

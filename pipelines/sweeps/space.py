@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from hrnet_core.errors import ConfigError
 from pipelines.config import RunConfig
 from pipelines.config_file import explain
-from pipelines.storage import absolute
+from pipelines.run_folder import with_whole_weights
 from pipelines.train_settings import WORKERS
 
 KINDS = ("uniform", "loguniform", "randint", "choice")
@@ -29,11 +29,8 @@ def trial_config(config: RunConfig, number: int, name: str) -> RunConfig:
         section, _, key = setting.partition(".")
         fields[section][key] = value
     fields["run"] |= {"name": name, "fresh": False}
-    for section, key in (("model", "init"), ("train", "teacher")):  # trials stand in folders of their own
-        if isinstance(place := fields[section].get(key), str):
-            fields[section][key] = absolute(place)
     try:
-        return RunConfig(**fields)
+        return with_whole_weights(RunConfig(**fields))
     except ValidationError as error:
         told = ", ".join(f"{setting} {value}" for setting, value in values.items())
         raise ConfigError(explain(error, f"sweep.space, trial {number} ({told})")) from None
