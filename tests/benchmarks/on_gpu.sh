@@ -29,7 +29,7 @@ inference() { # people/s of W32 from host to host
 }
 
 tests() { # with the slow one, which compiles
-    limited 180 "$python" -m pytest -v -p no:cacheprovider -m "" tests/test_cuda_training.py tests/test_cuda_passes.py
+    limited 180 "$python" -m pytest -v -p no:cacheprovider -m "" --durations=5 tests/test_cuda_training.py tests/test_cuda_passes.py
 }
 
 modes() { # p50 and p99
