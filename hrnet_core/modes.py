@@ -238,12 +238,16 @@ def _compiled(network: nn.Module, mode: str) -> Network:
 def blocks_to_compile(network: nn.Module) -> list[nn.Module]:
     """BasicBlock, Bottleneck and Fusion, to be compiled one by one, so that blocks of one shape are compiled
     once (14 s of W32 on an H200 where the whole network took 50). Raises torch.compile's limits for it."""
-    # Each width of a branch is a compilation of the same few functions.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    torch._dynamo.config.accumulated_recompile_limit = max(
-        torch._dynamo.config.accumulated_recompile_limit, 4096
-    )
+    _allow_many_shapes()
     return [block for block in network.modules() if isinstance(block, BasicBlock | Bottleneck | Fusion)]
+
+
+def _allow_many_shapes() -> None:
+    """Of this thread: from torch 2.13 on each has settings of its own, and beyond the limit a function is
+    run uncompiled. Each width of a branch is a compilation of the same few functions."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 256)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
 
 
 def compiled_normalize(form: Form, mode: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -270,6 +274,7 @@ def _run_compiled(
     compiled: Callable[..., Tensor], mode: str, given: Tensor | list[Tensor], *others: Tensor
 ) -> Tensor:
     """others: what has no rows of images."""
+    _allow_many_shapes()  # the thread that compiles is not always the one that loaded the network
     for tensor in [given] if isinstance(given, Tensor) else given:
         if len(tensor) > 1:
             torch._dynamo.mark_dynamic(tensor, 0)  # one compilation for every number of images

@@ -65,7 +65,10 @@ MEANS: list[dict[str, Any]] = [
     {"precision": "bfloat16"},
     {"precision": "float16"},
     {"accumulate": 2, "clip_norm": 1e-3, "ema_decay": 0.5},
-    {"optimizer": "adamw", "weight_decay": 0.1, "decay_norms": False, "ohkm": 8},
+    {
+        **{"optimizer": "adamw", "weight_decay": 0.1, "decay_norms": False, "ohkm": 8},
+        **{"ema_decay": 0.9, "ema_warmup": True},
+    },
 ]
 
 
@@ -238,7 +241,7 @@ def test_two_gpus_that_record_train_as_under_ddp(manifest: Manifest, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, when it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch and Triton, when they compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_compiled_and_recorded(manifest: Manifest, tmp_path: Path, precision: str) -> None:

@@ -17,7 +17,7 @@ from hrnet_core.cuda_passes import SIZES, CudaPasses, padded
 from hrnet_core.decoder import Decoder
 from hrnet_core.fused import fuse_where_it_runs, is_fused
 from hrnet_core.model import BasicBlock, Bottleneck, Fusion, HRNet, fold_batch_norms
-from hrnet_core.modes import FORMS, build_network
+from hrnet_core.modes import FORMS, _run_compiled, build_network
 from hrnet_core.passes import Ask, CropPass, PlainPasses
 from hrnet_core.predictor import PosePredictor
 
@@ -85,6 +85,24 @@ def test_blocks_compiled_one_by_one_give_the_same(tmp_path: Any, monkeypatch: py
             found = blocks(images[:count])
             assert (found - expected[:count]).abs().max() < 1e-5 * (expected.max() - expected.min())
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_a_thread_compiles_as_many_shapes_as_there_are() -> None:
+    """Which need not be the one that loaded the network. Torch's own limit is 8; what is beyond it runs
+    uncompiled, without an error."""
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    twice = torch.compile(lambda x: x * 2, backend=backend, dynamic=False)
+    with ThreadPoolExecutor(1) as pool:
+        for width in range(2, 13):
+            found = pool.submit(_run_compiled, twice, "compiled", torch.ones(1, width)).result()
+            assert found.tolist() == [[2.0] * width]
+    assert len(compiled) == 11
 
 
 # --- fused.py without a GPU: cuDNN's kernels stood in for ---------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -53,9 +54,9 @@ def main() -> int:
         help="of host to host and decoding; default: float32, on a GPU bfloat16",
     )
     parser.add_argument("--modes", nargs="*", default=list(MODES), help="held against eager float32 on a CPU")
-    parser.add_argument("--batches", nargs="*", type=int, help="default: 8 and 32, on a GPU 64 and 256")
+    parser.add_argument("--batches", nargs="*", type=int, help="default: 8 and 32, on a GPU 256 and 64")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=["host", "decode", "modes"])
+    parser.add_argument("--only", nargs="*", default=["host", "one", "decode", "modes"])
     parser.add_argument("--table", action="store_true", help="W32 and W48, all modes, p50 and p99, no limits")
     args = parser.parse_args()
     cpu = args.device == "cpu"
@@ -68,16 +69,18 @@ def main() -> int:
     if cpu:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-    batches = args.batches or ([8, 32] if cpu else [64, 256])
+    batches = args.batches or ([8, 32] if cpu else [256, 64])
     mode = args.mode or ("float32" if cpu else "bfloat16")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "random"
         save_random(folder, load_config(args.config))
-        for batch in batches:
-            if "host" in args.only:
-                host_to_host(folder, args.device, mode, batch, args.rounds)
-            if "decode" in args.only:
-                decoding(folder, args.device, mode, batch, args.rounds)
+        predictor = PosePredictor.load(folder, args.device, mode)
+        for batch in batches if "host" in args.only else ():
+            host_to_host(predictor, folder, args.device, mode, batch, args.rounds)
+        if "one" in args.only and not cpu:
+            one_by_one(predictor)
+        for batch in batches if "decode" in args.only else ():
+            decoding(folder, args.device, mode, batch, args.rounds)
         if cpu and "modes" in args.only:
             modes_alone(folder, args.modes, 2 * args.rounds)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
@@ -130,9 +133,10 @@ def repeated(launch: Callable[[], Tensor], device: str) -> Callable[..., Tensor]
     return replay
 
 
-def host_to_host(folder: Path, device: str, mode: str, batch: int, rounds: int) -> None:
+def host_to_host(
+    predictor: PosePredictor, folder: Path, device: str, mode: str, batch: int, rounds: int
+) -> None:
     """predict_crops against as many passes of the network alone; a flip test is two."""
-    predictor = PosePredictor.load(folder, device, mode)
     network = bare(folder, device, mode, batch)
     width, height = predictor.spec.input_size
     people = IN_A_ROW[device] * batch
@@ -148,9 +152,27 @@ def host_to_host(folder: Path, device: str, mode: str, batch: int, rounds: int) 
         ratio, ours, theirs = compare(whole, alone, rounds, clock_of(device))
         what = f"{mode}, batch {batch}{', flip test' if flip else ''}"
         print(
-            f"{what}: {people / ours:.1f} people/s host to host, {people / theirs:.1f} by the network alone"
+            f"{what}: {people / ours:.1f} people/s host to host, {people / theirs:.1f} by the network alone",
+            flush=True,
         )
         judge(f"people/s host to host / network alone, {what}", 1 / ratio, 0.95, at_most=False)
+
+
+def one_by_one(predictor: PosePredictor, calls: int = 300) -> None:
+    """One crop a call, each waited for: what a caller sees who has no more."""
+    width, height = predictor.spec.input_size
+    crop = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    for flip in (False, True):
+        took = []
+        for _ in range(calls):
+            begun = time.perf_counter()
+            predictor.predict_crops(crop, flip, batch_size=1)
+            took.append(time.perf_counter() - begun)
+        rate = 1 / statistics.median(took[calls // 10 :])  # the first ones compile and record
+        print(
+            f"{predictor.mode}, one crop a call{', flip test' if flip else ''}: {rate:.0f} people/s",
+            flush=True,
+        )
 
 
 def decoding(folder: Path, device: str, mode: str, batch: int, rounds: int) -> None:
