@@ -59,6 +59,31 @@ def destination(place: str | Path, what: str) -> str:
     return text
 
 
+def folder_to_write(place: str | Path, what: str) -> str:
+    """`destination` of a folder. ConfigError also where a file of this machine is there, or above it."""
+    where = destination(place, what)
+    _refuse_file(where, where, what)
+    return where
+
+
+def file_to_write(place: str | Path, what: str) -> str:
+    """`destination` of a file. ConfigError also where a folder of this machine is there or a file above."""
+    where = destination(place, what)
+    if not is_uri(where):
+        if os.path.isdir(where):
+            raise ConfigError(f"{what} {where}: is a folder. Name a file in it.")
+        _refuse_file(str(Path(where).parent), where, what)
+    return where
+
+
+def _refuse_file(folder: str, place: str, what: str) -> None:
+    if is_uri(folder):
+        return
+    for above in (Path(folder), *Path(folder).parents):
+        if os.path.exists(above) and not os.path.isdir(above):
+            raise ConfigError(f"{what} {place}: {above} is a file, not a folder. Name another {what}.")
+
+
 def refuse_credentials(text: str) -> None:
     """DataError where a URI in the text has credentials in it; the message has not."""
     if CREDENTIALS.search(text):

@@ -23,7 +23,7 @@ import tyro
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
-from hrnet_core.locations import destination, is_uri, refuse_credentials, refuse_no_bucket
+from hrnet_core.locations import file_to_write, folder_to_write, is_uri, refuse_credentials, refuse_no_bucket
 from pipelines import arguments
 from pipelines.config import RunConfig
 from pipelines.config_file import load_config, refused
@@ -231,7 +231,7 @@ def _score(args: arguments.Evaluate) -> None:
     from pipelines.poses.oks_ap import evaluate_results
     from pipelines.storage import join, writable, write_json
 
-    folder = destination(args.out, "--out") if args.out else None
+    folder = folder_to_write(args.out, "--out") if args.out else None
     if args.report or args.boxes or args.measure_modes or args.checkpoint:
         raise ConfigError(
             "--results scores a file: CHECKPOINT, --boxes, --report and --measure-modes belong to running a "
@@ -258,7 +258,7 @@ def benchmark(args: arguments.Benchmark) -> int:
     from pipelines.benchmark import benchmark
 
     if args.json_file:
-        destination(args.json_file, "--json")
+        file_to_write(args.json_file, "--json")
     what = {"modes": args.modes, "batch_sizes": args.batch_sizes}
     where = {"threads": args.threads, "device": args.device, "track": args.track, "storage": args.run.storage}
     measured = benchmark(args.checkpoint, **what, **where)
@@ -298,7 +298,7 @@ def load(args: arguments.LoadTest) -> None:
     """how an endpoint answers requests that come at given rates: latencies, statuses, share of 429"""
     _need(args.sources, "SOURCE", "the pictures to ask with, as files, folders or globs")
     if args.json_file:
-        destination(args.json_file, "--json")
+        file_to_write(args.json_file, "--json")
     from pipelines.load import load
     from pipelines.storage import writable, write_json
 

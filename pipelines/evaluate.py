@@ -14,7 +14,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrnet_core.errors import CheckpointError, ConfigError, DataError
-from hrnet_core.locations import destination
+from hrnet_core.errors import CheckpointError, DataError
+from hrnet_core.locations import file_to_write, folder_to_write
 from hrnet_core.score_drift import SCORE_BOUNDS, score_counts
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
@@ -34,7 +33,7 @@ from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.pages.evaluation import contact_sheets, write_report
 from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
-from pipelines.poses.units import UNFINISHED, cut, digest_of, folder_to_write, run_units
+from pipelines.poses.units import UNFINISHED, cut, digest_of, run_units
 from pipelines.shared_paths import LOOKED_AT
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.photos import check_photo, decode_photo, left_out
@@ -86,10 +85,8 @@ def evaluate(
     """
     from hrnet_core.checkpoint import read_spec
 
-    out = folder_to_write(out)
-    report = None if report is None else destination(report, "--report")
-    if report is not None and os.path.isdir(report):
-        raise ConfigError(f"--report {report}: is a folder. Name a file, such as {report}/report.html.")
+    out = folder_to_write(out, "--out")
+    report = None if report is None else file_to_write(report, "--report")
     if track is not None:
         store_of(track, storage)  # refused here, not when the figures are there
     with local_checkpoint(checkpoint, track or TrackSettings(), storage) as found:

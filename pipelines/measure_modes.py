@@ -21,7 +21,7 @@ import numpy as np
 
 from hrnet_core.choices import MODES
 from hrnet_core.errors import CheckpointError, ConfigError
-from hrnet_core.locations import destination, fetch, is_uri
+from hrnet_core.locations import fetch, folder_to_write, is_uri
 from pipelines.checkpoints import local_checkpoint
 from pipelines.cluster import ray_session
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
@@ -89,7 +89,7 @@ def measure_modes(
     from hrnet_core.checkpoint import exported_names, read_spec
     from hrnet_core.modes import fastest_exact, unusable
 
-    name, out = str(checkpoint), destination(out, "--out")
+    name, out = str(checkpoint), folder_to_write(out, "--out")
     if name.startswith(REGISTERED):
         raise ConfigError(
             f"{name} is a version of the registry, whose files stay as they are. Measure the checkpoint "

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
-from hrnet_core.locations import destination
+from hrnet_core.locations import destination, folder_to_write
 from pipelines.checkpoints import local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.poses.formats import Row, check_formats, write_all
 from pipelines.poses.plan import Plan, make_plan
-from pipelines.poses.units import UNFINISHED, Outcomes, folder_to_write, run_units
+from pipelines.poses.units import UNFINISHED, Outcomes, run_units
 from pipelines.poses.worker import Worker
 from pipelines.shared_paths import LOOKED_AT
 from pipelines.sources.boxes import read_boxes
@@ -98,7 +98,7 @@ def predict(
     if out is None:
         storage = destination(storage, "--run.storage")  # where the default is
     else:
-        out = folder_to_write(out)
+        out = folder_to_write(out, "--out")
     with local_checkpoint(checkpoint, track, storage) as found:
         spec = read_spec(found.folder)
         check_formats(settings.formats, spec.skeleton)

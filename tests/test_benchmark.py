@@ -331,6 +331,8 @@ def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
         (["tiny", "--batch-sizes", "4", "0"], "--batch-sizes"),
         (["tiny", "--threads", "0"], "threads"),
         (["tiny", "--modes", "float64"], "float64"),
+        (["tiny", "--json", "."], "--json .: is a folder"),
+        (["tiny", "--json", "file/figures.json"], "file is a file, not a folder. Name another --json"),
         (["tiny", "--device", "cuda"], "device cuda: torch finds no GPU here"),
     ],
 )
@@ -342,6 +344,7 @@ def test_what_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("pipelines.benchmark.time_modes", lambda *_: pytest.fail("it was measured"))

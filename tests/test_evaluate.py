@@ -28,6 +28,7 @@ from pipelines import evaluate as module
 from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import answer, evaluate, group_photos, read_answers
+from pipelines.measure_modes import measure_modes
 from pipelines.poses.actor import Threads
 from pipelines.poses.oks_ap import STATS, evaluate_results
 from pipelines.poses.protocol import _preset, match_people, score_poses
@@ -411,6 +412,8 @@ def test_wrong_input_is_one_paragraph(dots: dict[str, Any], tmp_path: Path, here
     for out in (file, file / "out"):
         with pytest.raises(ConfigError, match=rf"--out {out}: {file} is a file, not a folder"):
             evaluate(*nothing, out=out)
+        with pytest.raises(ConfigError, match=rf"--out {out}: {file} is a file, not a folder"):
+            measure_modes(*nothing, out=out)
 
     others = tmp_path / "others.json"
     others.write_text(json.dumps([{"image_id": 9, "category_id": 1, "bbox": [1, 1, 5, 5], "score": 1}]))

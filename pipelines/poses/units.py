@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ import numpy as np
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
-from hrnet_core.locations import destination, is_uri
 from pipelines.cluster import (
     cpus_each,
     cpus_per_gpu,
@@ -62,17 +60,6 @@ def cut(items: Iterable[Item], people_of: Callable[[Item], int], most: int) -> l
         room -= count
         units[-1].append(item)
     return units
-
-
-def folder_to_write(out: str | Path) -> str:
-    """`destination` of a verb's folder, --out. ConfigError also where a file of this machine is there, or
-    above it."""
-    place = destination(out, "--out")
-    if not is_uri(place):
-        for above in (Path(place), *Path(place).parents):
-            if os.path.exists(above) and not os.path.isdir(above):
-                raise ConfigError(f"--out {place}: {above} is a file, not a folder. Name another --out.")
-    return place
 
 
 @dataclass(frozen=True)
