@@ -18,6 +18,7 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
 from hrnet_core.skeleton import COCO17
 from pipelines.poses.protocol import poses_to_results
+from pipelines.sources import coco as coco_module
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
 from pipelines.sources.records import Split
@@ -264,6 +265,7 @@ def test_links_out_of_the_root_are_never_followed(root: Path, tmp_path: Path) ->
         ("path_outside_root", 20),
     ]
     assert [photo.file_name for photo in split.photos] == ["twin.jpg"]
+    assert "cp -rL" in split.rejected[0].detail, "the way out of a set that is made of links"
 
 
 def test_the_pictures_folder_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
@@ -277,6 +279,24 @@ def test_case_is_named_where_it_differs(root: Path) -> None:
     (rejection,) = read_coco(root, TRAIN, COCO17).rejected
     assert rejection.reason == "missing_image"
     assert f"{TRAIN}-0.JPG" in rejection.detail
+
+
+def test_another_suffix_is_named_and_the_folder_gone_through_once(root: Path) -> None:
+    """A set whose pictures were all converted: at COCO's size a walk through the names for each took half an
+    hour. Counted is how many names of files are asked to become lower case."""
+    asked = []
+
+    class Name(str):
+        def lower(self) -> str:
+            asked.append(str(self))
+            return super().lower()
+
+    listing = coco_module._Listing(str(root / TRAIN))
+    listing._folders[""] = {Name(f"{i}.webp"): False for i in range(50)}
+    found = [listing.find(f"{i}.jpg", needed=True) for i in range(50)]
+    assert found[7] == ("missing_image", "no such file, but there is '7.webp'")
+    assert listing.find("7", needed=True) == found[7]
+    assert len(asked) <= 4 * 50
 
 
 def test_a_missing_picture_without_people_costs_nothing(root: Path) -> None:
@@ -303,6 +323,12 @@ def test_what_is_not_there_is_named(root: Path) -> None:
         "--data.root",
         split="val2017",
     )
+    for inside in ("annotations", TRAIN):
+        fails(root / inside, f"Give the folder that holds annotations/ and the pictures: {root}")
+    file = annotation_file(root, TRAIN)
+    packed = file.rename(f"{file}.gz")
+    fails(root, f"there is {packed}", "gunzip")
+    packed.rename(file)
     shutil.rmtree(root / TRAIN)
     fails(root, str(root / TRAIN), "no such folder")
 

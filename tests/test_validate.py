@@ -119,6 +119,28 @@ def test_what_is_found_is_what_preprocess_leaves_out(
     capfd.readouterr()  # the decoder's own words
 
 
+def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path) -> None:
+    """evaluate asks about nobody without a box, and says so only after the inference."""
+    with edited(coco) as data:
+        data["annotations"][0]["bbox"] = None
+    assert "as missed" not in check(coco).table()
+    with edited(coco, VAL) as data:
+        data["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    found = check(coco)
+    assert found.exit_code == 0
+    assert "2 people are left out" in found.table()
+    assert "Evaluate counts 1 of them, of val2017, as missed" in found.table()
+
+
+def test_the_first_of_a_lost_split_is_a_defect(coco: Path) -> None:
+    with edited(coco) as data:
+        data["annotations"][0]["keypoints"] = []
+        for annotation in data["annotations"][1:]:
+            del annotation["bbox"]
+    (told,) = check(coco).fatal
+    assert told.endswith("The first: train2017-0.jpg, bbox_invalid, bbox is absent or null, not 4 numbers.")
+
+
 def test_without_decoding_only_damage_in_between_is_not_seen(
     coco: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,12 +17,13 @@ from test_preprocess import TRAIN, VAL, config, rows, without_ray
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg
 from hrnet_core.skeleton import COCO17, load_skeleton
-from pipelines.config import EvaluateSettings
+from pipelines.config import DataSettings, EvaluateSettings
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.sources.evaluation_set import read_evaluation_set
 from pipelines.sources.records import Split
 from pipelines.sources.yolo import read_yolo
+from pipelines.validate import validate
 
 WIDTH, HEIGHT = 160, 120
 
@@ -252,6 +253,13 @@ def test_data_yaml_as_ultralytics_writes_it(root: Path) -> None:
     (root / "labels" / "train").rename(root / "train" / "labels")
     (root / "data.yaml").write_text(ULTRALYTICS.replace("images/train", "../train/images"))
     assert len(read_yolo(root, "train", COCO17).people) == 4
+    fails(root, "images/valid: no such folder", "names the splits train, val", split="valid")
+
+
+def test_pictures_without_a_label_are_counted_once(root: Path) -> None:
+    label(root).unlink()
+    data = DataSettings(format="yolo_pose", train_split="train", val_split="val")
+    assert "train: 3 pictures in" in validate(root, data).table()
 
 
 @pytest.mark.parametrize(
