@@ -23,9 +23,7 @@ from pipelines.sources.records import Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import ImageEntry, image_problem, listed, printable
 from pipelines.storage import absolute, is_file, is_folder, join, list_files
 
-LINK_LEADS_OUT = (
-    "a symbolic link leads out of the COCO folder: copy the files (cp -rL), or link their whole folder"
-)
+LINK_LEADS_OUT = "a symbolic link leads out of the COCO folder: copy the files themselves (cp -rL)"
 
 
 def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted = TO_CROP) -> Split:
