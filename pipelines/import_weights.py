@@ -47,8 +47,8 @@ def import_weights(
     _refuse_contradiction(base_name(str(file)), codec, heatmaps.input_size)
     if is_file(join(str(file), DESCRIPTION)):
         raise CheckpointError(
-            f"{file}: a checkpoint folder already: its {DESCRIPTION} has codec, size and skeleton. Name it as "
-            f"it is wherever a CHECKPOINT is asked for."
+            f"{file}: a checkpoint folder already: its {DESCRIPTION} has codec, size and skeleton. Name it "
+            f"as it is wherever a CHECKPOINT is asked for."
         )
     body = load_skeleton(skeleton)
     published = read_weights(file)

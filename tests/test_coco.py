@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from pipelines.sources import coco as coco_module
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
 from pipelines.sources.records import Split
+
+SOURCES = Path(__file__).parents[1] / "docs" / "sources.md"
 
 Edit = Callable[[dict[str, Any]], Any]
 TRAIN = "train2017"
@@ -491,3 +494,34 @@ def test_results_that_are_not_finite_are_refused() -> None:
     keypoints[1, 3, 0] = np.nan
     with pytest.raises(DataError, match=r"1 poses.*image 8"):
         poses_to_results([7, 8], [1, 2], keypoints, conf, [0.5, 0.5])
+
+
+# ---------------------------------------------------------------------------------- the docs
+
+
+def test_the_example_of_the_docs_joins_exports_and_splits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports with the same ids and names of files: everyone is there once, on their own picture."""
+    (example,) = re.findall(r"```python\n(.*?)```", SOURCES.read_text(), re.DOTALL)
+    boxes = Counter()
+    for name, counts in (("one", [2] * 20), ("two", [1] * 15)):
+        made = write_coco(tmp_path / name, {TRAIN: counts})
+        (tmp_path / "exports").mkdir(exist_ok=True)
+        annotation_file(made, TRAIN).rename(tmp_path / "exports" / f"{name}.json")
+        (made / TRAIN).rename(tmp_path / "exports" / name)
+        data = json.loads((tmp_path / "exports" / f"{name}.json").read_text())
+        files = {image["id"]: f"{name}/{image['file_name']}" for image in data["images"]}
+        boxes.update((files[a["image_id"]], *a["bbox"]) for a in data["annotations"])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(SOURCES), "exec"), {})
+    found: Counter[Any] = Counter()
+    splits = [read_coco(tmp_path / "coco", name, COCO17) for name in ("train", "val")]
+    for split in splits:
+        assert split.rejected == ()
+        names = {photo.image_id: photo.file_name for photo in split.photos}
+        people = zip(split.people.image_id.tolist(), split.people.stated_xywh.tolist(), strict=True)
+        found.update((names[image_id], *box) for image_id, box in people)
+        assert all(Path(photo.path).is_file() for photo in split.photos)
+    assert found == boxes
+    assert len(splits[1].photos) > 0, "a tenth of 35 by their names"
