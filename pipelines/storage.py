@@ -360,6 +360,29 @@ def list_files(folder: str) -> dict[str, int]:
     return {name: size for name, (size, _) in _stamps_in(folder).items()}
 
 
+def list_tree(folder: str) -> list[str]:
+    """The files in a folder and in all below it, links to folders included, each by its path from there with
+    slashes; nothing where there is none. DataError as of `list_files`."""
+    if is_uri(folder):
+        files, key = open_folder(folder)
+        with answering(folder):
+            found = files.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
+        return [i.path.removeprefix(f"{key}/") for i in found if i.type == fs.FileType.File]
+    names: list[str] = []
+    seen: set[str] = set()
+    for place, folders, inside in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen]
+        paths = [os.path.join(place, name) for name in inside]
+        names += [Path(path).relative_to(folder).as_posix() for path in paths if os.path.isfile(path)]
+    return names
+
+
+def _cannot_list(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}). Check its rights.") from None
+
+
 def _stamps_in(folder: str) -> dict[str, tuple[int, int]]:
     """Name -> bytes, ns of the last change, of the files in a folder of a bucket."""
     files, key = open_folder(folder)

@@ -256,6 +256,25 @@ def test_data_yaml_as_ultralytics_writes_it(root: Path) -> None:
     fails(root, "images/valid: no such folder", "names the splits train, val", split="valid")
 
 
+def test_folders_below_are_read_too(root: Path, tmp_path: Path) -> None:
+    """As ultralytics does. They were passed over, and the set called good."""
+    everyone = read_yolo(root, "train", COCO17)
+    first = label(root)
+    for kind, name in (("images", f"{first.stem}.jpg"), ("labels", first.name)):
+        (root / kind / "train" / "clip 1").mkdir()
+        (root / kind / "train" / name).rename(root / kind / "train" / "clip 1" / name)
+    moved = read_yolo(root, "train", COCO17)
+    assert sorted(photo.file_name for photo in moved.photos)[0] == f"clip 1/{first.stem}.jpg"
+    assert all(Path(photo.path).is_file() for photo in moved.photos)
+    assert moved.rejected == ()
+    assert sorted(moved.people.bbox_xywh.tolist()) == sorted(everyone.people.bbox_xywh.tolist())
+    # A folder may be a link, also one that leads back.
+    (root / "images" / "train" / "clip 1").rename(tmp_path / "disk")
+    (root / "images" / "train" / "clip 1").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(root / "images" / "train")
+    assert read_yolo(root, "train", COCO17).photos == moved.photos
+
+
 def test_pictures_without_a_label_are_counted_once(root: Path) -> None:
     label(root).unlink()
     data = DataSettings(format="yolo_pose", train_split="train", val_split="val")
