@@ -352,7 +352,7 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["validate", str(coco), "--out", str(tmp_path / "no" / "where.csv")]) == 2
     assert "where.csv" in capfd.readouterr().err
     assert main(["validate", str(coco), "--page", str(tmp_path / "no" / "page.html")]) == 2
-    assert "page.html: the page cannot be written" in capfd.readouterr().err
+    assert "page.html: cannot be written" in capfd.readouterr().err
     page = tmp_path / "page.html"
     main([*argv, "--page", str(page)])
     assert "train2017: empty" in page.read_text()
@@ -360,3 +360,21 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["validate", str(coco), "--data.root", "elsewhere"]) == 2
     assert "first argument" in capfd.readouterr().err
     assert main(["validate", str(coco), "--data.skeleton", "nobody"]) == 2
+
+
+def test_where_nothing_can_be_written_is_told_before_any_work(
+    coco: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_late(*args: Any, **how: Any) -> None:
+        raise AssertionError("pictures were read")
+
+    monkeypatch.setattr("pipelines.validate.validate", too_late)
+    file = str(annotation_file(coco, VAL))
+    for argv, words in (
+        (["--page", str(coco)], "is a folder"),
+        (["--out", f"{file}/found.csv"], "is a file, not a folder"),
+    ):
+        assert main(["validate", str(coco), *argv]) == 2
+        told = capsys.readouterr().err
+        assert argv[0] in told
+        assert words in told
