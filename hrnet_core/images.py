@@ -96,6 +96,9 @@ def read_header(data: bytes) -> ImageHeader:
     except DecompressionBombError as error:
         raise ImageError("too_large", f"the {name} header promises too much: {error}") from None
     except Exception as error:  # a parser of hostile bytes may raise anything
+        if "unknown pixel mode" in str(error):  # Pillow of a TIFF of several float channels, which is whole
+            why = f"pixels of this {name} are of a kind that is not read: save it as 8-bit JPEG or PNG."
+            raise ImageError("unsupported_format", why) from None
         why = f"the {name} header is cut off or damaged ({error}): save or send the picture again."
         raise ImageError("truncated", why) from None
     if name == "TIFF" and orientation >= 5:  # Pillow gives a TIFF's size as displayed

@@ -8,6 +8,8 @@ asks a Skeleton.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from hrnet_core.files import from_json, read_object
 HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 0), (255, 128, 0)
 SHIPPED = Path(__file__).parent / "skeletons"
 WAY_OUT = "docs/skeletons.md has an example."
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,37 @@ def skeleton_from_dict(fields: dict[str, Any], source: str = "skeleton") -> Skel
     return from_json(Skeleton, fields, source, DataError, WAY_OUT)
 
 
+def sides_by_name(names: Sequence[str]) -> list[tuple[int, int]]:
+    """Index pairs of names that differ by left and right ("left_eye", "EyeRight", "l_hip", "hip-R") and in
+    nothing else."""
+    places = {name.lower(): place for place, name in enumerate(names)}
+    side = r"left|right|(?<![a-z0-9])[lr](?![a-z0-9])"
+    mirrored = (re.sub(side, lambda found: OTHER_SIDE[found[0]], name) for name in places)
+    partners = [places.get(name) for name in mirrored]
+    return [(a, b) for a, b in zip(places.values(), partners, strict=True) if b is not None and a < b]
+
+
 def load_skeleton(name_or_file: str | Path) -> Skeleton:
-    """ "coco17", "crowdpose14", "mpii16", or the path of a skeleton JSON file."""
+    """ "coco17", "crowdpose14", "mpii16", or the path of a skeleton JSON file.
+
+    DataError also where left and right of a name are not exchanged by flip_pairs: nothing after it would
+    notice, and mirrored people would teach the wrong side.
+    """
     if str(name_or_file) == COCO17.name:
         return COCO17
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
     path = shipped.get(str(name_or_file), Path(name_or_file))
     named = f"Name a skeleton file, or one of {', '.join([COCO17.name, *shipped])}. {WAY_OUT}"
-    return skeleton_from_dict(read_object(path, DataError, named), str(path))
+    skeleton = skeleton_from_dict(read_object(path, DataError, named), str(path))
+    order = skeleton.flip_order
+    if apart := [pair for pair in sides_by_name(skeleton.keypoints) if order[pair[0]] != pair[1]]:
+        told = ", ".join(f"{skeleton.keypoints[a]} and {skeleton.keypoints[b]}" for a, b in apart[:3])
+        more = f" and {len(apart) - 3} pairs more" if len(apart) > 3 else ""
+        raise DataError(
+            f"{path}: flip_pairs does not exchange {told}{more}: mirrored people would teach the wrong side. "
+            f"The pairs that lack are {json.dumps(apart)}. {WAY_OUT}"
+        )
+    return skeleton
 
 
 COCO17 = Skeleton(

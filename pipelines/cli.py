@@ -139,9 +139,13 @@ def validate(args: arguments.Validate) -> int:
         raise ConfigError(
             f"--data.root {args.data.root}: the folder to check is the first argument, {args.coco}."
         )
-    for place, flag in ((args.out, "--out"), (args.page, "--page")):
-        refuse_no_bucket(place or "", flag)
+    from pipelines.storage import refuse_unwritable
     from pipelines.validate import validate, write_csv
+
+    for place, flag in ((args.out, "--out"), (args.page, "--page")):
+        if place:
+            refuse_no_bucket(place, flag)
+            refuse_unwritable(place, flag)
 
     how = {"decode": args.decode, "most": args.read, "checksums": args.checksums, "workers": args.workers}
     found = validate(args.coco, args.data, **how)

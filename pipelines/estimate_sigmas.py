@@ -23,7 +23,7 @@ from pycocotools import mask
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import destination
-from hrnet_core.skeleton import Skeleton, load_skeleton
+from hrnet_core.skeleton import Skeleton, load_skeleton, sides_by_name
 from pipelines.sources.annotations import read_annotations
 from pipelines.sources.records import BOX_AREA, People
 from pipelines.storage import writable, write_json
@@ -80,6 +80,11 @@ class Estimate:
                 f"few large differences make most of the sigma of {', '.join(names[heavy])}: look for left "
                 f"and right exchanged, or two people taken for one."
             )
+        if not self.skeleton.flip_pairs:
+            lines.append(
+                "no mirror pairs: no two names differ by left and right. Where keypoints change places in a "
+                "mirror, write flip_pairs into the file before you preprocess with it (docs/skeletons.md)."
+            )
         return "\n".join(lines)
 
 
@@ -96,8 +101,8 @@ def estimate_sigmas(
     People are matched by annotation id where all files hold the same (image, id) pairs on boxes that overlap
     (IoU at least 0.5), else by their boxes alone, one to one, the best IoU first. A crowd is nobody.
     skeleton: the layout whose other fields are kept ("coco17" or a file); None: names and limbs of the
-    annotations' category, mirror pairs by "left" and "right". use_area=False: 0.53 x box width x height for
-    s², as in scoring data that has no areas.
+    annotations' category, mirror pairs by left and right in the names. use_area=False: 0.53 x box
+    width x height for s², as in scoring data that has no areas.
 
     DataError: fewer than two files, other keypoints, no common people, a keypoint that nobody labelled twice,
     files that agree to the last digit (a copy is no second annotator).
@@ -273,9 +278,7 @@ def _layout(annotator: _Annotator, skeleton: str | Path | None) -> Skeleton:
                 f"{annotator.file} has {', '.join(names)}. Name the skeleton of these annotations, or none."
             )
         return body
-    mirrors = {name: name.replace("left", "right") for name in names}
-    sides = [(left, right) for left, right in mirrors.items() if left != right and right in names]
-    pairs = tuple((names.index(left), names.index(right)) for left, right in sides)
+    pairs = tuple(sides_by_name(names))
     edges = [tuple(int(i) - 1 for i in edge) for edge in annotator.category.get("skeleton") or ()]
     limbs = tuple((e[0], e[1]) for e in edges if len(e) == 2 and all(0 <= i < len(names) for i in e))
     label = re.sub(r"\W+", "_", str(annotator.category.get("name", "body"))).strip("_").lower()

@@ -30,7 +30,7 @@ import psutil
 import pyarrow as pa
 from pyarrow import fs
 
-from hrnet_core.errors import DataError
+from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.files import put_in_place
 from hrnet_core.locations import fetch_file, is_uri, one_line, open_folder
 from pipelines.in_order import ahead
@@ -124,6 +124,25 @@ def write_whole(file: str | Path, content: str | bytes, *, sync: bool = True) ->
     """A file (path or URI) as `writing` leaves it; text as UTF-8."""
     with writing(file, sync=sync) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def refuse_unwritable(file: str, flag: str) -> None:
+    """ConfigError where a file of this machine cannot be written: asked before long work, not after it. flag:
+    what named it."""
+    if is_uri(file):
+        return
+    if os.path.exists(file) and not os.path.isdir(file) and not os.path.isfile(file):
+        return  # a pipe, a terminal
+    above = next(place for place in Path(os.path.abspath(file)).parents if place.exists())
+    why = ""
+    if os.path.isdir(file):
+        why = "it is a folder"
+    elif not above.is_dir():
+        why = f"{above} is a file, not a folder"
+    elif not os.access(above, os.W_OK):
+        why = f"{above} may not be written to"
+    if why:
+        raise ConfigError(f"{file}: cannot be written ({why}). Give another {flag}.")
 
 
 @contextlib.contextmanager
@@ -358,6 +377,29 @@ def list_files(folder: str) -> dict[str, int]:
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check its rights.") from None
     return {name: size for name, (size, _) in _stamps_in(folder).items()}
+
+
+def list_tree(folder: str) -> list[str]:
+    """The files in a folder and in all below it, links to folders included, each by its path from there with
+    slashes; nothing where there is none. DataError as of `list_files`."""
+    if is_uri(folder):
+        files, key = open_folder(folder)
+        with answering(folder):
+            found = files.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
+        return [i.path.removeprefix(f"{key}/") for i in found if i.type == fs.FileType.File]
+    names: list[str] = []
+    seen: set[str] = set()
+    for place, folders, inside in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen]
+        paths = [os.path.join(place, name) for name in inside]
+        names += [Path(path).relative_to(folder).as_posix() for path in paths if os.path.isfile(path)]
+    return names
+
+
+def _cannot_list(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}). Check its rights.") from None
 
 
 def _stamps_in(folder: str) -> dict[str, tuple[int, int]]:

@@ -70,15 +70,16 @@ def validate(
     if len(splits) == 2:
         splits[1] = _with_shared_pictures(*splits)
     fatal |= dict.fromkeys(text for checked in splits for text in _fatal(checked))
-    if data.format == "coco":  # the only one that evaluate takes
-        scored = [checked for checked in splits if checked.split.name == data.val_split]
-        fatal |= dict.fromkeys(text for checked in scored for text in _unscorable(checked))
+    scored = data.val_split if data.format == "coco" else ""  # the only one that evaluate takes
+    for checked in splits:
+        if checked.split.name == scored:
+            fatal |= dict.fromkeys(_unscorable(checked))
     if data.strict:
         try:
             refuse_rejected([r for checked in splits for r in checked.rejected])
         except DataError as error:
             fatal[str(error)] = None
-    return Validation(tuple(splits), tuple(fatal))
+    return Validation(tuple(splits), tuple(fatal), scored)
 
 
 def write_csv(found: Validation, file: str | Path) -> None:
@@ -182,8 +183,10 @@ def _fatal(checked: CheckedSplit) -> Iterator[str]:
     lost = sum(r.people for r in checked.rejected if r.is_defect)
     count = Counter(r.reason for r in checked.suspicious)
     if not checked.people:
-        first = next((f" The first: {r.file}, {r.reason}, {r.detail}." for r in checked.rejected), "")
-        yield f"{file}: no person of {name} can be used.{first}"
+        defects = [r for r in checked.rejected if r.is_defect]
+        first = next((f"{r.file}, {r.reason}, {r.detail}" for r in (*defects, *checked.rejected)), "")
+        told = f" The first: {first.rstrip('.')}." if first else ""
+        yield f"{file}: no person of {name} can be used.{told}"
     elif lost > checked.people:
         yield (
             f"{file}: {lost:,} people of {name} are left out for defects and only {checked.people:,} are "

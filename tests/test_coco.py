@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,9 +19,12 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
 from hrnet_core.skeleton import COCO17
 from pipelines.poses.protocol import poses_to_results
+from pipelines.sources import coco as coco_module
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
 from pipelines.sources.records import Split
+
+SOURCES = Path(__file__).parents[1] / "docs" / "sources.md"
 
 Edit = Callable[[dict[str, Any]], Any]
 TRAIN = "train2017"
@@ -264,6 +268,7 @@ def test_links_out_of_the_root_are_never_followed(root: Path, tmp_path: Path) ->
         ("path_outside_root", 20),
     ]
     assert [photo.file_name for photo in split.photos] == ["twin.jpg"]
+    assert "cp -rL" in split.rejected[0].detail, "the way out of a set that is made of links"
 
 
 def test_the_pictures_folder_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
@@ -277,6 +282,24 @@ def test_case_is_named_where_it_differs(root: Path) -> None:
     (rejection,) = read_coco(root, TRAIN, COCO17).rejected
     assert rejection.reason == "missing_image"
     assert f"{TRAIN}-0.JPG" in rejection.detail
+
+
+def test_another_suffix_is_named_and_the_folder_gone_through_once(root: Path) -> None:
+    """A set whose pictures were all converted: at COCO's size a walk through the names for each took half an
+    hour. Counted is how many names of files are asked to become lower case."""
+    asked = []
+
+    class Name(str):
+        def lower(self) -> str:
+            asked.append(str(self))
+            return super().lower()
+
+    listing = coco_module._Listing(str(root / TRAIN))
+    listing._folders[""] = {Name(f"{i}.webp"): False for i in range(50)}
+    found = [listing.find(f"{i}.jpg", needed=True) for i in range(50)]
+    assert found[7] == ("missing_image", "no such file, but there is '7.webp'")
+    assert listing.find("7", needed=True) == found[7]
+    assert len(asked) <= 4 * 50
 
 
 def test_a_missing_picture_without_people_costs_nothing(root: Path) -> None:
@@ -303,6 +326,12 @@ def test_what_is_not_there_is_named(root: Path) -> None:
         "--data.root",
         split="val2017",
     )
+    for inside in ("annotations", TRAIN):
+        fails(root / inside, f"Give the folder that holds annotations/ and the pictures: {root}")
+    file = annotation_file(root, TRAIN)
+    packed = file.rename(f"{file}.gz")
+    fails(root, f"there is {packed}", "gunzip")
+    packed.rename(file)
     shutil.rmtree(root / TRAIN)
     fails(root, str(root / TRAIN), "no such folder")
 
@@ -465,3 +494,34 @@ def test_results_that_are_not_finite_are_refused() -> None:
     keypoints[1, 3, 0] = np.nan
     with pytest.raises(DataError, match=r"1 poses.*image 8"):
         poses_to_results([7, 8], [1, 2], keypoints, conf, [0.5, 0.5])
+
+
+# ---------------------------------------------------------------------------------- the docs
+
+
+def test_the_example_of_the_docs_joins_exports_and_splits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports with the same ids and names of files: everyone is there once, on their own picture."""
+    (example,) = re.findall(r"```python\n(.*?)```", SOURCES.read_text(), re.DOTALL)
+    boxes = Counter()
+    for name, counts in (("one", [2] * 20), ("two", [1] * 15)):
+        made = write_coco(tmp_path / name, {TRAIN: counts})
+        (tmp_path / "exports").mkdir(exist_ok=True)
+        annotation_file(made, TRAIN).rename(tmp_path / "exports" / f"{name}.json")
+        (made / TRAIN).rename(tmp_path / "exports" / name)
+        data = json.loads((tmp_path / "exports" / f"{name}.json").read_text())
+        files = {image["id"]: f"{name}/{image['file_name']}" for image in data["images"]}
+        boxes.update((files[a["image_id"]], *a["bbox"]) for a in data["annotations"])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(SOURCES), "exec"), {})
+    found: Counter[Any] = Counter()
+    splits = [read_coco(tmp_path / "coco", name, COCO17) for name in ("train", "val")]
+    for split in splits:
+        assert split.rejected == ()
+        names = {photo.image_id: photo.file_name for photo in split.photos}
+        people = zip(split.people.image_id.tolist(), split.people.stated_xywh.tolist(), strict=True)
+        found.update((names[image_id], *box) for image_id, box in people)
+        assert all(Path(photo.path).is_file() for photo in split.photos)
+    assert found == boxes
+    assert len(splits[1].photos) > 0, "a tenth of 35 by their names"

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -163,6 +164,14 @@ def test_sixteen_bits_keep_the_upper_eight() -> None:
         image = decode_image(save(values, kind), apply_exif=False)
         for channel in range(3):
             np.testing.assert_array_equal(image[..., channel], values >> 8)
+
+
+def test_a_tiff_of_float_colours_is_no_damaged_one() -> None:
+    done, tiff = cv2.imencode(".tiff", PICTURE.astype(np.float32) / 255)
+    assert done
+    with pytest.raises(ImageError, match="8-bit JPEG or PNG") as told:
+        check_image(tiff.tobytes())
+    assert told.value.reason == "unsupported_format"
 
 
 def test_alpha_is_dropped_and_the_colours_stay() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import load_checkpoint, verify_checkpoint
+from hrnet_core.choices import CodecName
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import Skeleton
@@ -64,3 +65,38 @@ def test_what_cannot_be_imported_leaves_nothing_behind(mmpose_file: Path, tmp_pa
     with pytest.raises(ConfigError, match="multiples of 32"):
         import_weights(mmpose_file, out, "udp", (100, 128))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "size", "told"),
+    [
+        ("pose_hrnet_w32_256x192.pth", "official", (256, 192), "--input-size 192 256"),
+        ("td-hm_hrnet-w32_8xb64-210e_coco-384x288-c161b7de_20220915.pth", "official", (192, 256), "288 384"),
+        ("td-hm_hrnet-w32_udp-8xb64-210e_coco-256x192.pth", "official", (192, 256), "--codec udp"),
+        ("hrnet_w48_coco_256x192_dark-8cba3197_20200812.pth", "official", (192, 256), "--codec dark"),
+        ("pose_hrnet_w32_256x192.pth", "official", (192, 256), None),
+        ("td-hm_hrnet-w32_udp-8xb64-210e_coco-256x192.pth", "udp", (192, 256), None),
+        ("darkroom_8x64.pth", "official", (192, 256), None),
+    ],
+)
+def test_a_name_that_says_otherwise_is_believed(
+    mmpose_file: Path, tmp_path: Path, name: str, codec: CodecName, size: tuple[int, int], told: str | None
+) -> None:
+    """Names as the official code and MMPose publish them: the height comes first. Swapped, or of the wrong
+    codec, weights load without an error and give a low AP."""
+    file, out = tmp_path / name, tmp_path / "out"
+    file.symlink_to(mmpose_file)
+    if told is None:
+        import_weights(file, out, codec, size)
+        return
+    with pytest.raises(ConfigError) as refused:
+        import_weights(file, out, codec, size)
+    assert told in str(refused.value)
+    assert not out.exists()
+
+
+def test_a_checkpoint_folder_needs_no_import(mmpose_file: Path, tmp_path: Path) -> None:
+    """Its own codec and size were replaced by the defaults of the command line."""
+    import_weights(mmpose_file, tmp_path / "ours", "udp", (96, 128))
+    with pytest.raises(CheckpointError, match="a checkpoint folder already"):
+        import_weights(tmp_path / "ours", tmp_path / "again", "official", (192, 256))

@@ -16,7 +16,7 @@ from test_preprocess import config, without_ray
 from hrnet_core import skeleton as skeleton_module
 from hrnet_core.errors import DataError
 from hrnet_core.model import HRNet
-from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, skeleton_from_dict
+from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, sides_by_name, skeleton_from_dict
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.train_settings import TrainSettings
@@ -101,6 +101,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"joint_weights": [1]}, ["joint_weights", "3"]),
         ({"sigmas": [1, 1, 1]}, ["unknown fields ['sigmas']", "docs/skeletons.md"]),
         ({"flip_pairs": None}, ["missing fields ['flip_pairs']"]),
+        ({"flip_pairs": []}, ["left_tip and right_tip", "[[1, 2]]"]),
+        ({"flip_pairs": [[0, 1]]}, ["left_tip and right_tip", "[[1, 2]]"]),
+        ({"keypoints": ["wrist", "Tip_R", "tip_l"], "flip_pairs": []}, ["Tip_R and tip_l"]),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], names: list[str]) -> None:
@@ -112,6 +115,18 @@ def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], names: list[
     for name in ["mine.json", *names, "docs/skeletons.md"]:
         assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["nose", "left_eye", "right_eye"], [(1, 2)]),
+        (["hip r", "EyeLeft", "hip l", "eyeRIGHT"], [(0, 2), (1, 3)]),
+        (["l_hip", "r_knee", "pelvis", "brightness", "tail", "rear"], []),
+    ],
+)
+def test_sides_are_known_by_name(names: list[str], pairs: list[tuple[int, int]]) -> None:
+    assert sides_by_name(names) == pairs
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1, 2]"])

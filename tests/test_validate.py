@@ -119,6 +119,28 @@ def test_what_is_found_is_what_preprocess_leaves_out(
     capfd.readouterr()  # the decoder's own words
 
 
+def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path) -> None:
+    """evaluate asks about nobody without a box, and says so only after the inference."""
+    with edited(coco) as data:
+        data["annotations"][0]["bbox"] = None
+    assert "as missed" not in check(coco).table()
+    with edited(coco, VAL) as data:
+        data["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    found = check(coco)
+    assert found.exit_code == 0
+    assert "2 people are left out" in found.table()
+    assert "Evaluate counts 1 of them, of val2017, as missed" in found.table()
+
+
+def test_the_first_of_a_lost_split_is_a_defect(coco: Path) -> None:
+    with edited(coco) as data:
+        data["annotations"][0]["keypoints"] = []
+        for annotation in data["annotations"][1:]:
+            del annotation["bbox"]
+    (told,) = check(coco).fatal
+    assert told.endswith("The first: train2017-0.jpg, bbox_invalid, bbox is absent or null, not 4 numbers.")
+
+
 def test_without_decoding_only_damage_in_between_is_not_seen(
     coco: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,7 +352,7 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["validate", str(coco), "--out", str(tmp_path / "no" / "where.csv")]) == 2
     assert "where.csv" in capfd.readouterr().err
     assert main(["validate", str(coco), "--page", str(tmp_path / "no" / "page.html")]) == 2
-    assert "page.html: the page cannot be written" in capfd.readouterr().err
+    assert "page.html: cannot be written" in capfd.readouterr().err
     page = tmp_path / "page.html"
     main([*argv, "--page", str(page)])
     assert "train2017: empty" in page.read_text()
@@ -338,3 +360,21 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["validate", str(coco), "--data.root", "elsewhere"]) == 2
     assert "first argument" in capfd.readouterr().err
     assert main(["validate", str(coco), "--data.skeleton", "nobody"]) == 2
+
+
+def test_where_nothing_can_be_written_is_told_before_any_work(
+    coco: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_late(*args: Any, **how: Any) -> None:
+        raise AssertionError("pictures were read")
+
+    monkeypatch.setattr("pipelines.validate.validate", too_late)
+    file = str(annotation_file(coco, VAL))
+    for argv, words in (
+        (["--page", str(coco)], "is a folder"),
+        (["--out", f"{file}/found.csv"], "is a file, not a folder"),
+    ):
+        assert main(["validate", str(coco), *argv]) == 2
+        told = capsys.readouterr().err
+        assert argv[0] in told
+        assert words in told

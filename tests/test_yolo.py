@@ -17,12 +17,13 @@ from test_preprocess import TRAIN, VAL, config, rows, without_ray
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg
 from hrnet_core.skeleton import COCO17, load_skeleton
-from pipelines.config import EvaluateSettings
+from pipelines.config import DataSettings, EvaluateSettings
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.sources.evaluation_set import read_evaluation_set
 from pipelines.sources.records import Split
 from pipelines.sources.yolo import read_yolo
+from pipelines.validate import validate
 
 WIDTH, HEIGHT = 160, 120
 
@@ -252,6 +253,32 @@ def test_data_yaml_as_ultralytics_writes_it(root: Path) -> None:
     (root / "labels" / "train").rename(root / "train" / "labels")
     (root / "data.yaml").write_text(ULTRALYTICS.replace("images/train", "../train/images"))
     assert len(read_yolo(root, "train", COCO17).people) == 4
+    fails(root, "images/valid: no such folder", "names the splits train, val", split="valid")
+
+
+def test_folders_below_are_read_too(root: Path, tmp_path: Path) -> None:
+    """As ultralytics does. They were passed over, and the set called good."""
+    everyone = read_yolo(root, "train", COCO17)
+    first = label(root)
+    for kind, name in (("images", f"{first.stem}.jpg"), ("labels", first.name)):
+        (root / kind / "train" / "clip 1").mkdir()
+        (root / kind / "train" / name).rename(root / kind / "train" / "clip 1" / name)
+    moved = read_yolo(root, "train", COCO17)
+    assert sorted(photo.file_name for photo in moved.photos)[0] == f"clip 1/{first.stem}.jpg"
+    assert all(Path(photo.path).is_file() for photo in moved.photos)
+    assert moved.rejected == ()
+    assert sorted(moved.people.bbox_xywh.tolist()) == sorted(everyone.people.bbox_xywh.tolist())
+    # A folder may be a link, also one that leads back.
+    (root / "images" / "train" / "clip 1").rename(tmp_path / "disk")
+    (root / "images" / "train" / "clip 1").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(root / "images" / "train")
+    assert read_yolo(root, "train", COCO17).photos == moved.photos
+
+
+def test_pictures_without_a_label_are_counted_once(root: Path) -> None:
+    label(root).unlink()
+    data = DataSettings(format="yolo_pose", train_split="train", val_split="val")
+    assert "train: 3 pictures in" in validate(root, data).table()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from pipelines.sources.records import Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import ImageEntry, image_problem, listed, printable
 from pipelines.storage import absolute, is_file, is_folder, join, list_files
 
+LINK_LEADS_OUT = "a symbolic link leads out of the COCO folder: copy the files themselves (cp -rL)"
+
 
 def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted = TO_CROP) -> Split:
     """A split's annotations and the listing of its pictures (layout.py); ROOT may be a URI.
@@ -84,6 +86,14 @@ def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -
         refuse_no_bucket(root)
         raise DataError(f"{root} is not a folder: give the root of a COCO set (preprocess: --data.root).")
     if not is_file(annotation_file):
+        if is_file(f"{annotation_file}.gz"):
+            raise DataError(f"{annotation_file}: there is {annotation_file}.gz. Unpack it: gunzip -k.")
+        above = os.path.dirname(root.rstrip("/"))
+        if not is_uri(root) and is_file(locate(above, split)[0]):
+            raise DataError(
+                f"{root}: the annotations of split {split!r} lie beside or above it. Give the folder that "
+                f"holds annotations/ and the pictures: {above}"
+            )
         there = splits_there(root)
         if not there and (is_folder(join(root, "labels")) or is_file(join(root, "data.yaml"))):
             raise DataError(
@@ -119,6 +129,10 @@ def _spellings(file_name: str) -> Iterator[str]:
     yield from ("/".join(parts[start:]) for start in range(1, len(parts)))
 
 
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0].lower()
+
+
 class _Listing:
     """What lies in the split's folder, listed once a folder: 118,000 single looks would take longer."""
 
@@ -126,6 +140,7 @@ class _Listing:
         self._pictures = pictures
         self._inside = [os.path.realpath(folder) for folder in (pictures, os.path.dirname(pictures))]
         self._folders: dict[str, dict[str, bool] | None] = {}
+        self._likely: dict[str, dict[str, str]] = {}
 
     def find(self, file_name: str, needed: bool) -> str | tuple[str, str]:
         """The name under which a picture lies here, or (reason, detail) where it is needed and not there, or
@@ -134,14 +149,26 @@ class _Listing:
             folder, _, name = spelling.rpartition("/")
             listing = self._listing(folder)
             if listing is None or (listing.get(name) and not self._is_inside(f"{self._pictures}/{spelling}")):
-                return "path_outside_root", "a symbolic link leads out of the COCO folder"
+                return "path_outside_root", LINK_LEADS_OUT
             if name in listing:
                 return spelling
         if not needed:
             return file_name
         folder, _, name = file_name.replace("\\", "/").rpartition("/")
-        twin = next((other for other in self._listing(folder) or () if other.lower() == name.lower()), None)
-        return "missing_image", f"upper and lower case differ: there is {twin!r}" if twin else "no such file"
+        likely = self._likely_names(folder)
+        twin = likely.get(name.lower()) or likely.get(_stem(name))
+        if twin and twin.lower() == name.lower():
+            return "missing_image", f"upper and lower case differ: there is {twin!r}"
+        return "missing_image", f"no such file, but there is {twin!r}" if twin else "no such file"
+
+    def _likely_names(self, folder: str) -> dict[str, str]:
+        """The files of a folder by their names in lower case, with and without what is behind the dot: made
+        once, as every picture of a set may be missing."""
+        if folder not in self._likely:
+            names = sorted(self._listing(folder) or ())
+            self._likely[folder] = {_stem(name): name for name in names}
+            self._likely[folder] |= {name.lower(): name for name in names}
+        return self._likely[folder]
 
     def _listing(self, folder: str) -> dict[str, bool] | None:
         if folder not in self._folders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,8 @@ def read_description(root: str, split: str, skeleton: Skeleton, category: str | 
         repaired["identity_flip_idx"] = 1
     classes = _classes(file, fields.get("names", ["person"]), category)
     entry = fields.get(split, "images" if split == FLAT else f"images/{split}")
-    pictures, labels = _folders(root, file, split, entry)
+    named = [name for name in ("train", "val", "test") if fields.get(name) and split not in fields]
+    pictures, labels = _folders(root, file, split, entry, named)
     if isinstance(entry, str) and entry.replace("\\", "/") != entry:
         repaired["file_names"] = 1
     return Description(raw, classes, dimensions, pictures, labels, repaired)
@@ -134,8 +135,9 @@ def _classes(file: str, names: Any, category: str | None) -> frozenset[int]:
     return frozenset(people)
 
 
-def _folders(root: str, file: str, split: str, entry: Any) -> tuple[str, str]:
-    """Folder of the pictures and of the labels: as data.yaml says, else images/SPLIT and labels/SPLIT."""
+def _folders(root: str, file: str, split: str, entry: Any, named: Sequence[str]) -> tuple[str, str]:
+    """Folder of the pictures and of the labels: as data.yaml says, else images/SPLIT and labels/SPLIT.
+    named: the splits that it has, where this is none of them."""
     if not isinstance(entry, str) or entry.endswith(".txt"):
         raise DataError(
             f"{file}: {split} is {entry!r}; a folder of pictures is read, no list. Take {split} out of it "
@@ -157,6 +159,11 @@ def _folders(root: str, file: str, split: str, entry: Any) -> tuple[str, str]:
     labels = join(root, "/".join([*parts[:place], "labels", *parts[place + 1 :]]))
     for folder in (root, pictures, labels):
         if not is_folder(folder):
+            if named and is_folder(root):
+                raise DataError(
+                    f"{folder}: no such folder. {file} names the splits {listed(named)}: give one of them "
+                    f"with --data.train-split and --data.val-split, whatever its folder is called."
+                )
             raise DataError(
                 f"{folder}: no such folder. A YOLO-pose root has images/{split}/ and labels/{split}/, or "
                 f"names them in {DESCRIPTION}. Where the pictures lie in images/ itself, give "

@@ -135,6 +135,8 @@ class Validation:
     splits: tuple[CheckedSplit, ...]
     fatal: tuple[str, ...]
     """Why training or an AP on the set would be wrong, a paragraph each."""
+    scored: str = ""
+    """The split that an AP is asked on; "" where evaluate takes none."""
 
     @property
     def exit_code(self) -> int:
@@ -149,7 +151,14 @@ class Validation:
         rest = (
             f"{lost:,} people are left out and listed in rejected.parquet" if lost else "nothing is left out"
         )
-        return "\n".join([*lines, f"This set is good: {rest}, beside what the protocol leaves out."])
+        lines.append(f"This set is good: {rest}, beside what the protocol leaves out.")
+        unasked = [c for c in self.splits if c.split.name == self.scored for r in c.rejected if r.is_defect]
+        if unasked:
+            lines.append(
+                f"Evaluate counts {len(unasked):,} of them, of {self.scored}, as missed whatever a network "
+                f"does, unless boxes of a detector find them: mend them first."
+            )
+        return "\n".join(lines)
 
     def rows(self) -> list[dict[str, object]]:
         """Every finding: split, kind, file, image_id, ann_id, people, detail."""
@@ -170,9 +179,10 @@ class Validation:
 
 def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
     split = checked.split
-    pictures = len(split.photos) + sum(1 for r in split.rejected if r.ann_id is None)
+    entries = {photo.image_id for photo in split.photos}
+    entries |= {r.image_id for r in split.rejected if r.ann_id is None}
     yield (
-        f"{split.name}: {pictures:,} pictures in {split.annotation_file}; {checked.people:,} people on "
+        f"{split.name}: {len(entries):,} pictures in {split.annotation_file}; {checked.people:,} people on "
         f"{checked.photos:,} of them can be used"
     )
     groups = checked.findings()

@@ -244,6 +244,8 @@ def _matrix(values: Sequence[Sequence[Any]], length: int) -> NDArray[np.float64]
 
 
 def _kind(value: Any) -> str:
+    if value is None:
+        return "absent or null"
     return f"{len(value)} entries" if isinstance(value, list) else type(value).__name__
 
 

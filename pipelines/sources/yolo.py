@@ -1,6 +1,6 @@
 """YOLO-pose labels in: the same person records as from COCO, with a reason for each one left out.
 
-    ROOT/images/SPLIT/*.jpg      ROOT/labels/SPLIT/*.txt, a line a person, all as fractions of the picture:
+    ROOT/images/SPLIT/**/*.jpg   ROOT/labels/SPLIT/**/*.txt, a line a person, all as fractions of the picture:
                                  class  cx cy w h  K x (x y v), or K x (x y)
     ROOT/data.yaml               optional, as ultralytics has it (data_yaml.py)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -26,12 +26,12 @@ import numpy as np
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.skeleton import Skeleton
-from pipelines.sources.data_yaml import DESCRIPTION, read_description
+from pipelines.sources.data_yaml import DESCRIPTION, FLAT, read_description
 from pipelines.sources.media import PICTURES
 from pipelines.sources.photos import open_header
 from pipelines.sources.records import GroundTruth, Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import Annotation, ImageEntry, judge, listed, printable
-from pipelines.storage import absolute, join, list_files, read_file
+from pipelines.storage import absolute, join, list_files, list_tree, read_file
 
 HAIR = 1e-3
 """How far a fraction may lie outside 0 to 1: tools round."""
@@ -48,7 +48,7 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton, category: str | 
     root = absolute(str(root))
     description = read_description(root, split, skeleton, category)
     pictures, labels, classes = description.pictures, description.labels, description.classes
-    found, rejected = _read_pictures(pictures, labels)
+    found, rejected = _read_pictures(pictures, labels, list_files if split == FLAT else list_tree)
     digest = hashlib.sha256(description.raw)
     images: dict[int, ImageEntry] = {}
     rows: list[Annotation] = []
@@ -116,15 +116,17 @@ class _Picture:
     """Where the picture as a whole cannot be used."""
 
 
-def _read_pictures(pictures: str, labels: str) -> tuple[list[_Picture], list[Rejection]]:
+def _read_pictures(
+    pictures: str, labels: str, listing: Callable[[str], Collection[str]]
+) -> tuple[list[_Picture], list[Rejection]]:
     """Pictures in the order of their names, and a rejection for each label file without one."""
-    names = sorted(name for name in list_files(pictures) if name.lower().endswith(PICTURES))
+    names = sorted(name for name in listing(pictures) if name.lower().endswith(PICTURES))
     if not names:
         raise DataError(
             f"{pictures}: no pictures ({', '.join(PICTURES)}) lie in it. Name the folder below it with "
             f"--data.train-split and --data.val-split, or put the pictures there."
         )
-    there = {name for name in list_files(labels) if name.endswith(".txt")}
+    there = {name for name in listing(labels) if name.endswith(".txt")}
     uses = Counter(map(_label_name, names))
 
     def look(image_id: int, name: str) -> _Picture:
