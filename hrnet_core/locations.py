@@ -60,28 +60,32 @@ def destination(place: str | Path, what: str) -> str:
 
 
 def folder_to_write(place: str | Path, what: str) -> str:
-    """`destination` of a folder. ConfigError also where a file of this machine is there, or above it."""
+    """`destination` of a folder. ConfigError also where none can be made on this machine: a file is there, or
+    above it, or the rights lack."""
     where = destination(place, what)
-    _refuse_file(where, where, what)
+    if not is_uri(where):
+        _refuse_unwritable(Path(where), where, what)
     return where
 
 
 def file_to_write(place: str | Path, what: str) -> str:
-    """`destination` of a file. ConfigError also where a folder of this machine is there or a file above."""
+    """`destination` of a file. ConfigError also where none can be written on this machine: a folder is there,
+    or a file above it, or the rights lack."""
     where = destination(place, what)
-    if not is_uri(where):
-        if os.path.isdir(where):
-            raise ConfigError(f"{what} {where}: is a folder. Name a file in it.")
-        _refuse_file(str(Path(where).parent), where, what)
+    if is_uri(where) or (os.path.exists(where) and not os.path.isfile(where) and not os.path.isdir(where)):
+        return where  # or a pipe, a terminal
+    if os.path.isdir(where):
+        raise ConfigError(f"{what} {where}: is a folder. Name a file in it.")
+    _refuse_unwritable(Path(where).parent, where, what)
     return where
 
 
-def _refuse_file(folder: str, place: str, what: str) -> None:
-    if is_uri(folder):
-        return
-    for above in (Path(folder), *Path(folder).parents):
-        if os.path.exists(above) and not os.path.isdir(above):
-            raise ConfigError(f"{what} {place}: {above} is a file, not a folder. Name another {what}.")
+def _refuse_unwritable(folder: Path, place: str, what: str) -> None:
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{what} {place}: {above} is a file, not a folder. Name another {what}.")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{what} {place}: {above} may not be written to. Name another {what}.")
 
 
 def refuse_credentials(text: str) -> None:

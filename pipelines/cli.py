@@ -23,7 +23,7 @@ import tyro
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
-from hrnet_core.locations import file_to_write, folder_to_write, is_uri, refuse_credentials, refuse_no_bucket
+from hrnet_core.locations import file_to_write, folder_to_write, is_uri, refuse_credentials
 from pipelines import arguments
 from pipelines.config import RunConfig
 from pipelines.config_file import load_config, refused
@@ -139,13 +139,11 @@ def validate(args: arguments.Validate) -> int:
         raise ConfigError(
             f"--data.root {args.data.root}: the folder to check is the first argument, {args.coco}."
         )
-    from pipelines.storage import refuse_unwritable
     from pipelines.validate import validate, write_csv
 
     for place, flag in ((args.out, "--out"), (args.page, "--page")):
         if place:
-            refuse_no_bucket(place, flag)
-            refuse_unwritable(place, flag)
+            file_to_write(place, flag)
 
     how = {"decode": args.decode, "most": args.read, "checksums": args.checksums, "workers": args.workers}
     found = validate(args.coco, args.data, **how)

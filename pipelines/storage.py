@@ -30,7 +30,7 @@ import psutil
 import pyarrow as pa
 from pyarrow import fs
 
-from hrnet_core.errors import ConfigError, DataError
+from hrnet_core.errors import DataError
 from hrnet_core.files import put_in_place
 from hrnet_core.locations import fetch_file, is_uri, one_line, open_folder
 from pipelines.in_order import ahead
@@ -124,25 +124,6 @@ def write_whole(file: str | Path, content: str | bytes, *, sync: bool = True) ->
     """A file (path or URI) as `writing` leaves it; text as UTF-8."""
     with writing(file, sync=sync) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def refuse_unwritable(file: str, flag: str) -> None:
-    """ConfigError where a file of this machine cannot be written: asked before long work, not after it. flag:
-    what named it."""
-    if is_uri(file):
-        return
-    if os.path.exists(file) and not os.path.isdir(file) and not os.path.isfile(file):
-        return  # a pipe, a terminal
-    above = next(place for place in Path(os.path.abspath(file)).parents if place.exists())
-    why = ""
-    if os.path.isdir(file):
-        why = "it is a folder"
-    elif not above.is_dir():
-        why = f"{above} is a file, not a folder"
-    elif not os.access(above, os.W_OK):
-        why = f"{above} may not be written to"
-    if why:
-        raise ConfigError(f"{file}: cannot be written ({why}). Give another {flag}.")
 
 
 @contextlib.contextmanager
