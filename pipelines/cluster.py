@@ -91,6 +91,14 @@ def with_metrics_port(settings: RaySettings) -> RaySettings:
     return settings.model_copy(update={"metrics_port": port})
 
 
+def serve_logs() -> str:
+    """Folder on this node with what Serve's processes write: of this Ray, where session_latest is whichever
+    was started last. On other nodes of a cluster it usually has the same name."""
+    from ray._private.worker import _global_node  # it has no public name
+
+    return f"{_global_node.get_logs_dir_path()}/serve"
+
+
 def metrics_port() -> int:
     """Where this node's Ray shows Prometheus metrics."""
     import ray

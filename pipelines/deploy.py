@@ -23,6 +23,7 @@ from pipelines.cluster import (
     ray_session,
     room_for,
     selector,
+    serve_logs,
     with_metrics_port,
 )
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
@@ -195,7 +196,8 @@ def _until_a_signal(
     by_haproxy = haproxy(settings)
     with announced(settings.port, ray_address(), settings.host, by_haproxy, settings.grpc_port):
         metrics = f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics"
-        print(f"{_told(url, args, spec, settings)}\n{metrics}\n  end   Ctrl-C", flush=True)
+        logs = f"  logs  {serve_logs()}"
+        print(f"{_told(url, args, spec, settings)}\n{metrics}\n{logs}\n  end   Ctrl-C", flush=True)
         _wait_for_signal()
     print("stopping ...", flush=True)
     live.drain()

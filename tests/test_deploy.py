@@ -46,7 +46,7 @@ from pipelines.serving.pinned import KEPT, prune, published
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.stop import Stopped
 from pipelines.storage import base_name, join, list_files, read_file
-from serve.settings import ServeArgs
+from serve.settings import Limits, ServeArgs
 
 
 def save(folder: Path, seed: int) -> Path:
@@ -482,6 +482,8 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         assert [port.program for port in outside] == ["ray::ServeReplica:hrnet:poses"], outside
         (metrics,) = [line.split()[1] for line in verb.lines if "Prometheus" in line]
         assert "ray_" in httpx.get(metrics, timeout=30, trust_env=False).text
+        (logs,) = [line.split()[1] for line in verb.lines if line.startswith("  logs ")]
+        assert list(Path(logs).glob("replica_hrnet_poses_*.log"))
         asking = threading.Thread(target=ask)
         asking.start()
         try:
@@ -506,6 +508,20 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         (0, ""),
     }
     assert not list(tmp_path.glob("hrnet/serving/*")), "nobody looks for it any more"
+
+
+def test_a_deploy_that_replaces_what_runs_says_which_settings_are_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that were given before and are not given now, as nobody meant to change them."""
+    monkeypatch.setattr(live, "_run", lambda _: None)
+    monkeypatch.setattr(live, "_wait_settled", lambda *_: None)
+    before = ServeArgs(checkpoint="a", samples="pictures", limits=Limits(max_people=200), num_cpus=2)
+    live._change(ServeArgs(checkpoint="b", num_cpus=2), before)
+    assert "(changed: samples, max_people)" in capsys.readouterr().out
+    monkeypatch.setattr(live, "_code", lambda args: args.checkpoint)  # another version of hrnet
+    live._change(before.model_copy(update={"checkpoint": "b"}), before)
+    assert "(changed: the code)" in capsys.readouterr().out
 
 
 def test_there_is_nothing_to_roll_back_where_nothing_runs(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import on_cluster, require
+from pipelines.cluster import on_cluster, require, serve_logs
 from pipelines.code_version import code_version
 from pipelines.config import RaySettings, ServeSettings
 from pipelines.serving.ingress import SERVE_GRACE_S, environment, refuse_port_in_use, remove_folder
@@ -171,7 +171,9 @@ def _change(args: ServeArgs, before: ServeArgs) -> None:
     args = args.model_copy(update={"previous": previous, "last_failure": "", "draining": False})
     if _code(args) != _code(before):
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
-        print(f"replacing what runs: the old replicas go on until there is room for {more}", flush=True)
+        changed = ", ".join(_changed(args, before)) or "the code"
+        until = f"the old replicas go on until there is room for {more}"
+        print(f"replacing what runs (changed: {changed}): {until}", flush=True)
     elif another:
         print(
             f"loading {with_detector(args)} beside {with_detector(before)} in the running replicas",
@@ -240,6 +242,14 @@ def with_detector(choice: ModelChoice) -> str:
     )
 
 
+def _changed(args: ServeArgs, before: ServeArgs) -> list[str]:
+    """The settings that need new replicas and are others than before: also those that were given then and now
+    have their defaults."""
+    now, then = (one.model_dump(exclude=set(LiveSettings.model_fields)) for one in (args, before))
+    now, then = (one | one.pop("limits") for one in (now, then))
+    return [name for name in now if now[name] != then[name]]
+
+
 def _code(args: ServeArgs) -> str:
     """Changes with whatever needs new replicas."""
     fixed = args.model_dump_json(exclude=set(LiveSettings.model_fields))
@@ -272,7 +282,7 @@ def _why_not(error: str) -> str:
     # Serve's message ends with the replica's traceback, and that with the exception.
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     reason = next((line for line in reversed(lines) if "Error" in line.split(":")[0]), error)
-    return f"Serve could not start the model: {reason} Logs: the folder logs/serve of Ray's session."
+    return f"Serve could not start the model: {reason} Logs: {serve_logs()}"
 
 
 def _wait_ready(url: str, seconds: float = 60) -> None:
@@ -311,5 +321,5 @@ def _wait(answers: Callable[[], bool], seconds: float, late: str, note: str) -> 
             return
         time.sleep(0.1)
     if not on_cluster():
-        raise ConfigError(f"{late} Logs: the folder logs/serve of Ray's session.")
+        raise ConfigError(f"{late} Logs: {serve_logs()}")
     print(f"note: {note}", flush=True)
