@@ -32,7 +32,7 @@ from pipelines.serving.expected import expected_scores
 from pipelines.serving.guard import who_may_ask
 from pipelines.serving.ingress import haproxy, refuse_port_in_use
 from pipelines.serving.pinned import pinned, pinned_detector, prune, standing_still
-from pipelines.serving.running import Endpoint, announced, endpoint_at
+from pipelines.serving.running import Endpoint, announced, endpoint_at, ports
 from pipelines.serving.samples import samples_folder
 from pipelines.shared_paths import refuse_unshared
 from pipelines.stop import stoppable
@@ -83,6 +83,8 @@ def deploy(
             here = settings.model_copy(update={"host": there.host, "grpc_port": there.grpc_port})
         if block and there is None:
             refuse_port_in_use(settings.host, settings.port)
+            if served := _served():
+                print(f"note: {served} already; this starts another one beside", flush=True)
         with local_checkpoint(checkpoint, track, run.storage) as found:
             args, spec = serve_args(found, here, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
@@ -208,8 +210,10 @@ def _until_a_signal(
 
 def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoint | None) -> str:
     if there is None and not on_cluster() and not _ray_runs_here():
+        names = f"{_served()}; " if _served() else ""
         raise ConfigError(
-            f"nothing is served on port {settings.port} of this machine (--serve.port names another one)."
+            f"nothing is served on port {settings.port} of this machine ({names}--serve.port names another "
+            f"one)."
         )
     with ray_session(ray_settings, address=there.address if there else None, workers_shown=False):
         before = live.intended()
@@ -220,6 +224,11 @@ def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoi
     again, now = live.with_detector(args), live.with_detector(before)
     print(f"serving {args.name} {again} again, in place of {now}: {url}", flush=True)
     return url
+
+
+def _served() -> str:
+    """The ports of this user's endpoints on this machine: who forgets --serve.port means one of them."""
+    return f"you serve {', '.join(map(str, ports()))}" if ports() else ""
 
 
 def _ray_runs_here() -> bool:

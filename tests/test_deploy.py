@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -522,6 +523,25 @@ def test_a_deploy_that_replaces_what_runs_says_which_settings_are_others(
     monkeypatch.setattr(live, "_code", lambda args: args.checkpoint)  # another version of hrnet
     live._change(before.model_copy(update={"checkpoint": "b"}), before)
     assert "(changed: the code)" in capsys.readouterr().out
+
+
+def test_who_forgets_the_port_is_told_which_are_served(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(deploying, "_ray_runs_here", lambda: False)
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "_until_a_signal", lambda *_: "")
+    settings, run = ServeSettings(port=free_port(), cpus_per_replica=1), RunSettings(storage=str(tmp_path))
+    (tmp_path / "hrnet" / "serving").mkdir(parents=True)
+    (tmp_path / "hrnet" / "serving" / f"{platform.node()}-8125.json").write_text("{}")  # of no process
+    deploy(str(checkpoint), settings, run=run)
+    assert "note" not in capsys.readouterr().out
+    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True):
+        deploy(str(checkpoint), settings, run=run)
+        assert "note: you serve 8123 already; this starts another one beside" in capsys.readouterr().out
+        with pytest.raises(ConfigError, match=r"port \d+ of this machine \(you serve 8123; --serve\.port"):
+            deploy(None, settings, rollback=True)
 
 
 def test_there_is_nothing_to_roll_back_where_nothing_runs(
