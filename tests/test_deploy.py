@@ -47,7 +47,7 @@ from pipelines.serving.pinned import KEPT, prune, published
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.stop import Stopped
 from pipelines.storage import base_name, join, list_files, read_file
-from serve.settings import Limits, ServeArgs
+from serve.settings import Limits, ModelChoice, ServeArgs
 
 
 def save(folder: Path, seed: int) -> Path:
@@ -523,6 +523,18 @@ def test_a_deploy_that_replaces_what_runs_says_which_settings_are_others(
     monkeypatch.setattr(live, "_code", lambda args: args.checkpoint)  # another version of hrnet
     live._change(before.model_copy(update={"checkpoint": "b"}), before)
     assert "(changed: the code)" in capsys.readouterr().out
+
+
+def test_replicas_of_another_version_of_hrnet_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the deploy that is to replace them would end with a traceback, whatever is done."""
+    before = ServeArgs(checkpoint="b", previous=ModelChoice(checkpoint="a"), limits=Limits(max_people=200))
+    told = before.model_dump(mode="json")
+    told |= {"of_tomorrow": 1, "hosts": ["https://poses.example.com", "poses.example.com"]}
+    told["limits"]["of_tomorrow"] = 2
+    told["previous"]["of_tomorrow"] = 3
+    monkeypatch.setattr(live, "states", lambda: [{"intended": told}])
+    assert live.intended() == before
+    assert live.back(before).checkpoint == "a"
 
 
 def test_who_forgets_the_port_is_told_which_are_served(

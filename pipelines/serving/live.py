@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
+import functools
 import hashlib
+import itertools
 import logging
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster, require, serve_logs
@@ -117,7 +122,21 @@ def states(seconds: float = 30) -> list[dict[str, Any]]:
 def intended() -> ServeArgs | None:
     """What is to be live: of the last deploy that was not taken back. None where no replica can say."""
     said = states()
-    return ServeArgs.model_validate(said[0]["intended"]) if said else None
+    return _understood(said[0]["intended"]) if said else None
+
+
+def _understood(told: dict[str, Any]) -> ServeArgs:
+    """What a replica is to serve, in its words, which may be those of another version of hrnet: a setting
+    that this one does not know, or would refuse, is left out."""
+    try:
+        return ServeArgs.model_validate(told)
+    except ValidationError as error:
+        known = copy.deepcopy(told)
+        for problem in error.errors():
+            # A member of a list: the whole list.
+            *within, field = itertools.takewhile(lambda step: isinstance(step, str), problem["loc"])
+            functools.reduce(dict.__getitem__, within, known).pop(field, None)
+        return ServeArgs.model_validate(known)
 
 
 def back(before: ServeArgs) -> ServeArgs:
@@ -261,7 +280,7 @@ def _wait_settled(args: ServeArgs, before: ServeArgs) -> None:
     deadline = time.monotonic() + LOADING_S
     while time.monotonic() < deadline:
         said = states()
-        told = [ServeArgs.model_validate(one["intended"]).choice() for one in said]
+        told = [_understood(one["intended"]).choice() for one in said]
         if any(choice not in (args.choice(), before.choice()) for choice in told):
             raise Overtaken(f"{args.name} {args.version}: another deploy has named another version since.")
         if said and all(one["settled"] for one in said) and set(told) == {args.choice()}:
