@@ -26,6 +26,7 @@ from pipelines.cluster import (
     serve_logs,
     with_metrics_port,
 )
+from pipelines.code_version import code_version
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
 from pipelines.serving.expected import expected_scores
@@ -146,6 +147,7 @@ def serve_args(
         num_replicas=settings.replicas,
         num_cpus=settings.cpus_per_replica or CPUS_PER_REPLICA,
         num_gpus=1.0 if settings.use_gpu else 0.0,
+        code=code_version(),
     ), spec
 
 

@@ -181,7 +181,7 @@ class Metrics:
         self.runs.observe(seconds, name)
 
     def show(self, room: Room, at_once: bool = False) -> None:
-        """Tell Ray what has changed, once a second at most; at_once, with Serve's health checks, everything."""
+        """Tell Ray what has changed, once a second at most; at_once (Serve's health checks) everything."""
         if not at_once and time.monotonic() - self._shown < SHOWN_EVERY_S:
             return
         self._shown = time.monotonic()

@@ -184,5 +184,7 @@ class ServeArgs(LiveSettings, ReplicaSettings):
     num_replicas: int = Field(default=REPLICAS, ge=1)
     num_cpus: float = Field(default=CPUS_PER_REPLICA, gt=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    code: str = ""
+    """Version of hrnet that deployed it: another one needs new replicas."""
     labels: dict[str, str] = {}
     """Of the nodes that replicas may run on, as Ray's label_selector; none: any with room."""

@@ -104,6 +104,7 @@ def test_replicas_share_the_machine_unless_it_is_said_otherwise(
     monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(deploying, "ray_address", lambda: "somewhere")
     monkeypatch.setattr(deploying, "metrics_port", lambda: 9464)  # it would start a Ray
+    monkeypatch.setattr(deploying, "serve_logs", lambda: "/logs/serve")
     monkeypatch.setattr(deploying, "room_for", lambda *_: 6)
     monkeypatch.setattr(live, "bring_up", lambda args, *_: started.append(args) or "http://here")
     monkeypatch.setattr(live, "intended", lambda: None)
@@ -520,9 +521,8 @@ def test_a_deploy_that_replaces_what_runs_says_which_settings_are_others(
     before = ServeArgs(checkpoint="a", samples="pictures", limits=Limits(max_people=200), num_cpus=2)
     live._change(ServeArgs(checkpoint="b", num_cpus=2), before)
     assert "(changed: samples, max_people)" in capsys.readouterr().out
-    monkeypatch.setattr(live, "_code", lambda args: args.checkpoint)  # another version of hrnet
-    live._change(before.model_copy(update={"checkpoint": "b"}), before)
-    assert "(changed: the code)" in capsys.readouterr().out
+    live._change(before.model_copy(update={"checkpoint": "b", "code": "0.2.0"}), before)
+    assert "(changed: code)" in capsys.readouterr().out
 
 
 def test_replicas_of_another_version_of_hrnet_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster, require, serve_logs
-from pipelines.code_version import code_version
 from pipelines.config import RaySettings, ServeSettings
 from pipelines.serving.ingress import SERVE_GRACE_S, environment, refuse_port_in_use, remove_folder
 from serve.settings import LiveSettings, ModelChoice, ServeArgs
@@ -188,9 +187,9 @@ def _change(args: ServeArgs, before: ServeArgs) -> None:
     another = _identity(before) != _identity(args)
     previous = before.choice() if another else before.previous
     args = args.model_copy(update={"previous": previous, "last_failure": "", "draining": False})
-    if _code(args) != _code(before):
+    if _version(args) != _version(before):
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
-        changed = ", ".join(_changed(args, before)) or "the code"
+        changed = ", ".join(_changed(args, before))
         until = f"the old replicas go on until there is room for {more}"
         print(f"replacing what runs (changed: {changed}): {until}", flush=True)
     elif another:
@@ -240,7 +239,7 @@ def _run(args: ServeArgs) -> None:
 
     # With a version of its own Serve changes running replicas where only user_config differs; without one it
     # would replace them each time. A Serve config file does the same.
-    told = deployment(args).options(version=_code(args), _internal=True)
+    told = deployment(args).options(version=_version(args), _internal=True)
     application: serve.Application = told.bind(args, make_app)
     serve.run(application, name=APP)
 
@@ -269,10 +268,10 @@ def _changed(args: ServeArgs, before: ServeArgs) -> list[str]:
     return [name for name in now if now[name] != then[name]]
 
 
-def _code(args: ServeArgs) -> str:
+def _version(args: ServeArgs) -> str:
     """Changes with whatever needs new replicas."""
     fixed = args.model_dump_json(exclude=set(LiveSettings.model_fields))
-    return hashlib.sha256(f"{code_version()} {fixed}".encode()).hexdigest()[:16]
+    return hashlib.sha256(fixed.encode()).hexdigest()[:16]
 
 
 def _wait_settled(args: ServeArgs, before: ServeArgs) -> None:
