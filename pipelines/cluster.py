@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, PoseError
+from hrnet_core.locations import one_line
 from pipelines import environment
 from pipelines.config import RaySettings
 from pipelines.progress import Every
@@ -91,6 +92,14 @@ def with_metrics_port(settings: RaySettings) -> RaySettings:
     return settings.model_copy(update={"metrics_port": port})
 
 
+def serve_logs() -> str:
+    """Folder on this node with what Serve's processes write: of this Ray, where session_latest is whichever
+    was started last. On other nodes of a cluster it usually has the same name."""
+    from ray._private.worker import _global_node  # it has no public name
+
+    return f"{_global_node.get_logs_dir_path()}/serve"
+
+
 def metrics_port() -> int:
     """Where this node's Ray shows Prometheus metrics."""
     import ray
@@ -134,8 +143,17 @@ def _started(
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
-    with handlers_kept(), environment.defaults(inherited):
-        joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
+    try:
+        with handlers_kept(), environment.defaults(inherited):
+            joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        both = one_line(error).removeprefix("Version mismatch: ")
+        raise ConfigError(
+            f"the Ray at {address} cannot be joined from here, as its versions are others. {both}. Use an "
+            f"environment with its versions, or end what runs there and start it from this one."
+        ) from None
     try:
         if on_cluster():
             warn_unguarded(joined.dashboard_url)

@@ -23,15 +23,17 @@ from pipelines.cluster import (
     ray_session,
     room_for,
     selector,
+    serve_logs,
     with_metrics_port,
 )
+from pipelines.code_version import code_version
 from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.serving import live
 from pipelines.serving.expected import expected_scores
 from pipelines.serving.guard import who_may_ask
 from pipelines.serving.ingress import haproxy, refuse_port_in_use
 from pipelines.serving.pinned import pinned, pinned_detector, prune, standing_still
-from pipelines.serving.running import Endpoint, announced, endpoint_at
+from pipelines.serving.running import Endpoint, announced, endpoint_at, ports
 from pipelines.serving.samples import samples_folder
 from pipelines.shared_paths import refuse_unshared
 from pipelines.stop import stoppable
@@ -82,6 +84,8 @@ def deploy(
             here = settings.model_copy(update={"host": there.host, "grpc_port": there.grpc_port})
         if block and there is None:
             refuse_port_in_use(settings.host, settings.port)
+            if served := _served():
+                print(f"note: {served} already; this starts another one beside", flush=True)
         with local_checkpoint(checkpoint, track, run.storage) as found:
             args, spec = serve_args(found, here, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
@@ -143,6 +147,7 @@ def serve_args(
         num_replicas=settings.replicas,
         num_cpus=settings.cpus_per_replica or CPUS_PER_REPLICA,
         num_gpus=1.0 if settings.use_gpu else 0.0,
+        code=code_version(),
     ), spec
 
 
@@ -195,7 +200,8 @@ def _until_a_signal(
     by_haproxy = haproxy(settings)
     with announced(settings.port, ray_address(), settings.host, by_haproxy, settings.grpc_port):
         metrics = f"  Prometheus  http://127.0.0.1:{metrics_port()}/metrics"
-        print(f"{_told(url, args, spec, settings)}\n{metrics}\n  end   Ctrl-C", flush=True)
+        logs = f"  logs  {serve_logs()}"
+        print(f"{_told(url, args, spec, settings)}\n{metrics}\n{logs}\n  end   Ctrl-C", flush=True)
         _wait_for_signal()
     print("stopping ...", flush=True)
     live.drain()
@@ -206,8 +212,10 @@ def _until_a_signal(
 
 def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoint | None) -> str:
     if there is None and not on_cluster() and not _ray_runs_here():
+        names = f"{_served()}; " if _served() else ""
         raise ConfigError(
-            f"nothing is served on port {settings.port} of this machine (--serve.port names another one)."
+            f"nothing is served on port {settings.port} of this machine ({names}--serve.port names another "
+            f"one)."
         )
     with ray_session(ray_settings, address=there.address if there else None, workers_shown=False):
         before = live.intended()
@@ -218,6 +226,11 @@ def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoi
     again, now = live.with_detector(args), live.with_detector(before)
     print(f"serving {args.name} {again} again, in place of {now}: {url}", flush=True)
     return url
+
+
+def _served() -> str:
+    """The ports of this user's endpoints on this machine: who forgets --serve.port means one of them."""
+    return f"you serve {', '.join(map(str, ports()))}" if ports() else ""
 
 
 def _ray_runs_here() -> bool:

@@ -31,28 +31,37 @@ class Stopped(KeyboardInterrupt):
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Both signals raise Stopped in the block; the second of them ends the process without a word."""
-    came = False
+    came = 0
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal came
         if came:
             os._exit(128 + signum)
-        came = True
+        came = signum
         raise Stopped(signum)
 
     with contextlib.ExitStack() as restored:
         if threading.current_thread() is threading.main_thread():
             for which in BOTH:
                 restored.callback(signal.signal, which, signal.signal(which, stop))
-        yield
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            # ray.get hands on a KeyboardInterrupt of its own, which does not say which signal it was.
+            if isinstance(error, Stopped) or not came:
+                raise
+            raise Stopped(came) from None
 
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """What the block puts in place of the handlers of both signals is undone: Ray takes them for itself."""
+    """What the block puts in place of the handlers of both signals is undone: Ray takes them for itself. Its
+    own end the process, with 15 or 1; here that is Stopped, as everywhere."""
     before = {which: signal.getsignal(which) for which in BOTH}
     try:
         yield
+    except SystemExit:
+        raise Stopped(signal.SIGTERM) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             for which, handler in before.items():

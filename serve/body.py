@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -177,8 +178,18 @@ def _from_base64(text: Any, field: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        hint = " Leave the data: prefix out." if text.startswith("data:") else ""
-        raise Problem.of_field(field, "invalid-field", f"not base64 ({error}).{hint}") from None
+        raise Problem.of_field(field, "invalid-field", f"not base64 ({error}).{_way_out(text)}") from None
+
+
+def _way_out(text: str) -> str:
+    """What programs write that is nearly base64, and how it becomes it."""
+    if text.startswith("data:"):
+        return " Leave the data: prefix out."
+    if re.search(r"\s", text):
+        return " Leave line breaks and spaces out (base64 -w0; in Python base64.b64encode)."
+    if set("-_") & set(text):
+        return " - and _ are of the alphabet for URLs: + and / are in their place here (RFC 4648, section 4)."
+    return ""
 
 
 def _json(text: str | bytes, field: str, slug: str) -> Any:

@@ -3,6 +3,9 @@
 Ray's own histograms forget what was observed: its agent gets the counts of the buckets and adds up their
 midpoints, so that a sum over them is wrong by up to a bucket's width. Those here are kept in the replica and
 shown as the gauges that a Prometheus histogram consists of: NAME_bucket (le), NAME_sum, NAME_count.
+
+Ray's agent forgets a gauge that it was not told of for twenty seconds. So all are told with each of Serve's
+health checks, every ten seconds, whether they have changed or not.
 """
 
 from __future__ import annotations
@@ -69,9 +72,9 @@ class Sums:
         series.total += float(values.sum(dtype=np.float64))
         self._changed.add(labels)
 
-    def show(self) -> None:
-        """Set the gauges of what has changed."""
-        for values in self._changed:
+    def show(self, everything: bool = False) -> None:
+        """Set the gauges of what has changed, or of everything."""
+        for values in self._series if everything else self._changed:
             series, tags = self._series[values], dict(zip(self.labels, values, strict=True))
             seen = 0
             for bound, count in zip(self.bounds, series.counts, strict=True):
@@ -178,7 +181,7 @@ class Metrics:
         self.runs.observe(seconds, name)
 
     def show(self, room: Room, at_once: bool = False) -> None:
-        """Tell Ray, once a second at most: after each request, and with Serve's health checks."""
+        """Tell Ray what has changed, once a second at most; at_once (Serve's health checks) everything."""
         if not at_once and time.monotonic() - self._shown < SHOWN_EVERY_S:
             return
         self._shown = time.monotonic()
@@ -186,6 +189,8 @@ class Metrics:
         for gauge, count in zip(self._now.values(), counts, strict=True):
             gauge.set(count)
         counted = (self.requests, self.refused, self.people, self.pixels, self.looked)
-        for one in (*counted, self.seconds, self.stages, self.scores, self.runs, self.batches):
-            one.show()
+        for counter in counted:
+            counter.show()
+        for histogram in (self.seconds, self.stages, self.scores, self.runs, self.batches):
+            histogram.show(everything=at_once)
         self.drift.show()

@@ -141,6 +141,9 @@ class PoseService:
         self._settled = live
         if self.model:
             self.metrics.drift.watch(self.model.choice)
+        self._show_model(live)
+
+    def _show_model(self, live: LiveSettings) -> None:
         self.gauges.show(live, self.model, failed=self.failure is not None)
 
     @property
@@ -184,8 +187,10 @@ class PoseService:
             traces.close()
 
     async def check_health(self) -> None:
-        """One crop through the network, unless requests have just shown that it works."""
+        """One crop through the network, unless requests have just shown that it works. Every ten seconds."""
         self.metrics.show(self.room, at_once=True)
+        if self.live:
+            self._show_model(self.live)
         for handler in logger.handlers:  # Serve writes its log in blocks, of which a quiet day fills none
             handler.flush()
         if (model := self.model) is None:

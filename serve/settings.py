@@ -5,9 +5,10 @@ Nothing but pydantic: `hrnet --help` reads this.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hrnet_core.choices import ModeName
 
@@ -16,6 +17,20 @@ MODEL_NAME = "hrnet-pose"
 REPLICAS = 1
 CPUS_PER_REPLICA = 1.0
 BATCH_WAIT_S = 0.0
+
+
+def _host_name(name: str) -> str:
+    """As requests are compared with it. ValueError where none would ever match."""
+    if not re.fullmatch(r"\*|\[[0-9a-fA-F:.]+\]|[^\s/:*@]+", name):
+        raise ValueError("not a host name: write it without scheme, port and path (poses.example.com), or *")
+    return name.lower()
+
+
+def _origin(origin: str) -> str:
+    """As browsers send it. ValueError where none would ever match."""
+    if not re.fullmatch(r"\*|[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/*@?#]+", origin):
+        raise ValueError("not an origin: write scheme and host and no / behind (https://example.com), or *")
+    return origin.lower()
 
 
 class Settings(BaseModel):
@@ -88,10 +103,10 @@ class ReplicaSettings(Settings):
     """Requests a second that one key may make in one replica (429); default: as many as there is room for."""
     key_share: float = Field(default=1.0, gt=0, le=1)
     """Share of `max_requests` that one key may have in progress in one replica (429)."""
-    hosts: tuple[str, ...] = ()
+    hosts: tuple[Annotated[str, AfterValidator(_host_name)], ...] = ()
     """Host names that requests may be addressed to (421), * for any. Default: where `host` is a loopback
     address its names, else any."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     """Origins whose pages may ask from a browser, such as https://example.com; * for all."""
     log_format: Literal["text", "json"] = "text"
     """Of the replicas' log: a line for each request, with its id, status, problem, key's name, version and
@@ -169,5 +184,7 @@ class ServeArgs(LiveSettings, ReplicaSettings):
     num_replicas: int = Field(default=REPLICAS, ge=1)
     num_cpus: float = Field(default=CPUS_PER_REPLICA, gt=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    code: str = ""
+    """Version of hrnet that deployed it: another one needs new replicas."""
     labels: dict[str, str] = {}
     """Of the nodes that replicas may run on, as Ray's label_selector; none: any with room."""

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -46,7 +47,7 @@ from pipelines.serving.pinned import KEPT, prune, published
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.stop import Stopped
 from pipelines.storage import base_name, join, list_files, read_file
-from serve.settings import ServeArgs
+from serve.settings import Limits, ModelChoice, ServeArgs
 
 
 def save(folder: Path, seed: int) -> Path:
@@ -103,6 +104,7 @@ def test_replicas_share_the_machine_unless_it_is_said_otherwise(
     monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(deploying, "ray_address", lambda: "somewhere")
     monkeypatch.setattr(deploying, "metrics_port", lambda: 9464)  # it would start a Ray
+    monkeypatch.setattr(deploying, "serve_logs", lambda: "/logs/serve")
     monkeypatch.setattr(deploying, "room_for", lambda *_: 6)
     monkeypatch.setattr(live, "bring_up", lambda args, *_: started.append(args) or "http://here")
     monkeypatch.setattr(live, "intended", lambda: None)
@@ -482,6 +484,8 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         assert [port.program for port in outside] == ["ray::ServeReplica:hrnet:poses"], outside
         (metrics,) = [line.split()[1] for line in verb.lines if "Prometheus" in line]
         assert "ray_" in httpx.get(metrics, timeout=30, trust_env=False).text
+        (logs,) = [line.split()[1] for line in verb.lines if line.startswith("  logs ")]
+        assert list(Path(logs).glob("replica_hrnet_poses_*.log"))
         asking = threading.Thread(target=ask)
         asking.start()
         try:
@@ -506,6 +510,50 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
         (0, ""),
     }
     assert not list(tmp_path.glob("hrnet/serving/*")), "nobody looks for it any more"
+
+
+def test_a_deploy_that_replaces_what_runs_says_which_settings_are_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that were given before and are not given now, as nobody meant to change them."""
+    monkeypatch.setattr(live, "_run", lambda _: None)
+    monkeypatch.setattr(live, "_wait_settled", lambda *_: None)
+    before = ServeArgs(checkpoint="a", samples="pictures", limits=Limits(max_people=200), num_cpus=2)
+    live._change(ServeArgs(checkpoint="b", num_cpus=2), before)
+    assert "(changed: samples, max_people)" in capsys.readouterr().out
+    live._change(before.model_copy(update={"checkpoint": "b", "code": "0.2.0"}), before)
+    assert "(changed: code)" in capsys.readouterr().out
+
+
+def test_replicas_of_another_version_of_hrnet_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the deploy that is to replace them would end with a traceback, whatever is done."""
+    before = ServeArgs(checkpoint="b", previous=ModelChoice(checkpoint="a"), limits=Limits(max_people=200))
+    told = before.model_dump(mode="json")
+    told |= {"of_tomorrow": 1, "hosts": ["https://poses.example.com", "poses.example.com"]}
+    told["limits"]["of_tomorrow"] = 2
+    told["previous"]["of_tomorrow"] = 3
+    monkeypatch.setattr(live, "states", lambda: [{"intended": told}])
+    assert live.intended() == before
+    assert live.back(before).checkpoint == "a"
+
+
+def test_who_forgets_the_port_is_told_which_are_served(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(deploying, "_ray_runs_here", lambda: False)
+    monkeypatch.setattr(deploying, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(deploying, "_until_a_signal", lambda *_: "")
+    settings, run = ServeSettings(port=free_port(), cpus_per_replica=1), RunSettings(storage=str(tmp_path))
+    (tmp_path / "hrnet" / "serving").mkdir(parents=True)
+    (tmp_path / "hrnet" / "serving" / f"{platform.node()}-8125.json").write_text("{}")  # of no process
+    deploy(str(checkpoint), settings, run=run)
+    assert "note" not in capsys.readouterr().out
+    with announced(8123, "127.0.0.1:6000", "127.0.0.1", haproxy=True):
+        deploy(str(checkpoint), settings, run=run)
+        assert "note: you serve 8123 already; this starts another one beside" in capsys.readouterr().out
+        with pytest.raises(ConfigError, match=r"port \d+ of this machine \(you serve 8123; --serve\.port"):
+            deploy(None, settings, rollback=True)
 
 
 def test_there_is_nothing_to_roll_back_where_nothing_runs(

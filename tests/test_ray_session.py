@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import psutil
 import pytest
 
 from hrnet_core import memory
-from pipelines.cluster import ray_session
+from hrnet_core.errors import ConfigError
+from pipelines.cluster import LOOPBACK_ONLY, ray_session
 from pipelines.config import RaySettings
 
 
@@ -87,3 +89,19 @@ def idle() -> list[int]:
 
 if __name__ == "__main__":
     print(json.dumps(look(train="train" in sys.argv[1:])))
+
+
+def test_a_ray_of_another_version_is_named_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray._private.utils import check_version_info
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # ray_session would leave both behind
+    monkeypatch.setenv(LOOPBACK_ONLY, "0")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    started = {"ray_version": "2.9.9", "python_version": "3.9.1"}
+    monkeypatch.setattr(ray, "init", lambda **_: check_version_info(started, "node 10.0.0.7"))
+    wanted = (
+        rf"127\.0\.0\.1:6000 .*Ray: 2\.9\.9 Python: 3\.9\.1 .*Ray: {re.escape(ray.__version__)} .*environment"
+    )
+    with pytest.raises(ConfigError, match=wanted), ray_session(RaySettings(), address="127.0.0.1:6000"):
+        raise AssertionError("it was joined")

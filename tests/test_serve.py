@@ -369,6 +369,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "invalid-field",
         "Leave the data: prefix out",
     ),
+    "base64 with line breaks": (
+        {"json": {"image": base64.encodebytes(PNG).decode()}},
+        "invalid-field",
+        "Leave line breaks and spaces out",
+    ),
+    "base64 for URLs": (
+        {"json": {"image": base64.urlsafe_b64encode(b"\xff" * 9).decode()}},
+        "invalid-field",
+        "alphabet for URLs",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from test_serve import call, form, save_tiny, service_of
 
 from hrnet_core.errors import ConfigError
@@ -19,6 +20,7 @@ from serve.haproxy import FULL_HEADER
 from serve.keys import Keys, Rates, read_keys
 from serve.routes import make_app
 from serve.service import PoseService
+from serve.settings import ReplicaSettings
 
 SECRET, OTHER = "0123456789abcdef-first", "fedcba9876543210-second"
 FILE = f"""
@@ -232,6 +234,33 @@ def test_pages_of_named_origins_may_ask(checkpoint: Path, file: Path) -> None:
         "access-control-allow-origin"
         not in post(service_of(checkpoint), headers={"Origin": "https://a.b"}).headers
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrong"),
+    [
+        ("hosts", "http://poses.example.com"),  # a Host header has a name and a port
+        ("hosts", "poses.example.com:8443"),  # which is looked at without its port
+        ("hosts", "*.example.com"),
+        ("cors_origins", "app.example.com"),  # an Origin header has a scheme, and nothing behind the port
+        ("cors_origins", "https://app.example.com/"),
+        ("cors_origins", "https://*.example.com"),
+    ],
+)
+def test_a_name_that_no_browser_sends_is_refused_and_not_left_without_effect(
+    setting: str, wrong: str
+) -> None:
+    with pytest.raises(ValidationError, match=re.escape(wrong)) as refused:
+        ReplicaSettings.model_validate({setting: (wrong,)})
+    assert re.search("example.com", str(refused.value)), "how it is written"
+
+
+def test_names_of_hosts_and_origins_are_compared_as_browsers_send_them(checkpoint: Path) -> None:
+    service = service_of(checkpoint, hosts=("Poses.Example.com",), cors_origins=("HTTPS://App.Example.com",))
+    headers = {"host": "poses.example.com", "origin": "https://app.example.com"}
+    answer = call(service, "GET", "/v1/models", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
 
 
 def test_every_answer_says_how_browsers_are_to_take_it(checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from serve.metrics import SECONDS, Sums
 from serve.room import Pixels, Room
 from serve.routes import make_app
 from serve.service import PoseService
-from serve.settings import Limits
+from serve.settings import Limits, LiveSettings
 from serve.work import pixels_of
 
 
@@ -398,6 +399,32 @@ def test_a_histogram_is_what_prometheus_own_client_makes_of_the_same(monkeypatch
             "+Inf" if one == "+Inf" else f"{float(one):g}" if one[0].isdigit() else one for one in key
         )
         assert gauge.values[key] == pytest.approx(value, rel=1e-12), (name, labels)
+
+
+def test_every_gauge_is_set_with_each_health_check(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's agent drops one that was not for two of its intervals of ten seconds."""
+    gauges: list[Shown] = []
+
+    class Kept(Shown):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            gauges.append(self)
+
+    for module in ("metrics", "model"):
+        monkeypatch.setattr(f"serve.{module}.Gauge", Kept)
+    service = service_of(checkpoint)
+    service.live = LiveSettings(checkpoint=str(checkpoint), version="7")
+    service._settle(service.live)
+    assert post(service, **form(boxes=[[1, 1, 20, 20]])).status_code == 200
+    service._last_success = math.inf  # no pass of the health check's own
+    asyncio.run(service.check_health())
+    shown = {gauge.name: dict(gauge.values) for gauge in gauges if gauge.values}
+    for name in ("hrnet_model", "hrnet_deploy_failed", "hrnet_request_seconds_count", "hrnet_in_progress"):
+        assert name in shown
+    for gauge in gauges:
+        gauge.values.clear()
+    asyncio.run(service.check_health())
+    assert {gauge.name: gauge.values for gauge in gauges if gauge.values} == shown
 
 
 def test_a_request_is_counted_with_its_version_its_problem_and_its_reason(

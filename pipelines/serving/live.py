@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
+import functools
 import hashlib
+import itertools
 import logging
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import on_cluster, require
-from pipelines.code_version import code_version
+from pipelines.cluster import on_cluster, require, serve_logs
 from pipelines.config import RaySettings, ServeSettings
 from pipelines.serving.ingress import SERVE_GRACE_S, environment, refuse_port_in_use, remove_folder
 from serve.settings import LiveSettings, ModelChoice, ServeArgs
@@ -117,7 +121,21 @@ def states(seconds: float = 30) -> list[dict[str, Any]]:
 def intended() -> ServeArgs | None:
     """What is to be live: of the last deploy that was not taken back. None where no replica can say."""
     said = states()
-    return ServeArgs.model_validate(said[0]["intended"]) if said else None
+    return _understood(said[0]["intended"]) if said else None
+
+
+def _understood(told: dict[str, Any]) -> ServeArgs:
+    """What a replica is to serve, in its words, which may be those of another version of hrnet: a setting
+    that this one does not know, or would refuse, is left out."""
+    try:
+        return ServeArgs.model_validate(told)
+    except ValidationError as error:
+        known = copy.deepcopy(told)
+        for problem in error.errors():
+            # A member of a list: the whole list.
+            *within, field = itertools.takewhile(lambda step: isinstance(step, str), problem["loc"])
+            functools.reduce(dict.__getitem__, within, known).pop(field, None)
+        return ServeArgs.model_validate(known)
 
 
 def back(before: ServeArgs) -> ServeArgs:
@@ -169,9 +187,11 @@ def _change(args: ServeArgs, before: ServeArgs) -> None:
     another = _identity(before) != _identity(args)
     previous = before.choice() if another else before.previous
     args = args.model_copy(update={"previous": previous, "last_failure": "", "draining": False})
-    if _code(args) != _code(before):
+    if _version(args) != _version(before):
         more = f"{args.num_replicas} more ({args.num_cpus:g} CPU and {args.num_gpus:g} GPU each)"
-        print(f"replacing what runs: the old replicas go on until there is room for {more}", flush=True)
+        changed = ", ".join(_changed(args, before))
+        until = f"the old replicas go on until there is room for {more}"
+        print(f"replacing what runs (changed: {changed}): {until}", flush=True)
     elif another:
         print(
             f"loading {with_detector(args)} beside {with_detector(before)} in the running replicas",
@@ -219,7 +239,7 @@ def _run(args: ServeArgs) -> None:
 
     # With a version of its own Serve changes running replicas where only user_config differs; without one it
     # would replace them each time. A Serve config file does the same.
-    told = deployment(args).options(version=_code(args), _internal=True)
+    told = deployment(args).options(version=_version(args), _internal=True)
     application: serve.Application = told.bind(args, make_app)
     serve.run(application, name=APP)
 
@@ -240,10 +260,18 @@ def with_detector(choice: ModelChoice) -> str:
     )
 
 
-def _code(args: ServeArgs) -> str:
+def _changed(args: ServeArgs, before: ServeArgs) -> list[str]:
+    """The settings that need new replicas and are others than before: also those that were given then and now
+    have their defaults."""
+    now, then = (one.model_dump(exclude=set(LiveSettings.model_fields)) for one in (args, before))
+    now, then = (one | one.pop("limits") for one in (now, then))
+    return [name for name in now if now[name] != then[name]]
+
+
+def _version(args: ServeArgs) -> str:
     """Changes with whatever needs new replicas."""
     fixed = args.model_dump_json(exclude=set(LiveSettings.model_fields))
-    return hashlib.sha256(f"{code_version()} {fixed}".encode()).hexdigest()[:16]
+    return hashlib.sha256(fixed.encode()).hexdigest()[:16]
 
 
 def _wait_settled(args: ServeArgs, before: ServeArgs) -> None:
@@ -251,7 +279,7 @@ def _wait_settled(args: ServeArgs, before: ServeArgs) -> None:
     deadline = time.monotonic() + LOADING_S
     while time.monotonic() < deadline:
         said = states()
-        told = [ServeArgs.model_validate(one["intended"]).choice() for one in said]
+        told = [_understood(one["intended"]).choice() for one in said]
         if any(choice not in (args.choice(), before.choice()) for choice in told):
             raise Overtaken(f"{args.name} {args.version}: another deploy has named another version since.")
         if said and all(one["settled"] for one in said) and set(told) == {args.choice()}:
@@ -272,7 +300,7 @@ def _why_not(error: str) -> str:
     # Serve's message ends with the replica's traceback, and that with the exception.
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     reason = next((line for line in reversed(lines) if "Error" in line.split(":")[0]), error)
-    return f"Serve could not start the model: {reason} Logs: the folder logs/serve of Ray's session."
+    return f"Serve could not start the model: {reason} Logs: {serve_logs()}"
 
 
 def _wait_ready(url: str, seconds: float = 60) -> None:
@@ -311,5 +339,5 @@ def _wait(answers: Callable[[], bool], seconds: float, late: str, note: str) -> 
             return
         time.sleep(0.1)
     if not on_cluster():
-        raise ConfigError(f"{late} Logs: the folder logs/serve of Ray's session.")
+        raise ConfigError(f"{late} Logs: {serve_logs()}")
     print(f"note: {note}", flush=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ def announced(
         file.unlink(missing_ok=True)
 
 
+def ports() -> list[int]:
+    """Those of this machine that endpoints of this user's serve."""
+    pattern = re.compile(rf"{re.escape(platform.node())}-(\d+)\.json")
+    found = [int(named[1]) for file in _folder().glob("*.json") if (named := pattern.fullmatch(file.name))]
+    return sorted(port for port in found if endpoint_at(port))
+
+
 def endpoint_at(port: int) -> Endpoint | None:
     """The endpoint of this user's that serves the port; None where its process has ended."""
     try:
@@ -55,7 +63,11 @@ def endpoint_at(port: int) -> Endpoint | None:
     return endpoint if alive else None
 
 
-def _file(port: int) -> Path:
+def _folder() -> Path:
     """In the user's cache folder, which machines may share."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "hrnet" / "serving" / f"{platform.node()}-{port}.json"
+    return Path(cache) / "hrnet" / "serving"
+
+
+def _file(port: int) -> Path:
+    return _folder() / f"{platform.node()}-{port}.json"

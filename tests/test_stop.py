@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM, where Ray comes between them and us."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from pipelines.stop import BOTH, Stopped, handlers_kept, stoppable
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_ray_hands_on_as_its_own_keyboard_interrupt_is_still_known(
+    which: signal.Signals, code: int
+) -> None:
+    def ray_get() -> None:
+        """Ray's C++ notes that a handler raised KeyboardInterrupt, and raises a bare one."""
+        try:
+            os.kill(os.getpid(), which)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    before = [signal.getsignal(one) for one in BOTH]
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped by ") as stopped, stoppable():
+        ray_get()
+    assert isinstance(stopped.value, Stopped)
+    assert stopped.value.exit_code == code
+    assert [signal.getsignal(one) for one in BOTH] == before
+
+
+def test_a_keyboard_interrupt_without_a_signal_is_left_as_it_is() -> None:
+    with pytest.raises(KeyboardInterrupt) as raised, stoppable():
+        raise KeyboardInterrupt
+    assert not isinstance(raised.value, Stopped)
+
+
+@pytest.mark.parametrize("code", [15, 1])  # of ray.init before its node runs, and after
+def test_sigterm_while_ray_starts_is_told_and_ends_with_143(code: int) -> None:
+    def ray_init() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped, stoppable(), handlers_kept():
+        ray_init()
+    assert isinstance(stopped.value, Stopped)
+    assert str(stopped.value) == "stopped by SIGTERM."
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
