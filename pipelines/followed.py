@@ -148,13 +148,13 @@ def hand_over(
 
 
 def about_version(config: RunConfig, result: TrainResult) -> str:
-    """The description of the version."""
+    """The description of the version; its first words are all that the table of versions shows."""
     return (
-        f"HRNet of width {config.model.width}, {result.input_size}, codec {result.codec}; config "
-        f"{config.config_name}, run {result.run_name}. val_gt/AP {result.best_ap:.3f} (ground-truth "
-        f"boxes, crops of {config.data.val_split}) after epoch {result.best_epoch} of {result.epochs}, on "
-        f"dataset {result.dataset_digest[:8]}. The same files: `{result.best_checkpoint}`. The AP that "
-        f"counts for promote is that of `hrnet evaluate`."
+        f"{result.run_name}: val_gt/AP {result.best_ap:.3f} (ground-truth boxes, crops of "
+        f"{config.data.val_split}) after epoch {result.best_epoch} of {result.epochs}, on dataset "
+        f"{result.dataset_digest[:8]}. HRNet of width {config.model.width}, {result.input_size}, codec "
+        f"{result.codec}; config {config.config_name}. The same files: `{result.best_checkpoint}`. The AP "
+        f"that counts for promote is that of `hrnet evaluate`."
     )
 
 

@@ -204,7 +204,8 @@ def test_a_page_says_who_trained_by_which_job_and_what_a_version_is(
     best = checkpoint_folder(tmp_path / "best", "9" * 64)
     number = Registry(tracker).register(run_id, best, {}, about)
     said = tracker.client.get_model_version("hrnet-pose", str(number)).description
-    for part in ("width 32, 192x256, codec udp", "run w32", "0.744", "epoch 190 of 210", "`runs/w32/best`"):
+    assert said.startswith("w32: val_gt/AP 0.744 ")
+    for part in ("width 32, 192x256, codec udp", "epoch 190 of 210", "`runs/w32/best`"):
         assert part in said
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     assert "ray_job" not in tracker.client.get_run(open_run(tracker)).data.tags
