@@ -54,8 +54,10 @@ if [ -n "${MLFLOW_AUTH_ADMIN_PASSWORD:-}" ]; then
 fi
 [ "$action" = background ] || exec "${serve[@]}"
 
-alive() { python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/health', timeout=2)" 2>/dev/null; }
-if alive; then echo "MLflow already answers on port $port"; exit 0; fi
+# Where it listens: on one address of the machine 127.0.0.1 is not served.
+case "$host" in 0.0.0.0 | ::) ask=127.0.0.1 ;; *:*) ask="[$host]" ;; *) ask=$host ;; esac
+alive() { python3 -c "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://$ask:$port/health', timeout=2)" 2>/dev/null; }
+if alive; then echo "MLflow already answers on $ask:$port"; exit 0; fi
 setsid nohup "${serve[@]}" > "$folder/server.log" 2>&1 < /dev/null &
 for _ in $(seq 120); do
     if alive; then echo "MLflow listens on $host:$port, process $!, files in $folder"; exit 0; fi

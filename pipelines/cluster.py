@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import heapq
 import logging
 import os
@@ -195,6 +196,8 @@ def quiet_engines() -> Iterator[None]:
         for handler in logging.getLogger().handlers:  # what the driver itself logs is ours
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
                 restored.callback(handler.setStream, handler.setStream(terminal))
+        faulthandler.enable(terminal)  # a crash of native code, after which nobody reads what was said
+        restored.callback(faulthandler.disable)
         os.dup2(said.fileno(), 2)
         restored.enter_context(contextlib.redirect_stderr(said))
         restored.enter_context(contextlib.redirect_stdout(_WithoutRaylet(sys.stdout)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 
@@ -17,3 +18,10 @@ def defaults(variables: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
+
+
+def job_name() -> str | None:
+    """By which `ray job` knows the job whose driver this process is; None where it is none's."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    name = job.get("metadata", {}).get("job_submission_id")
+    return None if name is None else str(name)

@@ -131,7 +131,7 @@ def hand_over(
             tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
             tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
             tracker.log_files(run_id, [files / "predictions.json"], "validation")
-            version = Registry(tracker).register(run_id, best, tags)
+            version = Registry(tracker).register(run_id, best, tags, about_version(config, result))
         if result.epochs < config.train.epochs:
             early = f"after epoch {result.epochs} of {config.train.epochs}"
             tracker.client.set_tag(run_id, "stopped_early", early)
@@ -145,6 +145,17 @@ def hand_over(
         if followed:
             followed.close("FAILED")
         return result
+
+
+def about_version(config: RunConfig, result: TrainResult) -> str:
+    """The description of the version; its first words are all that the table of versions shows."""
+    return (
+        f"{result.run_name}: val_gt/AP {result.best_ap:.3f} (ground-truth boxes, crops of "
+        f"{config.data.val_split}) after epoch {result.best_epoch} of {result.epochs}, on dataset "
+        f"{result.dataset_digest[:8]}. HRNet of width {config.model.width}, {result.input_size}, codec "
+        f"{result.codec}; config {config.config_name}. The same files: `{result.best_checkpoint}`. The AP "
+        f"that counts for promote is that of `hrnet evaluate`."
+    )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import psutil
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.locations import one_line, open_folder
+from pipelines.environment import job_name
 from pipelines.storage import join, read_json, write_json
 
 RENEW_S, LEASE_S, SETTLE_S = 30.0, 180.0, 1.0
@@ -33,7 +34,7 @@ def leased(folder: str, name: str, what: str) -> Iterator[None]:
     ConfigError where another that is alive has it, and from the block where another took it. DataError where
     the bucket does not take it.
     """
-    owner = {"host": platform.node(), "process": os.getpid(), "id": uuid.uuid4().hex}
+    owner = {"host": platform.node(), "process": os.getpid(), "job": job_name(), "id": uuid.uuid4().hex}
     file = join(folder, name)
     try:
         _refuse_living(folder, name, what)
@@ -85,10 +86,11 @@ def _refuse_living(folder: str, name: str, what: str) -> None:
         return
     silent = _seconds_since(folder, name)
     if silent < LEASE_S:
+        job = f"job {told}, " if (told := owner.get("job")) else ""
         raise ConfigError(
-            f"{what}: process {owner['process']} on {owner['host']} has it, and said so {silent:.0f} s ago. "
-            f"Wait for it, or give another --run.name; if that process is dead, the same command takes over "
-            f"in {LEASE_S - silent:.0f} s."
+            f"{what}: {job}process {owner['process']} on {owner['host']} has it, and said so {silent:.0f} s "
+            f"ago. Wait for it, or give another --run.name; if that process is dead, the same command takes "
+            f"over in {LEASE_S - silent:.0f} s."
         )
 
 

@@ -92,7 +92,8 @@ def promote(
         )
     name, found = f"{new.name}/{new.version}", evaluations(new)
     if not found:
-        raise DataError(f"{name} has no AP in {store}. Run hrnet evaluate models:/{name} COCO.")
+        other = "" if candidate else " It is the newest version; hrnet promote VERSION takes another."
+        raise DataError(f"{name} has no AP in {store}. Run hrnet evaluate models:/{name} COCO.{other}")
     champion = registry.version(champion_of(new.name))
     old = f"{champion.name}/{champion.version}" if champion else None
     theirs = evaluations(champion) if champion else {}

@@ -18,7 +18,7 @@ from hrnet_core.errors import CheckpointError
 from hrnet_core.locations import one_line, without_credentials
 from pipelines.config import TrackSettings
 from pipelines.storage import join, read_file
-from pipelines.tracking import Tracker, quiet_mlflow
+from pipelines.tracking import Tracker, quiet_mlflow, refusals_told
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,8 +63,9 @@ class Registry:
         return self.tracker.client
 
     @quiet_mlflow()
-    def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> int:
-        """The checkpoint folder as a new version of the model (`Files`); its number."""
+    def register(self, run_id: str, checkpoint: Path, tags: Mapping[str, str], about: str = "") -> int:
+        """The checkpoint folder as a new version of the model (`Files`); its number. about: its description,
+        which MLflow's page shows as Markdown."""
         import mlflow
         from mlflow.models import Model
 
@@ -75,7 +76,9 @@ class Registry:
         self.client.update_run(run_id, status="RUNNING")
         tags = {"weights_sha256": _weights_sha256(checkpoint), **tags}
         with contextlib.redirect_stderr(io.StringIO()):  # where it says so
-            return int(mlflow.register_model(info.model_uri, self.model, tags=tags).version)
+            version = mlflow.register_model(info.model_uri, self.model, tags=tags).version
+        self.client.update_model_version(self.model, version, about)
+        return int(version)
 
     @quiet_mlflow()
     @_absent_is_none()
@@ -129,9 +132,10 @@ class Registry:
     def set_champion(self, version: ModelVersion) -> None:
         """Move the alias; the version that had it stands in the tag previous_champion."""
         old = self.version(champion_of(version.name))
-        if old is not None and old.version != version.version:
-            self.client.set_registered_model_tag(version.name, "previous_champion", str(old.version))
-        self.client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+        with refusals_told(self.tracker.shown):
+            if old is not None and old.version != version.version:
+                self.client.set_registered_model_tag(version.name, "previous_champion", str(old.version))
+            self.client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
 
 
 class Files:
@@ -201,11 +205,12 @@ def record_evaluation(
     found = {"protocol": dict(protocol), "stats": dict(stats)}
     found |= {"keypoint_scores": dict(keypoint_scores)} if keypoint_scores else {}
     body = json.dumps(found, sort_keys=True)
-    for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
-        tracker.client.set_model_version_tag(version.name, version.version, tag, text)
-    if version.run_id:
-        tracker.log_metrics(version.run_id, {f"{prefix}/{name}": of for name, of in stats.items()})
-        tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
+    with refusals_told(tracker.shown):
+        for tag, text in ((EVALUATION + key, body), (f"{prefix}/AP", f"{stats['AP']:.4f}")):
+            tracker.client.set_model_version_tag(version.name, version.version, tag, text)
+        if version.run_id:
+            tracker.log_metrics(version.run_id, {f"{prefix}/{name}": of for name, of in stats.items()})
+            tracker.log_files(version.run_id, [Path(a) for a in artifacts], f"evaluation/{prefix}")
     return f"{version.name}/{version.version}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import getpass
 import json
 import logging
 import os
@@ -97,6 +98,43 @@ def uri_of(settings: TrackSettings, storage: str | Path) -> str:
     return uri
 
 
+@contextlib.contextmanager
+def refusals_told(store: str) -> Iterator[None]:
+    """ConfigError where MLflow's server at `store` wants another user for what is done in the block, or does
+    not know the name by which it was called."""
+    from mlflow import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if why := _refusal(error.error_code, str(error)):
+            raise ConfigError(f"the MLflow server {store} {why}") from None
+        raise
+
+
+def _refusal(code: str, said: str) -> str | None:
+    """The rest of a sentence about an answer 401 or 403; None for any other."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if code == "UNAUTHENTICATED":
+        got = f"did not take those of user {user}" if user else "got none"
+        return (
+            f"asks for a user and password, and {got}. Set MLFLOW_TRACKING_USERNAME and "
+            f"MLFLOW_TRACKING_PASSWORD in the environment of this command: a job has that of `ray start` on "
+            f"the nodes."
+        )
+    if code != "PERMISSION_DENIED":
+        return None
+    if "Host header" in said:
+        return (
+            "was called by a name that it does not know. Add the name to MLFLOW_SERVER_ALLOWED_HOSTS where "
+            "the server is started (infra/mlflow.sh), or name it by its address."
+        )
+    return (
+        f"does not let {f'user {user}' if user else 'us'} write there. Have its admin allow it "
+        f"(docs/cluster.md#mlflow), or give names of your own: --track.experiment, --track.registered-model."
+    )
+
+
 class StoreAway(ConfigError):
     """The server that was named does not answer now: nothing is wrong with its address as such."""
 
@@ -133,7 +171,10 @@ class Tracker:
             try:
                 self.select()
                 self.client = mlflow.MlflowClient(self.uri, self.uri)
-                self.client.search_experiments(max_results=1)
+                with refusals_told(self.shown):
+                    self.client.search_experiments(max_results=1)
+            except ConfigError:
+                raise
             except Exception as error:
                 causes = list(_causes(error))
                 away = not self.local and any(isinstance(cause, OSError) for cause in causes)
@@ -172,7 +213,7 @@ class Tracker:
         import mlflow
 
         if run_id is not None:
-            with contextlib.suppress(mlflow.MlflowException):
+            with contextlib.suppress(mlflow.MlflowException), refusals_told(self.shown):
                 if self.client.get_run(run_id).info.lifecycle_stage == "active":
                     self.client.update_run(run_id, status="RUNNING")
                     return run_id
@@ -183,7 +224,9 @@ class Tracker:
         return run_id
 
     def new_run(self, name: str, tags: Mapping[str, str]) -> str:
-        return str(self.client.create_run(self._experiment(), run_name=name, tags=dict(tags)).info.run_id)
+        with refusals_told(self.shown):
+            made = self.client.create_run(self._experiment(), run_name=name, tags={**_made_by(), **tags})
+        return str(made.info.run_id)
 
     def log_dataset(self, run_id: str, source: str, digest: str, pairs: Iterable[tuple[str, str]]) -> None:
         """Splits of a dataset as inputs of a run: (context, split)."""
@@ -266,6 +309,16 @@ def record_dataset(
     tracker.log_files(run_id, files, "dataset")
     tracker.close_run(run_id, "FINISHED")
     return run_id, [str(run.info.run_name) for run in known if run.info.run_id not in own]
+
+
+def _made_by() -> dict[str, str]:
+    """Tags for what MLflow's page shows as "Created by" and "Source", and for `ray job logs`."""
+    tags = {"mlflow.source.name": "hrnet", "mlflow.source.type": "JOB"}
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    if job := environment.job_name():
+        tags["ray_job"] = job
+    return tags
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -103,9 +103,10 @@ def train(config: RunConfig) -> TrainResult:
                 result, followed = _train(config, manifest, folder, whole)
             result = hand_over(config, manifest, result, followed)
             result.write()
+    registered = f", {config.track.registered_model}/{result.version}" if result.version else ""
     print(
         f"run {result.run_name}: best AP {result.best_ap:.3f} at epoch {result.best_epoch} "
-        f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}"
+        f"({result.samples} samples in {result.seconds:.0f} s), {result.best_checkpoint}{registered}"
     )
     return result
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from free_ports import free_port
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "ray_cluster.yaml"
@@ -159,6 +164,31 @@ def test_the_head_offers_no_cpu_and_gpu(cluster: dict[str, Any], monkeypatch: py
 
 
 # --- who gets in -----------------------------------------------------------------------------
+
+
+def test_mlflow_behind_one_address_of_the_machine_is_found_there(tmp_path: Path) -> None:
+    """A stand-in for MLflow's program listens where it is told to. It was asked for on 127.0.0.1, so after
+    two minutes the script said that MLflow had not started, and `ray up` ended."""
+    program = tmp_path / "bin" / "mlflow"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/usr/bin/env bash\n"  # mlflow server --host H --port P ...
+        f"touch {tmp_path}/health; exec timeout 60 python3 -m http.server --bind $3 -d {tmp_path} $5\n"
+    )
+    program.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MLFLOW_HOST": "127.0.0.2",
+        "MLFLOW_PORT": str(free_port()),
+        "http_proxy": "http://127.0.0.1:9",  # a company's: this machine is not behind it
+    }
+    command = ["bash", str(ROOT / "infra/mlflow.sh"), "--background", str(tmp_path / "state")]
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=50, check=True
+    ).stdout
+    assert f"MLflow listens on 127.0.0.2:{environment['MLFLOW_PORT']}" in said
+    os.killpg(int(said.partition("process ")[2].partition(",")[0]), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])

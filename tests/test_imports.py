@@ -182,7 +182,7 @@ STANDS_ON: dict[str, set[str]] = {
     },
     "pipelines.code_version": set(),
     "pipelines.stop": set(),
-    "pipelines.lease": {"pipelines.storage"},
+    "pipelines.lease": {"pipelines.storage", "pipelines.environment"},
     "pipelines.run_folder": {"pipelines.config", "pipelines.storage", "pipelines.lease"},
     "pipelines.metric_log": {"pipelines.config", "pipelines.tracking", "pipelines.storage"},
     "pipelines.training": {

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -105,3 +106,15 @@ def test_a_ray_of_another_version_is_named_with_both(monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(ConfigError, match=wanted), ray_session(RaySettings(), address="127.0.0.1:6000"):
         raise AssertionError("it was joined")
+
+
+def test_a_crash_of_native_code_says_where_though_engines_are_quiet() -> None:
+    """Nobody reads what engines said after that: the stacks go where the user sees them."""
+    code = "import os, signal\nfrom pipelines.cluster import quiet_engines\n"
+    code += "def in_here():\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    code += "with quiet_engines():\n    os.write(2, b'chatter')\n    in_here()\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert "in in_here" in done.stderr
+    assert "chatter" not in done.stderr

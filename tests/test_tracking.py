@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines import registry
 from pipelines.checkpoints import local_checkpoint
 from pipelines.config import TrackSettings
+from pipelines.config_file import load_config
+from pipelines.followed import about_version
 from pipelines.metric_log import MetricLog, read_rows
 from pipelines.registry import Registry, champion_of, record_evaluation
+from pipelines.run_folder import TrainResult
 from pipelines.tracking import StoreAway, Tracker, quiet_mlflow, uri_of
 
 DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
@@ -179,6 +183,34 @@ def test_a_version_is_found_by_alias_number_and_folder(
             pass
 
 
+def test_a_page_says_who_trained_by_which_job_and_what_a_version_is(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "Created by" and "Source" of MLflow's page are these tags; `ray job logs` takes the job's name."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
+    # What Ray 2.60 sets for the driver of a submitted job.
+    job = {"runtime_env": {}, "metadata": {"job_submission_id": "train-7", "job_name": "train-7"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    run_id = open_run(tracker)
+    tags = tracker.client.get_run(run_id).data.tags
+    told = {name: tags[name] for name in ("mlflow.user", "mlflow.source.name", "ray_job")}
+    assert told == {"mlflow.user": "bob", "mlflow.source.name": "hrnet", "ray_job": "train-7"}
+    result = TrainResult(
+        run_name="w32", run_id=run_id, folder="runs/w32", best_ap=0.7437, best_epoch=190, epochs=210, step=1,
+        samples=1, seconds=1.0, dataset_digest="ab" * 32, codec="udp", input_size="192x256",
+        best_checkpoint="runs/w32/best", version=None,
+    )  # fmt: skip
+    about = about_version(load_config("w32_256x192_udp"), result)
+    best = checkpoint_folder(tmp_path / "best", "9" * 64)
+    number = Registry(tracker).register(run_id, best, {}, about)
+    said = tracker.client.get_model_version("hrnet-pose", str(number)).description
+    assert said.startswith("w32: val_gt/AP 0.744 ")
+    for part in ("width 32, 192x256, codec udp", "epoch 190 of 210", "`runs/w32/best`"):
+        assert part in said
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert "ray_job" not in tracker.client.get_run(open_run(tracker)).data.tags
+
+
 def test_a_server_gives_a_copy_that_goes_with_the_block(
     tracker: Tracker, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +306,64 @@ def test_a_server_that_hangs_up_is_told_in_its_own_words(
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(StoreAway, match=r"answer \(Remote end closed connection without response\)\. S"):
             Tracker(TrackSettings(uri=uri), tmp_path)
+
+
+def answering(*, code: int, said: str, to: str) -> ThreadingHTTPServer:
+    """A server that knows the experiment hrnet, and answers `code` where `to` is in the path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_any(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            refused = to in self.path
+            body = said if refused else json.dumps({"experiment": {"experiment_id": "1", "name": "hrnet"}})
+            self.send_response(code if refused else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_GET = do_POST = do_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize(
+    ("user", "code", "said", "to", "told"),
+    [
+        # What MLflow 3.17.2 with --app-name basic-auth, and its check of the Host header, answered.
+        (None, 401, "You are not authenticated.", "/", "and got none. Set MLFLOW_TRACKING_USERNAME"),
+        ("bob", 401, "You are not authenticated.", "/", "did not take those of user bob. Set MLFLOW"),
+        (None, 403, "Invalid Host header - possible DNS rebinding attack detected", "/", "_ALLOWED_HOSTS"),
+        (
+            "bob",
+            403,
+            "Permission denied",
+            "/runs/create",
+            "does not let user bob write there. Have its admin",
+        ),
+    ],
+)
+def test_a_server_that_wants_another_user_is_told_as_that(
+    user: str | None, code: int, said: str, to: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not away, and nobody is to report it as a defect."""
+    for name, value in (("USERNAME", user), ("PASSWORD", "secret" if user else None)):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+        if value:
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    with answering(code=code, said=said, to=to) as server:
+        uri = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConfigError) as caught:
+            Tracker(TrackSettings(uri=uri), "runs").open_run("r", {}, {}, DATASET)
+        server.shutdown()
+    assert not isinstance(caught.value, StoreAway)
+    assert str(caught.value).startswith(f"the MLflow server {uri} ")
+    assert told in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,10 @@ def test_a_second_driver_is_refused_and_a_dead_ones_run_is_taken_over(
     assert list_files(f"{any_bucket}/runs") == {}
     # Of another machine: alive for all we know, until it was silent too long.
     write_json(lock, {**owner, "host": "elsewhere"})
-    with pytest.raises(ConfigError, match="on elsewhere has it"), only_one(run):
+    with pytest.raises(ConfigError, match=r"r: process \d+ on elsewhere has it"), only_one(run):
+        pass
+    write_json(lock, {**owner, "host": "elsewhere", "job": "train-7"})
+    with pytest.raises(ConfigError, match=r"r: job train-7, process \d+ on elsewhere has it"), only_one(run):
         pass
     with monkeypatch.context() as patch:
         patch.setattr(lease, "LEASE_S", 0.0)

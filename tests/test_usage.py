@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -15,8 +17,10 @@ from test_feed import dotted_shards
 from test_train import made_up_part, new_model, one_worker, small_config
 
 from hrnet_core.loss import joints_mse
+from pipelines.progress import Every
 from pipelines.shards.manifest import Manifest
 from pipelines.train_settings import TrainSettings
+from pipelines.training import loop
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import make_optimizer
 from pipelines.training.step import train_step
@@ -62,6 +66,42 @@ def test_a_run_logs_what_its_steps_and_its_machine_did(manifest: Manifest, tmp_p
     joints = {name: value for name, value in scored.items() if name.startswith("val_pck/")}
     assert len(joints) == 17
     assert scored["val_gt/PCK"] == pytest.approx(sum(joints.values()) / 17)
+
+
+def test_images_a_second_are_those_of_the_clock(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing a row takes 100 s here, be it of a server that is slow: it is part of the time of the run, and
+    a server is asked once in ten seconds and at the end of an epoch, not with each row."""
+    run, _ = one_worker(small_config(manifest, tmp_path, epochs=1, log_every=1), tmp_path / "r")
+    assert run.log is not None
+    write, flush = run.log.write, run.log.flush
+    written: list[int] = []
+    sent: list[int] = []
+
+    def slow(step: int, values: Mapping[str, float]) -> None:
+        write(step, values)
+        written.append(step)
+
+    def counted() -> bool:
+        sent.append(len(written))
+        return flush()
+
+    def clock() -> float:
+        return time.perf_counter() + 100 * len(written)
+
+    monkeypatch.setattr(run.log, "write", slow)
+    monkeypatch.setattr(run.log, "flush", counted)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=clock, monotonic=time.monotonic))
+    run.send_due = Every(10, clock=lambda: 0.0, at_once=True)
+    train_epochs(run)
+    first, *later, _ = run.log.rows
+    assert len(later) == 2
+    assert first["train/samples_per_s"] > 0.16, "16 people, before anything was written"
+    for row in later:
+        assert row["train/samples_per_s"] < 0.16
+    assert run.standing.seconds > 300, "the row of the epoch's AP is the third that counts"
+    assert sent == [1, 4, 4], "the first row; after the AP of the epoch, and after the last epoch"
 
 
 def test_a_step_that_was_left_out_is_in_no_norm(manifest: Manifest, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def train_epoch(run: Training, batches: Iterator[tuple[Batch, Sent]]) -> None:
                 if not torch.stack(finite).all():  # the same on every rank
                     raise diverged(run, "weights")
                 save(run)
-            interval = Interval(run.device)
+            interval = Interval(run.device, interval.ended)
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
@@ -150,10 +150,15 @@ def average_decay(settings: TrainSettings, step: int) -> float:
 
 
 class Interval:
-    """The steps since the last row of metrics."""
+    """The steps since the last row of metrics.
 
-    def __init__(self, device: torch.device) -> None:
-        self.begun = time.perf_counter()
+    begun: when that row was measured; default: now. So the time in which it was written, and a checkpoint
+    after it, counts: else `samples_per_s` would be that of a run that writes nothing.
+    """
+
+    def __init__(self, device: torch.device, begun: float | None = None) -> None:
+        self.begun = time.perf_counter() if begun is None else begun
+        self.ended = self.begun
         self.waited = 0.0
         self.at_work = DeviceClock(device)
         self.samples = 0
@@ -178,7 +183,8 @@ class Interval:
 def log_interval(run: Training, interval: Interval) -> bool:
     """All ranks together: rank 0 writes the row of metrics; whether a checkpoint is due."""
     losses, norms = torch.stack(interval.losses + interval.norms).double().cpu().chunk(2)
-    seconds = time.perf_counter() - interval.begun
+    interval.ended = time.perf_counter()
+    seconds = interval.ended - interval.begun
     due = time.monotonic() - run.saved_at > run.config.train.checkpoint_minutes * 60
     skipped = losses.isnan()
     wrong = losses.isinf().nonzero().flatten().tolist()
@@ -212,7 +218,8 @@ def log_interval(run: Training, interval: Interval) -> bool:
         if looked:
             figures |= named(used, run.world)
         run.log.write(step, figures)
-        run.log.flush()
+        if run.send_due():  # all workers wait for the answer
+            run.log.flush()
         print_step(run, figures)
     return bool(save_now)
 
@@ -289,10 +296,10 @@ def score_epoch(run: Training) -> dict[str, float]:
         if stats["AP"] >= at.best_ap:  # equal counts as better, as published
             keep_best(run, stats["AP"], results)
     stop_early(run, figures["val_gt/AP"])
-    at.seconds += time.perf_counter() - begun
     if scored:
         draw_pictures(run, found)
         run.log.flush()
+    at.seconds += time.perf_counter() - begun
     return figures
 
 

@@ -134,6 +134,8 @@ class Training:
     saved_at: float = field(default_factory=time.monotonic)
     """The clock at the last checkpoint."""
     line_due: Every = field(default_factory=lambda: Every(30))
+    send_due: Every = field(default_factory=lambda: Every(10, at_once=True))
+    """Rows to MLflow within an epoch; at its end they are sent anyway."""
     pictures_due: Every = field(default_factory=lambda: Every(60, at_once=True))
 
     @property
