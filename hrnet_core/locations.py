@@ -268,6 +268,6 @@ def _copy(files: fs.FileSystem, info: fs.FileInfo, target: Path) -> None:
         raise OSError(f"{info.base_name}: {target.stat().st_size} of its {info.size} bytes came")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's text, which Arrow may spread over lines."""
     return " ".join(str(error).split())

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hrnet_core.errors import first_line
-from hrnet_core.locations import fetch, is_uri, without_credentials
+from hrnet_core.locations import fetch, is_uri
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig
 from pipelines.metric_log import MetricLog
@@ -24,7 +24,7 @@ from pipelines.run_folder import TrainResult, run_id_of, settings_shown, storage
 from pipelines.shards.manifest import Manifest
 from pipelines.stop import begun, waited
 from pipelines.storage import base_name, join, list_files
-from pipelines.tracking import StoreAway, Tracker, store_of
+from pipelines.tracking import StoreAway, Tracker, reason, store_of
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of a run below another."""
@@ -112,6 +112,7 @@ def hand_over(
     """Give MLflow what it has not got yet: rows, pictures, the version, whose number the result has then; it
     stays None, with a sentence, where MLflow is away."""
     folder = result.folder
+    print("giving MLflow the results ...", flush=True)  # to a server minutes, of which nothing is seen
     try:
         if followed is None:
             followed = open_run(Tracker(config.track, storage_of(folder)), config, manifest, folder)
@@ -139,7 +140,7 @@ def hand_over(
         return replace(result, version=version)
     except Exception as error:
         print(
-            f"MLflow did not take the results ({without_credentials(first_line(error))}). The run is whole "
+            f"MLflow did not take the results ({reason(error)}). The run is whole "
             f"in {folder}; the same command again sends them."
         )
         if followed:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hrnet_core.errors import first_line
 from hrnet_core.locations import is_uri, without_credentials
 from pipelines.storage import read_file, write_whole
-from pipelines.tracking import quiet_mlflow
+from pipelines.tracking import quiet_mlflow, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,7 +84,7 @@ class MetricLog:
         """Said once, until it is back."""
         if not self._told:
             print(
-                f"MLflow {self._shown} does not answer ({without_credentials(first_line(error))}). Training "
+                f"MLflow {self._shown} does not answer ({reason(error)}). Training "
                 f"goes on: figures are kept in {self.file}, and sent when it is back or by the same command.",
                 flush=True,
             )

@@ -62,10 +62,21 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _reason(cause: BaseException) -> str:
-    """The innermost cause in its own words: around it requests and urllib3 say address and path again."""
+def is_away(error: BaseException) -> bool:
+    """Whether a call of MLflow failed because nobody answers, or because of what was answered."""
+    return any(isinstance(cause, OSError) for cause in _causes(error))
+
+
+def reason(error: BaseException) -> str:
+    """Why a call of MLflow failed, in a line without passwords: where nobody answers by the innermost cause,
+    as around it requests and urllib3 say address and path again."""
+    if not is_away(error):
+        return without_credentials(one_line(error))[:300]
+    *_, cause = _causes(error)
     inner = next((part for part in cause.args if isinstance(part, OSError)), cause)
-    return getattr(inner, "strerror", None) or " ".join(str(inner).split()) or type(inner).__name__
+    of_a_file = getattr(inner, "filename", None) is not None
+    why = (not of_a_file and getattr(inner, "strerror", None)) or one_line(inner) or type(inner).__name__
+    return without_credentials(why)[:300]
 
 
 def store_of(settings: TrackSettings, storage: str | Path) -> str | None:
@@ -176,12 +187,11 @@ class Tracker:
             except ConfigError:
                 raise
             except Exception as error:
-                causes = list(_causes(error))
-                away = not self.local and any(isinstance(cause, OSError) for cause in causes)
-                why = without_credentials(_reason(causes[-1]) if away else one_line(error))[:300]
+                away = is_away(error) and not self.local
                 raise (StoreAway if away else ConfigError)(
-                    f"the MLflow store {self.shown} does not answer ({why}). Start the server, or correct "
-                    f"--track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is used."
+                    f"the MLflow store {self.shown} does not answer ({reason(error)}). Start the server, or "
+                    f"correct --track.uri / MLFLOW_TRACKING_URI; without either, SQLite in --run.storage is "
+                    f"used."
                 ) from None
 
     def select(self) -> None:

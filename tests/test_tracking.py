@@ -290,6 +290,19 @@ def test_a_server_that_is_away_is_told_in_few_words(
     assert requests.level == before
 
 
+def test_a_server_that_is_away_later_is_told_in_as_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    log = MetricLog(tmp_path / "metrics.jsonl", uri="http://user:secret@127.0.0.1:9", run_id="r")
+    log.write(1, {"train/loss": 1.0})
+    assert not log.flush()
+    told = capsys.readouterr().out
+    assert told.startswith(
+        "MLflow http://...@127.0.0.1:9 does not answer (Connection refused). Training goes on"
+    )
+
+
 def test_a_server_that_hangs_up_is_told_in_its_own_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
