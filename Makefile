@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+AT_ONCE ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-gpu lint types format clean
 
@@ -22,8 +23,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## COCO folder -> shards -> training -> AP -> registry -> HTTP, on this machine (KEEP=1 leaves it serving)
 	@$(BIN)/python infra/demo.py $(if $(KEEP),--keep)
 
-test: setup  ## the tests, a few minutes on 2 cores
-	@$(BIN)/python -m pytest -q
+test: setup  ## the tests, some ten minutes on 2 cores, two at a time (AT_ONCE=1: one)
+	@$(BIN)/python -m pytest -q -n $(AT_ONCE)
 
 test-slow: setup  ## the long tests
 	@$(BIN)/python -m pytest -q -m slow

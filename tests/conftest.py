@@ -18,6 +18,24 @@ if TYPE_CHECKING:
 
 collect_ignore = ["cluster"]  # run by make test-cluster
 REFERENCE = Path(__file__).parent / "reference"
+RAY = "ray_local"
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n: a file runs in one process, and all files that want `ray_local` in the same one, so that there
+    is one Ray. xdist 3.8 has groups for that (--dist loadgroup), which pytest 9.2 does not see."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "ray" if file in on_ray else file
+
+    on_ray = {
+        f"tests/{file.name}" for file in Path(__file__).parent.glob("test_*.py") if RAY in file.read_text()
+    }
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")
