@@ -137,6 +137,7 @@ def judge(rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keyp
     people = People(
         image_id=np.array([row.image_id for row in rows], np.int64),
         ann_id=np.array([row.id for row in rows], np.int64),
+        category_id=np.array([row.category_id for row in rows], np.int64),
         keypoints=keypoints,
         bbox_xywh=clean,
         stated_xywh=boxes,
