@@ -16,7 +16,16 @@ from test_preprocess import config, without_ray
 from hrnet_core import skeleton as skeleton_module
 from hrnet_core.errors import DataError
 from hrnet_core.model import HRNet
-from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, sides_by_name, skeleton_from_dict
+from hrnet_core.skeleton import (
+    COCO17,
+    HEAD,
+    LEFT,
+    RIGHT,
+    Skeleton,
+    load_skeleton,
+    sides_by_name,
+    skeleton_from_dict,
+)
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.train_settings import TrainSettings
@@ -104,6 +113,21 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"flip_pairs": []}, ["left_tip and right_tip", "[[1, 2]]"]),
         ({"flip_pairs": [[0, 1]]}, ["left_tip and right_tip", "[[1, 2]]"]),
         ({"keypoints": ["wrist", "Tip_R", "tip_l"], "flip_pairs": []}, ["Tip_R and tip_l"]),
+        ({"keypoints": [0, 1, 2]}, ["keypoints must be a list of names"]),
+        ({"keypoints": "abc"}, ["keypoints must be a list of names"]),
+        ({"keypoints": ["a", "b", " "]}, ["keypoints must be a list of names"]),
+        ({"keypoints": ["a", "b", "c\n"]}, ["keypoints must be a list of names"]),
+        ({"flip_pairs": [["left_tip", "right_tip"]]}, ["flip_pairs", "[[1, 2], ...]"]),
+        ({"flip_pairs": [[1]]}, ["flip_pairs", "[[1, 2], ...]"]),
+        ({"limbs": [[0, 1, 2]]}, ["limbs", "[[1, 2], ...]"]),
+        ({"limbs": {"0": [0, 1]}, "name": 5}, ["name must be text; limbs"]),
+        ({"upper_body": ["wrist"]}, ["upper_body must be a list of indices"]),
+        ({"oks_sigmas": 0.1}, ["oks_sigmas must be a list of finite numbers"]),
+        ({"oks_sigmas": ["0.1", 0.1, 0.1]}, ["oks_sigmas must be a list of finite numbers"]),
+        ({"oks_sigmas": [float("inf"), 0.1, 0.1]}, ["oks_sigmas must be a list of finite numbers"]),
+        ({"joint_weights": [1, 1, -1]}, ["joint_weights", "none negative"]),
+        ({"colors": [[0, 0, 256]] * 3}, ["colors", "0 to 255"]),
+        ({"colors": ["red"] * 3}, ["colors", "0 to 255"]),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], names: list[str]) -> None:
@@ -127,6 +151,12 @@ def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], names: list[
 )
 def test_sides_are_known_by_name(names: list[str], pairs: list[tuple[int, int]]) -> None:
     assert sides_by_name(names) == pairs
+
+
+def test_sides_have_their_colours() -> None:
+    names = ("L_Eye", "hip R", "EyeLeft", "RIGHT", "brow", "tail")
+    body = Skeleton("animal", names, (), (0.1,) * 6)
+    assert body.palette == (LEFT, RIGHT, LEFT, RIGHT, HEAD, HEAD)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1, 2]"])
