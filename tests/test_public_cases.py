@@ -330,6 +330,28 @@ def test_what_most_people_prove_is_refused(
         stats(base, coco)
 
 
+def test_what_is_in_the_centre_of_all_pictures_is_not_scaled(
+    coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark on aligned pictures: from 45 to 55 % of each. Halved, it is no longer where anything is."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+
+    def centred(factor: float) -> Edit:
+        def edit(content: Content) -> None:
+            sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+            for number, mark in enumerate(content["annotations"]):
+                w, h = sizes[mark["image_id"]]
+                x, y = (factor * side * (0.45 + 0.1 * number / 8) for side in (w, h))
+                mark.update(keypoints=[x, y, 2] + [0] * 48, area=200, bbox=[x - 10, y - 10, 20 + number, 20])
+
+        return edit
+
+    changed(coco, centred(1))
+    assert checked(coco).fatal == ()
+    changed(coco, centred(0.5))
+    assert "px of a smaller picture" in checked(coco).fatal[0]
+
+
 def test_one_of_them_is_told_and_kept(base: dict[str, Any], coco: Path) -> None:
     def one(content: Content) -> None:
         first, second = content["annotations"][:2]
