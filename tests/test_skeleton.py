@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,51 @@ def test_a_file_that_is_no_skeleton_is_named(tmp_path: Path, content: str | None
         file.write_text(content)
     with pytest.raises(DataError, match=r"mine\.json"):
         load_skeleton(file)
+
+
+def scripts() -> list[str]:
+    text = (Path(__file__).parents[1] / "docs/skeletons.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_script_of_the_docs_reads_mmposes_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "tiny.py", tmp_path / "tiny.json"
+    source.write_text(
+        """dataset_info = dict(
+            dataset_name='tiny',
+            keypoint_info={
+                0: dict(name='Nose', id=0, color=[51, 153, 255], type='upper', swap=''),
+                2: dict(name='R_Paw', id=2, color=[255, 128, 0], type='', swap='L_Paw'),
+                1: dict(name='L_Paw', id=1, color=[0, 255, 0], type='lower', swap='R_Paw')},
+            skeleton_info={0: dict(link=('R_Paw', 'Nose'), id=0, color=[0, 0, 255])},
+            joint_weights=[1., 1.2, 1.2],
+            sigmas=[0.026, 0.062, 0.062])"""
+    )
+    monkeypatch.setattr("sys.argv", ["script", str(source), str(target)])
+    exec(scripts()[0], {})
+    assert load_skeleton(target) == Skeleton(
+        "tiny", ("Nose", "L_Paw", "R_Paw"), ((1, 2),), (0.026, 0.062, 0.062), ((2, 0),), (0,),
+        (1.0, 1.2, 1.2), ((51, 153, 255), (0, 255, 0), (255, 128, 0)),
+    )  # fmt: skip
+
+
+def test_the_script_of_the_docs_puts_a_whole_body_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, parts = [1, 2, 2] * 17, {"foot": 6, "face": 68, "lefthand": 21, "righthand": 21}
+    person = {"id": 1, "keypoints": body, **{f"{part}_kpts": [n, n, 1] * n for part, n in parts.items()}}
+    content = {"images": [], "annotations": [person], "categories": [{"id": 1, "keypoints": ["nose"] * 17}]}
+    files = [tmp_path / name for name in ("source.json", "skeleton.json", "target.json")]
+    files[0].write_text(json.dumps(content))
+    files[1].write_text(json.dumps({"keypoints": [f"k{i}" for i in range(133)]}))
+    monkeypatch.setattr("sys.argv", ["script", *map(str, files)])
+    exec(scripts()[1], {})
+    found = json.loads(files[2].read_text())
+    together = [*body, *(value for n in parts.values() for value in [n, n, 1] * n)]
+    assert found["annotations"][0]["keypoints"] == together
+    assert len(found["categories"][0]["keypoints"]) == 133
 
 
 # ---------------------------------------------------------------------------------- the shipped ones
