@@ -27,6 +27,8 @@ from hrnet_core.weights import (
 )
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "best_state_dict")
+OTHER_HEAD = re.compile(r"(keypoint_)?head\.")
+"""Tensors of mmpose's heads beside the one layer that is ours (`_our_name`)."""
 NOT_OURS = {
     r"data_preprocessor\.": "mmpose's preprocessor",
     r"(fc|classifier)\.": "ImageNet classifier",
@@ -153,6 +155,8 @@ def read_weights(file: str | Path) -> PublishedWeights:
             raise CheckpointError(f"{path}: two tensors claim the name {name!r}; take one network out of it.")
         state[name] = content[key]
     notes: tuple[str, ...] = (f"taken from its {container!r} entry",) if container else ()
+    if container == "state_dict" and isinstance(whole, dict) and "ema_state_dict" in whole:
+        notes += ("its 'ema_state_dict' is not read: mmengine exchanges the two, the average is the other",)
     if halves := sorted({str(v.dtype) for v in state.values() if v.is_floating_point()} - {"torch.float32"}):
         notes += (f"{', '.join(halves)} widened to float32",)
         state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
@@ -165,7 +169,8 @@ def fit_weights(
     """Hold published weights against a network: (state_dict, report).
 
     Missing BatchNorm counters are filled with 0 and reported. With `new_head`, for training only, a
-    missing or differently sized final_layer is left out of the state_dict and reported. Everything else
+    missing or differently sized final_layer is left out of the state_dict and reported, and so is a head of
+    another kind (HRNetV2). Everything else
     that is missing, unknown, of another shape or not finite is a CheckpointError.
     """
     expected = untrained(architecture).state_dict()
@@ -175,11 +180,24 @@ def fit_weights(
         state[key] = torch.zeros((), dtype=torch.int64)
         missing[key] = "BatchNorm counters, set to 0 (only training without momentum reads them)"
     head = ("final_layer.weight", "final_layer.bias")
+    other_head = [key for key in state if "mmpose" in published.scheme and OTHER_HEAD.match(key)]
+    if other_head and not new_head:
+        raise CheckpointError(
+            f"{published.file} ({published.scheme} key names): its head is another than HRNet's one layer "
+            f"({first_names(other_head)}), as that of HRNetV2 over all resolutions, which mmpose has for "
+            f"hands and faces. It cannot be imported. Its backbone is a start for training: "
+            f"hrnet train CONFIG --model.init {published.file}"
+        )
+    for key in other_head:
+        state.pop(key)
+        dropped[key] = "another head than HRNet's one layer"
     if new_head and any(key not in state or state[key].shape != expected[key].shape for key in head):
         for key in head:
             if key in state:
                 count = len(state.pop(key))
                 dropped[key] = f"a head of {count} keypoints, this network has {architecture.num_keypoints}"
+                if other_head:
+                    dropped[key] = "another head than HRNet's one layer"
             missing[key] = "the head starts untrained"
             expected.pop(key)
     if problems := what_does_not_fit(state, expected):

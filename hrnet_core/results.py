@@ -209,7 +209,7 @@ class Poses(_OnHost):
         if absent := sorted(set(OPENPOSE18) - {"neck"} - set(names)):
             raise DataError(
                 f"skeleton {self.skeleton.name!r} has no {', '.join(absent)}: OpenPose's layout is for the "
-                f"17 keypoints of COCO. Use to_coco or to_dict."
+                f"17 keypoints of COCO. Take another format."
             )
         columns = dict(zip(names, self.keypoints.data.swapaxes(0, 1), strict=True))  # (P, 3) each
         left, right = columns["left_shoulder"], columns["right_shoulder"]

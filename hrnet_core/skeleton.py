@@ -8,8 +8,9 @@ asks a Skeleton.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 0), (255, 128, 0)
 SHIPPED = Path(__file__).parent / "skeletons"
 WAY_OUT = "docs/skeletons.md has an example."
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+SIDE = r"left|right|(?<![a-z0-9])[lr](?![a-z0-9])"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Skeleton:
     """K RGB colours; empty: left green, right orange, the rest blue, by name."""
 
     def __post_init__(self) -> None:
+        if problems := self._malformed():
+            raise DataError(f"skeleton {self.name!r}: {'; '.join(problems)}")
         count = len(self.keypoints)
-        problems = []
         if count == 0 or len(set(self.keypoints)) != count:
             problems.append("keypoints must be unique names, at least one")
-        if len(self.oks_sigmas) != count or any(not s > 0 for s in self.oks_sigmas):
+        if len(self.oks_sigmas) != count or any(s <= 0 for s in self.oks_sigmas):
             problems.append(f"oks_sigmas must be {count} positive numbers, got {len(self.oks_sigmas)}")
         for field in ("joint_weights", "colors"):
             if len(getattr(self, field)) not in (0, count):
@@ -65,6 +68,39 @@ class Skeleton:
             problems.append("flip_pairs must name each keypoint at most once")
         if problems:
             raise DataError(f"skeleton {self.name!r}: {'; '.join(problems)}")
+
+    def _malformed(self) -> list[str]:
+        """What each field that is of another kind than its own must be."""
+
+        def entries(field: str, fits: Callable[[Any], bool]) -> bool:
+            values = getattr(self, field)
+            return isinstance(values, tuple) and all(map(fits, values))
+
+        def pair(value: Any) -> bool:
+            return isinstance(value, tuple) and len(value) == 2 and all(map(_is_index, value))
+
+        def color(value: Any) -> bool:
+            return (
+                isinstance(value, tuple)
+                and len(value) == 3
+                and all(_is_index(c) and 0 <= c < 256 for c in value)
+            )
+
+        wanted = {
+            "keypoints": (_is_name, "names that can be printed"),
+            "flip_pairs": (pair, "pairs of indices from 0, [[1, 2], ...]"),
+            "oks_sigmas": (_is_amount, "finite numbers, none negative"),
+            "limbs": (pair, "pairs of indices from 0, [[1, 2], ...]"),
+            "upper_body": (_is_index, "indices from 0"),
+            "joint_weights": (_is_amount, "finite numbers, none negative"),
+            "colors": (color, "[r, g, b] each, whole numbers from 0 to 255"),
+        }
+        problems = [] if _is_name(self.name) else ["name must be text"]
+        return problems + [
+            f"{field} must be a list of {what}"
+            for field, (fits, what) in wanted.items()
+            if not entries(field, fits)
+        ]
 
     @property
     def num_keypoints(self) -> int:
@@ -83,11 +119,26 @@ class Skeleton:
         """K RGB colours for drawing."""
         if self.colors:
             return self.colors
-        return tuple(LEFT if "left" in n else RIGHT if "right" in n else HEAD for n in self.keypoints)
+        sides = {"left": LEFT, "l": LEFT, "right": RIGHT, "r": RIGHT}
+        named = (re.search(SIDE, name.lower()) for name in self.keypoints)
+        return tuple(sides[found[0]] if found else HEAD for found in named)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types; `skeleton_from_dict` gives the same skeleton back."""
         return dict(json.loads(json.dumps(asdict(self))))  # tuples become lists
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and value.isprintable()
+
+
+def _is_index(value: Any) -> bool:
+    """-1 too: what is out of range is told with the range."""
+    return type(value) is int
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def skeleton_from_dict(fields: dict[str, Any], source: str = "skeleton") -> Skeleton:
@@ -99,8 +150,7 @@ def sides_by_name(names: Sequence[str]) -> list[tuple[int, int]]:
     """Index pairs of names that differ by left and right ("left_eye", "EyeRight", "l_hip", "hip-R") and in
     nothing else."""
     places = {name.lower(): place for place, name in enumerate(names)}
-    side = r"left|right|(?<![a-z0-9])[lr](?![a-z0-9])"
-    mirrored = (re.sub(side, lambda found: OTHER_SIDE[found[0]], name) for name in places)
+    mirrored = (re.sub(SIDE, lambda found: OTHER_SIDE[found[0]], name) for name in places)
     partners = [places.get(name) for name in mirrored]
     return [(a, b) for a, b in zip(places.values(), partners, strict=True) if b is not None and a < b]
 

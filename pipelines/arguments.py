@@ -232,6 +232,9 @@ class EstimateSigmas(Section):
     """Skeleton whose other fields are kept; default: names and limbs of the annotations."""
     use_area: bool = True
     """Distances by the annotations' area; without it by the box, for sets that have none."""
+    category: str | None = None
+    """Name of the category that is compared; "all" joins those with the keypoints of the first. Default:
+    person, or the only one that lists keypoints."""
 
 
 class Reproduce(Section):

@@ -240,7 +240,8 @@ def _score(args: arguments.Evaluate) -> None:
             "model on photographs. Leave them out, or leave out --results."
         )
     skeleton = load_skeleton(args.skeleton)
-    stats = evaluate_results(args.results, args.ground_truth, skeleton=skeleton, use_area=args.use_area)
+    how = {"skeleton": skeleton, "use_area": args.use_area, "category": args.evaluate.category}
+    stats = evaluate_results(args.results, args.ground_truth, **how)
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
     if folder:

@@ -22,6 +22,9 @@ from pipelines.section import Section
 from pipelines.train_settings import WORKERS, TrainSettings
 from serve.settings import BATCH_WAIT_S, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
+BoxesCategory = int | Literal["all"]
+"""Which entries of a detector's file are people: those of a category_id, or all."""
+
 
 class RunSettings(Section):
     name: str | None = None
@@ -154,9 +157,11 @@ class EvaluateSettings(WorkerSettings):
     preset: Literal["official", "mmpose"] = "official"
     """Where the two protocols differ: the box rule and the border of the quarter offset."""
     category: str | None = None
-    """Name of the category that is scored; "all" joins those of the skeleton. Default: as data.category."""
-    boxes_category: int | None = None
-    """category_id that people have in the detector's file. Default: that of the annotations."""
+    """Name of the category that is scored; "all" joins those of the skeleton, as one. Default: person, or the
+    only one that lists keypoints, whatever data.category was."""
+    boxes_category: BoxesCategory | None = None
+    """category_id that people have in the detector's file; "all": whatever they have. Default: those of the
+    annotations that are scored."""
     score_threshold: float = 0.0
     """Detector boxes below this are left out."""
     keypoint_threshold: float = 0.2
@@ -173,8 +178,10 @@ class PredictSettings(WorkerSettings):
     """Average with the mirror image: twice the work. Default: what the checkpoint says."""
     exif: bool = True
     """Turn pictures as their EXIF says, as viewers do. Off for boxes of stored pixels: COCO's annotations."""
-    boxes_category: int = 1
-    """category_id that people have where --boxes is a list of detections."""
+    boxes_category: BoxesCategory = 1
+    """category_id that people have where --boxes is a list of detections; "all": whatever they have."""
+    category_id: int = 1
+    """Of everyone in poses.json: what they have in the annotations that it is scored against."""
     score_threshold: float | None = None
     """Boxes scoring less are left out. Default: what the detector's declaration says; 0 for a boxes file."""
     draw_threshold: float = 0.3

@@ -24,7 +24,7 @@ from pycocotools import mask
 from hrnet_core.errors import DataError
 from hrnet_core.locations import destination
 from hrnet_core.skeleton import Skeleton, load_skeleton, sides_by_name
-from pipelines.sources.annotations import read_annotations
+from pipelines.sources.annotations import TO_CROP, read_annotations
 from pipelines.sources.records import BOX_AREA, People
 from pipelines.storage import writable, write_json
 
@@ -94,6 +94,7 @@ def estimate_sigmas(
     *,
     skeleton: str | Path | None = None,
     use_area: bool = True,
+    category: str | None = None,
 ) -> Estimate:
     """Sigmas from two or more COCO keypoint files of the same people; writes a skeleton file to `out`;
     all of them paths or URIs.
@@ -102,7 +103,8 @@ def estimate_sigmas(
     (IoU at least 0.5), else by their boxes alone, one to one, the best IoU first. A crowd is nobody.
     skeleton: the layout whose other fields are kept ("coco17" or a file); None: names and limbs of the
     annotations' category, mirror pairs by left and right in the names. use_area=False: 0.53 x box
-    width x height for s², as in scoring data that has no areas.
+    width x height for s², as in scoring data that has no areas. category: its name, or "all"; None: person,
+    or the only one with keypoints.
 
     DataError: fewer than two files, other keypoints, no common people, a keypoint that nobody labelled twice,
     files that agree to the last digit (a copy is no second annotator).
@@ -113,7 +115,7 @@ def estimate_sigmas(
             "annotator (hrnet estimate-sigmas A.json B.json --out skeleton.json)."
         )
     out = destination(out, "--out")
-    read = [_read(file, use_area) for file in files]
+    read = [_read(file, use_area, category) for file in files]
     for other in read[1:]:
         if other.names != read[0].names:
             raise DataError(
@@ -186,9 +188,9 @@ class _Annotator:
         return [str(name) for name in self.category["keypoints"]]
 
 
-def _read(file: str | Path, use_area: bool) -> _Annotator:
+def _read(file: str | Path, use_area: bool, category: str | None) -> _Annotator:
     """DataError for people whose keypoints or area cannot be read: distances are measured by the area."""
-    read = read_annotations(file, None)
+    read = read_annotations(file, None, TO_CROP._replace(category=category, flag="--category"))
     truth = read.truth
     truth.refuse_unscorable()
     people = truth.people

@@ -179,13 +179,19 @@ function drawPerson(pen, person, index, scale, unit) {
   pen.globalAlpha = 1;
 }
 
-const SIDES = { left: /left/, right: /right/, middle: /^(?!.*(left|right))/ };
+// As hrnet_core/skeleton.py knows sides by names: left_eye, EyeRight, l_hip.
+const SIDES = {
+  left: /left|(?<![a-z0-9])l(?![a-z0-9])/i,
+  right: /right|(?<![a-z0-9])r(?![a-z0-9])/i,
+  middle: /^(?!.*(left|right|(?<![a-z0-9])[lr](?![a-z0-9])))/i,
+};
 const color = (k) => `rgb(${state.model.skeleton.palette[k].join(",")})`;
 const firstOf = (side) => state.model.skeleton.keypoints.findIndex((name) => SIDES[side].test(name));
 export const dot = (k) => element("span", { className: "dot", style: `background: ${color(k)}` });
 
 export function legend() {
   const sides = Object.keys(SIDES).filter((side) => firstOf(side) >= 0);
+  if (sides.length === 1 && sides[0] === "middle") return []; // a hand, a face: no colour has a meaning
   return sides.map((side) => element("span", {}, dot(firstOf(side)), side === "middle" ? side : `the person's ${side}`));
 }
 

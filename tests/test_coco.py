@@ -373,6 +373,10 @@ SWAPPED = ["nose", "right_eye", "left_eye", *COCO17.keypoints[3:]]
         ),
         (_renamed(SWAPPED), ["another order", "position 1 has 'right_eye' instead of 'left_eye'", "coco17"]),
         (_renamed(list(COCO17.keypoints[:14])), ["14 keypoints instead of 17", "right_knee"]),
+        (
+            _renamed([f"k{i}" for i in range(133)]),
+            ["missing 'left_ankle', ", "and 7 more; unknown 'k0', ", "and 123 more"],
+        ),
         (_renamed(["snout", *COCO17.keypoints[1:]]), ["position 0 has 'snout'"]),
         (lambda data: data["images"][1].update(id=10), ["1 ids", "'images'", ": 10"]),
         (lambda data: data["annotations"][1].update(id=4), ["1 ids", "'annotations'", ": 4"]),

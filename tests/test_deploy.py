@@ -45,6 +45,7 @@ from pipelines.deploy import deploy, serve_args
 from pipelines.serving import ingress, live
 from pipelines.serving.pinned import KEPT, prune, published
 from pipelines.serving.running import Endpoint, announced, endpoint_at
+from pipelines.serving.samples import samples_from_coco
 from pipelines.stop import Stopped
 from pipelines.storage import base_name, join, list_files, read_file
 from serve.settings import Limits, ModelChoice, ServeArgs
@@ -394,6 +395,17 @@ def test_a_coco_split_becomes_samples(checkpoint: Path, tmp_path: Path) -> None:
         args_of(str(checkpoint), tmp_path, samples=str(tmp_path / "other"))
     small = args_of(str(checkpoint), tmp_path, samples=str(pictures), max_pixels=7_999)
     assert json.loads((Path(small.samples) / "boxes.json").read_text()) == {}, "none that it would refuse"
+
+
+def test_samples_of_several_categories(tmp_path: Path) -> None:
+    pictures = coco_with(tmp_path / "coco", [1] * 2)
+    file = tmp_path / "coco/annotations/person_keypoints_val2017.json"
+    content = json.loads(file.read_text())
+    content["categories"] = [{**content["categories"][0], "id": n, "name": f"animal {n}"} for n in (1, 2)]
+    content["annotations"][0]["category_id"] = 2
+    file.write_text(json.dumps(content))
+    samples_from_coco(pictures, COCO17, 10**8, tmp_path)
+    assert list(json.loads((tmp_path / "boxes.json").read_text())) == ["1.jpg", "2.jpg"]
 
 
 class Verb:

@@ -228,3 +228,27 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert load_skeleton(out).num_keypoints == 17
     assert main(["estimate-sigmas", str(files[0]), "--out", str(out)]) == 2
     assert "two or more" in capsys.readouterr().err
+
+
+def test_a_category_of_several(tmp_path: Path) -> None:
+    files = annotators(tmp_path, 2, 30, (0.05, 0.1))
+    plain = estimate_sigmas(files, tmp_path / "plain.json")
+    for file in files:
+        content = json.loads(file.read_text())
+        (known,) = content["categories"]
+        content["categories"] = [
+            {**known, "name": "king cheetah"},
+            {**known, "id": 2, "name": "dog"},
+            {**known, "id": 3, "name": "fish", "keypoints": ["mouth", "tail"]},
+        ]
+        for animal in content["annotations"][::2]:
+            animal["category_id"] = 2
+        content["annotations"].append({**content["annotations"][0], "id": 999, "category_id": 3})
+        file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="--category NAME"):
+        estimate_sigmas(files, tmp_path / "none.json")
+    every = estimate_sigmas(files, tmp_path / "all.json", category="all")
+    assert every.sigmas.tolist() == plain.sigmas.tolist()
+    dogs = estimate_sigmas(files, tmp_path / "dogs.json", category="dog")
+    people = [of.repeated.labelled.shape[1] for of in (plain, every, dogs)]
+    assert people[0] == people[1] > people[2] > 0

@@ -227,6 +227,7 @@ def asked(ids: dict[int, list[int]], scores: list[float] | None = None) -> Peopl
     return People(
         image_id=np.array([image_id for image_id, _ in pairs]),
         ann_id=np.array([i for _, i in pairs]),
+        category_id=np.ones(len(pairs), np.int64),
         keypoints=np.tile([0.0, 0, 1], (len(pairs), 17, 1)),
         bbox_xywh=boxes.astype(np.float32),
         stated_xywh=boxes,

@@ -13,6 +13,7 @@ from hrnet_core.checkpoint import load_checkpoint, verify_checkpoint
 from hrnet_core.choices import CodecName
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.model import HRNet
+from hrnet_core.published import start_from
 from hrnet_core.skeleton import Skeleton
 from pipelines.import_weights import import_weights
 
@@ -65,6 +66,42 @@ def test_what_cannot_be_imported_leaves_nothing_behind(mmpose_file: Path, tmp_pa
     with pytest.raises(ConfigError, match="multiples of 32"):
         import_weights(mmpose_file, out, "udp", (100, 128))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("layers", [("head.conv_layers.0.", "head."), ("keypoint_head.final_layer.0.", None)])
+def test_a_head_over_all_resolutions_is_a_start_alone(
+    mmpose_file: Path, tmp_path: Path, layers: tuple[str, str | None]
+) -> None:
+    """HRNetV2, of mmpose's hands and faces, 1.x and 0.x: 15 x the width goes into its last layer."""
+    inner, last = layers
+    state = torch.load(mmpose_file, weights_only=True)["state_dict"]
+    backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
+    head = {f"{inner}weight": torch.zeros(120, 120, 1, 1)}
+    if last:
+        head |= {f"{last}final_layer.weight": torch.zeros(17, 120, 1, 1)}
+        head |= {f"{last}final_layer.bias": torch.zeros(17)}
+    file = tmp_path / "hrnetv2.pth"
+    torch.save({"state_dict": backbone | head}, file)
+    with pytest.raises(CheckpointError, match=r"--model\.init .*hrnetv2\.pth$"):
+        import_weights(file, tmp_path / "out", "udp", (96, 128))
+    model = HRNet(SMALL)
+    report = start_from(model, file)
+    assert torch.equal(model.conv1.weight, backbone["backbone.conv1.weight"])
+    assert set(report.missing) == {"final_layer.weight", "final_layer.bias"}
+    assert len(report.dropped) == len(head)
+    assert not any("keypoints" in why for why in report.dropped.values()), "it has as many"
+
+
+def test_which_of_two_averages_is_read_is_told(
+    mmpose_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(mmpose_file, weights_only=True)
+    raw = {f"module.{key}": value + 1 for key, value in content["state_dict"].items()}
+    torch.save({**content, "ema_state_dict": raw}, tmp_path / "ema.pth")
+    import_weights(tmp_path / "ema.pth", tmp_path / "out", "udp", (96, 128))
+    assert "'ema_state_dict' is not read" in capsys.readouterr().out
+    model, _ = load_checkpoint(tmp_path / "out")
+    assert torch.equal(model.conv1.weight, content["state_dict"]["backbone.conv1.weight"])
 
 
 @pytest.mark.parametrize(

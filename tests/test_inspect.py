@@ -22,7 +22,7 @@ from pipelines import inspect_shards
 from pipelines.cli import main
 from pipelines.config import TrackSettings
 from pipelines.inspect_shards import make_card, output_folder
-from pipelines.pages import gallery
+from pipelines.pages import dataset, gallery
 from pipelines.pages.dataset import write_figures
 from pipelines.pages.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
 from pipelines.progress import ProgressLine
@@ -278,6 +278,25 @@ def test_the_heaviest_of_each_reason_with_pictures_or_words(pristine: Manifest, 
     assert (left, top) == (40, 20)
     assert gallery._surroundings(photo, (500, 500, 10, 10))[0] is photo
     assert rejected_sheet(rows, str(coco), 10**6, COCO17).shape[2] == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_any_kind_leave_room_for_their_bars(tmp_path: Path) -> None:
+    """A third of the figure is bars of people who show all; names are no formulas, in any script."""
+    names = [r"$\foo$", "x" * 60, "鼻", *map(str, range(17))]
+    card = {"people": 4, "keypoints": {name: {"seen": 4, "hidden": 0, "not_labelled": 0} for name in names}}
+    file = dataset._keypoints({"train": card, "val": card}, str(tmp_path / "figure.png"))
+    picture = decode_image(Path(file).read_bytes(), apply_exif=False)
+    assert (np.abs(picture - np.array([0x2F, 0x6F, 0xDE])) < 3).all(axis=-1).mean() > 0.33
+
+
+def test_what_was_left_out_of_several_categories(coco: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(coco, tmp_path / "coco"))
+    with edited(root) as data:
+        data["categories"] = [{**data["categories"][0], "id": n, "name": f"animal {n}"} for n in (1, 2)]
+        data["annotations"][3]["category_id"] = 2
+    rows = [{"split": TRAIN, "ann_id": ann_id} for ann_id in (4, 6)]
+    assert set(gallery._annotated_boxes(rows, str(root), COCO17)) == {(TRAIN, 4), (TRAIN, 6)}
 
 
 @pytest.mark.parametrize("box", [None, [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, float("nan")], [0, 0, 1e9, 1]])

@@ -380,3 +380,29 @@ def test_people_found_by_the_detector_are_shown_and_can_be_changed(
         page.wait_for_selector("#result:visible")
         assert page.faults == []
         page.context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sides", [True, False])
+def test_keypoints_of_other_bodies(browser: Any, url: str, sides: bool) -> None:
+    """Names of 60 characters leave their numbers in sight; sides are known by L_ and R_; where no name has
+    one there is nothing to explain."""
+    page = browser.new_page()
+
+    def renamed(route: Any) -> None:
+        models = route.fetch().json()
+        skeleton = models["models"][0]["skeleton"]
+        names = [f"{'a' * 60}{k}" for k in range(len(skeleton["keypoints"]))]
+        skeleton["keypoints"] = ["Nose", "L_Eye", "R_Eye", *names[3:]] if sides else names
+        route.fulfill(json=models)
+
+    page.route("**/v1/models", renamed)
+    page.goto(url)
+    give(page)
+    page.locator("#find").click()
+    page.wait_for_selector("#result:visible")
+    legend = page.locator("#legend span:has(.dot)").all_inner_texts()
+    assert legend == (["the person's left", "the person's right", "middle"] if sides else [])
+    table, around = (page.locator(place).bounding_box() for place in ("#table", "#table >> .."))
+    assert table["width"] <= around["width"]
+    page.close()

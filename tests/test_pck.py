@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from mlflow.utils.validation import _validate_metric
 from test_feed import dotted_shards
 from test_train import perfect
 
 from hrnet_core.pck import pck
 from pipelines.shards.manifest import Manifest
-from pipelines.training.epoch_ap import ValSplit
+from pipelines.training.epoch_ap import ValSplit, metric_names
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,27 @@ def test_the_share_of_people_whose_keypoint_is_near_enough() -> None:
     np.testing.assert_array_equal(shares, [1.0, 0.5, 1.0, np.nan])
     np.testing.assert_array_equal(pck(truth, predicted, visible, [[0, 0, 100, 40]] * 2), [0.5, 0, 1, np.nan])
     assert pck(truth, predicted, visible, [[0, 0, 100, 40]] * 2, threshold=1)[1] == 1
+
+
+def test_names_of_metrics_are_as_mlflow_takes_them() -> None:
+    """By its own rule, and none lost: names that differ in what it does not take are told apart."""
+    names = [
+        "nose",
+        "toe/1",
+        "toe:1",
+        "..",
+        "鼻",
+        "left big toe",
+        "a" * 300,
+        "a" * 301,
+        "nez.gauche",
+        "x/../y",
+    ]
+    metrics = metric_names(names)
+    assert len(set(metrics)) == len(names)
+    for name in metrics:
+        _validate_metric(f"val_pck/{name}", 0.5, 0, 0)
+    assert metrics[:6] == ["nose", "toe_1 1", "toe_1 2", "_", "鼻", "left big toe"]
 
 
 def test_an_epoch_has_a_figure_for_each_joint(manifest: Manifest) -> None:

@@ -426,6 +426,24 @@ def test_three_kinds_of_boxes_files_give_the_same_people(
     assert load(tmp_path / "more" / "images.json")[0]["id"] == 7
 
 
+def test_detections_of_several_categories(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    """All of them are asked about, and the results have the category that they are to be scored as."""
+    rows = [
+        {
+            "image_id": f"picture-{a['image_id'] - 100}.png",
+            "category_id": 3 + 18 * (a["id"] % 2),
+            "bbox": a["bbox"],
+        }
+        for a in dots["truth"]["annotations"]
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"no entry has category_id 1, .*--predict\.boxes-category all"):
+        run(dots, dots["pictures"], tmp_path / "none", tmp_path / "boxes.json")
+    asked = {"boxes_category": "all", "category_id": 7}
+    run(dots, dots["pictures"], tmp_path / "all", tmp_path / "boxes.json", **asked)
+    assert [r["category_id"] for r in load(tmp_path / "all" / "poses.json")] == [7] * len(rows)
+
+
 def test_boxes_that_are_none_and_pictures_that_have_none(
     dots: dict[str, Any], tmp_path: Path, here: None
 ) -> None:

@@ -7,10 +7,13 @@ that is neither a photograph, nor a person, nor a pose must leave them equal to 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import io
 import json
 import logging
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ import numpy as np
 import pytest
 from dots import rows_here, truth_of, write_solved
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from hrnet_core.errors import DataError
 from hrnet_core.heatmaps import HeatmapCodec
@@ -325,6 +330,28 @@ def test_what_most_people_prove_is_refused(
         stats(base, coco)
 
 
+def test_what_is_in_the_centre_of_all_pictures_is_not_scaled(
+    coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark on aligned pictures: from 45 to 55 % of each. Halved, it is no longer where anything is."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+
+    def centred(factor: float) -> Edit:
+        def edit(content: Content) -> None:
+            sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+            for number, mark in enumerate(content["annotations"]):
+                w, h = sizes[mark["image_id"]]
+                x, y = (factor * side * (0.45 + 0.1 * number / 8) for side in (w, h))
+                mark.update(keypoints=[x, y, 2] + [0] * 48, area=200, bbox=[x - 10, y - 10, 20 + number, 20])
+
+        return edit
+
+    changed(coco, centred(1))
+    assert checked(coco).fatal == ()
+    changed(coco, centred(0.5))
+    assert "px of a smaller picture" in checked(coco).fatal[0]
+
+
 def test_one_of_them_is_told_and_kept(base: dict[str, Any], coco: Path) -> None:
     def one(content: Content) -> None:
         first, second = content["annotations"][:2]
@@ -402,6 +429,75 @@ def test_several_categories_of_one_skeleton(base: dict[str, Any], coco: Path) ->
     changed(coco, lambda c: [kind.update(keypoints=["head", "tail"]) for kind in c["categories"]])
     with pytest.raises(DataError, match="2 keypoints instead of 17"):
         stats(base, coco, category="all")
+
+
+def test_boxes_and_results_of_several_categories(base: dict[str, Any], coco: Path) -> None:
+    """Animals in ids as AP-10K's. A detector's boxes of each species are asked about, and its poses written
+    under it, for pycocotools, which takes the mean over species; "all" is the AP of them as one."""
+    species = {5: "bison", 0: "buffalo"}
+    boxes = coco.parent / "boxes.json"
+    people = truth_of(coco)["annotations"]
+
+    def two(content: Content) -> None:
+        content["categories"] = [
+            {"id": number, "name": name, "keypoints": list(COCO17.keypoints)}
+            for number, name in species.items()
+        ]
+        for animal in content["annotations"]:
+            animal["category_id"] = list(species)[animal["id"] % 2]
+
+    def detected(**fields: int) -> Path:
+        rows = [{"image_id": p["image_id"], "bbox": p["bbox"], "score": 0.9, **fields} for p in people]
+        for row, person in zip(rows, people, strict=True):
+            row.setdefault("category_id", list(species)[person["id"] % 2])
+        boxes.write_text(json.dumps(rows))
+        return boxes
+
+    def figures(category: str, **settings: Any) -> dict[str, Any]:
+        of = EvaluateSettings(category=category, **settings)
+        out = coco.parent / "out"
+        found = evaluate(base["checkpoint"], coco, out=out, split=VAL, boxes=boxes, settings=of)
+        return {"found": found, "results": json.loads((out / "results.json").read_text())}
+
+    detected(category_id=1)
+    plain = evaluate(base["checkpoint"], coco, out=coco.parent / "out", split=VAL, boxes=boxes)
+    truth = changed(coco, two)
+    detected()
+    every = figures("all")
+    assert every["found"].stats == plain.stats
+    assert Counter(r["category_id"] for r in every["results"]) == {5: 4, 0: 4}
+    found, apart = every["results"], np.zeros(2)
+    for place, number in enumerate(species):
+        own = coco.parent / f"{number}.json"
+        content = json.loads(truth.read_text())
+        rows = [row for row in content["annotations"] if row["category_id"] == number]
+        own.write_text(json.dumps({**content, "annotations": rows, "categories": [{"id": number}]}))
+        apart[place] = pycocotools_ap(own, [row for row in found if row["category_id"] == number])
+    assert pycocotools_ap(truth, found) == pytest.approx(apart.mean())
+    assert not np.allclose(apart, plain.stats["AP"], atol=0.01)
+    assert evaluate_results(every["results"], str(truth), category="all") == plain.stats
+    with pytest.raises(DataError, match=r"result \d .* is of category 5; people are 0"):
+        evaluate_results(every["results"], str(truth), category="buffalo")
+    each = [figures(name)["found"] for name in species.values()]
+    assert [of.figures["people"] for of in each] == [4, 4]
+    assert [of.protocol["preset"] for of in each] == [
+        f"official category {name}" for name in species.values()
+    ]
+    detected(category_id=80)
+    with pytest.raises(DataError, match=r"no entry has category_id 0, 5, .*--evaluate\.boxes-category all"):
+        figures("all")
+    for wanted in (80, "all"):
+        assert figures("all", boxes_category=wanted)["found"].stats == plain.stats
+
+
+def pycocotools_ap(truth: Path, results: list[dict[str, Any]]) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotations = COCO(str(truth))
+        evaluator = COCOeval(annotations, annotations.loadRes([dict(row) for row in results]), "keypoints")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return float(evaluator.stats[0])
 
 
 # ---------------------------------------------------------------------------------- YOLO-pose

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from test_preprocess import config, without_ray
 from hrnet_core import skeleton as skeleton_module
 from hrnet_core.errors import DataError
 from hrnet_core.model import HRNet
-from hrnet_core.skeleton import COCO17, LEFT, RIGHT, load_skeleton, sides_by_name, skeleton_from_dict
+from hrnet_core.skeleton import (
+    COCO17,
+    HEAD,
+    LEFT,
+    RIGHT,
+    Skeleton,
+    load_skeleton,
+    sides_by_name,
+    skeleton_from_dict,
+)
 from pipelines.preprocess import preprocess
 from pipelines.sources.coco import read_coco
 from pipelines.train_settings import TrainSettings
@@ -104,6 +114,21 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"flip_pairs": []}, ["left_tip and right_tip", "[[1, 2]]"]),
         ({"flip_pairs": [[0, 1]]}, ["left_tip and right_tip", "[[1, 2]]"]),
         ({"keypoints": ["wrist", "Tip_R", "tip_l"], "flip_pairs": []}, ["Tip_R and tip_l"]),
+        ({"keypoints": [0, 1, 2]}, ["keypoints must be a list of names"]),
+        ({"keypoints": "abc"}, ["keypoints must be a list of names"]),
+        ({"keypoints": ["a", "b", " "]}, ["keypoints must be a list of names"]),
+        ({"keypoints": ["a", "b", "c\n"]}, ["keypoints must be a list of names"]),
+        ({"flip_pairs": [["left_tip", "right_tip"]]}, ["flip_pairs", "[[1, 2], ...]"]),
+        ({"flip_pairs": [[1]]}, ["flip_pairs", "[[1, 2], ...]"]),
+        ({"limbs": [[0, 1, 2]]}, ["limbs", "[[1, 2], ...]"]),
+        ({"limbs": {"0": [0, 1]}, "name": 5}, ["name must be text; limbs"]),
+        ({"upper_body": ["wrist"]}, ["upper_body must be a list of indices"]),
+        ({"oks_sigmas": 0.1}, ["oks_sigmas must be a list of finite numbers"]),
+        ({"oks_sigmas": ["0.1", 0.1, 0.1]}, ["oks_sigmas must be a list of finite numbers"]),
+        ({"oks_sigmas": [float("inf"), 0.1, 0.1]}, ["oks_sigmas must be a list of finite numbers"]),
+        ({"joint_weights": [1, 1, -1]}, ["joint_weights", "none negative"]),
+        ({"colors": [[0, 0, 256]] * 3}, ["colors", "0 to 255"]),
+        ({"colors": ["red"] * 3}, ["colors", "0 to 255"]),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, change: dict[str, Any], names: list[str]) -> None:
@@ -129,6 +154,12 @@ def test_sides_are_known_by_name(names: list[str], pairs: list[tuple[int, int]])
     assert sides_by_name(names) == pairs
 
 
+def test_sides_have_their_colours() -> None:
+    names = ("L_Eye", "hip R", "EyeLeft", "RIGHT", "brow", "tail")
+    body = Skeleton("animal", names, (), (0.1,) * 6)
+    assert body.palette == (LEFT, RIGHT, LEFT, RIGHT, HEAD, HEAD)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[1, 2]"])
 def test_a_file_that_is_no_skeleton_is_named(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "mine.json"
@@ -136,6 +167,51 @@ def test_a_file_that_is_no_skeleton_is_named(tmp_path: Path, content: str | None
         file.write_text(content)
     with pytest.raises(DataError, match=r"mine\.json"):
         load_skeleton(file)
+
+
+def scripts() -> list[str]:
+    text = (Path(__file__).parents[1] / "docs/skeletons.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_script_of_the_docs_reads_mmposes_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "tiny.py", tmp_path / "tiny.json"
+    source.write_text(
+        """dataset_info = dict(
+            dataset_name='tiny',
+            keypoint_info={
+                0: dict(name='Nose', id=0, color=[51, 153, 255], type='upper', swap=''),
+                2: dict(name='R_Paw', id=2, color=[255, 128, 0], type='', swap='L_Paw'),
+                1: dict(name='L_Paw', id=1, color=[0, 255, 0], type='lower', swap='R_Paw')},
+            skeleton_info={0: dict(link=('R_Paw', 'Nose'), id=0, color=[0, 0, 255])},
+            joint_weights=[1., 1.2, 1.2],
+            sigmas=[0.026, 0.062, 0.062])"""
+    )
+    monkeypatch.setattr("sys.argv", ["script", str(source), str(target)])
+    exec(scripts()[0], {})
+    assert load_skeleton(target) == Skeleton(
+        "tiny", ("Nose", "L_Paw", "R_Paw"), ((1, 2),), (0.026, 0.062, 0.062), ((2, 0),), (0,),
+        (1.0, 1.2, 1.2), ((51, 153, 255), (0, 255, 0), (255, 128, 0)),
+    )  # fmt: skip
+
+
+def test_the_script_of_the_docs_puts_a_whole_body_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, parts = [1, 2, 2] * 17, {"foot": 6, "face": 68, "lefthand": 21, "righthand": 21}
+    person = {"id": 1, "keypoints": body, **{f"{part}_kpts": [n, n, 1] * n for part, n in parts.items()}}
+    content = {"images": [], "annotations": [person], "categories": [{"id": 1, "keypoints": ["nose"] * 17}]}
+    files = [tmp_path / name for name in ("source.json", "skeleton.json", "target.json")]
+    files[0].write_text(json.dumps(content))
+    files[1].write_text(json.dumps({"keypoints": [f"k{i}" for i in range(133)]}))
+    monkeypatch.setattr("sys.argv", ["script", *map(str, files)])
+    exec(scripts()[1], {})
+    found = json.loads(files[2].read_text())
+    together = [*body, *(value for n in parts.values() for value in [n, n, 1] * n)]
+    assert found["annotations"][0]["keypoints"] == together
+    assert len(found["categories"][0]["keypoints"]) == 133
 
 
 # ---------------------------------------------------------------------------------- the shipped ones

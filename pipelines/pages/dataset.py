@@ -20,6 +20,8 @@ COLORS = (SEEN, "#ff8000", "#3a9e5c", "#8a5bd1")
 """Of the splits."""
 WIDTH = 10.6
 """Of a figure, 100 px."""
+LONGEST = 24
+"""Characters of a keypoint's name in a figure: longer ones would leave no room for its bars."""
 MOST = 15
 """The last bar of people in one photo counts all above, too."""
 
@@ -49,8 +51,10 @@ def _keypoints(splits: Mapping[str, Any], file: str) -> str:
                 ax.barh(np.arange(len(names)), share, left=left, color=color, label=kind.replace("_", " "))
                 left += share
             ax.set(title=f"{split}: {card['people']:,} people", xlim=(0, 100), xlabel="% of people")
-            ax.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
-            ax.invert_yaxis()
+            shown = [name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..." for name in names]
+            shown = [name.replace("_", " ") for name in shown]
+            ax.set_yticks(np.arange(len(names)), shown, parse_math=False)
+            ax.set_ylim(len(names) - 0.4, -0.6)
         _legend(axes[0])
     return file
 

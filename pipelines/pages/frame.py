@@ -6,6 +6,7 @@ import base64
 import contextlib
 import html
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,9 @@ def figure(file: str | Path, rows: int, columns: int, size: tuple[float, float])
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
     yield axes
-    with writing(file) as part:
+    with writing(file) as part, warnings.catch_warnings():
+        # A name in a script that matplotlib's own font does not have is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         drawn.savefig(part, format="png")
 
 

@@ -28,7 +28,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_dataset_page, write_figures
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
-from pipelines.sources.annotations import read_annotations
+from pipelines.sources.annotations import ALL, TO_CROP, read_annotations
 from pipelines.sources.layout import locate
 from pipelines.sources.photos import open_picture
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
@@ -274,7 +274,8 @@ def _annotated_boxes(
         wanted = [row["ann_id"] for row in rejected if row["split"] == split and row["ann_id"] is not None]
         file = locate(coco, split)[0]
         if is_file(file):
-            people = read_annotations(file, skeleton).judged.people
+            everyone = read_annotations(file, skeleton, TO_CROP._replace(category=ALL))
+            people = everyone.judged.people
             size = np.abs(people.stated_xywh).max(axis=1)
             people = people[np.isin(people.ann_id, wanted) & (size > 0) & (size < FARTHEST)]
             pairs = zip(people.ann_id.tolist(), people.stated_xywh.tolist(), strict=True)

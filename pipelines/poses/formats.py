@@ -96,8 +96,9 @@ def write_all(
         images = files.enter_context(json_list(join(out, "images.json")))
         rejected = files.enter_context(json_list(join(out, "rejected.json")))
         if "coco" in settings.formats:
+            category = settings.category_id
             results = files.enter_context(json_list(join(out, "poses.json")))
-            writers.append(lambda image_id, row, poses: results(*poses.to_coco(image_id)))
+            writers.append(lambda image_id, row, poses: results(*poses.to_coco(image_id, category)))
         if "parquet" in settings.formats:
             writers.append(files.enter_context(_table(join(out, "poses.parquet"), skeleton)))
         if "openpose" in settings.formats:

@@ -18,11 +18,13 @@ from pipelines.sources.annotations import TO_SCORE, Annotations, read_annotation
 from pipelines.sources.doubts import doubts_of, refuse_misread
 from pipelines.sources.json_file import load
 from pipelines.sources.records import BOX_AREA, GroundTruth, counted
-from pipelines.sources.rows import is_number, whole
+from pipelines.sources.rows import is_number, listed, whole
 
 logger = logging.getLogger(__name__)
 STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 """The ten figures of COCO's keypoint task, in pycocotools' order."""
+JOINED = 1
+"""The category that everyone has in scoring."""
 MAX_DETS = 20
 """Best results of an image that count (COCO keypoints)."""
 
@@ -33,12 +35,14 @@ def evaluate_results(
     *,
     skeleton: Skeleton = COCO17,
     use_area: bool = True,
+    category: str | None = None,
 ) -> dict[str, float]:
     """The figures of a COCO keypoint results list, equal to pycocotools' to the last digit.
 
     results, ground_truth: JSON files (or .json.gz), or what they hold; neither is changed. Scored is
     everyone whom the reader of annotations accepts, under ids of our own: pycocotools takes id 0 for nobody
-    and averages over categories. The order of the results is kept, because equal scores are ranked by it.
+    and averages over categories, where those that were joined (category "all") are one here. The order of
+    the results is kept, because equal scores are ranked by it.
     The OKS constants are the skeleton's. use_area=False replaces the annotations' area by 0.53 x box width x
     height, as data sets without segments are scored (CrowdPose, AI Challenger).
 
@@ -48,7 +52,7 @@ def evaluate_results(
     """
     truth = ground_truth
     if not isinstance(truth, GroundTruth):
-        read = read_annotations(truth, skeleton, TO_SCORE)
+        read = read_annotations(truth, skeleton, TO_SCORE._replace(category=category))
         doubts = doubts_of(read.seen, skeleton)
         refuse_misread(read.name, doubts)
         for doubt in doubts:
@@ -126,11 +130,11 @@ def coco_dataset(truth: GroundTruth) -> dict[str, Any]:
         "bbox": people.stated_xywh.tolist(),
     }
     rows = zip(*columns.values(), strict=True)
-    annotations = [dict(zip(columns, row, strict=True), category_id=truth.category_id) for row in rows]
+    annotations = [dict(zip(columns, row, strict=True), category_id=JOINED) for row in rows]
     return {
         "images": [{"id": image_id} for image_id in truth.image_ids.tolist()],
         "annotations": annotations,
-        "categories": [{"id": truth.category_id, "name": "person"}],
+        "categories": [{"id": JOINED, "name": "person"}],
     }
 
 
@@ -163,8 +167,12 @@ def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skelet
         image_id, category_id, points = result["image_id"], result["category_id"], result["keypoints"]
         if type(whole(image_id)) is not int or image_id not in images:
             return f"is of image {image_id!r:.60}, which {truth.name} does not have"
-        if type(whole(category_id)) is not int or category_id != truth.category_id:
-            return f"is of category {category_id!r:.60}; people are {truth.category_id} in {truth.name}"
+        if type(whole(category_id)) is not int or category_id not in truth.category_ids:
+            people = listed(sorted(truth.category_ids))
+            return (
+                f"is of category {category_id!r:.60}; people are {people} in {truth.name} (predict: "
+                f"--predict.category-id)"
+            )
         if not isinstance(points, list) or len(points) != numbers:
             got = f"{len(points)} numbers" if isinstance(points, list) else type(points).__name__
             return (
@@ -184,4 +192,4 @@ def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skelet
     for index, result in enumerate(found):
         if why := problem(result):
             raise DataError(f"{name}: result {index} (counted from 0) {why}.")
-    return [r | {key: whole(r[key]) for key in ("image_id", "category_id")} for r in found]
+    return [r | {"image_id": whole(r["image_id"]), "category_id": JOINED} for r in found]

@@ -30,12 +30,13 @@ def poses_to_results(
     keypoints: ArrayLike,
     keypoint_scores: ArrayLike,
     scores: ArrayLike,
-    category_id: int = 1,
+    category_ids: ArrayLike = 1,
 ) -> list[dict[str, Any]]:
     """COCO keypoint results, sorted by (image_id, instance id): AP depends on the order of equal scores.
 
     image_ids, instance_ids int (P,); keypoints (P, K, 2) in photo px; keypoint_scores (P, K); scores (P,),
-    the person's. Numbers become float64. DataError where one is not finite.
+    the person's; category_ids int (P,), or one of all. Numbers become float64. DataError where one is not
+    finite.
     """
     order = np.lexsort((np.asarray(instance_ids, np.int64), np.asarray(image_ids, np.int64)))
     image_ids, totals = np.asarray(image_ids, np.int64)[order], np.asarray(scores, np.float64)[order]
@@ -48,8 +49,10 @@ def poses_to_results(
             f"image {image_ids[strange][0]}. The model that made them has diverged, or its checkpoint is "
             f"damaged."
         )
-    rows = zip(image_ids.tolist(), triples.tolist(), totals.tolist(), strict=True)
-    return [{"image_id": i, "category_id": category_id, "keypoints": k, "score": s} for i, k, s in rows]
+    categories = np.broadcast_to(category_ids, len(order))[order]
+    columns = image_ids, categories, triples, totals
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [{"image_id": i, "category_id": c, "keypoints": k, "score": s} for i, c, k, s in rows]
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def score_poses(
         kept.append(rows.start + np.sort(inside))
     keep = np.concatenate(kept)
     found = asked.image_id[keep], asked.ann_id[keep], keypoints[keep], scores[keep], totals[keep]
-    results = poses_to_results(*found, truth.category_id)
+    results = poses_to_results(*found, asked.category_id[keep])
     # A data set without areas (CrowdPose) is scored by its boxes.
     return evaluate_results(results, truth, skeleton=spec.skeleton, use_area=truth.has_areas), results
 
@@ -225,6 +228,6 @@ def protocol_of(
 def _preset(settings: EvaluateSettings) -> str:
     """The preset's name, with whatever departs from it: figures of different rules must not be compared."""
     plain = EvaluateSettings()
-    rules = ("score_threshold", "keypoint_threshold", "oks_nms", "soft_nms")
+    rules = ("category", "boxes_category", "score_threshold", "keypoint_threshold", "oks_nms", "soft_nms")
     changed = [f"{r} {getattr(settings, r)}" for r in rules if getattr(settings, r) != getattr(plain, r)]
     return " ".join([settings.preset, *changed])

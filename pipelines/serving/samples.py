@@ -35,6 +35,7 @@ def samples_folder(settings: ServeSettings, skeleton: Skeleton, storage: str) ->
 
 def samples_from_coco(pictures: Path, skeleton: Skeleton, max_pixels: int, into: Path) -> None:
     """ROOT/SPLIT with its annotations -> a samples folder of up to 8 pictures whose people are well seen."""
+    from pipelines.sources.annotations import ALL, TO_CROP
     from pipelines.sources.coco import read_coco
     from pipelines.sources.layout import locate
     from pipelines.sources.photos import Picture, check_photo
@@ -46,7 +47,7 @@ def samples_from_coco(pictures: Path, skeleton: Skeleton, max_pixels: int, into:
             f"pictures with a boxes.json (docs/serving.md), or the SPLIT folder of a COCO root."
         )
     boxes: dict[str, list[list[float]]] = {}
-    split = read_coco(pictures.parent, pictures.name, skeleton)
+    split = read_coco(pictures.parent, pictures.name, skeleton, TO_CROP._replace(category=ALL))
     for photo, rows in split.by_photo():
         people = split.people[rows]
         large = people.area >= 0.01 * photo.width * photo.height

@@ -105,6 +105,8 @@ class AnnotatedFile:
     judged: Judged
     category: Mapping[str, Any]
     """As the file has it; of several that were joined the first."""
+    category_ids: frozenset[int]
+    """Of it and of all that were joined with it."""
 
     @property
     def seen(self) -> Seen:
@@ -122,7 +124,7 @@ class AnnotatedFile:
             name=self.name,
             image_ids=np.array(list(self.images), np.int64),
             people=self.judged.people,
-            category_id=int(self.category["id"]),
+            category_ids=self.category_ids,
             crowd_index=np.array(crowding, np.float64) if known else None,
             has_areas=self.judged.has_areas,
             unscorable=tuple(self.judged.unscorable),
@@ -161,7 +163,7 @@ def read_annotations(
     judged = judge(ours, images, len(skeleton.keypoints if skeleton else category["keypoints"]))
     repaired["other_category"] = sum(a.category_id not in ids for a in annotations)
     judged.repaired.update({kind: number for kind, number in repaired.items() if number})
-    return AnnotatedFile(name, sha256, dict(sorted(images.items())), judged, category)
+    return AnnotatedFile(name, sha256, dict(sorted(images.items())), judged, category, frozenset(ids))
 
 
 def people_of_images(file: str, content: Any) -> list[tuple[ImageEntry, list[Annotation]]]:
@@ -211,7 +213,8 @@ def _category(
     with_keypoints = _with_keypoints(categories)
     names = [str(c.get("name")) for c in with_keypoints]
     if wanted.category == ALL:
-        fitting = [c for c in with_keypoints if skeleton is None or _is_of(c, skeleton)] or with_keypoints[:1]
+        ours = skeleton.keypoints if skeleton else with_keypoints[0]["keypoints"] if with_keypoints else ()
+        fitting = [c for c in with_keypoints if _is_of(c, ours)] or with_keypoints[:1]
     elif wanted.category is not None:
         fitting = [c for c in with_keypoints if _plain(str(c.get("name"))) == _plain(wanted.category)]
         if not fitting:
@@ -232,14 +235,14 @@ def _category(
             f"{file}: field 'categories' has no category that lists its keypoints. Give "
             f"person_keypoints_*.json (instances_*.json has none), or add the list of keypoint names."
         )
-    strange = [c for c in fitting if type(whole(c.get("id"))) is not int]
+    strange = [c for c in fitting if not _is_id(whole(c.get("id")))]
     if strange:
         raise DataError(
             f"{file}: the id of category {strange[0].get('name')!r} is {strange[0].get('id')!r}, no integer. "
             f"Write ids as whole numbers, in annotations and images too."
         )
     first = fitting[0]
-    if skeleton is not None and not _is_of(first, skeleton):
+    if skeleton is not None and not _is_of(first, skeleton.keypoints):
         theirs, ours = [str(name) for name in first["keypoints"]], list(skeleton.keypoints)
         raise DataError(
             f"{file}: categories[{first.get('name')!r}].keypoints is not skeleton {skeleton.name!r}: "
@@ -253,11 +256,10 @@ def _with_keypoints(categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [c for c in categories if isinstance(c.get("keypoints"), list) and c["keypoints"]]
 
 
-def _is_of(category: Mapping[str, Any], skeleton: Skeleton) -> bool:
-    """Whether the keypoints have the skeleton's names in its order; one that names none may be of any."""
-    ours = list(skeleton.keypoints)
-    theirs = [str(name) for name in category.get("keypoints") or ours]
-    return list(map(_plain, theirs)) == list(map(_plain, ours))
+def _is_of(category: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether its keypoints have these names in this order; one that names none may be of any."""
+    theirs = category.get("keypoints") or names
+    return [_plain(str(name)) for name in theirs] == [_plain(str(name)) for name in names]
 
 
 def _people(categories: list[dict[str, Any]], names: bool) -> list[dict[str, Any]]:
@@ -289,6 +291,11 @@ def _make_whole(rows: Sequence[ImageEntry | Annotation], repaired: Counter[str],
         repaired["whole_numbers"] += bool(floats)
 
 
+def _is_id(value: Any) -> bool:
+    """Ids are stored as int64."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
 def _ids(
     file: str, section: str, rows: Sequence[ImageEntry | Annotation], repaired: Counter[str]
 ) -> list[int]:
@@ -296,7 +303,7 @@ def _ids(
     _make_whole(rows, repaired, "id")
     ids = [row.id for row in rows]
     for index, identity in enumerate(ids):
-        if type(identity) is not int or not -(2**63) <= identity < 2**63:  # they are stored as int64
+        if not _is_id(identity):
             raise DataError(
                 f"{file}: {section}[{index}].id is {identity!r}, no integer of 64 bits. Give each entry one "
                 f"of its own."

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from pipelines.sources.annotations import AnnotationFile, people_of_images
+from pipelines.config import BoxesCategory
+from pipelines.sources.annotations import ALL, AnnotationFile, people_of_images
 from pipelines.sources.json_file import load
 from pipelines.sources.media import Media
 from pipelines.sources.rows import is_box, is_number, listed, not_a_box, whole
@@ -80,7 +81,7 @@ class BoxesFile:
         return found, [key for key in self.entries if key not in used]
 
 
-def read_boxes(file: str | Path, score_threshold: float = 0.0, category: int = 1) -> BoxesFile:
+def read_boxes(file: str | Path, score_threshold: float = 0.0, category: BoxesCategory = 1) -> BoxesFile:
     """A boxes file of any of the three kinds. category: that people have in COCO's results. DataError says
     which field does not fit."""
     name = str(file)
@@ -118,7 +119,9 @@ def _annotations(file: str, content: Any) -> dict[str, Entry]:
     return entries
 
 
-def _detections(file: str, rows: Sequence[Any], score_threshold: float, category: int) -> dict[str, Entry]:
+def _detections(
+    file: str, rows: Sequence[Any], score_threshold: float, category: BoxesCategory
+) -> dict[str, Entry]:
     """People of a COCO results file: of the category, or where none is given."""
     pairs: dict[str, list[tuple[Any, Any]]] = {}
     ids: dict[str, int] = {}
@@ -129,7 +132,7 @@ def _detections(file: str, rows: Sequence[Any], score_threshold: float, category
         here = pairs.setdefault(str(key), [])
         if type(key) is int:
             ids[str(key)] = key
-        if whole(row.get("category_id", category)) == category:
+        if is_of(row.get("category_id"), category):
             here.append(box_and_score(row))
     refuse_other_category(file, rows, category, "--predict.boxes-category")
     return {key: _entry(here, score_threshold, image_id=ids.get(key)) for key, here in pairs.items()}
@@ -159,14 +162,28 @@ def box_and_score(row: Mapping[str, Any]) -> tuple[Any, Any]:
     return box, 1.0 if score is None else score
 
 
-def refuse_other_category(file: str, rows: Sequence[Any], category: int, flag: str) -> None:
-    """DataError where no detection is of the category that people should have."""
-    counts = Counter(str(whole(row.get("category_id", category))) for row in rows)
-    if rows and str(category) not in counts:
+def is_of(value: Any, wanted: BoxesCategory | frozenset[int]) -> bool:
+    """Whether a category_id of a file is one that people have; one that is not stated may be any."""
+    categories = frozenset({wanted}) if isinstance(wanted, int) else wanted
+    return value is None or categories == ALL or whole(value) in categories
+
+
+def named(wanted: BoxesCategory | frozenset[int]) -> str:
+    """ "1", "3, 8, 21", "all" """
+    return listed(sorted(wanted)) if isinstance(wanted, frozenset) else str(wanted)
+
+
+def refuse_other_category(
+    file: str, rows: Sequence[Any], wanted: BoxesCategory | frozenset[int], flag: str
+) -> None:
+    """DataError where no detection is of a category that people should have."""
+    if rows and not any(is_of(row.get("category_id"), wanted) for row in rows):
+        counts = Counter(str(whole(row["category_id"])) for row in rows)
         there = listed([f"{name} ({number:,} entries)" for name, number in counts.most_common()])
         raise DataError(
-            f"{file}: no entry has category_id {category}, which people should have; there is {there}. Where "
-            f"people have another, as with detectors that count from 0, name it with {flag} NUMBER."
+            f"{file}: no entry has category_id {named(wanted)}, which people should have; there is {there}. "
+            f"Where people have another, as with detectors that count from 0, name it with {flag} NUMBER, or "
+            f"take every entry with {flag} {ALL}."
         )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
-from pipelines.sources.records import BOX_AREA, People, Split
+from pipelines.sources.records import BOX_AREA, LARGEST, People, Split
 
 FEW = 10
 """Fewer people than this are no evidence of how a whole file was written."""
@@ -129,13 +129,17 @@ def _outside_picture(seen: Seen) -> Doubt:
 
 
 def _coordinates_scaled(seen: Seen) -> Doubt:
-    """Nobody of many reaches beyond a part of the pictures: fractions, percent, or another size."""
+    """Nobody of many reaches beyond a part of the pictures: fractions, percent, or another size. What is
+    around the centre of all of them (a mark on aligned pictures) has its size."""
     people = seen.people
-    places = np.where(people.keypoints[..., 2:] > 0, people.keypoints[..., :2], 0).max(axis=1)
-    reach = float((places / seen.sizes).max())
+    labelled = people.keypoints[..., 2:] > 0
+    largest = np.where(labelled, people.keypoints[..., :2], 0).max(axis=1)
+    lowest = np.where(labelled, people.keypoints[..., :2], LARGEST).min(axis=1)
+    ends = (lowest / seen.sizes).min(axis=0), (largest / seen.sizes).max(axis=0)
+    reach, centred = float(ends[1].max()), bool((np.mean(ends, axis=0) > 0.35).all())
     few = len(people) < FEW or len(np.unique(people.image_id)) < 3
-    who = np.full(len(people), reach < 0.6 and not few)
-    most = float(places.max())
+    who = np.full(len(people), reach < 0.6 and not centred and not few)
+    most = float(largest.max())
     unit = "px of a smaller picture"
     if most <= 100:
         unit = "fractions from 0 to 1" if most <= 1.5 else "percent or px of a smaller picture"

@@ -32,6 +32,8 @@ class People:
     """(N,)"""
     ann_id: NDArray[np.int64]
     """(N,) annotation id; for a detection its index in the file."""
+    category_id: NDArray[np.int64]
+    """(N,) as the annotations have it: of one category nearly always, of several where they were joined."""
     keypoints: NDArray[np.float64]
     """(N, K, 3) x, y, v; v is 0 not labelled, 1 hidden, 2 seen; x and y are 0 where v is."""
     bbox_xywh: NDArray[np.float32]
@@ -57,6 +59,7 @@ class People:
         return cls(
             image_id=np.zeros(0, np.int64),
             ann_id=np.zeros(0, np.int64),
+            category_id=np.zeros(0, np.int64),
             keypoints=np.zeros((0, num_keypoints, 3)),
             bbox_xywh=np.zeros((0, 4), np.float32),
             stated_xywh=np.zeros((0, 4)),
@@ -124,14 +127,15 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroundTruth:
-    """What poses are scored against: everyone of one category, with crowds and people without keypoints."""
+    """What poses are scored against: everyone of one category, or of some that were joined and are scored as
+    one, with crowds and people without keypoints."""
 
     name: str
     """The file."""
     image_ids: NDArray[np.int64]
     """(M,) of all pictures, in order."""
     people: People
-    category_id: int = 1
+    category_ids: frozenset[int] = frozenset({1})
     crowd_index: NDArray[np.float64] | None = None
     """(M,) how crowded each picture is, where the file says so (CrowdPose)."""
     has_areas: bool = True

@@ -42,11 +42,12 @@ class ImageEntry(msgspec.Struct, gc=False):
 
 def name_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     if len(theirs) != len(ours):
-        missing, unknown = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-        return f"{len(theirs)} keypoints instead of {len(ours)} (missing {missing}, unknown {unknown})"
+        sides = (set(ours) - set(theirs), set(theirs) - set(ours))
+        missing, unknown = (listed(list(map(repr, sorted(side)))) or "none" for side in sides)
+        return f"{len(theirs)} keypoints instead of {len(ours)} (missing {missing}; unknown {unknown})"
     pairs = enumerate(zip(theirs, ours, strict=True))
     differing = [f"position {i} has {a!r} instead of {b!r}" for i, (a, b) in pairs if a != b]
-    places = listed(differing, shown=len(ours))
+    places = listed(differing, shown=20)
     return f"{'the same names in another order' if set(theirs) == set(ours) else 'other names'}: {places}"
 
 
@@ -137,6 +138,7 @@ def judge(rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keyp
     people = People(
         image_id=np.array([row.image_id for row in rows], np.int64),
         ann_id=np.array([row.id for row in rows], np.int64),
+        category_id=np.array([row.category_id for row in rows], np.int64),
         keypoints=keypoints,
         bbox_xywh=clean,
         stated_xywh=boxes,

@@ -72,7 +72,7 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton, category: str | 
             origin[identity] = f"{label} line {number}"
             if _number(fields[0]) in classes:
                 bbox, keypoints = _row(fields, one, skeleton, description.dimensions, passed)
-                rows.append(Annotation(identity, one.image_id, bbox=bbox, keypoints=keypoints))
+                rows.append(Annotation(identity, one.image_id, 1, bbox=bbox, keypoints=keypoints))
             else:
                 detail = f"{origin[identity]}: class {fields[0]!r} is no number"
                 rejected.append(Rejection("class_invalid", one.name, one.image_id, identity, detail))

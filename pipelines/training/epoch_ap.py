@@ -8,6 +8,7 @@ boxes a crowd can only turn a wrong pose from counted to ignored, so the figures
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,6 +31,16 @@ from pipelines.sources.records import GroundTruth, People
 from pipelines.training.feed import STORED
 
 TRUTH = ("image_id", "ann_id", "keypoints", "area", "bbox_xywh")
+LONGEST = 200
+"""Characters of a keypoint's name in a metric's."""
+
+
+def metric_names(keypoints: Sequence[str]) -> list[str]:
+    """Names of keypoints without what MLflow takes in no metric's: other characters, a dot alone, more than
+    250 of them with what stands before. Where two become one, their places are told with them."""
+    names = [re.sub(r"[^\w. -]|^\.+$", "_", name)[:LONGEST] for name in keypoints]
+    twins = {name for name, count in Counter(names).items() if count > 1}
+    return [f"{name} {place}" if name in twins else name for place, name in enumerate(names)]
 
 
 class Predictions(NamedTuple):
@@ -85,6 +96,7 @@ class ValSplit:
         people = People(
             image_id=rows["image_id"],
             ann_id=rows["ann_id"],
+            category_id=np.ones(len(rows["ann_id"]), np.int64),
             keypoints=rows["keypoints"].astype(np.float64),
             bbox_xywh=rows["bbox_xywh"],
             stated_xywh=rows["bbox_xywh"].astype(np.float64),
@@ -103,12 +115,12 @@ class ValSplit:
         return score_poses(found.keypoints[rows], found.scores[rows], people, self.truth, spec, settings)
 
     def pck(self, found: Predictions) -> dict[str, float]:
-        """{"left_elbow": ...}: PCK of each keypoint that someone has (hrnet_core/pck.py), by its
-        name, without what MLflow takes in no metric's."""
+        """{"left_elbow": ...}: PCK of each keypoint that someone has (hrnet_core/pck.py), by the name that
+        its metric has."""
         people = self.truth.people
         xy, visible = people.keypoints[..., :2], people.keypoints[..., 2]
         shares = pck(xy, found.keypoints[self._rows(found)], visible, people.bbox_xywh)
-        names = [re.sub(r"[^\w. -]", "_", name) for name in self.manifest.recipe.skeleton.keypoints]
+        names = metric_names(self.manifest.recipe.skeleton.keypoints)
         return {name: share for name, share in zip(names, shares.tolist(), strict=True) if share == share}
 
     def _rows(self, found: Predictions) -> NDArray[np.int64]:
