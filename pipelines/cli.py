@@ -2,8 +2,8 @@
 
 Each verb is a function below: it calls its stage with its arguments (pipelines/arguments.py) and returns
 the exit code, where that is not 0. 0 done, 2 wrong input or configuration, 3 promote kept the old champion,
-130 stopped by Ctrl-C, 143 by SIGTERM, 1 anything else. A stage is imported by its verb: `--help` costs no
-torch or Ray.
+130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP, 1 anything else. A stage is imported by its verb:
+`--help` costs no torch or Ray.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines import arguments
 from pipelines.config import RunConfig
 from pipelines.config_file import load_config, refused
 from pipelines.section import Section
-from pipelines.stop import Stopped, stoppable
+from pipelines.stop import Stopped, leave_closed_outputs, stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:
+        leave_closed_outputs()
         print(f"hrnet {name}: {error}{GOES_ON.get(name, '')}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130
     except Failure as error:

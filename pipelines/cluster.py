@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import heapq
 import logging
 import os
@@ -101,6 +102,13 @@ def serve_logs() -> str:
     return f"{_global_node.get_logs_dir_path()}/serve"
 
 
+def ray_is_whole() -> bool:
+    """False once one of the processes has ended that `ray.init` started here: of a Ray that ends."""
+    from ray._private.worker import _global_node  # it has no public name
+
+    return _global_node is not None and _global_node.remaining_processes_alive()
+
+
 def metrics_port() -> int:
     """Where this node's Ray shows Prometheus metrics."""
     import ray
@@ -145,7 +153,7 @@ def _started(
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
     try:
-        with handlers_kept(), environment.defaults(inherited):
+        with handlers_kept(), environment.defaults(inherited), _sessions_of_their_own():
             joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
@@ -161,6 +169,26 @@ def _started(
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sessions_of_their_own() -> Iterator[None]:
+    """What Ray starts in the block is out of reach of a signal to our process group (Ctrl-C, `timeout`, a
+    terminal that is closed): Ray would end before the verb that works on it, which then looks for it for a
+    minute. Ray has no setting for it. Only on Linux, where the kernel ends these processes with us: elsewhere
+    Ray finds them by our group.
+    """
+    from ray._private import services
+
+    popen = getattr(services, "ConsolePopen", None)  # without it, in another Ray, it is as Ray has it
+    if popen is None or sys.platform != "linux":
+        yield
+        return
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def warn_unguarded(dashboard: str) -> None:

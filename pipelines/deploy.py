@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hrnet_core.errors import CheckpointError, ConfigError, PoseError
+from hrnet_core.errors import CheckpointError, ConfigError, PoseError, first_line
 from hrnet_core.locations import one_line
 from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
 from pipelines.cluster import (
     metrics_port,
     on_cluster,
     ray_address,
+    ray_is_whole,
     ray_session,
     room_for,
     selector,
@@ -36,7 +38,7 @@ from pipelines.serving.pinned import pinned, pinned_detector, prune, standing_st
 from pipelines.serving.running import Endpoint, announced, endpoint_at, ports
 from pipelines.serving.samples import samples_folder
 from pipelines.shared_paths import refuse_unshared
-from pipelines.stop import stoppable
+from pipelines.stop import Stopped, begun, stoppable
 from pipelines.storage import absolute
 from serve import traces
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
@@ -204,9 +206,7 @@ def _until_a_signal(
         print(f"{_told(url, args, spec, settings)}\n{metrics}\n{logs}\n  end   Ctrl-C", flush=True)
         _wait_for_signal()
     print("stopping ...", flush=True)
-    live.drain()
-    if not by_haproxy:  # HAProxy answers 503 as problem+json until the last moment
-        live.end_proxies()
+    _drain(by_haproxy)
     return url
 
 
@@ -252,9 +252,29 @@ def _say_what_stays(settings: ServeSettings, there: Endpoint) -> None:
 
 
 def _wait_for_signal() -> None:
-    with stoppable(), contextlib.suppress(KeyboardInterrupt):  # Ray has put its own in place of ours
+    with contextlib.suppress(Stopped):
         while True:
             time.sleep(1)
+
+
+def _drain(by_haproxy: bool) -> None:
+    """Requests in progress get their answers, unless Ray ends too: a supervisor may send its signal to every
+    process that it knows of."""
+
+    def drain() -> None:
+        live.drain()
+        if not by_haproxy:  # HAProxy answers 503 as problem+json until the last moment
+            live.end_proxies()
+
+    drained = begun(drain)
+    while not drained.done() and ray_is_whole():
+        wait([drained], 0.2)
+    error = drained.exception() if drained.done() else None
+    if error or not drained.done():
+        why = (
+            f"{type(error).__name__}: {first_line(error)}" if error and ray_is_whole() else "Ray ended first"
+        )
+        print(f"not waited for requests in progress ({why})", flush=True)
 
 
 def _told_of_drift(args: ServeArgs) -> str:

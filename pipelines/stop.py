@@ -1,18 +1,20 @@
-"""Ctrl-C and SIGTERM: the first ends a verb in good order, the second at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first ends a verb in good order, the second at once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
-BOTH = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,29 +23,36 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.exit_code = 128 + signum
-        """130 for Ctrl-C, 143 for SIGTERM, as shells count."""
+        """130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, as shells count."""
 
     def __str__(self) -> str:
-        name = "Ctrl-C" if self.exit_code == 130 else "SIGTERM"
+        signum = self.exit_code - 128
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         return " ".join([f"stopped by {name}.", *getattr(self, "__notes__", [])])
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Both signals raise Stopped in the block; the second of them ends the process without a word."""
+    """The signals raise Stopped in the block; the second of them ends the process without a word. A closed
+    terminal is never the second: kernel and shell both tell of it. Under `nohup` nothing does."""
     came = 0
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal came
+        if came and signum == signal.SIGHUP:
+            return
         if came:
             os._exit(128 + signum)
         came = signum
+        time.sleep(0.1)  # a `tee` ends by the same signal
+        leave_closed_outputs()
         raise Stopped(signum)
 
     with contextlib.ExitStack() as restored:
         if threading.current_thread() is threading.main_thread():
-            for which in BOTH:
-                restored.callback(signal.signal, which, signal.signal(which, stop))
+            for which in SIGNALS:
+                if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN:
+                    restored.callback(signal.signal, which, signal.signal(which, stop))
         try:
             yield
         except KeyboardInterrupt as error:
@@ -53,11 +62,21 @@ def stoppable() -> Iterator[None]:
             raise Stopped(came) from None
 
 
+def leave_closed_outputs() -> None:
+    """What is still said goes nowhere where nobody can read it (a terminal that is closed, a `tee` that the
+    same Ctrl-C ended): a verb must come to its end all the same."""
+    outputs = select.poll()
+    for stream in (1, 2):
+        outputs.register(stream, 0)  # what is asked for is only whether it is gone
+    for stream, _ in outputs.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """What the block puts in place of the handlers of both signals is undone: Ray takes them for itself. Its
+    """What the block puts in place of the handlers of these signals is undone: Ray takes them for itself. Its
     own end the process, with 15 or 1; here that is Stopped, as everywhere."""
-    before = {which: signal.getsignal(which) for which in BOTH}
+    before = {which: signal.getsignal(which) for which in SIGNALS}
     try:
         yield
     except SystemExit:

@@ -162,6 +162,26 @@ def test_ctrl_c_before_the_endpoint_is_up_ends_it_too(
     assert stopped.value.exit_code == 143
 
 
+@pytest.mark.parametrize("ray_is_whole", [True, False])
+def test_the_end_does_not_wait_for_a_ray_that_ends_too(
+    ray_is_whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A supervisor may send its signal to every process; Ray's own calls then wait for a minute."""
+    never = threading.Event()
+
+    def drain() -> None:
+        if ray_is_whole:
+            raise RuntimeError("no route to the controller\nand so on")
+        never.wait()
+
+    monkeypatch.setattr(live, "drain", drain)
+    monkeypatch.setattr(deploying, "ray_is_whole", lambda: ray_is_whole)
+    deploying._drain(by_haproxy=True)
+    never.set()
+    why = "RuntimeError: no route to the controller" if ray_is_whole else "Ray ended first"
+    assert capsys.readouterr().out == f"not waited for requests in progress ({why})\n"
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -507,7 +527,10 @@ def test_the_verb_serves_until_it_is_told_to_stop_and_leaves_nothing(
             versions = [version for _, _, version in answers]
             assert len(set(versions)) == 2
             assert versions[0] == versions[-1]
-            process.send_signal(stop)
+            if stop == signal.SIGTERM:  # as `timeout` does
+                os.killpg(process.pid, stop)
+            else:
+                process.send_signal(stop)
             assert process.wait(60) == 0, "".join(verb.lines)
         finally:
             over.set()

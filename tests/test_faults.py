@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -333,7 +336,9 @@ sys.exit(cli.main(["promote"]))
 """
 
 
-@pytest.mark.parametrize(("signum", "code", "name"), [(2, 130, "Ctrl-C"), (15, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("signum", "code", "name"), [(2, 130, "Ctrl-C"), (15, 143, "SIGTERM"), (1, 129, "SIGHUP")]
+)
 def test_a_signal_ends_a_verb_with_a_sentence(signum: int, code: int, name: str) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", VERB, "0"], **pipes)
@@ -351,6 +356,38 @@ def test_the_second_signal_ends_at_once() -> None:
     assert process.stdout.readline() == "ending\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
+
+
+def test_a_terminal_that_is_closed_ends_a_verb_in_good_order() -> None:
+    """What it says then goes nowhere, and is no error that keeps it from its end."""
+    ours, its = pty.openpty()
+
+    def on_its_terminal() -> None:
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", VERB, "0"],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=on_its_terminal,
+    )
+    os.close(its)
+    assert b"begun" in os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(timeout=60) == 129
+
+
+def test_a_reader_that_the_same_signal_ended_costs_no_verb_its_end() -> None:
+    """hrnet ... 2>&1 | tee log"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", VERB, "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
 
 
 def test_work_in_a_thread_gives_its_result_or_its_exception() -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,24 @@ import pytest
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
+from pipelines import cluster
 from pipelines.cluster import LOOPBACK_ONLY, ray_session
 from pipelines.config import RaySettings
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they stay in our group")
+def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts() -> None:
+    from ray._private import services
+
+    say = [sys.executable, "-c", "import os; print(os.getpgid(0), os.getsid(0))"]
+    usual = services.ConsolePopen
+    with tempfile.TemporaryFile("w+") as said:
+        with cluster._sessions_of_their_own():
+            started = services.start_ray_process(say, "raylet", fate_share=True, stdout_file=said)
+        assert started.process.wait(60) == 0
+        said.seek(0)
+        assert said.read().split() == [str(started.process.pid)] * 2
+    assert services.ConsolePopen is usual
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM, where Ray comes between them and us."""
+"""Ctrl-C, SIGTERM and SIGHUP: where Ray comes between them and us, and the second of them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,10 +10,12 @@ import time
 
 import pytest
 
-from pipelines.stop import BOTH, Stopped, handlers_kept, stoppable
+from pipelines.stop import SIGNALS, Stopped, handlers_kept, stoppable
 
 
-@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_that_ray_hands_on_as_its_own_keyboard_interrupt_is_still_known(
     which: signal.Signals, code: int
 ) -> None:
@@ -24,12 +27,12 @@ def test_a_signal_that_ray_hands_on_as_its_own_keyboard_interrupt_is_still_known
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 
-    before = [signal.getsignal(one) for one in BOTH]
+    before = [signal.getsignal(one) for one in SIGNALS]
     with pytest.raises(KeyboardInterrupt, match=r"^stopped by ") as stopped, stoppable():
         ray_get()
     assert isinstance(stopped.value, Stopped)
     assert stopped.value.exit_code == code
-    assert [signal.getsignal(one) for one in BOTH] == before
+    assert [signal.getsignal(one) for one in SIGNALS] == before
 
 
 def test_a_keyboard_interrupt_without_a_signal_is_left_as_it_is() -> None:
@@ -52,3 +55,27 @@ def test_sigterm_while_ray_starts_is_told_and_ends_with_143(code: int) -> None:
     assert str(stopped.value) == "stopped by SIGTERM."
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("again", "codes"), [("SIGINT", [130]), ("SIGTERM", [143]), ("SIGHUP", [])])
+def test_the_second_signal_ends_at_once_but_for_a_closed_terminal_of_which_two_tell(
+    again: str, codes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit())
+    with stoppable():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), getattr(signal, again))
+    assert ended == codes
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
