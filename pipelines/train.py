@@ -173,7 +173,7 @@ def refuse_unshared_run(config: RunConfig) -> None:
 
 
 def check_settings(config: RunConfig, manifest: Manifest) -> None:
-    """ConfigError where the recipe asks for other data than the shards are."""
+    """ConfigError where the recipe asks for other data than the shards are, or for more than they have."""
     wanted, have = Recipe.of(config.data).as_dict(), manifest.recipe.as_dict()
     views = Augmentation.__dataclass_fields__
     names = ("input_size", "codec", "sigma", "padding", "context", "variants", *views)
@@ -195,6 +195,12 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
             f"train.views device makes each view from a cut of the photo around the person, and "
             f"{manifest.folder} has the crops of its stored views only. Preprocess with --data.context 2.0 "
             f"into another folder, or train with --train.views stored."
+        )
+    keypoints = manifest.recipe.skeleton.num_keypoints
+    if config.train.ohkm > keypoints:
+        raise ConfigError(
+            f"train.ohkm {config.train.ohkm} keeps more keypoints than skeleton "
+            f"{manifest.recipe.skeleton.name!r} has: at most {keypoints}, 0 for all."
         )
 
 

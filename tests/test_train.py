@@ -349,6 +349,12 @@ def test_fresh_views_need_cuts(manifest: Manifest, tmp_path: Path) -> None:
         driver.check_settings(small_config(manifest, tmp_path, views="device"), manifest)
 
 
+def test_no_more_keypoints_are_kept_than_there_are(manifest: Manifest, tmp_path: Path) -> None:
+    driver.check_settings(small_config(manifest, tmp_path, ohkm=17), manifest)
+    with pytest.raises(ConfigError, match=r"train\.ohkm 18 .* skeleton 'coco17' has: at most 17"):
+        driver.check_settings(small_config(manifest, tmp_path, ohkm=18), manifest)
+
+
 def test_the_best_epoch_is_a_checkpoint_that_gives_its_ap(whole: tuple[Any, ...], manifest: Manifest) -> None:
     """best/ through PosePredictor and pycocotools, without the loop: the same AP as the run said."""
     run, _, config = whole
