@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as error:
         leave_closed_outputs()
+        # Where its import was stopped, torch would say its statistics at the end.
+        logging.getLogger("torch").setLevel(logging.CRITICAL)
         print(f"hrnet {name}: {error}{GOES_ON.get(name, '')}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130
     except Failure as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import heapq
 import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -152,43 +153,63 @@ def _started(
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
-    try:
-        with handlers_kept(), environment.defaults(inherited), _sessions_of_their_own():
-            joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise
-        both = one_line(error).removeprefix("Version mismatch: ")
-        raise ConfigError(
-            f"the Ray at {address} cannot be joined from here, as its versions are others. {both}. Use an "
-            f"environment with its versions, or end what runs there and start it from this one."
-        ) from None
-    try:
+    with contextlib.ExitStack() as ended:
+        try:
+            with handlers_kept(), environment.defaults(inherited), _sessions_of_their_own() as processes:
+                ended.callback(_shut_down, processes)
+                joined = ray.init(
+                    address=address, log_to_driver=workers_shown, logging_level="WARNING", **how
+                )
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            both = one_line(error).removeprefix("Version mismatch: ")
+            raise ConfigError(
+                f"the Ray at {address} cannot be joined from here, as its versions are others. {both}. Use "
+                f"an environment with its versions, or end what runs there and start it from this one."
+            ) from None
         if on_cluster():
             warn_unguarded(joined.dashboard_url)
         yield
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager
-def _sessions_of_their_own() -> Iterator[None]:
-    """What Ray starts in the block is out of reach of a signal to our process group (Ctrl-C, `timeout`, a
-    terminal that is closed): Ray would end before the verb that works on it, which then looks for it for a
-    minute. Ray has no setting for it. Only on Linux, where the kernel ends these processes with us: elsewhere
-    Ray finds them by our group.
+def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
+    """What Ray starts in the block, as a list that grows: out of reach of a signal to our process group
+    (Ctrl-C, `timeout`, a terminal that is closed), by which Ray would end before the verb that works on it.
+
+    Ray has no setting for it. Only on Linux, where the kernel ends these processes with us: elsewhere Ray
+    finds them by our group, and the list stays empty.
     """
     from ray._private import services
 
-    popen = getattr(services, "ConsolePopen", None)  # without it, in another Ray, it is as Ray has it
-    if popen is None or sys.platform != "linux":
-        yield
+    usual = getattr(services, "ConsolePopen", None)
+    processes: list[subprocess.Popen[Any]] = []
+    if usual is None or sys.platform != "linux":  # without it, in another Ray, all is as Ray has it
+        yield processes
         return
-    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+
+    def start(*args: Any, **how: Any) -> subprocess.Popen[Any]:
+        processes.append(usual(*args, start_new_session=True, **how))
+        return processes[-1]
+
+    services.ConsolePopen = start
     try:
-        yield
+        yield processes
     finally:
-        services.ConsolePopen = popen
+        services.ConsolePopen = usual
+
+
+def _shut_down(processes: Sequence[subprocess.Popen[Any]]) -> None:
+    """Ray's end, and that of what the processes have in their groups: the node manager's helpers would look
+    for it for minutes where it had to be killed."""
+    import ray
+
+    alive = [process.pid for process in processes if process.poll() is None]
+    ray.shutdown()
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def warn_unguarded(dashboard: str) -> None:

@@ -32,12 +32,28 @@ def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts() -> None
     say = [sys.executable, "-c", "import os; print(os.getpgid(0), os.getsid(0))"]
     usual = services.ConsolePopen
     with tempfile.TemporaryFile("w+") as said:
-        with cluster._sessions_of_their_own():
+        with cluster._sessions_of_their_own() as processes:
             started = services.start_ray_process(say, "raylet", fate_share=True, stdout_file=said)
+        assert processes == [started.process]
         assert started.process.wait(60) == 0
         said.seek(0)
         assert said.read().split() == [str(started.process.pid)] * 2
     assert services.ConsolePopen is usual
+
+
+def test_helpers_of_a_node_manager_that_had_to_be_killed_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    helper = "import time; print('begun', flush=True); time.sleep(600)"
+    manager = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {helper!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", manager], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout.readline() == b"begun\n"
+    monkeypatch.setattr(ray, "shutdown", process.kill)
+    cluster._shut_down([process])
+    assert process.stdout.read() == b"", "whoever could write has ended"
+    process.wait(60)
 
 
 @pytest.mark.slow
