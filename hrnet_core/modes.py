@@ -246,8 +246,11 @@ def _allow_many_shapes() -> None:
     """Of this thread: from torch 2.13 on each has settings of its own, and beyond the limit a function is
     run uncompiled. Each width of a branch is a compilation of the same few functions."""
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 256)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
+    # Asked at each call of each block: looking takes half as long as setting.
+    if config.recompile_limit < 256:
+        config.recompile_limit = 256
+    if config.accumulated_recompile_limit < 4096:
+        config.accumulated_recompile_limit = 4096
 
 
 def compiled_normalize(form: Form, mode: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

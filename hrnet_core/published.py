@@ -170,8 +170,8 @@ def fit_weights(
 
     Missing BatchNorm counters are filled with 0 and reported. With `new_head`, for training only, a
     missing or differently sized final_layer is left out of the state_dict and reported, and so is a head of
-    another kind (HRNetV2). Everything else
-    that is missing, unknown, of another shape or not finite is a CheckpointError.
+    another kind (HRNetV2). Everything else that is missing, unknown, of another shape or not finite is a
+    CheckpointError.
     """
     expected = untrained(architecture).state_dict()
     state, dropped, missing = dict(published.state), dict(published.dropped), {}
@@ -188,16 +188,16 @@ def fit_weights(
             f"hands and faces. It cannot be imported. Its backbone is a start for training: "
             f"hrnet train CONFIG --model.init {published.file}"
         )
+    no_use = "another head than HRNet's one layer"
     for key in other_head:
         state.pop(key)
-        dropped[key] = "another head than HRNet's one layer"
+        dropped[key] = no_use
     if new_head and any(key not in state or state[key].shape != expected[key].shape for key in head):
         for key in head:
             if key in state:
                 count = len(state.pop(key))
-                dropped[key] = f"a head of {count} keypoints, this network has {architecture.num_keypoints}"
-                if other_head:
-                    dropped[key] = "another head than HRNet's one layer"
+                sizes = f"a head of {count} keypoints, this network has {architecture.num_keypoints}"
+                dropped[key] = no_use if other_head else sizes
             missing[key] = "the head starts untrained"
             expected.pop(key)
     if problems := what_does_not_fit(state, expected):

@@ -212,7 +212,7 @@ def _until_a_signal(
 
 def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoint | None) -> str:
     if there is None and not on_cluster() and not _ray_runs_here():
-        names = f"{_served()}; " if _served() else ""
+        names = f"{served}; " if (served := _served()) else ""
         raise ConfigError(
             f"nothing is served on port {settings.port} of this machine ({names}--serve.port names another "
             f"one)."
@@ -230,7 +230,7 @@ def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoi
 
 def _served() -> str:
     """The ports of this user's endpoints on this machine: who forgets --serve.port means one of them."""
-    return f"you serve {', '.join(map(str, ports()))}" if ports() else ""
+    return f"you serve {', '.join(map(str, found))}" if (found := ports()) else ""
 
 
 def _ray_runs_here() -> bool:

@@ -356,7 +356,7 @@ def list_files(folder: str) -> dict[str, int]:
             with os.scandir(folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except OSError as error:
-            raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check its rights.") from None
+            raise _unlisted(error) from None
     return {name: size for name, (size, _) in _stamps_in(folder).items()}
 
 
@@ -380,7 +380,11 @@ def list_tree(folder: str) -> list[str]:
 
 def _cannot_list(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
-        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}). Check its rights.") from None
+        raise _unlisted(error) from None
+
+
+def _unlisted(error: OSError) -> DataError:
+    return DataError(f"{error.filename}: cannot be listed ({error.strerror}). Check its rights.")
 
 
 def _stamps_in(folder: str) -> dict[str, tuple[int, int]]:

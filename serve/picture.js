@@ -180,13 +180,15 @@ function drawPerson(pen, person, index, scale, unit) {
 }
 
 // As hrnet_core/skeleton.py knows sides by names: left_eye, EyeRight, l_hip.
+const LEFT = /left|(?<![a-z0-9])l(?![a-z0-9])/i;
+const RIGHT = /right|(?<![a-z0-9])r(?![a-z0-9])/i;
 const SIDES = {
-  left: /left|(?<![a-z0-9])l(?![a-z0-9])/i,
-  right: /right|(?<![a-z0-9])r(?![a-z0-9])/i,
-  middle: /^(?!.*(left|right|(?<![a-z0-9])[lr](?![a-z0-9])))/i,
+  left: (name) => LEFT.test(name),
+  right: (name) => RIGHT.test(name),
+  middle: (name) => !LEFT.test(name) && !RIGHT.test(name),
 };
 const color = (k) => `rgb(${state.model.skeleton.palette[k].join(",")})`;
-const firstOf = (side) => state.model.skeleton.keypoints.findIndex((name) => SIDES[side].test(name));
+const firstOf = (side) => state.model.skeleton.keypoints.findIndex(SIDES[side]);
 export const dot = (k) => element("span", { className: "dot", style: `background: ${color(k)}` });
 
 export function legend() {

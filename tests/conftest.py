@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 collect_ignore = ["cluster"]  # run by make test-cluster
 REFERENCE = Path(__file__).parent / "reference"
-RAY = "ray_local"
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
@@ -32,9 +31,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = str(super()._split_scope(nodeid))
             return "ray" if file in on_ray else file
 
-    on_ray = {
-        f"tests/{file.name}" for file in Path(__file__).parent.glob("test_*.py") if RAY in file.read_text()
-    }
+    files = Path(__file__).parent.glob("test_*.py")
+    on_ray = {f"tests/{file.name}" for file in files if "ray_local" in file.read_text()}
     return OneRay(config, log)
 
 

@@ -93,6 +93,13 @@ def new_run(config: RunConfig, manifest: Manifest, folder: Path, device: torch.d
     return set_up(job, 0, 1, device, lambda figures, saved: None)
 
 
+def shards_in(folder: Path, people: int, size: tuple[int, int], group: int = 8) -> Manifest:
+    """Made once: so many people to train on, eight to validate."""
+    if (folder / "manifest.json").exists():
+        return Manifest.load(folder)
+    return dotted_shards(folder, {"train2017": people, "val2017": 8}, group=group, size=size)
+
+
 # --- the loop -------------------------------------------------------------------------------------------
 
 
@@ -102,11 +109,7 @@ def the_loop(device: torch.device, folder: Path, rounds: int, batch: int = 128) 
     else runs would count, and waiting is judged by itself. batch: rows, on a GPU."""
     gpu = device.type == "cuda"
     config, people = (load_config("w32_256x192"), 16 * 128) if gpu else (load_config("tiny"), 24 * ROWS)
-    size, shards = config.data.input_size, folder / "loop"
-    if (shards / "manifest.json").exists():
-        manifest = Manifest.load(shards)
-    else:
-        manifest = dotted_shards(shards, {"train2017": people, "val2017": 8}, group=64, size=size)
+    manifest = shards_in(folder / "loop", people, config.data.input_size, group=64)
     train: dict[str, Any] = {"num_workers": 1, "epochs": 2 * rounds + 4, "views": "stored"}
     if gpu:
         train |= {"use_gpu": True, "precision": "bfloat16", "cpus_per_worker": 8, **WAYS["both"]}
@@ -241,18 +244,17 @@ def on_a_gpu(device: torch.device, folder: Path, only: Sequence[str], rounds: in
     """The most wanted first. What fails is said, and the rest goes on."""
     print("precision  network  input    batch  way       images/s    GiB  first step", flush=True)
     rates: Rates = {}
-    todo: list[tuple[str, Callable[[], None]]] = []
-    for row in WANTED if "table" in only else ():
-        todo.append((name_of(row), functools.partial(table_row, device, folder, rates, row)))
+    rows = [
+        (name_of(row), functools.partial(table_row, device, folder, rates, row)) for row in WANTED + BESIDE
+    ]
     loops = [
         (f"the loop, batch {batch}", functools.partial(the_loop, device, folder, rounds, batch))
         for batch in (128, 256)
     ]
-    todo[2:2] = loops if "loop" in only else []  # what was compiled for the first two rows runs there
-    for row in BESIDE if "table" in only else ():
-        todo.append((name_of(row), functools.partial(table_row, device, folder, rates, row)))
-    while todo and time.monotonic() < end:
-        name, work = todo.pop(0)
+    rows, loops = rows if "table" in only else [], loops if "loop" in only else []
+    left = [*rows[:2], *loops, *rows[2:]]  # what was compiled for the first two rows runs in the loop
+    while left and time.monotonic() < end:
+        name, work = left.pop(0)
         try:
             work()
         except Exception as error:
@@ -261,8 +263,8 @@ def on_a_gpu(device: torch.device, folder: Path, only: Sequence[str], rounds: in
             print(f"MISS  {missed[-1]}", flush=True)
         gc.collect()  # a run and its recorded step hold each other, and their memory
         torch.cuda.empty_cache()
-    if todo:
-        print(f"not begun: {', '.join(' '.join(name.split()) for name, _ in todo)}", flush=True)
+    if left:
+        print(f"not begun: {', '.join(' '.join(name.split()) for name, _ in left)}", flush=True)
     for way, limit in (("graph", 1.1), ("both", 1.5)):
         pair = [rates.get(("bfloat16", *W32, 128, name)) for name in (way, "launched")]
         if pair[0] and pair[1]:
@@ -284,10 +286,7 @@ def step_rate(device: torch.device, folder: Path, row: Row) -> tuple[float, floa
     """images/s, GiB, seconds of the first step."""
     torch.cuda.reset_peak_memory_stats(device)
     precision, width, size, batch, way = row
-    shards = folder / f"table-{size[0]}"
-    made = (shards / "manifest.json").exists()
-    people = {"train2017": 8, "val2017": 8}
-    manifest = Manifest.load(shards) if made else dotted_shards(shards, people, size=size)
+    manifest = shards_in(folder / f"table-{size[0]}", 8, size)
     data = {"shards": manifest.folder, "input_size": size}
     model = {"width": width, "initialization": "kaiming"}
     train = {"use_gpu": True, "precision": precision, "batch_size": batch, **WAYS[way]}
