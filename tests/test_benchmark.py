@@ -293,6 +293,19 @@ def test_a_process_that_is_killed_is_a_reason(checkpoint: Path, tmp_path: Path) 
             process.turn(2, False, 1)
 
 
+def test_an_asker_that_goes_with_an_answer_unread(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As at Ctrl-C between a mode's answer and its reading: the process then reads a reset, not an end."""
+    process = ModeProcess(str(checkpoint), "float32", "cpu", 1, str(tmp_path))
+    with contextlib.closing(process):
+        process.start()
+        process._pipe.send((1, False, 1))
+        assert process._pipe.poll(60)
+    assert process._process.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
     """In a process group of its own, as a terminal does it: the modes' processes get the signal too."""
     command = [sys.executable, "-u", "-m", "pipelines.cli", "benchmark", "tiny", "--modes", "float32"]

@@ -50,7 +50,7 @@ class ModeProcess:
         """Seconds of so many calls in a row with batches of `size`, and MiB by then: "memory_mib" is the
         process's largest resident set so far; on a GPU "gpu_allocated_mib" and "gpu_reserved_mib" are torch's
         largest at this size."""
-        with contextlib.suppress(BrokenPipeError):  # receiving tells
+        with contextlib.suppress(ConnectionError):  # receiving tells
             self._pipe.send((size, flip, calls))
         answer: tuple[list[float], dict[str, int]] = self._receive()
         return answer
@@ -58,7 +58,7 @@ class ModeProcess:
     def _receive(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode
             killed = " (killed: was there enough memory?)" if code == -signal.SIGKILL else ""
@@ -87,7 +87,7 @@ def _answer(pipe: Connection, folder: str, mode: str, device: str, threads: int,
 
     from hrnet_core.predictor import PosePredictor
 
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the asker is gone
+    with contextlib.suppress(EOFError, ConnectionError):  # the asker is gone: reset where an answer lay unread
         try:
             start = time.perf_counter()
             predictor = PosePredictor.load(folder, device, mode, threads)
