@@ -9,6 +9,9 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
 
 from hrnet_core.errors import ConfigError, Failure
 from hrnet_core.locations import one_line
@@ -46,6 +49,11 @@ def refuse_address(address: str, patience: float = PATIENCE) -> None:
             f"RAY_ADDRESS {address}: what answers there is no Ray's head, but {shown!r}. Name the port of "
             f"`ray start --head --port` (6379), not the dashboard's. {UNSET}."
         )
+    if not _node_here():
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: a verb joins a Ray from one of its nodes, and this machine is none. "
+            f"Submit the command as a job, ray job submit -- hrnet ... (docs/cluster.md). {UNSET}."
+        )
 
 
 def _answer(host: str, port: int, address: str, patience: float) -> bytes:
@@ -70,6 +78,12 @@ def _received(probe: socket.socket) -> bytes:
     with contextlib.suppress(OSError):
         return probe.recv(64)
     return b""
+
+
+def _node_here() -> bool:
+    """Whether this machine is a node of some Ray, seen as Ray sees it, which would look for a minute."""
+    commands = (process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"]))
+    return any(Path(command[0]).name == "raylet" for command in commands)
 
 
 @contextlib.contextmanager

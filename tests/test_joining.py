@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from free_ports import free_port
@@ -53,7 +55,12 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("joined")
 
 
-def test_the_head_comes_back_meanwhile() -> None:
+@pytest.mark.parametrize("raylet", [True, False])
+def test_the_head_comes_back_meanwhile(raylet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But it is joined from its nodes alone."""
+    here = [["/bin/python", "raylet"], [], *[["/ray/raylet", "--node_id=ab"]] * raylet]
+    processes = [SimpleNamespace(info={"cmdline": command}) for command in here]
+    monkeypatch.setattr("psutil.process_iter", lambda attributes: processes)
     port = free_port()
 
     def come() -> None:
@@ -63,7 +70,12 @@ def test_the_head_comes_back_meanwhile() -> None:
     came: list[object] = []
     later = threading.Timer(0.5, come)
     later.start()
-    refuse_address(f"127.0.0.1:{port}", patience=30)
+    with contextlib.ExitStack() as refused:
+        if not raylet:
+            refused.enter_context(
+                pytest.raises(ConfigError, match="one of its nodes, and this machine is")
+            )
+        refuse_address(f"127.0.0.1:{port}", patience=30)
     later.join()
     assert came
 
