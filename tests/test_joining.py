@@ -72,9 +72,7 @@ def test_the_head_comes_back_meanwhile(raylet: bool, monkeypatch: pytest.MonkeyP
     later.start()
     with contextlib.ExitStack() as refused:
         if not raylet:
-            refused.enter_context(
-                pytest.raises(ConfigError, match="one of its nodes, and this machine is")
-            )
+            refused.enter_context(pytest.raises(ConfigError, match="one of its nodes, and this machine is"))
         refuse_address(f"127.0.0.1:{port}", patience=30)
     later.join()
     assert came
