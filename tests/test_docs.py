@@ -1,4 +1,5 @@
-"""The documentation: its links lead somewhere, and every `hrnet` command in it exists with its flags."""
+"""The documentation: its links lead to files and headings, and every `hrnet` command in it exists with its
+flags."""
 
 from __future__ import annotations
 
@@ -15,7 +16,20 @@ from pipelines.cli import VERBS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")])
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), flags=re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        number = 0
+        while (anchor := f"{name}-{number}" if number else name) in found:
+            number += 1
+        found.add(anchor)
+    return found
 
 
 @cache
@@ -37,9 +51,14 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_commands(page: Path) -> None:
-    for target in LINK.findall(page.read_text()):
-        if "://" not in target and not target.startswith("mailto:"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+    for target in LINK.findall(FENCED.sub("", page.read_text())):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), f"{page.name} links to {target}, which is not there"
+        if anchor:
+            assert anchor in anchors(there), f"{page.name} links to {target}: no such heading"
     for command in commands(page):
         words = shlex.split(command.replace("python -m pipelines.cli", "hrnet"))
         assert words[1] in VERBS, f"{page.name}: {command!r} is no verb"
