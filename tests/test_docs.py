@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import VERBS, main
+from pipelines.config_file import SHIPPED, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")])
@@ -67,6 +68,20 @@ def test_links_and_commands(page: Path) -> None:
             assert re.search(rf"{re.escape(flag)}\b", help_text(words[1])), (
                 f"{page.name}: {command!r} has no {flag}"
             )
+
+
+@pytest.mark.parametrize("page", ["recipes", "sweep"])
+def test_configs_are_of_the_datasets_that_the_pages_make(page: str, tmp_path: Path) -> None:
+    """What data a config is for comes from its base: without one, shards that a shipped config made are refused."""
+    shipped = [load_config(name).data for name in (f.stem for f in SHIPPED.glob("*.yaml"))]
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "mine.yaml"
+        file.write_text(block)
+        assert load_config(str(file)).data in shipped, (
+            f"{page}.md: no shipped config has the data settings of\n{block}"
+        )
 
 
 def test_there_are_pages_and_commands_to_check() -> None:
