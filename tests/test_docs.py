@@ -72,8 +72,8 @@ def test_links_and_commands(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ["recipes", "sweep"])
 def test_configs_are_of_the_datasets_that_the_pages_make(page: str, tmp_path: Path) -> None:
-    """What data a config is for comes from its base: without one, shards that a shipped config made are refused."""
-    shipped = [load_config(name).data for name in (f.stem for f in SHIPPED.glob("*.yaml"))]
+    """What data a config is for is said by its base: without one, shards of a shipped config are refused."""
+    shipped = [load_config(file.stem).data for file in SHIPPED.glob("*.yaml")]
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
