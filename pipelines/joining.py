@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,17 @@ def refusals_told(address: str) -> Iterator[None]:
             f"the Ray at {address} answers but cannot be joined ({one_line(error)}). If it asks for a token: "
             f"set RAY_AUTH_MODE=token; {TOKEN}. If this machine is none of its nodes: "
             f"submit the command as a job (docs/cluster.md)."
+        ) from None
+    except OSError as error:
+        if "AF_UNIX path length" not in str(error) and error.filename is None:
+            raise
+        why = (
+            f"{error.filename}: {error.strerror}" if error.filename else "the path of its sockets is too long"
+        )
+        raise ConfigError(
+            f"Ray cannot write its files ({why}). Its token is in ~/.ray, all else in {tempfile.gettempdir()} or "
+            f"where RAY_TMPDIR says: set HOME to a folder that you may write to, RAY_TMPDIR to one with a short "
+            f"path and room."
         ) from None
     except RuntimeError as error:
         if "Version mismatch" not in str(error):

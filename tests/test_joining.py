@@ -122,14 +122,43 @@ HEAD = "10.0.0.1:6379"
         ("auto", ConnectionError("Could not find any"), ConfigError, "auto: no Ray runs on this machine"),
         (HEAD, RuntimeError("Version mismatch: The\n    Ray: 2.40"), ConfigError, r"others\. The Ray: 2\.40"),
         ("local", Exception("The current node timed out during startup."), Failure, "machine is too busy"),
+        (
+            "local",
+            PermissionError(13, "Permission denied", "/.ray"),
+            ConfigError,
+            r"\(/\.ray: Perm.*set HOME",
+        ),
+        (
+            "local",
+            OSError("AF_UNIX path length cannot"),
+            ConfigError,
+            "too long.*RAY_TMPDIR to one with a short",
+        ),
+        ("local", OSError("a fourth"), OSError, "^a fourth$"),
         (HEAD, RuntimeError("another"), RuntimeError, "^another$"),
         ("local", ValueError("a third"), ValueError, "^a third$"),
     ],
 )
 def test_refusals_of_ray(address: str, refusal: Exception, kind: type[Exception], said: str) -> None:
-    """Ray's own words, shortened; the slow test holds that a real head causes the first two."""
+    """Ray's own words, shortened; the slow test holds that a real head causes the first two, the next that Ray says so of a
+    long path."""
     with pytest.raises(kind, match=said), refusals_told(address):
         raise refusal
+
+
+def test_a_folder_too_deep_for_rays_sockets(tmp_path: Path) -> None:
+    """Asked of Ray itself, which looks at the path before it starts anything."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    code = "from pipelines.cluster import *\nwith ray_session(RaySettings()): pass"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(deep)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "ConfigError: Ray cannot write its files (the path of its sockets is too long)" in run.stderr
 
 
 @pytest.mark.slow
