@@ -110,13 +110,11 @@ def refusals_told(address: str) -> Iterator[None]:
     except OSError as error:
         if "AF_UNIX path length" not in str(error) and error.filename is None:
             raise
-        why = (
-            f"{error.filename}: {error.strerror}" if error.filename else "the path of its sockets is too long"
-        )
+        why = f"{error.filename}: {error.strerror}" if error.filename else "its sockets' path is too long"
         raise ConfigError(
-            f"Ray cannot write its files ({why}). Its token is in ~/.ray, all else in {tempfile.gettempdir()} or "
-            f"where RAY_TMPDIR says: set HOME to a folder that you may write to, RAY_TMPDIR to one with a short "
-            f"path and room."
+            f"Ray cannot write its files ({why}). Its token is in ~/.ray, all else in {tempfile.gettempdir()} "
+            f"or where RAY_TMPDIR says: set HOME to a folder that you may write to, RAY_TMPDIR to one with a "
+            f"short path and room."
         ) from None
     except RuntimeError as error:
         if "Version mismatch" not in str(error):

@@ -140,8 +140,8 @@ HEAD = "10.0.0.1:6379"
     ],
 )
 def test_refusals_of_ray(address: str, refusal: Exception, kind: type[Exception], said: str) -> None:
-    """Ray's own words, shortened; the slow test holds that a real head causes the first two, the next that Ray says so of a
-    long path."""
+    """Ray's own words, shortened; the slow test holds that a real head causes the first two, the test
+    below that Ray says so of a long path."""
     with pytest.raises(kind, match=said), refusals_told(address):
         raise refusal
 
@@ -158,7 +158,7 @@ def test_a_folder_too_deep_for_rays_sockets(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert "ConfigError: Ray cannot write its files (the path of its sockets is too long)" in run.stderr
+    assert "ConfigError: Ray cannot write its files (its sockets' path is too long)" in run.stderr
 
 
 @pytest.mark.slow
