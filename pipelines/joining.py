@@ -44,7 +44,7 @@ def refuse_address(address: str, patience: float = PATIENCE) -> None:
     if parts is None:
         raise ConfigError(f"RAY_ADDRESS {address}: is no HOST:PORT, such as 10.0.0.1:6379. {UNSET}.")
     said = _answer(parts[1], int(parts[2]), address, patience)
-    if said and said[0] != 0:  # a gRPC server begins with the length of its settings, whatever it is sent
+    if said[:1].isalnum() or said[:1] == b"-":  # gRPC begins with a length, TLS with a code below 32
         shown = said[:40].decode("latin-1").splitlines()[0]
         raise ConfigError(
             f"RAY_ADDRESS {address}: what answers there is no Ray's head, but {shown!r}. Name the port of "
@@ -112,9 +112,9 @@ def refusals_told(address: str) -> Iterator[None]:
             raise
         why = f"{error.filename}: {error.strerror}" if error.filename else "its sockets' path is too long"
         raise ConfigError(
-            f"Ray cannot write its files ({why}). Its token is in ~/.ray, all else in {tempfile.gettempdir()} "
-            f"or where RAY_TMPDIR says: set HOME to a folder that you may write to, RAY_TMPDIR to one with a "
-            f"short path and room."
+            f"Ray cannot write its files ({why}). Its token is in ~/.ray, all else in "
+            f"{tempfile.gettempdir()} or where RAY_TMPDIR says: set HOME to a folder that you may write to, "
+            f"RAY_TMPDIR to one with a short path and room."
         ) from None
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
