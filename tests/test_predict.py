@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from pipelines.config import PredictSettings
 from pipelines.poses.oks_ap import evaluate_results
 from pipelines.poses.plan import Still, Stretch
 from pipelines.poses.units import digest_of
+from pipelines.poses.worker import Worker
 from pipelines.predict import Prediction, predict
 from pipelines.sources.boxes import read_boxes
-from pipelines.sources.media import Media, list_media
+from pipelines.sources.media import Media, Video, list_media
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import Photo, Rejection
 from pipelines.sources.rows import is_box
@@ -709,6 +711,100 @@ def test_a_video_that_is_cut_off_is_told_once_wherever_it_ends(
         assert done.summary["counts"]["frames"] == -(-row["frame"] // stride)
         ends.add(row["frame"])
     assert len(ends) == 1
+
+
+def write_matroska(file: Path, dots: dict[str, Any], kept: list[int], frames: int = 40) -> Path:
+    """Of so many frames, each a JPEG, those `kept` at their times; the others become padding (EBML Void)."""
+    content = bytearray(write_video(file, dots, frames).read_bytes())
+    blocks, at = [], content.index(b"\x1f\x43\xb6\x75")  # the first cluster
+    while (at := content.find(b"\xa3", at)) >= 0:  # SimpleBlock: its size, track 1, time, keyframe, a JPEG
+        if b"\xff\xd8\xff" in content[at + 5 : at + 12]:
+            blocks.append(at)
+        at += 1
+    assert len(blocks) == frames
+    for block in (block for n, block in enumerate(blocks) if n not in kept):
+        content[block] = 0xEC
+    file.write_bytes(content)
+    return file
+
+
+def test_a_video_of_another_pace_is_not_said_to_be_cut_off(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """As screens and browsers record: fewer frames than length and rate promise, up to the end."""
+    uneven = write_matroska(tmp_path / "uneven.mkv", dots, [0, 1, 2, 3, 10, 17, 24, 31, 38])
+    cut = write_matroska(tmp_path / "cut.mkv", dots, list(range(9)))
+    done = run(dots, [uneven, cut], tmp_path / "out", batch_size=4)
+    assert done.summary["counts"]["frames"] == 18
+    told = {row["name"]: row for row in load(tmp_path / "out" / "rejected.json")}
+    assert {name: row["reason"] for name, row in told.items()} == {
+        "uneven.mkv": "frames_missing",
+        "cut.mkv": "video_cut_off",
+    }
+    assert told["uneven.mkv"]["detail"].startswith("9 frames can be read up to its end")
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_frames_after_damage_are_answered_whoever_works_on_them(
+    dots: dict[str, Any], tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    """Five frames in the middle are gone. An actor that comes new to each stretch says the same as one that
+    keeps the video open, and both as what decodes on."""
+    content = bytearray(write_video(tmp_path / "clip.mp4", dots, 40, "mp4v").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + len(content) // 10] = bytes(len(content) // 10)
+    (tmp_path / "clip.mp4").write_bytes(content)
+    capture = cv2.VideoCapture(str(tmp_path / "clip.mp4"), cv2.CAP_FFMPEG)
+    given = [capture.grab() for _ in range(60)]
+    hole, there = given.index(False), sum(given)
+    assert True in given[hole:] and 30 < there < 40
+
+    settings: dict[str, Any] = {"batch_size": 2, "video_stride": stride, "flip_test": False}
+    run(dots, tmp_path / "clip.mp4", tmp_path / "kept", **settings)
+    read = Worker._read_frames
+
+    def anew(self: Worker, *rest: Any) -> Any:
+        self._video = None
+        return read(self, *rest)
+
+    monkeypatch.setattr(Worker, "_read_frames", anew)
+    run(dots, tmp_path / "clip.mp4", tmp_path / "anew", **settings)
+    for name in ("images.json", "rejected.json", "poses.json"):
+        assert load(tmp_path / "anew" / name) == load(tmp_path / "kept" / name)
+    answered = [image["frame"] for image in load(tmp_path / "kept" / "images.json")]
+    assert answered == list(range(0, there, stride))
+    first, *_ = load(tmp_path / "kept" / "rejected.json")
+    assert (first["reason"], first["frame"]) == ("frames_missing", hole)
+    assert f"before frame {hole} something is damaged" in first["detail"]
+
+
+def test_a_video_without_one_frame_that_can_be_read_is_none(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """As one of a codec that OpenCV's FFmpeg does not decode (AV1): it opens, and nothing comes."""
+    clip = write_matroska(tmp_path / "clip.mkv", dots, [], 14)
+    write_video(tmp_path / "good.avi", dots, 3)
+    done = run(dots, [clip, tmp_path / "good.avi"], tmp_path / "out", batch_size=2)
+    assert done.summary["counts"]["frames"] == 3
+    (row,) = load(tmp_path / "out" / "rejected.json")
+    assert (row["reason"], row["frame"]) == ("not_a_video", None)
+    assert "its codec (MJPG) is not read here: save it again as H.264" in row["detail"]
+
+
+def test_what_a_header_cannot_mean_does_not_plan_a_million_units(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """A length of 30 years, as a damaged header has it. (An audio file's cover has 90,000 frames/s.)"""
+    clip = write_matroska(tmp_path / "clip.mkv", dots, list(range(14)), 14)
+    content = bytearray(clip.read_bytes())
+    length = content.index(b"\x44\x89\x88") + 3  # Duration, a double, ms
+    content[length : length + 8] = struct.pack(">d", 1e12)
+    clip.write_bytes(content)
+    assert cv2.VideoCapture(str(clip), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT) > 1e9
+    assert Video(str(clip), 10**6).expected == 0
+    done = run(dots, clip, tmp_path / "out", batch_size=4)
+    assert done.summary["counts"]["frames"] == 14
+    assert not done.summary["rejected"]
 
 
 # --- sources ------------------------------------------------------------------------------------------
