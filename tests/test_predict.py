@@ -231,8 +231,25 @@ def test_bad_pictures_are_listed_and_the_others_answered(
     assert done.summary["counts"] == {"pictures": 6, "people": 6}
     assert done.summary["passed_over"] == 1
     assert "left out: empty 1, not_a_video 1, not_an_image 1, truncated 2, unsupported_format 1" in str(done)
+    assert "\n1 files of the folders are no pictures or videos by their names\n" in str(done)
     detail = {row["name"]: row["detail"] for row in load(tmp_path / "out" / "rejected.json")}
     assert "its end is missing" in detail["cut.png"]
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_told(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    first, second = (Image.fromarray(np.roll(picture(dots), n, axis=1)) for n in (0, 9))
+    several: dict[str, dict[str, Any]] = {"a.gif": {}, "b.webp": {"lossless": True}, "c.png": {}, "d.tif": {}}
+    for name, settings in several.items():
+        first.save(tmp_path / name, save_all=True, append_images=[second], **settings)
+    first.save(tmp_path / "one.gif")
+    done = run(dots, tmp_path, tmp_path / "out")
+    images = load(tmp_path / "out" / "images.json")
+    assert [i["file_name"] for i in images if i.get("first_of_several")] == list(several)
+    assert all(i.get("first_of_several", True) for i in images)
+    assert done.summary["counts"] == {"pictures": 5, "people": 5, "first_of_several": 4}
+    assert "\n4 files hold several frames or pages: the first of each was taken\n" in str(done)
 
 
 def test_avif_and_heic_are_pictures_of_a_folder(dots: dict[str, Any], tmp_path: Path, here: None) -> None:

@@ -112,7 +112,8 @@ class Worker:
                 image = picture.decode()
             except ImageError as error:
                 return _Seen(rejected_row(media, error.reason, str(error)))
-            return self._seen(row | {"exif_rotated": picture.turned}, image, asked.boxes, threads)
+            row |= {"exif_rotated": picture.turned, "first_of_several": picture.header.frames > 1 or None}
+            return self._seen(row, image, asked.boxes, threads)
 
     def _read_frames(self, asked: Stretch, threads: Threads) -> Iterator[_Seen]:
         """Frames of a stretch. A video that ends too early says so once; boxes after its end are
