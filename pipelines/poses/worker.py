@@ -137,15 +137,14 @@ class Worker:
         if damaged:
             where = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
             detail = (
-                f"before frame {where} something is damaged; the frames after it are answered, and numbered as "
-                f"if nothing were between"
+                f"before frame {where} something is damaged; the frames after it are answered, and numbered "
+                f"as if nothing were between"
             )
             yield _Seen(rejected_row(media, "frames_missing", detail, damaged[0]))
         ended = stop is None or video.position <= stop - stride
         told = video.position <= start - stride  # by the stretch that lacked a frame first
-        if ended and not told:
-            if (why := _too_few(video, expected, stride)) is not None:
-                yield _Seen(rejected_row(media, *why, video.position or None))
+        if ended and not told and (why := _too_few(video, expected, stride)) is not None:
+            yield _Seen(rejected_row(media, *why, video.position or None))
         late = sorted(n for n in asked.frames or () if n >= video.position) if ended else []
         if late:
             which = f"frame {late[0]}" if len(late) == 1 else f"{len(late)} frames, {late[0]} to {late[-1]},"
@@ -178,8 +177,8 @@ def _too_few(video: Video, expected: int, stride: int) -> tuple[str, str] | None
         return None
     if video.at_end:
         return "frames_missing", (
-            f"{read} frames can be read up to its end, where its length and rate promise {expected}: its rate "
-            f"varies, or some in between are damaged"
+            f"{read} frames can be read up to its end, where its length and rate promise {expected}: its "
+            f"rate varies, or some in between are damaged"
         )
     return "video_cut_off", f"no frame can be read after {read}, its header promises {expected}"
 

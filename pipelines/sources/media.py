@@ -37,7 +37,8 @@ VIDEOS = (
     ".3gp", ".ogv",
 )  # fmt: skip
 ATTEMPTS = 100
-"""OpenCV gives no frame for a damaged packet, as at the end of a video, but goes on when it is asked again."""
+"""OpenCV gives no frame for a damaged packet, as at the end of a video, but goes on when it is asked
+again."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Video:
 
     @property
     def at_end(self) -> bool:
-        """Whether what was read reaches as far as `expected` frames of one pace would, also if it was fewer."""
+        """Whether what was read reaches as far as `expected` frames of one pace would, though it be fewer."""
         return self.expected - self._seconds * self.frames_per_s <= _tolerance(self.expected) + 1
 
     def lacks_frames(self, stride: int) -> bool:
