@@ -2,8 +2,8 @@
 
 Read: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, and with the extra `heif` HEIC. Everything becomes 8-bit RGB:
 grey is repeated, CMYK converted, 16 bit keeps the upper 8, a palette is looked up, of several frames or pages
-the first is taken. Alpha is dropped, the colours stay as stored (TIFF alone: what is transparent turns black,
-as libtiff reads it).
+the first is taken. Alpha is dropped, the colours stay as stored, but for two: what is transparent turns black
+in a TIFF, as libtiff reads it, and has the background's colour in a GIF.
 
 One verdict for one file, whoever asks: bytes go through `decode_image`, never through cv2.imread, which
 accepts a JPEG with 90 % of it missing.

@@ -485,6 +485,30 @@ def test_boxes_that_are_none_and_pictures_that_have_none(
     assert rejected(tmp_path / "b") == {"extra.png": "not_in_boxes_file"}
 
 
+@pytest.mark.parametrize("name", ["same.png", "000000000139.png"])
+def test_boxes_of_a_name_that_two_sources_have_are_nobodys(
+    dots: dict[str, Any], tmp_path: Path, here: None, name: str
+) -> None:
+    """They went to the first, and the second was answered with nobody."""
+    folders, box = [tmp_path / "x", tmp_path / "y z"], [[10, 12, 70, 130]]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copy(dots["pictures"] / f"picture-{number}.png", folder / name)
+    boxes: Any = {name: box}
+    if name != "same.png":
+        boxes = [{"image_id": 139, "category_id": 1, "bbox": box[0], "score": 0.9}]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    for sources in (folders, [f"file://{str(folder).replace(' ', '%20')}" for folder in folders]):
+        with pytest.raises(
+            DataError, match=rf"Two sources have the name {name}; the second, .* one source at"
+        ):
+            run(dots, sources, tmp_path / "out", tmp_path / "boxes.json")
+    second = name.replace(".png", "-2.png")
+    (tmp_path / "boxes.json").write_text(json.dumps({name: box, second: box * 2}))
+    done = run(dots, folders, tmp_path / "both", tmp_path / "boxes.json")
+    assert done.summary["counts"] == {"pictures": 2, "people": 3}
+
+
 @pytest.mark.parametrize(
     "box",
     [

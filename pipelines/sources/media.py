@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,10 @@ from hrnet_core.errors import DataError, ImageError
 from hrnet_core.locations import is_uri, open_folder, refuse_no_bucket
 from pipelines.storage import absolute, answering
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic",
+    ".heif",
+)  # fmt: skip
 UNREAD = (".jp2",)
 """Pictures that we do not decode: taken, so that they are rejected by name instead of passed over."""
 VIDEOS = (
@@ -53,6 +56,13 @@ class Media:
     size: int
     """Bytes."""
     modified_ns: int
+
+    @property
+    def first_name(self) -> str:
+        """Its name before it was made unique."""
+        file = self.uri.partition("?")[0] if is_uri(self.uri) else self.uri
+        base = posixpath.basename(file)
+        return posixpath.join(posixpath.dirname(self.name), unquote(base) if is_uri(self.uri) else base)
 
 
 def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> tuple[tuple[Media, ...], int]:
