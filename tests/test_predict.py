@@ -811,7 +811,8 @@ def test_frames_after_damage_are_answered_whoever_works_on_them(
 
     monkeypatch.setattr(Worker, "_read_frames", anew)
     run(dots, tmp_path / "clip.mp4", tmp_path / "anew", **settings)
-    for name in ("images.json", "rejected.json", "poses.json"):
+    # Not poses.json: what FFmpeg fills damaged parts of a frame with may be another thing each time.
+    for name in ("images.json", "rejected.json"):
         assert load(tmp_path / "anew" / name) == load(tmp_path / "kept" / name)
     answered = [image["frame"] for image in load(tmp_path / "kept" / "images.json")]
     assert answered == list(range(0, there, stride))

@@ -189,7 +189,8 @@ class Video:
         if not self._capture.isOpened() or width < 1 or height < 1:
             raise ImageError(
                 "not_a_video",
-                "the file is damaged, cut off or of a kind that is not read: save it again as MP4 or AVI.",
+                "the file holds no moving pictures, is damaged, cut off or of a kind that is not read: save "
+                "it again as MP4 or AVI.",
             )
         if width * height > max_pixels:
             raise ImageError(
