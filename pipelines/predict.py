@@ -75,7 +75,7 @@ class Prediction:
 
 
 def predict(
-    sources: Sequence[str],
+    sources: Sequence[str | Path],
     checkpoint: str | Path | None = None,
     *,
     out: str | Path | None = None,

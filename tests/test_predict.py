@@ -897,6 +897,37 @@ def test_pictures_and_videos_behind_a_uri(
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_a_link_to_a_folder_above_is_followed_once(dots: dict[str, Any], tmp_path: Path) -> None:
+    """pyarrow lists what lies there 41 times."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(dots["pictures"] / "picture-0.png", folder / "a.png")
+    shutil.copy(dots["pictures"] / "picture-1.png", folder / "deep" / "b.png")
+    (folder / "deep" / "up").symlink_to(folder)
+    (folder / "linked.png").symlink_to(folder / "a.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(dots["pictures"] / "picture-2.png", elsewhere / "c.png")
+    (folder / "more").symlink_to(elsewhere)
+    for source in (str(folder), f"file://{folder}"):
+        media, _ = list_media([source])
+        assert [one.name for one in media] == ["a.png", "deep/b.png", "linked.png", "more/c.png"]
+
+
+def test_sources_from_python_are_a_list(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    """A path alone was taken letter by letter: / is the whole disk."""
+    for alone in (str(tmp_path / "nothing"), tmp_path / "nothing"):
+        with pytest.raises(TypeError, match=r"sources are a list of paths and URIs, got '.*nothing' alone"):
+            list_media(alone)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no source is named"):
+        list_media([])
+    shutil.copy(dots["pictures"] / "picture-0.png", tmp_path / "a.png")
+    assert (
+        predict([tmp_path / "a.png"], dots["checkpoint"], out=tmp_path / "out").summary["counts"]["people"]
+        == 1
+    )
+
+
 def test_results_inside_a_source_are_no_sources(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
     shutil.copy(dots["pictures"] / "picture-0.png", tmp_path / "a.png")
     first = run(dots, tmp_path, tmp_path / "out", formats=("coco", "overlays"))

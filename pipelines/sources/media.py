@@ -27,7 +27,7 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.locations import is_uri, open_folder, refuse_no_bucket
-from pipelines.storage import absolute, answering
+from pipelines.storage import absolute, answering, list_tree
 
 PICTURES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic",
@@ -65,16 +65,23 @@ class Media:
         return posixpath.join(posixpath.dirname(self.name), unquote(base) if is_uri(self.uri) else base)
 
 
-def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> tuple[tuple[Media, ...], int]:
+def list_media(
+    sources: Sequence[str | Path], exclude: str | Path | None = None
+) -> tuple[tuple[Media, ...], int]:
     """What the sources name, in their order, each folder and glob by name and every file once; and how many
     files of folders are neither pictures nor videos by name. DataError for a source that names nothing.
 
+    sources: paths and URIs; one alone, in no list, is a TypeError.
     exclude: a folder whose files do not count: the one that is written into.
     """
+    if isinstance(sources, str | os.PathLike):  # its letters would be sources: / is one of them
+        raise TypeError(f"sources are a list of paths and URIs, got {str(sources)!r} alone")
+    if not sources:
+        raise DataError("no source is named: give pictures, videos, folders, globs or URIs.")
     found: dict[str, Media] = {}
     passed_over = 0
     outside = None if exclude is None else f"{absolute(str(exclude)).partition('?')[0]}/"
-    for source in sources:
+    for source in map(str, sources):
         some, passed = _of_uri(source) if is_uri(source) else _of_path(os.path.expanduser(source))
         there = len(some)
         some = [m for m in some if outside is None or not m.uri.startswith(outside)]
@@ -129,9 +136,12 @@ def _of_uri(source: str) -> tuple[list[Media], int]:
 
 
 def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -> tuple[list[Media], int]:
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    if isinstance(files, fs.LocalFileSystem):  # a link to a folder above would be followed 40 times
+        found = files.get_file_info([posixpath.join(path, name) for name in list_tree(path)])
+    else:
+        found = files.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     media, passed = [], 0
-    for info in sorted(files.get_file_info(selector), key=lambda info: info.path):
+    for info in sorted(found, key=lambda info: info.path):
         name = info.path[len(path.rstrip("/")) + 1 :]
         if info.type != fs.FileType.File or any(part.startswith(".") for part in name.split("/")):
             continue
