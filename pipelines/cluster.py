@@ -21,9 +21,9 @@ from typing import Any, TextIO
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, PoseError
-from hrnet_core.locations import one_line
 from pipelines import environment
 from pipelines.config import RaySettings
+from pipelines.joining import refusals_told, refuse_address
 from pipelines.progress import Every
 from pipelines.stop import handlers_kept
 
@@ -41,7 +41,7 @@ SHARED = 1.2
 
 def on_cluster() -> bool:
     """True where RAY_ADDRESS names a Ray to join (a submitted job has it set)."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return (os.environ.get("RAY_ADDRESS") or "local") != "local"
 
 
 @contextlib.contextmanager
@@ -130,7 +130,9 @@ def _started(
     """plain: for work without an environment of its own."""
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS", "local")
+    if address is None:
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        refuse_address(address)
     how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": HOOK}}
     inherited: dict[str, str] = {}
     if address == "local":
@@ -154,20 +156,14 @@ def _started(
     # Until it runs nothing else is said, for half a minute on a busy machine.
     print("starting Ray ..." if address == "local" else "joining Ray ...", flush=True)
     with contextlib.ExitStack() as ended:
-        try:
-            with handlers_kept(), environment.defaults(inherited), _sessions_of_their_own() as processes:
-                ended.callback(_shut_down, processes)
-                joined = ray.init(
-                    address=address, log_to_driver=workers_shown, logging_level="WARNING", **how
-                )
-        except RuntimeError as error:
-            if "Version mismatch" not in str(error):
-                raise
-            both = one_line(error).removeprefix("Version mismatch: ")
-            raise ConfigError(
-                f"the Ray at {address} cannot be joined from here, as its versions are others. {both}. Use "
-                f"an environment with its versions, or end what runs there and start it from this one."
-            ) from None
+        with (
+            refusals_told(address),
+            handlers_kept(),
+            environment.defaults(inherited),
+            _sessions_of_their_own() as processes,
+        ):
+            ended.callback(_shut_down, processes)
+            joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
         if on_cluster():
             warn_unguarded(joined.dashboard_url)
         yield

@@ -258,8 +258,9 @@ class RaySettings(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of the Ray that this verb starts here; no effect where RAY_ADDRESS names a cluster."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """Where the Ray that this verb starts here shows Prometheus metrics, on every interface, as Ray's other
-    ports. Default: of deploy 9464, or any free one where that is taken; of other verbs any free one."""
+    """Port of the loopback address where the Ray that this verb starts here shows Prometheus metrics (other
+    interfaces: docs/cluster.md#ports). Default: of deploy 9464, or any free one where that is taken; of other
+    verbs any free one."""
     wait_minutes: float = Field(default=30.0, gt=0)
     """How long to wait for a cluster to bring the workers asked for."""
     labels: dict[str, str] = Field(default={})

@@ -26,7 +26,7 @@ from typing import Any
 import cv2
 
 from hrnet_core.errors import ConfigError, DataError
-from hrnet_core.locations import destination
+from hrnet_core.locations import folder_to_write
 from hrnet_core.skeleton import COCO17
 from pipelines.drawn.picture import FIRST_ID, SPLITS, annotate, draw_picture
 from pipelines.sources.layout import annotations_of
@@ -71,7 +71,8 @@ def draw(
     least 4. workers: processes. A folder that holds the same set already is left as it is; one that
     holds anything else is refused.
 
-    Raises ConfigError for impossible counts, DataError for a folder that is not ours to fill.
+    Raises ConfigError for impossible counts and where no folder can be made, DataError for one that is not
+    ours to fill.
     """
     val_images = max(4, images // 5) if val_images is None else val_images
     wanted = {"version": VERSION, "seed": seed, "images": images, "val_images": val_images}
@@ -79,7 +80,7 @@ def draw(
         least = 0 if name == "seed" else 1
         if value < least:
             raise ConfigError(f"draw: {name} must be at least {least}, got {value}.")
-    folder = destination(out, "OUT")
+    folder = folder_to_write(out, "OUT")
     finished = _claim(folder, wanted)
     if finished is not None:
         return finished

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pycocotools import mask
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import destination
+from hrnet_core.locations import file_to_write
 from hrnet_core.skeleton import Skeleton, load_skeleton, sides_by_name
 from pipelines.sources.annotations import TO_CROP, read_annotations
 from pipelines.sources.records import BOX_AREA, People
@@ -114,7 +114,7 @@ def estimate_sigmas(
             "sigmas come from differences: name two or more annotation files of the same people, one an "
             "annotator (hrnet estimate-sigmas A.json B.json --out skeleton.json)."
         )
-    out = destination(out, "--out")
+    out = file_to_write(out, "--out")
     read = [_read(file, use_area, category) for file in files]
     for other in read[1:]:
         if other.names != read[0].names:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hrnet_core.choices import CodecName
 from hrnet_core.errors import CheckpointError, ConfigError
-from hrnet_core.locations import destination
+from hrnet_core.locations import folder_to_write
 from hrnet_core.skeleton import load_skeleton
 from pipelines.checkpoints import put_checkpoint
 from pipelines.code_version import code_version
@@ -37,7 +37,7 @@ def import_weights(
     from hrnet_core.heatmaps import HeatmapCodec
     from hrnet_core.published import fit_weights, read_weights
 
-    out = destination(out, "OUT")
+    out = folder_to_write(out, "OUT")
     try:
         heatmaps = HeatmapCodec(codec, input_size, sigma)
         if any(side % 32 for side in heatmaps.input_size):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from hrnet_core.locations import destination, is_uri, refuse_no_bucket
+from hrnet_core.locations import destination, folder_to_write, is_uri, refuse_no_bucket
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
 from pipelines.progress import ProgressLine
@@ -79,7 +79,7 @@ def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Pat
         return join(absolute(destination(storage, "--run.storage")), f"inspections/{name}")
     if out is None:
         return f"{manifest.folder}_inspection"
-    folder = absolute(destination(out, "--out"))
+    folder = absolute(folder_to_write(out, "--out"))
     if is_uri(folder) or is_uri(manifest.folder):
         inside = f"{folder}/".startswith(f"{manifest.folder.partition('?')[0]}/")
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
-from hrnet_core.locations import destination
+from hrnet_core.locations import folder_to_write
 from pipelines.config import EvaluateSettings, RaySettings
 from pipelines.config_file import load_config
 from pipelines.evaluate import evaluate
@@ -100,7 +100,7 @@ def reproduce(
     unknown = [model for model in chosen if model not in published]
     if unknown:
         raise ConfigError(f"--models: no {', '.join(unknown)}; there are {', '.join(published)}.")
-    out = destination(out, "--out")
+    out = folder_to_write(out, "--out")
     weights = {model: join(str(weights_dir), published[model].file) for model in chosen}
     _check_files(weights, str(boxes))
     protocol = {"preset": "official", "flip_test": True, "mode": "float32", "score_threshold": 0.0}

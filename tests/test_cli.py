@@ -146,6 +146,24 @@ def test_an_override_wins_over_the_file_and_the_rest_stays(tmp_path: Path) -> No
     assert config.config_name == "mine"
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["draw", "file/out", "--images", "4"],
+        ["estimate-sigmas", "none-a.json", "none-b.json", "--out", "file/out"],
+        ["import", "none.pth", "file/out"],
+        ["reproduce", "none", "--weights-dir", "none", "--boxes", "none.json", "--out", "file/out"],
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_read(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert "file/out: " in (error := failed(argv, capsys))
+    assert f"{tmp_path / 'file'} is a file, not a folder. Name another" in error
+
+
 def test_a_missing_coco_folder_ends_with_2_in_a_fresh_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "preprocess", "tiny"]
     command += ["--data.root", str(tmp_path / "nowhere"), "--data.shards", str(tmp_path / "shards")]

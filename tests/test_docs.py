@@ -1,4 +1,5 @@
-"""The documentation: its links lead somewhere, and every `hrnet` command in it exists with its flags."""
+"""The documentation: its links lead to files and headings, and every `hrnet` command in it exists with its
+flags."""
 
 from __future__ import annotations
 
@@ -12,10 +13,24 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import VERBS, main
+from pipelines.config_file import SHIPPED, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")])
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), flags=re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        number = 0
+        while (anchor := f"{name}-{number}" if number else name) in found:
+            number += 1
+        found.add(anchor)
+    return found
 
 
 @cache
@@ -37,9 +52,14 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_commands(page: Path) -> None:
-    for target in LINK.findall(page.read_text()):
-        if "://" not in target and not target.startswith("mailto:"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+    for target in LINK.findall(FENCED.sub("", page.read_text())):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), f"{page.name} links to {target}, which is not there"
+        if anchor:
+            assert anchor in anchors(there), f"{page.name} links to {target}: no such heading"
     for command in commands(page):
         words = shlex.split(command.replace("python -m pipelines.cli", "hrnet"))
         assert words[1] in VERBS, f"{page.name}: {command!r} is no verb"
@@ -48,6 +68,20 @@ def test_links_and_commands(page: Path) -> None:
             assert re.search(rf"{re.escape(flag)}\b", help_text(words[1])), (
                 f"{page.name}: {command!r} has no {flag}"
             )
+
+
+@pytest.mark.parametrize("page", ["recipes", "sweep"])
+def test_configs_are_of_the_datasets_that_the_pages_make(page: str, tmp_path: Path) -> None:
+    """What data a config is for is said by its base: without one, shards of a shipped config are refused."""
+    shipped = [load_config(file.stem).data for file in SHIPPED.glob("*.yaml")]
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "mine.yaml"
+        file.write_text(block)
+        assert load_config(str(file)).data in shipped, (
+            f"{page}.md: no shipped config has the data settings of\n{block}"
+        )
 
 
 def test_there_are_pages_and_commands_to_check() -> None:

@@ -263,7 +263,7 @@ def test_folders_of_others_and_impossible_counts_are_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="mine"):
         draw(tmp_path / "mine", images=2)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    with pytest.raises(DataError, match=r"thesis\.txt"):
+    with pytest.raises(ConfigError, match=r"thesis\.txt is a file, not a folder"):
         draw(tmp_path / "mine" / "thesis.txt", images=2)
     for wrong in (
         {"images": 0},

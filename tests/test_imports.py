@@ -147,9 +147,11 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.storage": {"pipelines.in_order"},
     "pipelines.progress": set(),
     "pipelines.environment": set(),
+    "pipelines.joining": set(),
     "pipelines.cluster": {
         "pipelines.config",
         "pipelines.environment",
+        "pipelines.joining",
         "pipelines.progress",
         "pipelines.stop",
     },

@@ -87,7 +87,7 @@ def _answer(pipe: Connection, folder: str, mode: str, device: str, threads: int,
 
     from hrnet_core.predictor import PosePredictor
 
-    with contextlib.suppress(EOFError, ConnectionError):  # the asker is gone: reset where an answer lay unread
+    with contextlib.suppress(EOFError, ConnectionError):  # the asker is gone; reset: an answer lay unread
         try:
             start = time.perf_counter()
             predictor = PosePredictor.load(folder, device, mode, threads)

@@ -1,4 +1,4 @@
-"""The preprocessed dataset as a whole (its files and columns: docs/contracts.md): write, read, verify.
+"""The preprocessed dataset as a whole (docs/contracts.md; its columns: docs/shards.md): write, read, verify.
 
 A row is one view of one person. The files of a split's variants hold the same people in the same order:
 row i of row group g of shard s is one person in every variant.
