@@ -207,11 +207,20 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
     """checkpoint.json alone, checked; the weights are not opened."""
     folder = Path(folder)
     if not folder.is_dir():
+        if ":/" in str(folder):  # Path makes one slash of two
+            raise CheckpointError(
+                f"{folder}: a checkpoint is loaded from a folder of this machine. hrnet_core.checkpoint."
+                f"fetch_checkpoint copies one from a bucket, pipelines.checkpoints.local_checkpoint also a "
+                f"registered version (models:/NAME@ALIAS)."
+            )
         raise CheckpointError(
             f"{folder}: no such checkpoint folder. Name the folder that holds {DESCRIPTION}; a bare weights "
             f"file enters through `hrnet import FILE --codec C --input-size W H OUT`."
         )
     file = folder / DESCRIPTION
+    if not file.exists() and (below := sorted(folder.glob(f"*/{DESCRIPTION}"))):
+        named = first_names([str(one.parent) for one in below])
+        raise CheckpointError(f"{folder}: no checkpoint itself, but it holds some. Name {named}.")
     fields = read_object(file, CheckpointError, COPY_IT)
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(

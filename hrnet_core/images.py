@@ -2,8 +2,8 @@
 
 Read: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, and with the extra `heif` HEIC. Everything becomes 8-bit RGB:
 grey is repeated, CMYK converted, 16 bit keeps the upper 8, a palette is looked up, of several frames or pages
-the first is taken. Alpha is dropped, the colours stay as stored (TIFF alone: what is transparent turns black,
-as libtiff reads it).
+the first is taken. Alpha is dropped, the colours stay as stored, but for two: what is transparent turns black
+in a TIFF, as libtiff reads it, and has the background's colour in a GIF.
 
 One verdict for one file, whoever asks: bytes go through `decode_image`, never through cv2.imread, which
 accepts a JPEG with 90 % of it missing.
@@ -174,6 +174,48 @@ def read_image(file: str | Path) -> Image:
         ) from None
     except ImageError as error:
         raise ImageError(error.reason, f"{file}: {error}") from None
+
+
+def check_pixels(given: Any, name: str) -> Image:
+    """A picture that a caller gave as an array: uint8 (H, W, 3) in C order. DataError, which calls it `name`
+    and tells how to make one of what it is."""
+    usable = isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape[2:] == (3,)
+    if not usable or not given.size:
+        got = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
+        raise DataError(f"{name} must be a uint8 array (H, W, 3), RGB, got {got}. {_to_pixels(given)}")
+    return np.ascontiguousarray(given)
+
+
+def _to_pixels(given: Any) -> str:
+    """How a picture is made of something that is none."""
+    if given is None:
+        return "cv2.imread gives None where it cannot read a file: give the path itself."
+    if isinstance(given, str | Path):
+        return "hrnet_core.images.read_image makes one of a file."
+    if isinstance(given, bytes | bytearray | memoryview):
+        return "hrnet_core.images.decode_image makes one of a file's bytes."
+    module = type(given).__module__
+    if module.startswith("PIL."):
+        return "np.array(ImageOps.exif_transpose(image).convert('RGB')) makes one of Pillow's."
+    if module.startswith("torch"):
+        return "image.permute(1, 2, 0).cpu().numpy() makes one of a uint8 tensor (3, H, W)."
+    if not isinstance(given, np.ndarray):
+        return "np.array makes one of nested lists, hrnet_core.images.read_image of a file."
+    if not given.size:
+        return "It has no pixels."
+    if given.dtype.kind == "f":
+        return "np.rint(255 * image).astype(np.uint8) makes one of floats from 0 to 1."
+    if given.dtype == np.uint16:
+        return "(image >> 8).astype(np.uint8) makes one of 16 bits."
+    if given.dtype != np.uint8:
+        return "image.astype(np.uint8) makes one of whole numbers from 0 to 255."
+    if given.ndim == 2 or given.shape[2:] == (1,):
+        return "cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) makes one of a grey picture."
+    if given.ndim == 3 and given.shape[0] == 3:
+        return "image.transpose(1, 2, 0) makes one of (3, H, W)."
+    return (
+        "image[..., :3] leaves alpha out." if given.shape[2:] == (4,) else "H and W are its first two sides."
+    )
 
 
 def encode_jpeg(image: Image, quality: int = 95) -> bytes:

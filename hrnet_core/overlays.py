@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from hrnet_core.geometry import FARTHEST, Float64, UInt8
+from hrnet_core.images import check_pixels
 from hrnet_core.skeleton import Skeleton
 
 Color = tuple[int, int, int]
@@ -32,9 +33,15 @@ def draw_poses(
 
     keypoints (P, K, 2) in image px; scores (P, K), None draws all. Keypoints that score `threshold` or less,
     or are not finite, are left out, and so are their limbs. boxes_xywh (P, 4), one a person, are drawn too.
+
+    DataError: no such image. ValueError: keypoints of another skeleton, or not as many boxes as people.
     """
-    canvas = image.copy()
-    points = np.asarray(keypoints, np.float64).reshape(-1, skeleton.num_keypoints, 2)
+    canvas = check_pixels(image, "image").copy()
+    given = np.asarray(keypoints, np.float64)
+    if given.size and given.shape[-2:] != (skeleton.num_keypoints, 2):
+        named = f"(P, {skeleton.num_keypoints}, 2), x and y of {skeleton.name!r}"
+        raise ValueError(f"keypoints must be {named}, got {given.shape}")
+    points = given.reshape(-1, skeleton.num_keypoints, 2)
     shown = np.asarray((np.abs(points) < FARTHEST).all(axis=-1))  # False for NaN
     if scores is not None:
         shown &= np.asarray(scores).reshape(shown.shape) > threshold
@@ -43,8 +50,11 @@ def draw_poses(
     sizes = np.array([np.ptp(places, axis=0).max() if len(places) else 0.0 for places in seen])
     if boxes_xywh is not None:
         boxes = np.asarray(boxes_xywh, np.float64).reshape(-1, 4)
+        if len(boxes) != len(points):
+            raise ValueError(f"boxes_xywh must be one a person: {len(boxes)} boxes, {len(points)} people")
         _draw_boxes(canvas, boxes)
-        sizes = boxes[:, 2:].max(axis=1)  # tells more than the few keypoints that may be seen
+        # Tells more than the few keypoints that may be seen.
+        sizes = np.where(_usable(boxes), boxes[:, 2:].max(axis=1), sizes)
     widths = np.clip(0.014 * sizes, 0.0025 * max(canvas.shape), 0.02 * max(canvas.shape))
     # The largest last: it is mostly the nearest, and its thick lines would hide a small one's anyway.
     for i in np.argsort(sizes, kind="stable"):
@@ -55,8 +65,12 @@ def draw_poses(
 def draw_heatmaps(crop: UInt8, heatmaps: ArrayLike) -> UInt8:
     """A copy of crop uint8 (h, w, 3) under the strongest of heatmaps (K, H, W) at each place.
 
-    A value of 1, the peak of a target, is dark red and nearly opaque; 0 leaves the crop as it is.
+    A value of 1, the peak of a target, is dark red and nearly opaque; 0 leaves the crop as it is. DataError:
+    no such crop. ValueError: heatmaps of several people, or one alone.
     """
+    crop = check_pixels(crop, "crop")
+    if np.ndim(heatmaps) != 3:
+        raise ValueError(f"heatmaps must be (K, H, W) of one person, got {np.shape(heatmaps)}")
     height, width = crop.shape[:2]
     strongest = np.clip(np.asarray(heatmaps, np.float32).max(axis=0), 0, 1)
     # Cell (0, 0) lies on pixel (0, 0): cv2.resize would move everything by 1.5 px.
@@ -116,11 +130,15 @@ def _draw_person(
 
 def _draw_boxes(canvas: UInt8, boxes_xywh: Float64) -> None:
     width = max(1, round(0.0025 * max(canvas.shape[:2])))
-    usable = boxes_xywh[(np.abs(boxes_xywh) < FARTHEST).all(axis=1)]
-    for x, y, w, h in usable:
+    for x, y, w, h in boxes_xywh[_usable(boxes_xywh)]:
         for color, thickness in ((SHADE, width + 2), (BOX, width)):
             start, end = _fixed((x, y)), _fixed((x + w, y + h))
             cv2.rectangle(canvas, start, end, color, thickness, cv2.LINE_AA, SUBPIXEL)
+
+
+def _usable(boxes_xywh: Float64) -> NDArray[np.bool_]:
+    """(P,): False where a number is not finite or too far away."""
+    return np.asarray((np.abs(boxes_xywh) < FARTHEST).all(axis=1))
 
 
 def _line(canvas: UInt8, start: ArrayLike, end: ArrayLike, color: Color, width: float) -> None:

@@ -15,13 +15,14 @@ they are filled up to one of a few sizes (cuda_passes.py), at most 256.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -33,16 +34,19 @@ from hrnet_core.cuda_passes import CudaPasses
 from hrnet_core.errors import ConfigError, DataError, first_line
 from hrnet_core.geometry import FARTHEST, Float32, Float64, box_to_center_scale, crop_people, place_in_image
 from hrnet_core.heatmaps import Border
-from hrnet_core.images import read_image
+from hrnet_core.images import check_pixels, read_image
 from hrnet_core.model import HRNet
 from hrnet_core.modes import FORMS, Form, build_network, compiled_normalize, fastest_exact, files_of
 from hrnet_core.passes import Answer, Ask, CropPass, PlainPasses, UInt8
 from hrnet_core.results import Boxes, Keypoints, Poses
 
-Images = UInt8 | str | Path | Sequence[UInt8 | str | Path]
+Images = UInt8 | str | Path | Iterable[UInt8 | str | Path]
 
 IN_FLIGHT = 2
 """Batches of a call that are on a GPU: one is computed while the next is copied there."""
+
+_computed_in: int | None = None
+"""The process that has computed here first: one that is forked from it has this too, but not its threads."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,9 @@ class Prepared:
 
 
 class PosePredictor:
-    """A network with everything that belongs to it. Calls from several threads do not disturb each other.
+    """A network with everything that belongs to it. Calls from several threads do not disturb each other. It
+    can be pickled, so processes of the method spawn may be given it; one that was forked from a process that
+    had a predictor cannot compute (ConfigError).
 
     model: copied, so a network in training may be passed and goes on unchanged.
     device: "cpu", "cuda", "cuda:1" ..., or "auto": a GPU where there is one.
@@ -86,6 +92,7 @@ class PosePredictor:
         exported: Mapping[str, bytes] = MappingProxyType({}),
         compile_cache: str | None = None,
     ) -> None:
+        _refuse_fork()
         self.spec = spec
         self.device = _find_device(device)
         self.mode = mode
@@ -111,12 +118,15 @@ class PosePredictor:
         threads: int | None = None,
         compile_cache: str | None = None,
     ) -> PosePredictor:
-        """A predictor from a checkpoint folder. CheckpointError says what is wrong with it.
+        """A predictor from a checkpoint folder of this machine. CheckpointError says what is wrong with it.
 
         threads: of torch on the CPU, for the whole process; None leaves them as they are.
         """
         if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"threads must be 1 or more, got {threads}; None leaves them as they are.")
             torch.set_num_threads(threads)
+        _refuse_fork()
         model, spec = load_checkpoint(folder)
         exported = read_exported(folder, files_of(mode, spec.modes))
         return cls(model, spec, device, mode, exported, compile_cache)
@@ -149,8 +159,8 @@ class PosePredictor:
     ) -> list[Poses]:
         """Poses of one image or of several, one Poses an image, one person a box in the order given.
 
-        images: uint8 (H, W, 3) RGB, the path of a picture (its EXIF orientation is applied), or a sequence
-            of them, of any sizes.
+        images: uint8 (H, W, 3) RGB, the path of a picture (its EXIF orientation is applied), or several of
+            them, of any sizes. cv2.imread and cv2.VideoCapture give BGR: image[..., ::-1] is RGB.
         boxes_xywh: (P, 4) left, top, width, height in image px; for several images a sequence with one
             array, or None, for each. None: the whole image is one person, and Poses.boxes_source says so.
             Boxes are used as given. One that lies wholly or partly outside is answered like any other: the
@@ -161,7 +171,7 @@ class PosePredictor:
         border: see HeatmapCodec.decode.
 
         DataError: images, boxes or scores of another shape or type, not finite, without width or height; a
-        file that cannot be read. ImageError: one that is no picture.
+        file that cannot be read. ImageError: one that is no picture. ConfigError: flip_test or batch_size.
         """
         clock = [time.perf_counter()]
         prepared = self.prepare(images, boxes_xywh, box_scores)
@@ -179,8 +189,9 @@ class PosePredictor:
 
     def prepare(self, images: Images, boxes_xywh: Any = None, box_scores: Any = None) -> list[Prepared]:
         """The crops of one image or of several, one Prepared an image; arguments and errors as of a call."""
-        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        if _is_one(images):
             return [self._prepare(images, boxes_xywh, box_scores, "")]
+        images = list(cast(Iterable[Any], images))
         boxes = _one_each(boxes_xywh, len(images), "boxes_xywh")
         scores = _one_each(box_scores, len(images), "box_scores")
         each = zip(images, boxes, scores, strict=True)
@@ -242,14 +253,21 @@ class PosePredictor:
         self._passes.warm_up(people, self._flips(flip_test))
 
     def _flips(self, flip_test: bool | None) -> bool:
-        return self.spec.flip_test if flip_test is None else flip_test
+        if flip_test not in (None, True, False):
+            raise ConfigError(f"flip_test must be True, False or None, got {flip_test!r}.")
+        return self.spec.flip_test if flip_test is None else bool(flip_test)
 
     def _batches(
         self, crops: UInt8, flip_test: bool | None, batch_size: int, border: Border | None = None
     ) -> Iterator[tuple[slice, Float32]]:
         """Rows and what passes.Answer gives for them, batch after batch; the next is begun before one is
         waited for."""
+        _refuse_fork()
         width, height = self.spec.input_size
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number from 1 up, got {batch_size!r}.")
+        if not isinstance(crops, np.ndarray):
+            raise ValueError(f"crops must be an array (P, {height}, {width}, 3), got {type(crops).__name__}")
         if crops.dtype != np.uint8 or crops.shape[1:] != (height, width, 3):
             raise ValueError(f"crops must be uint8 (P, {height}, {width}, 3): {crops.dtype} {crops.shape}")
         ask = Ask(self._flips(flip_test), border)
@@ -272,16 +290,18 @@ def _one_each(values: Any, count: int, name: str) -> list[Any]:
     return each
 
 
+def _is_one(images: Any) -> bool:
+    """Whether this is meant as one image, right or wrong, and not as several."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4 and images.dtype != object
+    return isinstance(images, str | Path | bytes | bytearray | torch.Tensor) or not isinstance(
+        images, Iterable
+    )
+
+
 def _image(given: Any, which: str) -> UInt8:
     image = read_image(given) if isinstance(given, str | Path) else given
-    usable = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
-    if not usable or not image.size:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(
-            f"images{which} must be a uint8 array (H, W, 3), RGB, or the path of a picture, got {got}. "
-            f"hrnet_core.images.decode_image makes one of a file's bytes."
-        )
-    return np.ascontiguousarray(image)
+    return check_pixels(image, f"images{which}")
 
 
 def _boxes(given: Any, which: str) -> Float32:
@@ -289,7 +309,11 @@ def _boxes(given: Any, which: str) -> Float32:
     boxes = _numbers(given, name)
     boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise DataError(f"{name} must be (P, 4): left, top, width, height in px; got {boxes.shape}.")
+        scores = ", the scores into box_scores" if boxes.shape[1:] == (5,) else ""
+        raise DataError(
+            f"{name} must be (P, 4), a row [left, top, width, height] in px a person{scores}; got "
+            f"{boxes.shape}."
+        )
     usable = (np.abs(boxes) <= FARTHEST).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)  # NaN is not usable
     if not usable.all():
         row = int(np.flatnonzero(~usable)[0])
@@ -311,9 +335,25 @@ def _scores(given: Any, count: int, which: str) -> Float32:
 
 def _numbers(given: Any, name: str) -> Float32:
     try:
-        return np.array(given, np.float32)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} must be numbers: {error}.") from None
+        # asarray first: a tensor is copied by NumPy with a warning.
+        return np.array(np.asarray(given), np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of a tensor with a gradient
+        raise DataError(f"{name} must be numbers: {first_line(error).rstrip('.')}.") from None
+
+
+def _refuse_fork() -> None:
+    """ConfigError where the threads that torch computes with were left behind by a fork: it would wait for
+    them for ever."""
+    global _computed_in
+    if _computed_in is None:
+        _computed_in = os.getpid()
+    if _computed_in != os.getpid() and torch.get_num_threads() > 1:
+        raise ConfigError(
+            f"process {os.getpid()} was forked from one that had a PosePredictor, without the threads that "
+            f"torch computes with, and would wait for them for ever. Start processes by the method spawn "
+            f'(multiprocessing.get_context("spawn")), or call torch.set_num_threads(1) first in those that '
+            f"are forked."
+        )
 
 
 def _find_device(device: str) -> torch.device:

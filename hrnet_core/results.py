@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.geometry import Float32, UInt8
-from hrnet_core.images import encode_jpeg, encode_png, read_image
+from hrnet_core.images import check_pixels, encode_jpeg, encode_png, read_image
 from hrnet_core.oks import rescore
 from hrnet_core.overlays import draw_poses
 from hrnet_core.skeleton import COCO17, Skeleton
@@ -190,8 +190,8 @@ class Poses(_OnHost):
         """COCO keypoint results, ready for pycocotools' loadRes; a keypoint's third value is its score."""
         return [
             {
-                "image_id": image_id,
-                "category_id": category_id,
+                "image_id": int(image_id),
+                "category_id": int(category_id),
                 "keypoints": person.astype(np.float64).reshape(-1).tolist(),
                 "score": float(score),
                 "bbox": box.astype(np.float64).tolist(),
@@ -258,12 +258,13 @@ class Poses(_OnHost):
         """A copy of `image`, uint8 (H, W, 3) RGB, with the poses drawn in.
 
         None: the file of `path`, read again with its EXIF orientation applied. DataError where there is
-        none; ImageError where it is no picture any more.
+        none, or the image is another; ImageError where it is no picture any more.
         """
         if image is None:
             if self.path is None:
                 raise DataError("plot: these poses know no file: give the image that was predicted.")
             image = read_image(self.path)
+        image = check_pixels(image, "plot: the image")
         if image.shape[:2] != self.orig_shape:
             raise DataError(
                 f"plot: the image is (height, width) {image.shape[:2]}, but these poses are of one of "
@@ -273,8 +274,10 @@ class Poses(_OnHost):
         return draw_poses(image, self.keypoints.xy, self.keypoints.conf, self.skeleton, threshold, boxes_xywh)
 
     def save(self, file: str | Path, image: UInt8 | None = None, threshold: float = 0.3) -> Path:
-        """plot() into a file; .png keeps every pixel, anything else is a JPEG."""
+        """plot() into a file: a .png, which keeps every pixel, or a .jpg. DataError for another suffix."""
         file = Path(file)
+        if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise DataError(f"{file}: poses are drawn into a .png or a .jpg. Name one.")
         drawn = self.plot(image, threshold)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode_png(drawn) if file.suffix.lower() == ".png" else encode_jpeg(drawn))

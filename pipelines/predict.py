@@ -62,6 +62,12 @@ class Prediction:
         if told["rejected"]:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(told["rejected"].items()))
             lines.append(f"left out: {reasons}; each with its reason in rejected.json")
+        if several := counts.get("first_of_several"):
+            lines.append(f"{several:,} files hold several frames or pages: the first of each was taken")
+        if told["passed_over"]:
+            lines.append(
+                f"{told['passed_over']:,} files of the folders are no pictures or videos by their names"
+            )
         if told["boxes_unmatched"]:
             lines.append(f"{told['boxes_unmatched']:,} entries of the boxes file fit no picture")
         lines.append(f"{', '.join(told['formats'])}: {self.folder}")
@@ -69,7 +75,7 @@ class Prediction:
 
 
 def predict(
-    sources: Sequence[str],
+    sources: Sequence[str | Path],
     checkpoint: str | Path | None = None,
     *,
     out: str | Path | None = None,

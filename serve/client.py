@@ -36,6 +36,7 @@ from typing import Any
 
 # Nothing was computed, or what was is lost: the same request may be sent again.
 RETRIED = (408, 429, 502, 503)
+END = object()
 Picture = str | Path | bytes
 Boxes = Sequence[Sequence[float]] | None
 Progress = Callable[[int, int | None], object]
@@ -55,19 +56,23 @@ class Client:
     """One endpoint. Threads may share it: each has a connection of its own, which stays open.
 
     url: such as https://poses.example.com or http://127.0.0.1:8000; proxies are those of the environment.
-    key: sent as a bearer key. timeout_s: of one attempt. attempts: of a request in all.
+    key: sent as a bearer key. timeout_s: of one attempt, and the longest wait for the next that a server may
+    ask for. attempts: of a request in all. ValueError for what cannot be.
 
     Sent again after 408, 429, 502 and 503 (waiting as Retry-After says) and after a connection that was
-    refused or closed. ServerError for any other answer, OSError or http.client.HTTPException without one.
+    refused or closed. ServerError for any other answer that is none of the endpoint's, a redirection too;
+    OSError or http.client.HTTPException without one.
     """
 
     def __init__(
         self, url: str, *, key: str | None = None, timeout_s: float = 60.0, attempts: int = 5
     ) -> None:
-        self._url = urllib.parse.urlsplit(url.rstrip("/"))
+        self._url = urllib.parse.urlsplit(url.rstrip("/").removesuffix("/v1/poses"))
         if self._url.scheme not in ("http", "https") or not self._url.hostname:
             raise ValueError(f"{url}: expected an address such as http://127.0.0.1:8000")
-        self._key, self._timeout_s, self._attempts = key, timeout_s, attempts
+        if attempts < 1:
+            raise ValueError(f"attempts must be 1 or more, got {attempts}")
+        self._key, self._timeout_s, self._attempts = key and key.strip(), timeout_s, attempts
         self._own = threading.local()
         self._open: list[http.client.HTTPConnection] = []
 
@@ -93,7 +98,7 @@ class Client:
         "whole_image"), `score_threshold`, `max_found`, where the boxes are to be found.
         """
         asked = {} if format == "native" else {"format": format, "image_id": image_id}
-        return json.loads(self._post("/v1/poses", asked | find, image, boxes))
+        return _parsed(self._post("/v1/poses", asked | find, image, boxes))
 
     def overlay(self, image: Picture, boxes: Boxes = None, *, threshold: float = 0.3, **find: Any) -> bytes:
         """The picture with its poses drawn in, as PNG: POST /v1/overlay. find: as of `poses`."""
@@ -101,7 +106,7 @@ class Client:
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models: what answers, and the names of its keypoints."""
-        return json.loads(self._ask("GET", "/v1/models", None, {}))
+        return _parsed(self._ask("GET", "/v1/models", None, {}))
 
     def poses_of_many(
         self,
@@ -113,9 +118,11 @@ class Client:
     ) -> Iterator[tuple[Picture, dict[str, Any] | Exception]]:
         """Each picture and its answer, in their order; an exception in place of an answer that there is not.
 
-        images: pictures, or pairs of a picture and its boxes; read as they are needed. at_once: requests.
-        find: as of `poses`.
+        images: pictures, or pairs of a picture and its boxes; read as they are needed. One alone, in no list,
+        is a TypeError. at_once: requests. find: as of `poses`.
         """
+        if isinstance(images, str | bytes | bytearray):
+            raise TypeError("poses_of_many takes a list of pictures; of one, ask poses")
         total = len(images) if isinstance(images, Sequence) else None
         waiting: deque[tuple[Picture, Future[Any]]] = deque()
         done = 0
@@ -123,7 +130,7 @@ class Client:
             coming = iter(images)
             try:
                 while True:
-                    while len(waiting) < 2 * at_once and (one := next(coming, None)) is not None:
+                    while len(waiting) < 2 * at_once and (one := next(coming, END)) is not END:
                         image, boxes = one if isinstance(one, tuple) else (one, None)
                         waiting.append((image, pool.submit(self.poses, image, boxes, **find)))
                     if not waiting:
@@ -156,12 +163,17 @@ class Client:
                 if attempt == self._attempts:
                     raise
             else:
-                if response.status < 400:
+                if response.status < 300:
                     return body
-                if response.status not in RETRIED or attempt == self._attempts:
-                    raise ServerError(response.status, _problem(response.reason, body))
+                if response.status < 400:
+                    where = response.headers.get("Location", "nowhere")
+                    detail = f"the server sends on to {where}: give the address that it means"
+                    raise ServerError(response.status, {"title": response.reason, "detail": detail})
                 asked = response.headers.get("Retry-After", "")
                 wait = float(asked) if asked.isdigit() else wait
+                too_long = self._timeout_s is not None and wait > self._timeout_s
+                if response.status not in RETRIED or attempt == self._attempts or too_long:
+                    raise ServerError(response.status, _problem(response.reason, body))
             time.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -257,18 +269,40 @@ def _connect(
 
 def _form(image: Picture, boxes: Boxes) -> tuple[bytes, str]:
     """A multipart/form-data body and its media type."""
-    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    if isinstance(image, bytes | bytearray | memoryview):
+        data = bytes(image)
+    elif isinstance(image, str | os.PathLike):
+        data = Path(image).read_bytes()
+    else:
+        what = type(image).__name__
+        raise TypeError(
+            f"a picture is a file's name or its bytes, got {what}: pixels are sent as PNG or JPEG"
+        )
     boundary = uuid.uuid4().hex
     parts = [
         b'Content-Disposition: form-data; name="image"; filename="image"\r\n'
         b"Content-Type: application/octet-stream\r\n\r\n" + data
     ]
     if boxes is not None:
-        numbers = [[float(v) for v in box] for box in boxes]
+        try:
+            numbers = [[float(v) for v in box] for box in boxes]
+        except TypeError:
+            raise TypeError(
+                f"boxes are [[x, y, w, h], ...], a list of one for one person, got {boxes!r}"
+            ) from None
         parts.append(b'Content-Disposition: form-data; name="boxes"\r\n\r\n' + json.dumps(numbers).encode())
     mark = f"--{boundary}".encode()
     body = b"".join(mark + b"\r\n" + part + b"\r\n" for part in parts) + mark + b"--\r\n"
     return body, f"multipart/form-data; boundary={boundary}"
+
+
+def _parsed(body: bytes) -> Any:
+    """The JSON of an answer."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        detail = f"the answer begins with {body[:40]!r}, no JSON: is this the endpoint's address?"
+        raise ServerError(200, {"title": "OK", "detail": detail}) from None
 
 
 def _problem(reason: str, body: bytes) -> dict[str, Any]:

@@ -204,6 +204,25 @@ def test_damaged_files_are_refused_by_name(folder: Path, tmp_path: Path) -> None
         load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         load_checkpoint(tmp_path / "nowhere")
+    (folder / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json: no readable JSON"):
+        load_checkpoint(folder)
+
+
+def test_a_folder_of_checkpoints_and_an_address_say_what_to_load(tmp_path: Path) -> None:
+    """A run's folder, which holds `best`; a URI or a registered version, which only the verbs fetch."""
+    for name in ("best", "last"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "checkpoint.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"run: no checkpoint itself.* Name \S+/run/best, \S+/run/last\."
+    ):
+        load_checkpoint(tmp_path / "run")
+    for address in ("s3://bucket/best", "models:/hrnet-pose@champion", Path("s3://bucket/best")):
+        with pytest.raises(
+            CheckpointError, match=r"fetch_checkpoint copies .*local_checkpoint also a registered"
+        ):
+            load_checkpoint(address)
 
 
 def swap_sides(state: dict[str, Tensor]) -> None:

@@ -183,6 +183,16 @@ def test_alpha_is_dropped_and_the_colours_stay() -> None:
     palette = Image.fromarray(PICTURE).quantize(16)
     data = save(palette, "PNG", transparency=3)
     np.testing.assert_array_equal(decode_image(data, apply_exif=False), np.asarray(palette.convert("RGB")))
+    # OpenCV's reader of GIF leaves the background where a pixel is transparent.
+    looked_up, index = np.asarray(palette.convert("RGB")).copy(), np.asarray(palette)
+    data = save(palette, "GIF", transparency=3, background=5)
+    stored = Image.open(io.BytesIO(data))
+    background = np.array(stored.getpalette()).reshape(-1, 3)[stored.info["background"]]
+    clear = np.asarray(stored) == stored.info["transparency"]
+    gif = decode_image(data, apply_exif=False)
+    assert 0 < clear.sum() < index.size
+    np.testing.assert_array_equal(gif[~clear], looked_up[~clear])
+    assert (gif[clear] == background).all()
     # libtiff's own reader multiplies: what is transparent is black.
     tiff = decode_image(save(rgba, "TIFF"), apply_exif=False)
     np.testing.assert_array_equal(tiff[:, :48], PICTURE[:, :48])

@@ -68,7 +68,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "hrnet_core.model": {"torch", "hrnet_core.architecture"},
     "hrnet_core.loss": {"torch"},
-    "hrnet_core.overlays": {"numpy", "cv2", "PIL", "hrnet_core.geometry", "hrnet_core.skeleton"},
+    "hrnet_core.overlays": {
+        "numpy",
+        "cv2",
+        "PIL",
+        "hrnet_core.geometry",
+        "hrnet_core.images",
+        "hrnet_core.skeleton",
+    },
     "hrnet_core.results": {
         "numpy",
         "hrnet_core.overlays",

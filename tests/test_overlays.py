@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hrnet_core.errors import DataError
 from hrnet_core.overlays import draw_heatmaps, draw_poses, tile
 from hrnet_core.skeleton import COCO17, HEAD, LEFT, RIGHT, Skeleton
 
@@ -69,6 +70,30 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert drawn[60, 150].tolist() == [255, 255, 255]
     assert drawn[110, 250].tolist() == [255, 255, 255]
     assert (drawn[100:120, 100:200] == 90).all()
+
+
+def test_a_box_that_is_none_leaves_its_person_drawn() -> None:
+    """It told how thick the lines are: a NaN was an error of OpenCV's."""
+    without = draw_poses(GREY, bone(100, 500), None, BONE)
+    for box in ([0, 0, np.nan, 9], [0, 0, np.inf, 9], [0, 0, 1e9, 9]):
+        assert (draw_poses(GREY, bone(100, 500), None, BONE, boxes_xywh=[box]) == without).all()
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    """A grey or a float picture came back as such, drawn into; of two people with one box one was drawn."""
+    two = np.concatenate([bone(100, 300), bone(400, 500)])
+    for image in (GREY[..., 0], GREY / 255.0, GREY[..., :2]):
+        with pytest.raises(DataError, match=r"image must be a uint8 array \(H, W, 3\), RGB"):
+            draw_poses(image, two, None, BONE)
+        with pytest.raises(DataError, match=r"crop must be a uint8 array \(H, W, 3\), RGB"):
+            draw_heatmaps(image, np.zeros((2, 8, 6)))
+    with pytest.raises(ValueError, match="one a person: 1 boxes, 2 people"):
+        draw_poses(GREY, two, None, BONE, boxes_xywh=[[50, 60, 200, 100]])
+    with pytest.raises(ValueError, match=r"keypoints must be \(P, 2, 2\), x and y of .*, got \(2, 2, 3\)"):
+        draw_poses(GREY, np.dstack([two, np.ones((2, 2))]), None, BONE)
+    with pytest.raises(ValueError, match=r"heatmaps must be \(K, H, W\) of one person, got \(1, 2, 8, 6\)"):
+        draw_heatmaps(GREY, np.zeros((1, 2, 8, 6)))
+    assert (draw_poses(GREY, [], [], BONE, boxes_xywh=[]) == GREY).all()
 
 
 @pytest.mark.parametrize(("column", "row"), [(0, 0), (12, 20), (47, 63)])

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from pipelines.config import PredictSettings
 from pipelines.poses.oks_ap import evaluate_results
 from pipelines.poses.plan import Still, Stretch
 from pipelines.poses.units import digest_of
+from pipelines.poses.worker import Worker
 from pipelines.predict import Prediction, predict
 from pipelines.sources.boxes import read_boxes
-from pipelines.sources.media import Media, list_media
+from pipelines.sources.media import Media, Video, list_media
 from pipelines.sources.photos import open_photo
 from pipelines.sources.records import Photo, Rejection
 from pipelines.sources.rows import is_box
@@ -229,8 +231,25 @@ def test_bad_pictures_are_listed_and_the_others_answered(
     assert done.summary["counts"] == {"pictures": 6, "people": 6}
     assert done.summary["passed_over"] == 1
     assert "left out: empty 1, not_a_video 1, not_an_image 1, truncated 2, unsupported_format 1" in str(done)
+    assert "\n1 files of the folders are no pictures or videos by their names\n" in str(done)
     detail = {row["name"]: row["detail"] for row in load(tmp_path / "out" / "rejected.json")}
     assert "its end is missing" in detail["cut.png"]
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_told(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    first, second = (Image.fromarray(np.roll(picture(dots), n, axis=1)) for n in (0, 9))
+    several: dict[str, dict[str, Any]] = {"a.gif": {}, "b.webp": {"lossless": True}, "c.png": {}, "d.tif": {}}
+    for name, settings in several.items():
+        first.save(tmp_path / name, save_all=True, append_images=[second], **settings)
+    first.save(tmp_path / "one.gif")
+    done = run(dots, tmp_path, tmp_path / "out")
+    images = load(tmp_path / "out" / "images.json")
+    assert [i["file_name"] for i in images if i.get("first_of_several")] == list(several)
+    assert all(i.get("first_of_several", True) for i in images)
+    assert done.summary["counts"] == {"pictures": 5, "people": 5, "first_of_several": 4}
+    assert "\n4 files hold several frames or pages: the first of each was taken\n" in str(done)
 
 
 def test_avif_and_heic_are_pictures_of_a_folder(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
@@ -464,6 +483,30 @@ def test_boxes_that_are_none_and_pictures_that_have_none(
     shutil.copy(sources[0], extra)
     run(dots, [*sources, extra], tmp_path / "b", dots["annotations"])
     assert rejected(tmp_path / "b") == {"extra.png": "not_in_boxes_file"}
+
+
+@pytest.mark.parametrize("name", ["same.png", "000000000139.png"])
+def test_boxes_of_a_name_that_two_sources_have_are_nobodys(
+    dots: dict[str, Any], tmp_path: Path, here: None, name: str
+) -> None:
+    """They went to the first, and the second was answered with nobody."""
+    folders, box = [tmp_path / "x", tmp_path / "y z"], [[10, 12, 70, 130]]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copy(dots["pictures"] / f"picture-{number}.png", folder / name)
+    boxes: Any = {name: box}
+    if name != "same.png":
+        boxes = [{"image_id": 139, "category_id": 1, "bbox": box[0], "score": 0.9}]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    for sources in (folders, [f"file://{str(folder).replace(' ', '%20')}" for folder in folders]):
+        with pytest.raises(
+            DataError, match=rf"Two sources have the name {name}; the second, .* one source at"
+        ):
+            run(dots, sources, tmp_path / "out", tmp_path / "boxes.json")
+    second = name.replace(".png", "-2.png")
+    (tmp_path / "boxes.json").write_text(json.dumps({name: box, second: box * 2}))
+    done = run(dots, folders, tmp_path / "both", tmp_path / "boxes.json")
+    assert done.summary["counts"] == {"pictures": 2, "people": 3}
 
 
 @pytest.mark.parametrize(
@@ -711,6 +754,102 @@ def test_a_video_that_is_cut_off_is_told_once_wherever_it_ends(
     assert len(ends) == 1
 
 
+def write_matroska(file: Path, dots: dict[str, Any], kept: list[int], frames: int = 40) -> Path:
+    """Of so many frames, each a JPEG, those `kept` at their times; the others become padding (EBML Void)."""
+    content = bytearray(write_video(file, dots, frames).read_bytes())
+    blocks, at = [], content.index(b"\x1f\x43\xb6\x75")  # the first cluster
+    while (at := content.find(b"\xa3", at)) >= 0:  # SimpleBlock: its size, track 1, time, keyframe, a JPEG
+        if b"\xff\xd8\xff" in content[at + 5 : at + 12]:
+            blocks.append(at)
+        at += 1
+    assert len(blocks) == frames
+    for block in (block for n, block in enumerate(blocks) if n not in kept):
+        content[block] = 0xEC
+    file.write_bytes(content)
+    return file
+
+
+def test_a_video_of_another_pace_is_not_said_to_be_cut_off(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """As screens and browsers record: fewer frames than length and rate promise, up to the end."""
+    uneven = write_matroska(tmp_path / "uneven.mkv", dots, [0, 1, 2, 3, 10, 17, 24, 31, 38])
+    cut = write_matroska(tmp_path / "cut.mkv", dots, list(range(9)))
+    done = run(dots, [uneven, cut], tmp_path / "out", batch_size=4)
+    assert done.summary["counts"]["frames"] == 18
+    told = {row["name"]: row for row in load(tmp_path / "out" / "rejected.json")}
+    assert {name: row["reason"] for name, row in told.items()} == {
+        "uneven.mkv": "frames_missing",
+        "cut.mkv": "video_cut_off",
+    }
+    assert told["uneven.mkv"]["detail"].startswith("9 frames can be read up to its end")
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_frames_after_damage_are_answered_whoever_works_on_them(
+    dots: dict[str, Any], tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    """Five frames in the middle are gone. An actor that comes new to each stretch says the same as one that
+    keeps the video open, and both as what decodes on."""
+    content = bytearray(write_video(tmp_path / "clip.mp4", dots, 40, "mp4v").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + len(content) // 10] = bytes(len(content) // 10)
+    (tmp_path / "clip.mp4").write_bytes(content)
+    capture = cv2.VideoCapture(str(tmp_path / "clip.mp4"), cv2.CAP_FFMPEG)
+    given = [capture.grab() for _ in range(60)]
+    hole, there = given.index(False), sum(given)
+    assert True in given[hole:]
+    assert 30 < there < 40
+
+    settings: dict[str, Any] = {"batch_size": 2, "video_stride": stride, "flip_test": False}
+    run(dots, tmp_path / "clip.mp4", tmp_path / "kept", **settings)
+    read = Worker._read_frames
+
+    def anew(self: Worker, *rest: Any) -> Any:
+        self._video = None
+        return read(self, *rest)
+
+    monkeypatch.setattr(Worker, "_read_frames", anew)
+    run(dots, tmp_path / "clip.mp4", tmp_path / "anew", **settings)
+    # Not poses.json: what FFmpeg fills damaged parts of a frame with may be another thing each time.
+    for name in ("images.json", "rejected.json"):
+        assert load(tmp_path / "anew" / name) == load(tmp_path / "kept" / name)
+    answered = [image["frame"] for image in load(tmp_path / "kept" / "images.json")]
+    assert answered == list(range(0, there, stride))
+    first, *_ = load(tmp_path / "kept" / "rejected.json")
+    assert (first["reason"], first["frame"]) == ("frames_missing", hole)
+    assert f"before frame {hole} something is damaged" in first["detail"]
+
+
+def test_a_video_without_one_frame_that_can_be_read_is_none(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """As one of a codec that OpenCV's FFmpeg does not decode (AV1): it opens, and nothing comes."""
+    clip = write_matroska(tmp_path / "clip.mkv", dots, [], 14)
+    write_video(tmp_path / "good.avi", dots, 3)
+    done = run(dots, [clip, tmp_path / "good.avi"], tmp_path / "out", batch_size=2)
+    assert done.summary["counts"]["frames"] == 3
+    (row,) = load(tmp_path / "out" / "rejected.json")
+    assert (row["reason"], row["frame"]) == ("not_a_video", None)
+    assert "its codec (MJPG) is not read here: save it again as H.264" in row["detail"]
+
+
+def test_what_a_header_cannot_mean_does_not_plan_a_million_units(
+    dots: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    """A length of 30 years, as a damaged header has it. (An audio file's cover has 90,000 frames/s.)"""
+    clip = write_matroska(tmp_path / "clip.mkv", dots, list(range(14)), 14)
+    content = bytearray(clip.read_bytes())
+    length = content.index(b"\x44\x89\x88") + 3  # Duration, a double, ms
+    content[length : length + 8] = struct.pack(">d", 1e12)
+    clip.write_bytes(content)
+    assert cv2.VideoCapture(str(clip), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT) > 1e9
+    assert Video(str(clip), 10**6).expected == 0
+    done = run(dots, clip, tmp_path / "out", batch_size=4)
+    assert done.summary["counts"]["frames"] == 14
+    assert not done.summary["rejected"]
+
+
 # --- sources ------------------------------------------------------------------------------------------
 
 
@@ -756,6 +895,37 @@ def test_pictures_and_videos_behind_a_uri(
     assert (tmp_path / "uri" / "overlays" / "p 1.png.jpg").exists()
     assert (tmp_path / "uri" / "videos" / "clip.avi.mp4").exists()
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_link_to_a_folder_above_is_followed_once(dots: dict[str, Any], tmp_path: Path) -> None:
+    """pyarrow lists what lies there 41 times."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(dots["pictures"] / "picture-0.png", folder / "a.png")
+    shutil.copy(dots["pictures"] / "picture-1.png", folder / "deep" / "b.png")
+    (folder / "deep" / "up").symlink_to(folder)
+    (folder / "linked.png").symlink_to(folder / "a.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(dots["pictures"] / "picture-2.png", elsewhere / "c.png")
+    (folder / "more").symlink_to(elsewhere)
+    for source in (str(folder), f"file://{folder}"):
+        media, _ = list_media([source])
+        assert [one.name for one in media] == ["a.png", "deep/b.png", "linked.png", "more/c.png"]
+
+
+def test_sources_from_python_are_a_list(dots: dict[str, Any], tmp_path: Path, here: None) -> None:
+    """A path alone was taken letter by letter: / is the whole disk."""
+    for alone in (str(tmp_path / "nothing"), tmp_path / "nothing"):
+        with pytest.raises(TypeError, match=r"sources are a list of paths and URIs, got '.*nothing' alone"):
+            list_media(alone)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no source is named"):
+        list_media([])
+    shutil.copy(dots["pictures"] / "picture-0.png", tmp_path / "a.png")
+    assert (
+        predict([tmp_path / "a.png"], dots["checkpoint"], out=tmp_path / "out").summary["counts"]["people"]
+        == 1
+    )
 
 
 def test_results_inside_a_source_are_no_sources(dots: dict[str, Any], tmp_path: Path, here: None) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
+import pickle
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -232,6 +237,113 @@ def test_images_and_scores_are_checked() -> None:
         predictor.predict_crops(np.zeros((1, 192, 256, 3), np.uint8))
 
 
+class _NotRgb(NamedTuple):
+    given: Any
+    got: str
+    way_out: str
+
+
+def not_rgb() -> list[_NotRgb]:
+    from PIL import Image
+
+    image = blobs()
+    return [
+        _NotRgb(None, "NoneType", "cv2.imread gives None where it cannot read a file"),
+        _NotRgb(b"\xff\xd8\xff", "bytes", "decode_image makes one of a file's bytes"),
+        _NotRgb(Image.fromarray(image), "Image", r"exif_transpose\(image\).convert\('RGB'\)"),
+        _NotRgb(torch.from_numpy(image).permute(2, 0, 1), "Tensor", r"permute\(1, 2, 0\)"),
+        _NotRgb(image[..., 0], r"uint8 \(480, 640\)", "COLOR_GRAY2RGB"),
+        _NotRgb(image[..., :1], r"uint8 \(480, 640, 1\)", "COLOR_GRAY2RGB"),
+        _NotRgb(np.dstack([image, image[..., 0]]), r"uint8 \(480, 640, 4\)", "leaves alpha out"),
+        _NotRgb(image.transpose(2, 0, 1), r"uint8 \(3, 480, 640\)", r"transpose\(1, 2, 0\)"),
+        _NotRgb(image / 255.0, "float64", r"np.rint\(255 \* image\)"),
+        _NotRgb(image.astype(np.uint16) * 257, "uint16", "image >> 8"),
+        _NotRgb(image.astype(np.int64), "int64", r"image.astype\(np.uint8\)"),
+    ]
+
+
+def test_what_is_no_array_of_rgb_is_told_how_to_become_one() -> None:
+    """Alone as among others: one picture is not taken for a list of its rows."""
+    predictor = color_predictor()
+    for given, got, way_out in not_rgb():
+        with pytest.raises(DataError, match=f"^images must be a uint8 array .* got {got}.*{way_out}"):
+            predictor(given)
+        with pytest.raises(DataError, match=rf"^images\[1\] must be a uint8 array .* got {got}.*{way_out}"):
+            predictor([blobs(), given])
+    assert len(predictor(image for image in (blobs(), blobs()))) == 2
+
+
+def test_boxes_of_another_shape_are_told_the_right_one() -> None:
+    predictor = color_predictor()
+    with pytest.raises(DataError, match=r"the scores into box_scores; got \(1, 5\)"):
+        predictor(blobs(), [[*BOX, 0.9]])
+    with pytest.raises(DataError, match=r"boxes_xywh must be numbers: .*requires grad"):
+        predictor(blobs(), torch.tensor([BOX], requires_grad=True))
+    expected = predictor(blobs(), [BOX])[0].keypoints.data
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (predictor(blobs(), torch.tensor([BOX]))[0].keypoints.data == expected).all()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "2"])
+def test_a_batch_is_of_one_or_more(size: Any) -> None:
+    """-1 was answered with zeros."""
+    with pytest.raises(ConfigError, match=f"batch_size must be a whole number from 1 up, got {size!r}"):
+        color_predictor()(blobs(), [BOX], batch_size=size)
+    with pytest.raises(ConfigError, match="flip_test must be True, False or None, got 'no'"):
+        color_predictor()(blobs(), [BOX], flip_test="no")  # type: ignore[arg-type]
+
+
+FORKED = """
+import multiprocessing, sys
+import numpy as np, torch
+from hrnet_core.predictor import PosePredictor
+
+torch.set_num_threads(2)
+predictor = PosePredictor.load(sys.argv[1], device="cpu")
+image = np.zeros((200, 300, 3), np.uint8)
+
+def child(threads):
+    torch.set_num_threads(threads)
+    for what in (lambda: predictor(image), lambda: PosePredictor.load(sys.argv[1], device="cpu")(image)):
+        try:
+            print(len(what()), flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+
+for threads in (2, 1):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(threads,))
+    process.start()
+    process.join(60)
+    print("ended" if process.exitcode == 0 else "hangs", flush=True)
+    process.kill()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_refused_where_it_would_wait_for_ever(tmp_path: Path) -> None:
+    """torch's threads do not come along; with one thread there are none to wait for."""
+    model, predictor = hrnet_predictor()
+    save_checkpoint(tmp_path / "checkpoint", model, predictor.spec)
+    command = [sys.executable, "-c", FORKED, str(tmp_path / "checkpoint")]
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=200
+    ).stdout.splitlines()
+    assert len(told) == 6
+    for line in told[:2]:
+        assert line.startswith("ConfigError process ")
+        assert 'multiprocessing.get_context("spawn")' in line
+        assert "torch.set_num_threads(1)" in line
+    assert told[2:] == ["ended", "1", "1", "ended"]
+
+
+def test_a_predictor_can_be_pickled() -> None:
+    _, predictor = hrnet_predictor()
+    image = noise(1)[0]
+    there = pickle.loads(pickle.dumps(predictor))
+    assert (there(image)[0].keypoints.data == predictor(image)[0].keypoints.data).all()
+
+
 def test_arrays_of_any_layout_are_taken_and_left_alone() -> None:
     predictor = color_predictor("udp")
     image = blobs()
@@ -247,6 +359,8 @@ def test_arrays_of_any_layout_are_taken_and_left_alone() -> None:
     crops = np.zeros((1, 256, 192, 3), np.uint8)
     crops.flags.writeable = False
     assert predictor.predict_crops(crops)[1].max() == 0
+    with pytest.raises(ValueError, match=r"crops must be an array .* got list"):
+        predictor.predict_crops(list(crops))  # type: ignore[arg-type]
 
 
 def test_a_path_is_read_as_it_is_shown(tmp_path: Path) -> None:

@@ -158,17 +158,37 @@ EXAMPLES = re.findall(
 )
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["datasets", "duckdb", "polars", "pandas"])
+READERS = ("datasets", "duckdb", "polars", "pandas", "ray")
+
+
+@pytest.mark.parametrize(
+    ("reader", "code"),
+    [
+        pytest.param(reader, code, id=reader, marks=[pytest.mark.ray] if reader == "ray" else [])
+        for reader, code in zip(READERS, EXAMPLES, strict=True)
+    ],
+)
 def test_the_examples_of_the_docs_run(
-    code: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: str,
+    code: str,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     import datasets
+
+    assert f"import {reader}" in code or f", {reader}" in code or f"from {reader}" in code
+    if reader == "ray":
+        request.getfixturevalue("ray_local")
 
     (tmp_path / "SHARDS").symlink_to(shards)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     names: dict[str, Any] = {}
     exec(compile(code, "docs/shards.md", "exec"), names)
+    if reader == "ray":
+        assert {row["ann_id"] for row in names["people"].take_all()} == {1, 2, 3, 4, 5, 6}
     if "row" in names:
         assert len(names["row"]["heatmaps"]) == 2 * 17 * 24 * 16
 

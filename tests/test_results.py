@@ -209,5 +209,13 @@ def test_plot_and_save_read_the_file_again(poses: Poses, tmp_path: Path) -> None
         poses.plot()
     with pytest.raises(DataError, match=r"image is \(height, width\) \(10, 20\).*\(400, 500\)"):
         poses.plot(np.zeros((10, 20, 3), np.uint8))
+    with pytest.raises(
+        DataError, match=r"plot: the image must be a uint8 array .* got float64 \(400, 500, 3\)"
+    ):
+        poses.plot(image / 255.0)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"plot: the image must be .* got str\. hrnet_core.images.read_image"):
+        poses.plot("a.png")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"drawn\.webp: poses are drawn into a \.png or a \.jpg"):
+        poses.save(tmp_path / "drawn.webp", image)
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         Poses(poses.keypoints, poses.boxes, (400, 500), path=str(tmp_path / "gone.png")).plot()

@@ -154,6 +154,99 @@ def test_a_connection_is_used_again_and_opened_again_without_a_wait(
         assert (len(asked), len(ports)) == (3, 3 if close else 1)
 
 
+@pytest.fixture
+def scripted() -> Iterator[tuple[str, list[tuple[int, dict[str, str], bytes]], list[str]]]:
+    """A server that gives the answers that are put into a list, one after the other; the paths asked."""
+    answers: list[tuple[int, dict[str, str], bytes]] = []
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(f"{self.path} {self.headers['Authorization']}")
+            status, headers, body = answers.pop(0)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", answers, asked
+        server.shutdown()
+        thread.join()
+
+
+def test_answers_that_are_not_the_endpoints_are_told(scripted: Any) -> None:
+    """A proxy that wants https, another server at that address."""
+    url, answers, _ = scripted
+    answers += [(307, {"Location": "https://poses.example/v1/poses"}, b""), (200, {}, b"<html>hello</html>")]
+    with Client(url) as asking:
+        with pytest.raises(ServerError, match=r"307 .* sends on to https://poses.example/v1/poses: give the"):
+            asking.poses(PNG)
+        with pytest.raises(
+            ServerError, match="200 OK: the answer begins with b'<html>hello</html>', no JSON"
+        ):
+            asking.poses(PNG)
+
+
+def test_a_wait_longer_than_the_limit_of_time_is_not_waited(
+    scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, answers, asked = scripted
+    waited: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", waited.append)
+    answers += [(429, {"Retry-After": "7"}, b""), (429, {"Retry-After": "86400"}, b'{"title": "later"}')]
+    with Client(url, timeout_s=10) as asking, pytest.raises(ServerError, match="429 later"):
+        asking.poses(PNG)
+    assert (len(asked), waited) == (2, [7.0])
+
+
+def test_what_is_given_wrong_is_told_before_anything_is_sent(scripted: Any) -> None:
+    url, answers, asked = scripted
+    with Client(url) as asking:
+        with pytest.raises(TypeError, match="a picture is a file's name or its bytes, got ndarray"):
+            asking.poses(np.zeros((4, 4, 3), np.uint8))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"boxes are \[\[x, y, w, h\], \.\.\.\].*got \[1, 2, 3, 4\]"):
+            asking.poses(PNG, [1, 2, 3, 4])  # type: ignore[list-item]
+        for one in ("photo.jpg", PNG):
+            with pytest.raises(TypeError, match="takes a list of pictures"):
+                next(asking.poses_of_many(one))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attempts must be 1 or more"):
+        Client(url, attempts=0)
+    assert asked == []
+    # The address as curl has it, a key as a file has it, bytes of another kind.
+    answers.append((200, {}, b"{}"))
+    assert client.poses(f"{url}/v1/poses", bytearray(PNG), key="secret\n") == {}  # type: ignore[arg-type]
+    assert asked == ["/v1/poses Bearer secret"]
+
+
+def test_of_many_none_is_lost(scripted: Any) -> None:
+    """None, as a look-up may give it, was taken for the end."""
+    url, answers, _ = scripted
+    answers += [(200, {}, b"{}")] * 4
+    given: list[Any] = [PNG, None, PNG, PNG, None, PNG]
+    with Client(url) as asking:
+        found = list(asking.poses_of_many(given, at_once=1))
+    assert [picture for picture, _ in found] == given
+    assert [answer if answer == {} else type(answer) for _, answer in found] == [
+        {},
+        TypeError,
+        {},
+        {},
+        TypeError,
+        {},
+    ]
+
+
 def test_the_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for address, asked in counting(False):
         monkeypatch.setenv("http_proxy", address)

@@ -37,6 +37,7 @@ ROW = pa.schema(
         ("width", pa.int32()),  # as displayed
         ("height", pa.int32()),
         ("exif_rotated", pa.bool_()),
+        ("first_of_several", pa.bool_()),  # an animation's or a file's of several pages; null: of one
         ("boxes_source", pa.string()),
         ("boxes_xywh", pa.list_(pa.float32())),  # P * 4
         ("box_scores", pa.list_(pa.float32())),  # P
@@ -86,8 +87,9 @@ def write_all(
 ) -> tuple[Counter[str], Counter[str]]:
     """Every format of the settings, and images.json and rejected.json, in a folder (path or URI).
 
-    Returns how many pictures, frames and people were answered, and how many rejected, by reason. DataError,
-    once all is written, where no picture was usable; OSError where a file cannot be written.
+    Returns how many pictures, frames and people were answered (and how many pictures were the first of
+    several in their file), and how many rejected, by reason. DataError, once all is written, where no picture
+    was usable; OSError where a file cannot be written.
     """
     counts, left_out, writers = Counter[str](), Counter[str](), list[Write]()
     remove_leftovers(out)
@@ -118,8 +120,9 @@ def write_all(
             image_id = row["image_id"]
             if image_id is None:
                 image_id = counts["pictures"] + counts["frames"]
-            shown = ("width", "height", "frame", "exif_rotated", "boxes_source")
-            known = {key: row[key] for key in shown if row[key] is not None}
+            counts["first_of_several"] += bool(row.get("first_of_several"))
+            shown = ("width", "height", "frame", "exif_rotated", "first_of_several", "boxes_source")
+            known = {key: row[key] for key in shown if row.get(key) is not None}
             images({"id": image_id, "file_name": row["name"], **known})
             for write in writers:
                 write(image_id, row, poses)

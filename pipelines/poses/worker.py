@@ -112,7 +112,8 @@ class Worker:
                 image = picture.decode()
             except ImageError as error:
                 return _Seen(rejected_row(media, error.reason, str(error)))
-            return self._seen(row | {"exif_rotated": picture.turned}, image, asked.boxes, threads)
+            row |= {"exif_rotated": picture.turned, "first_of_several": picture.header.frames > 1 or None}
+            return self._seen(row, image, asked.boxes, threads)
 
     def _read_frames(self, asked: Stretch, threads: Threads) -> Iterator[_Seen]:
         """Frames of a stretch. A video that ends too early says so once; boxes after its end are
@@ -131,13 +132,19 @@ class Worker:
         if video.skip_to(start):
             for number, image in video.frames(start, stop, stride):
                 yield self._seen(row | {"frame": number}, image, asked.boxes_in(number), threads)
+        # Each stretch tells what it was the first to meet, whoever works on the one before.
+        damaged = [n for n in video.damaged if start - stride < n and (stop is None or n <= stop - stride)]
+        if damaged:
+            where = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+            detail = (
+                f"before frame {where} something is damaged; the frames after it are answered, and numbered "
+                f"as if nothing were between"
+            )
+            yield _Seen(rejected_row(media, "frames_missing", detail, damaged[0]))
         ended = stop is None or video.position <= stop - stride
         told = video.position <= start - stride  # by the stretch that lacked a frame first
-        # The header's count is an estimate: off by a few frames it means nothing.
-        missing = video.position == 0 or expected - video.position > max(stride, expected // 50, 2)
-        if ended and missing and not told:
-            detail = f"no frame can be read after {video.position}, its header promises {expected}"
-            yield _Seen(rejected_row(media, "video_cut_off", detail, video.position))
+        if ended and not told and (why := _too_few(video, expected, stride)) is not None:
+            yield _Seen(rejected_row(media, *why, video.position or None))
         late = sorted(n for n in asked.frames or () if n >= video.position) if ended else []
         if late:
             which = f"frame {late[0]}" if len(late) == 1 else f"{len(late)} frames, {late[0]} to {late[-1]},"
@@ -156,6 +163,24 @@ class Worker:
         (people,) = threads.predictor.prepare(image, xywh, scores)
         drawn = "overlays" in self.settings.formats and "frame" not in row
         return _Seen(row, people, image if drawn else None)
+
+
+def _too_few(video: Video, expected: int, stride: int) -> tuple[str, str] | None:
+    """Of a video that was read to its end: reason and detail, where that came too early."""
+    read = video.position
+    if not read:
+        return "not_a_video", (
+            f"none of its frames can be read: the file is damaged, cut off, or its codec ({video.codec}) is "
+            f"not read here: save it again as H.264, such as by ffmpeg -i CLIP -c:v libx264 NEW.mp4."
+        )
+    if not video.lacks_frames(stride):
+        return None
+    if video.at_end:
+        return "frames_missing", (
+            f"{read} frames can be read up to its end, where its length and rate promise {expected}: its "
+            f"rate varies, or some in between are damaged"
+        )
+    return "video_cut_off", f"no frame can be read after {read}, its header promises {expected}"
 
 
 @dataclass

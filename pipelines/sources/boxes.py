@@ -58,13 +58,22 @@ class BoxesFile:
         """Entries by Media.name, and the keys that no picture has.
 
         A key fits the picture's name; or, where only one picture has it, the last part of the name or the
-        number that it is. DataError where nothing fits.
+        number that it is. DataError where nothing fits, or where two sources have a name and it is not said
+        whose the boxes are.
         """
         last = Counter(posixpath.basename(m.name) for m in media)
         number = Counter(number_in(m.name) for m in media)
         found: dict[str, Entry] = {}
         used = set()
         for one in media:
+            first = one.first_name
+            if first != one.name and one.name not in self.entries:
+                for key in {first, number_in(first)} & self.entries.keys():
+                    raise DataError(
+                        f"{self.path}: whose are the boxes of {key}? Two sources have the name {first}; the "
+                        f"second, {one.uri}, is {one.name} here. Predict one source at a time, or give boxes "
+                        f"to both names."
+                    )
             base, digits = posixpath.basename(one.name), number_in(one.name)
             keys = ((one.name, 1), (base, last[base]), (digits, number[digits]))
             key = next((key for key, uses in keys if uses == 1 and key in self.entries), None)

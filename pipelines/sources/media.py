@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,21 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.locations import is_uri, open_folder, refuse_no_bucket
-from pipelines.storage import absolute, answering
+from pipelines.storage import absolute, answering, list_tree
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic",
+    ".heif",
+)  # fmt: skip
 UNREAD = (".jp2",)
 """Pictures that we do not decode: taken, so that they are rejected by name instead of passed over."""
-VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts")
+VIDEOS = (
+    ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts",
+    ".3gp", ".ogv",
+)  # fmt: skip
+ATTEMPTS = 100
+"""OpenCV gives no frame for a damaged packet, as at the end of a video, but goes on when it is asked
+again."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,31 @@ class Media:
     """Bytes."""
     modified_ns: int
 
+    @property
+    def first_name(self) -> str:
+        """Its name before it was made unique."""
+        file = self.uri.partition("?")[0] if is_uri(self.uri) else self.uri
+        base = posixpath.basename(file)
+        return posixpath.join(posixpath.dirname(self.name), unquote(base) if is_uri(self.uri) else base)
 
-def list_media(sources: Sequence[str], exclude: str | Path | None = None) -> tuple[tuple[Media, ...], int]:
+
+def list_media(
+    sources: Sequence[str | Path], exclude: str | Path | None = None
+) -> tuple[tuple[Media, ...], int]:
     """What the sources name, in their order, each folder and glob by name and every file once; and how many
     files of folders are neither pictures nor videos by name. DataError for a source that names nothing.
 
+    sources: paths and URIs; one alone, in no list, is a TypeError.
     exclude: a folder whose files do not count: the one that is written into.
     """
+    if isinstance(sources, str | os.PathLike):  # its letters would be sources: / is one of them
+        raise TypeError(f"sources are a list of paths and URIs, got {str(sources)!r} alone")
+    if not sources:
+        raise DataError("no source is named: give pictures, videos, folders, globs or URIs.")
     found: dict[str, Media] = {}
     passed_over = 0
     outside = None if exclude is None else f"{absolute(str(exclude)).partition('?')[0]}/"
-    for source in sources:
+    for source in map(str, sources):
         some, passed = _of_uri(source) if is_uri(source) else _of_path(os.path.expanduser(source))
         there = len(some)
         some = [m for m in some if outside is None or not m.uri.startswith(outside)]
@@ -113,9 +136,12 @@ def _of_uri(source: str) -> tuple[list[Media], int]:
 
 
 def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -> tuple[list[Media], int]:
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    if isinstance(files, fs.LocalFileSystem):  # a link to a folder above would be followed 40 times
+        found = files.get_file_info([posixpath.join(path, name) for name in list_tree(path)])
+    else:
+        found = files.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     media, passed = [], 0
-    for info in sorted(files.get_file_info(selector), key=lambda info: info.path):
+    for info in sorted(found, key=lambda info: info.path):
         name = info.path[len(path.rstrip("/")) + 1 :]
         if info.type != fs.FileType.File or any(part.startswith(".") for part in name.split("/")):
             continue
@@ -152,24 +178,29 @@ class Video:
     """Frames of a video file in order, uint8 (H, W, 3) RGB, turned as its metadata says.
 
     There is no seeking: most codecs land on another frame than the one asked for. To skip, frames are
-    decoded and dropped. ImageError `not_a_video` or `too_large`.
+    decoded and dropped. Frames that are damaged are passed over, and the next one has their number, as with
+    all programs that count what they decode. ImageError `not_a_video` or `too_large`.
     """
 
     def __init__(self, uri: str, max_pixels: int) -> None:
         import cv2
 
         self.uri, self.position = uri, 0
+        self.damaged: list[int] = []
+        """Numbers of frames before which something could not be read, as far as it was read."""
         # FFmpeg's own words about a damaged file go to stderr, past every logger; ours are in `rejected`.
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         with _on_this_machine(uri) as file:
             self._capture = cv2.VideoCapture(file, cv2.CAP_FFMPEG)
+            size = os.path.getsize(file) if self._capture.isOpened() else 0
         width = int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH))
         height = int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
         if not self._capture.isOpened() or width < 1 or height < 1:
             raise ImageError(
                 "not_a_video",
-                "the file is damaged, cut off or of a kind that is not read: save it again as MP4 or AVI.",
+                "the file holds no moving pictures, is damaged, cut off or of a kind that is not read: save "
+                "it again as MP4 or AVI.",
             )
         if width * height > max_pixels:
             raise ImageError(
@@ -177,18 +208,52 @@ class Video:
                 f"its frames have {width} x {height} = {width * height:,} pixels, above max_pixels = "
                 f"{max_pixels:,}: make it smaller or raise max_pixels.",
             )
-        self.expected = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        """Frames by the header: an estimate, 0 where it says nothing."""
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
-        self.frames_per_s = rate if 0.1 <= rate <= 1000 else 25.0
+        credible = 0.1 <= rate <= 1000
+        self.frames_per_s = rate if credible else 25.0
+        expected = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        # The picture on an audio file's cover has 90,000 frames/s; a frame has at least a byte.
+        self.expected = expected if credible and 0 < expected <= size else 0
+        """Frames by the header, or by its length and rate: an estimate, 0 where it says nothing."""
+        self._seconds = 0.0
+
+    @property
+    def codec(self) -> str:
+        """Its four letters, such as h264 or AV01."""
+        import cv2
+
+        letters = int(self._capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
+        return letters.decode("ascii", "replace").strip("\0 ") or "unknown"
+
+    @property
+    def at_end(self) -> bool:
+        """Whether what was read reaches as far as `expected` frames of one pace would, though it be fewer."""
+        return self.expected - self._seconds * self.frames_per_s <= _tolerance(self.expected) + 1
+
+    def lacks_frames(self, stride: int) -> bool:
+        """Of a video read to its end, every `stride`-th frame: whether there were fewer than `expected`. That
+        is an estimate: off by a few frames it means nothing."""
+        return self.expected - self.position > max(stride, _tolerance(self.expected))
 
     def skip_to(self, frame: int) -> bool:
         """Go on to a frame that is not behind; False where the video ends before."""
         while self.position < frame:
-            if not self._capture.grab():
+            if not self._next():
                 return False
-            self.position += 1
         return True
+
+    def _next(self) -> bool:
+        """Decode the frame at `position`; False where the video ends."""
+        import cv2
+
+        for attempt in range(ATTEMPTS):
+            if self._capture.grab():
+                if attempt:
+                    self.damaged.append(self.position)
+                self.position += 1
+                self._seconds = max(self._seconds, self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+                return True
+        return False
 
     def frames(
         self, start: int, stop: int | None, stride: int = 1
@@ -198,12 +263,19 @@ class Video:
 
         wanted = start
         while (stop is None or wanted < stop) and self.skip_to(wanted):
-            there, frame = self._capture.read()
-            if not there:
+            if not self._next():
                 return
-            self.position += 1
-            yield wanted, np.ascontiguousarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            there, frame = self._capture.retrieve()
+            if there:
+                yield wanted, np.ascontiguousarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            else:
+                self.damaged.append(wanted)
             wanted += stride
+
+
+def _tolerance(expected: int) -> int:
+    """Frames that an estimate of so many may be off."""
+    return max(expected // 50, 2)
 
 
 @contextlib.contextmanager
