@@ -285,7 +285,7 @@ def finish(splits: Sequence[Split], works: Sequence[ShardWork], built: Built, da
 
 def summary(manifest: Manifest, log: TaskLog) -> str:
     """The table at the end of a run."""
-    lines = [f"{'split':<14}{'people':>9}{'photos':>9}{'views':>7}{'shards':>8}{'MB':>9}  left out"]
+    lines = [f"{'split':<14}{'people':>9}{'photos':>9}{'views':>7}{'files':>8}{'MB':>9}  left out"]
     for name in manifest.splits:
         split = manifest.split(name)
         size = sum(shard["bytes"] for shard in split["shards"]) / 1e6

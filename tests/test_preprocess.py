@@ -32,7 +32,7 @@ from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines import storage as files_module
 from pipelines.config import DataSettings, RunConfig
-from pipelines.preprocess import Task, TaskLog, build_timed, preprocess, run_preprocess
+from pipelines.preprocess import Task, TaskLog, build_timed, preprocess, run_preprocess, summary
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import BuiltShard, plan_shards
@@ -134,6 +134,9 @@ def test_on_ray_and_again(coco: Path, tmp_path: Path, ray_local: None, capsys: A
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preprocess:")]
     assert lines[0] == "preprocess: 16 people in 5 shards to make"
     manifest.verify()
+    head, *splits = (line.split() for line in summary(manifest, log).splitlines()[:3])
+    files = sum(int(split[head.index("files")]) for split in splits)  # of a shard one for each view
+    assert files == len(list((tmp_path / "ray").glob("data/*.parquet"))) > 5
 
     again, nothing = run_preprocess(config(coco, tmp_path / "ray", variants=2))
     assert (nothing.tasks, nothing.people) == ([], 0)
