@@ -5,7 +5,6 @@ The field of a verb is its flag, the text under it its help. Configs (preprocess
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -21,6 +20,7 @@ from pipelines.config import (
     ServeSettings,
     TrackSettings,
 )
+from pipelines.environment import usable_cpus
 from pipelines.section import Section
 
 DATA = DataSettings()
@@ -40,7 +40,7 @@ class Draw(Section):
     val_images: int | None = Field(default=None, ge=1)
     """Validation pictures; default: a fifth of `images`, at least 4."""
     seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=os.cpu_count() or 1, ge=1)
+    workers: int = Field(default=usable_cpus(), ge=1)
     """Processes; the pictures do not depend on it."""
 
 
@@ -61,7 +61,7 @@ class Validate(Section):
     """Also write every finding into this CSV file."""
     page: str | None = None
     """Also write an HTML page of the findings, with an example of each drawn into its picture."""
-    workers: int = Field(default=os.cpu_count() or 1, ge=1)
+    workers: int = Field(default=usable_cpus(), ge=1)
     """Threads that open pictures."""
     data: DataSettings = DataSettings()
 

@@ -22,6 +22,7 @@ from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.code_version import code_version
 from pipelines.config import RunConfig, TrackSettings
 from pipelines.config_file import load_config
+from pipelines.environment import usable_cpus
 from pipelines.poses.timing import LEAST, MOST, NEEDED, SIZES, Timings, processor, time_modes
 from pipelines.storage import write_json
 
@@ -181,7 +182,7 @@ def machine(device: str) -> dict[str, Any]:
             versions[name] = version(package)
     facts = {
         "processor": processor("cpu"),
-        "cores": os.cpu_count(),
+        "cores": usable_cpus(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "instruction_sets": [name for name in EXTENSIONS if has.get(name)],
         "versions": versions,

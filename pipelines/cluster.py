@@ -136,7 +136,8 @@ def _started(
     how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": HOOK}}
     inherited: dict[str, str] = {}
     if address == "local":
-        how |= {"num_cpus": settings.num_cpus, "include_dashboard": dashboard}
+        cpus = settings.num_cpus or environment.usable_cpus()  # Ray knows no affinity: it would take all
+        how |= {"num_cpus": cpus, "include_dashboard": dashboard}
         how["_metrics_export_port"] = settings.metrics_port
         # Ray starts a process for each CPU ahead, without an environment. An environment, be it our hook
         # alone, costs another second of a core in each process, and those started ahead are of no use.
@@ -147,7 +148,6 @@ def _started(
         if train:  # which gives its processes environments
             inherited["RAY_prestart_worker_first_driver"] = "0"
             # Ray starts as many at once as it has CPUs: workers of Ray Train would wait for its helpers.
-            cpus = settings.num_cpus or os.cpu_count() or 1
             inherited["RAY_worker_maximum_startup_concurrency"] = str(cpus + TRAIN_HELPERS)
     if not sys.stdout.isatty():  # Ray colours what workers print, also into files
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")

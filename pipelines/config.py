@@ -256,7 +256,8 @@ class SweepSettings(Section):
 
 class RaySettings(Section):
     num_cpus: int | None = Field(default=None, ge=1)
-    """CPUs of the Ray that this verb starts here; no effect where RAY_ADDRESS names a cluster."""
+    """CPUs of the Ray that this verb starts here; no effect where RAY_ADDRESS names a cluster. Default: all
+    that this process may use (those of the machine that it is bound to, within its container's quota)."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the loopback address where the Ray that this verb starts here shows Prometheus metrics (other
     interfaces: docs/cluster.md#ports). Default: of deploy 9464, or any free one where that is taken; of other

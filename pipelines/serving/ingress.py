@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import random
 import shutil
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import on_cluster
 from pipelines.config import ServeSettings
+from pipelines.environment import usable_cpus
 
 # Serve's own limit must not come before the application's: its answer is plain text.
 SERVE_GRACE_S = 15
@@ -114,7 +114,7 @@ def _of_this_machine(taken: set[int | None]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[1]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, usable_cpus())),
         # Draining lets load balancers look away first; here it would only hold up a change by 30 s.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
