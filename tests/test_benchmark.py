@@ -306,6 +306,20 @@ def test_an_asker_that_goes_with_an_answer_unread(
     assert capfd.readouterr().err == ""
 
 
+def test_ctrl_c_is_not_for_a_process_that_has_just_begun(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It imports torch for seconds, in which it would end with a traceback; at its start by the signal."""
+    for _ in range(2):  # the first process of all is started in another way
+        process = ModeProcess(str(checkpoint), "float32", "cpu", 1, str(tmp_path))
+        os.kill(process._process.pid, signal.SIGINT)
+        with contextlib.closing(process):
+            assert process.start() > 0
+            assert process._process.is_alive()
+    assert capfd.readouterr().err == ""
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "the asker hears it"
+
+
 def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
     """In a process group of its own, as a terminal does it: the modes' processes get the signal too."""
     command = [sys.executable, "-u", "-m", "pipelines.cli", "benchmark", "tiny", "--modes", "float32"]
