@@ -21,7 +21,7 @@ from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.benchmark import Benchmark, benchmark, save_random
 from pipelines.cli import main
 from pipelines.config_file import load_config
-from pipelines.poses import timing
+from pipelines.poses import mode_process, timing
 from pipelines.poses.mode_process import ModeProcess
 from pipelines.poses.timing import AtSize, Speed, Timings, take_turns, time_modes
 
@@ -294,9 +294,10 @@ def test_a_process_that_is_killed_is_a_reason(checkpoint: Path, tmp_path: Path) 
 
 
 def test_an_asker_that_goes_with_an_answer_unread(
-    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As at Ctrl-C between a mode's answer and its reading: the process then reads a reset, not an end."""
+    monkeypatch.setattr(mode_process, "PATIENCE", 60.0)  # a busy machine needs more than 3 s to end it
     process = ModeProcess(str(checkpoint), "float32", "cpu", 1, str(tmp_path))
     with contextlib.closing(process):
         process.start()
