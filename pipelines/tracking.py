@@ -198,13 +198,14 @@ class Tracker:
         """This store for MLflow's functions that take none."""
         import mlflow
 
-        named = os.environ.get("MLFLOW_TRACKING_URI")
+        named = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
-        # It also sets the variable, which the next Tracker would take for the user's wish.
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        if named is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = named
+        # It also sets variables, which the next Tracker and other processes would take for the user's wish.
+        for name, value in named.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
     @quiet_mlflow()
     def open_run(

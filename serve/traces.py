@@ -46,16 +46,15 @@ class Spans:
     """The spans of one request, below the one that stands for the whole of it. None where traces are off:
     then all of this does nothing."""
 
-    def __init__(self, tracer: Tracer | None = None, span: Span | None = None) -> None:
-        self._tracer, self._span = tracer, span
+    def __init__(self, tracer: Tracer | None = None, span: Span | None = None, zero: int = 0) -> None:
+        """zero: the time of day, in nanoseconds, when time.perf_counter_ns was 0. All spans are timed by that
+        one clock: those of what a thread did, told later, then lie where they belong among the others."""
+        self._tracer, self._span, self._zero = tracer, span, zero
         self._below: Context | None = None
-        # Spans have times of the clock on the wall, stages of the one that never goes back.
-        self._zero = 0
         if span is not None:
             from opentelemetry.trace import set_span_in_context
 
             self._below = set_span_in_context(span)
-            self._zero = time.time_ns() - time.perf_counter_ns()
 
     @property
     def context(self) -> SpanContext | None:
@@ -75,7 +74,7 @@ class Spans:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         assert self._tracer
-        span = self._tracer.start_span(name, self._below)
+        span = self._tracer.start_span(name, self._below, start_time=self._now())
         try:
             yield
         except BaseException as error:
@@ -83,7 +82,10 @@ class Spans:
             span.set_attribute("error.type", getattr(error, "slug", "") or type(error).__name__)
             raise
         finally:
-            span.end()
+            span.end(self._now())
+
+    def _now(self) -> int:
+        return self._zero + time.perf_counter_ns()
 
     def add(self, name: str, started: float, ended: float, links: Sequence[SpanContext] = ()) -> None:
         """A span of what is over: its times by time.perf_counter, and the batches that it was in."""
@@ -109,7 +111,7 @@ class Spans:
 
     def end(self) -> None:
         if self._span is not None:
-            self._span.end()
+            self._span.end(self._now())
 
 
 UNTRACED = Spans()
@@ -140,8 +142,9 @@ class Traces:
         if not trace.get_current_span().get_span_context().is_valid:
             parent = TraceContextTextMapPropagator().extract(headers)
         told = {"http.request.method": method, "hrnet.request_id": request_id}
-        span = self._tracer.start_span(method, parent, trace.SpanKind.SERVER, told)
-        return Spans(self._tracer, span)
+        zero, now = time.time_ns() - time.perf_counter_ns(), time.perf_counter_ns()
+        span = self._tracer.start_span(method, parent, trace.SpanKind.SERVER, told, start_time=zero + now)
+        return Spans(self._tracer, span, zero)
 
     @contextmanager
     def batch(self, requests: Sequence[SpanContext | None], people: int) -> Iterator[SpanContext | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -233,6 +234,26 @@ def test_a_killed_upload_is_not_visible(bucket: str, server: Bucket) -> None:
     assert len(leftovers) == 1
     files.remove_leftovers(bucket)  # as the next run does
     assert not leftovers[0].exists()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"Content-Length: 9\r\n\r\nhalf", *(b"Transfer-Encoding: chunked\r\n\r\n" + cut for cut in (
+        b"", b"9", b"9\r\nhalf", b"4\r\nhalf", b"4\r\nhalf\r\n", b"4\r\nhalf\r\n0\r\n",
+    ))],
+)  # fmt: skip
+def test_of_a_client_that_is_cut_the_proxy_hands_nothing_on_and_says_nothing(
+    bucket: str, server: Bucket, sent: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tests that kill an upload stand on it."""
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        head = f"PUT /{bucket.removeprefix('s3://')}/cut HTTP/1.1\r\nHost: {host}\r\n"
+        client.sendall(head.encode() + sent)
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b"", "an answer to half a request"
+    assert objects(bucket) == {}
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("code", ["InternalError", "AccessDenied"])

@@ -10,8 +10,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,7 +369,8 @@ def test_a_cluster_without_the_labelled_nodes_is_asked_for_them(monkeypatch: pyt
     node = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"hrnet-pool": "cpu"}}
     monkeypatch.setattr("ray.nodes", lambda: [node])
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda **asks: asked.append(asks))
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    clock = SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic)
+    monkeypatch.setattr("pipelines.cluster.time", clock)  # not that of other threads
     settings = RaySettings(labels={"hrnet-pool": "gpu"}, wait_minutes=1e-4)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(

@@ -184,9 +184,9 @@ def test_the_end_does_not_wait_for_a_ray_that_ends_too(
 
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        port = free_port()  # not one that another process may be given when it is free again
+        taken.bind(("127.0.0.1", port))
         taken.listen()
-        port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} .*--serve.port"):
             ingress.refuse_port_in_use("127.0.0.1", port)
         with pytest.raises(ConfigError, match=f"port {port}"):
@@ -629,9 +629,9 @@ def test_a_port_is_known_as_long_as_its_process_lives(
 def test_the_metrics_port_is_the_one_asked_for_or_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        port = free_port()  # not one that another process may be given when it is free again
+        taken.bind(("127.0.0.1", port))
         taken.listen()
-        port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--ray.metrics-port {port}"):
             with_metrics_port(RaySettings(metrics_port=port))
         monkeypatch.setattr("pipelines.cluster.METRICS_PORT", port)
@@ -768,7 +768,7 @@ def test_a_detector_that_cannot_be_used_is_refused_in_a_sentence_before_anything
 ) -> None:
     model = rtdetr_like(tmp_path)
     spoil(model)
-    settings = ServeSettings(detector=str(model))
+    settings = ServeSettings(port=free_port(), detector=str(model))
     with pytest.raises(ConfigError, match=named) as told:
         deploy(str(checkpoint), settings, run=RunSettings(storage=str(tmp_path / "runs")))
     assert "\n" not in str(told.value)
@@ -779,7 +779,7 @@ def test_a_detector_that_cannot_be_used_is_refused_in_a_sentence_before_anything
 def test_a_detector_without_onnx_runtime_names_the_extra(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ServeSettings(detector=str(rtdetr_like(tmp_path)))
+    settings = ServeSettings(port=free_port(), detector=str(rtdetr_like(tmp_path)))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'hrnet-ray\[onnx\]'"):
         deploy(str(checkpoint), settings, run=RunSettings(storage=str(tmp_path / "runs")))

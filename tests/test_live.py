@@ -89,7 +89,8 @@ def endpoint(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def under_load(endpoint: Endpoint, change: Callable[[], Any]) -> list[httpx.Response]:
-    """What clients are answered while something changes, in the order in which they asked."""
+    """What clients are answered while something changes, in the order in which they asked. At least one asked
+    before it and one after."""
     asked: list[tuple[float, httpx.Response]] = []
     over = threading.Event()
 
@@ -100,11 +101,18 @@ def under_load(endpoint: Endpoint, change: Callable[[], Any]) -> list[httpx.Resp
                 asked.append((started, endpoint.ask(http)))
 
     askers = [threading.Thread(target=ask) for _ in range(2)]
+
+    def wait_for_one(since: float) -> None:
+        while not any(started > since for started, _ in asked):
+            assert all(asker.is_alive() for asker in askers)
+            time.sleep(0.01)
+
     for asker in askers:
         asker.start()
     try:
+        wait_for_one(0)
         change()
-        time.sleep(0.3)
+        wait_for_one(time.monotonic())
     finally:
         over.set()
         for asker in askers:

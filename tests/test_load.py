@@ -50,12 +50,13 @@ def answering(status: Callable[[], int]) -> Iterator[tuple[str, list[int]]]:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            said.append(status())
-            if not said[-1]:
+            code = status()
+            said.append(code)
+            if not code:
                 self.close_connection = True
                 return
-            body = ANSWER if said[-1] == 200 else b"{}"
-            self.send_response(said[-1])
+            body = ANSWER if code == 200 else b"{}"
+            self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

@@ -97,6 +97,8 @@ def opened(browser: Any, url: str, width: int = 1280, height: int = 900, **optio
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("request", lambda asked: asked.url.startswith((url, "blob:")) or page.faults.append(asked.url))
     page.faults = []
+    # A browser that is told only with the key press to hand a file dialog over may have cancelled it by then.
+    page.on("filechooser", lambda _: None)
     page.goto(url)
     page.wait_for_selector("#model b")
     return page

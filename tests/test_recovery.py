@@ -236,7 +236,10 @@ def test_two_processes_write_one_plan(coco: Path, tmp_path: Path, plain: list[st
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, data], **pipes) for _ in range(2)]
     for writer in writers:
         assert writer.stdout.readline() == "ready\n"
-    told = [writer.communicate("go\n", timeout=120)[0].strip() for writer in writers]
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    told = [writer.communicate(timeout=120)[0].strip() for writer in writers]
     assert told == [whole.digest] * 2
     assert hidden(tmp_path / "s") == []
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")

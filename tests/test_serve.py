@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -848,7 +849,7 @@ def scripted(answers: list[tuple[int, dict[str, str]] | None]) -> Iterator[tuple
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
-    monkeypatch.setattr(client.time, "sleep", waited.append)
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=waited.append))  # not that of other threads
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return waited
 

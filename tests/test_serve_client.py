@@ -12,6 +12,7 @@ import venv
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,8 @@ def counting(close: bool) -> Iterator[tuple[str, list[str]]]:
 def test_a_connection_is_used_again_and_opened_again_without_a_wait(
     close: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.time, "sleep", lambda _: pytest.fail("nothing to wait for"))
+    never = SimpleNamespace(sleep=lambda _: pytest.fail("nothing to wait for"))
+    monkeypatch.setattr(client, "time", never)
     for address, asked in counting(close):
         with Client(address) as asking:
             for _ in range(3):

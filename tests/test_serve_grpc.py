@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -251,7 +252,8 @@ def test_a_message_that_is_too_long_is_refused(address: str) -> None:
     assert dict(error.trailing_metadata())["problem"] == "urn:hrnet:problem:body-too-large"
 
 
-def test_keys_are_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+def test_keys_are_asked_for(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.keys.time", SimpleNamespace(monotonic=lambda: 100.0))  # all in a moment
     (tmp_path / "keys").write_text(f"camera {KEY} rate=0.5\n")
     asked = request(inputs=[TYPED])
     with running(service_of(checkpoint, keys=str(tmp_path / "keys"))) as address:

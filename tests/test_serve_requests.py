@@ -172,15 +172,18 @@ def slow(first: bytes = b"-", pause_s: float = 60) -> dict[str, Any]:
 
 def test_slow_bodies_take_no_place_and_are_given_up(checkpoint: Path) -> None:
     """Sixty-four connections of one byte, which held every place for thirty seconds."""
-    service = service_of(checkpoint, max_requests=2, limits=Limits(body_idle_s=1.0))
+    service = service_of(checkpoint, max_requests=2, limits=Limits(body_idle_s=60, body_s=600))
 
     async def together() -> tuple[httpx.Response, list[httpx.Response]]:
+        loop = asyncio.get_running_loop()
         async with app_client(service) as http:
-            held = [asyncio.create_task(http.post("/v1/poses", **slow())) for _ in range(64)]
+            held = [asyncio.create_task(http.post("/v1/poses", **slow(pause_s=6000))) for _ in range(64)]
             while service.room.bodies < 64:
                 await asyncio.sleep(0.01)
             meanwhile = await http.post("/v1/poses", **form())
             assert service.room.bodies == 64
+            time = loop.time
+            loop.time = lambda: time() + 60  # type: ignore[method-assign]  # a minute without a byte
             return meanwhile, await asyncio.gather(*held)
 
     meanwhile, held = asyncio.run(together())

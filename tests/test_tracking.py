@@ -423,8 +423,14 @@ def test_drivers_that_start_together_share_one_database(tmp_path: Path) -> None:
 
 
 def test_a_store_does_not_become_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow writes the store it is given into the environment; a second Tracker must not read it there."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    """MLflow writes the store it is given into the environment; a second Tracker must not read it there, nor
+    may a process that is started later."""
+    variables = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    for variable in variables:
+        monkeypatch.delenv(variable, raising=False)
     for name in ("one", "two"):
         assert Tracker(TrackSettings(), tmp_path / name).uri.endswith(f"{name}/mlflow.db")
-    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert not [variable for variable in variables if variable in os.environ]
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://theirs")
+    Tracker(TrackSettings(), tmp_path / "three")
+    assert os.environ["MLFLOW_REGISTRY_URI"] == "http://theirs"

@@ -12,6 +12,8 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,8 @@ class ModeProcess:
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, folder, mode, device, threads, cache)
         self._process = context.Process(target=_answer, args=arguments)
-        self._process.start()
+        with _ctrl_c_for_us_alone():
+            self._process.start()
         theirs.close()
 
     def start(self) -> float:
@@ -75,12 +78,23 @@ class ModeProcess:
         self._process.join()
 
 
+@contextlib.contextmanager
+def _ctrl_c_for_us_alone() -> Iterator[None]:
+    """A process that is started in the block never hears Ctrl-C: it is for the asker, who ends that process.
+    From its first moment on, not only when Python runs there and has imported what it needs."""
+    resource_tracker.ensure_running()  # else started with the process, which would end the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # --- in that process --------------------------------------------------------------------------------------
 
 
 def _answer(pipe: Connection, folder: str, mode: str, device: str, threads: int, cache: str) -> None:
     """Seconds until the predictor is ready, then each question's answer; why not, as text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the asker, who ends this process
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     cv2.setNumThreads(1)
     import torch
