@@ -362,6 +362,19 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["validate", str(coco), "--data.skeleton", "nobody"]) == 2
 
 
+def test_examples_stand_side_by_side_with_what_is_drawn_in_them(coco: Path, tmp_path: Path) -> None:
+    """They stood one below the other, each as wide as the page, and nothing said what the colours mean."""
+    with edited(coco) as data:
+        for annotation in data["annotations"][5:7]:
+            annotation["keypoints"] = [2.0, 2.0, 2] * 17
+            annotation.update(bbox=[100, 80, 40, 30], area=600)
+    page = tmp_path / "page.html"
+    main(["validate", str(coco), "--page", str(page)])
+    (photos,) = re.findall(r'<div class="photos">(.*?)<div class="scroll">', page.read_text(), re.DOTALL)
+    assert photos.count("<img ") == photos.count("<div><h3>") == 2
+    assert "boxes as they are read. The person&#x27;s left is green, the right orange." in page.read_text()
+
+
 def test_where_nothing_can_be_written_is_told_before_any_work(
     coco: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

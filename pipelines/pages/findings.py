@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 
 from hrnet_core.images import encode_jpeg
-from hrnet_core.overlays import draw_poses
+from hrnet_core.overlays import color_line, draw_poses
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import picture, section, table, tiles, write_page
 from pipelines.sources.findings import WAY_OUT, CheckedSplit, Finding, Validation
@@ -51,14 +51,17 @@ def _finding(checked: CheckedSplit, group: Finding, skeleton: Skeleton, max_pixe
         for row in group.rows[:LISTED]
         if row.image_id in photos
     )
-    drawn = itertools.islice(filter(None, shown), DRAWN)
+    drawn = "".join(itertools.islice(filter(None, shown), DRAWN))
+    if drawn:
+        about = f"Labelled keypoints, and the boxes as they are read. {color_line(skeleton)}"
+        drawn = f'<p class="quiet">{html.escape(about)}</p><div class="photos">{drawn}</div>'
     rows = [(r.file, r.ann_id, f"{r.people:,}", r.detail) for r in group.rows[:LISTED]]
     more = f"and {len(group.rows) - LISTED:,} more" if len(group.rows) > LISTED else ""
     return section(
         f"{checked.split.name}: {group.kind}",
         f"{len(group.rows):,} rows, {group.people:,} people; {group.fate}. Way out: {WAY_OUT[group.kind]}",
         f"<p>{html.escape(group.evidence)}</p>",
-        *drawn,
+        drawn,
         table(rows, ("file", "annotation", "people", "detail")),
         html.escape(more),
     )
@@ -85,4 +88,4 @@ def _drawn(photo: Photo, people: People, row: Rejection, skeleton: Skeleton, max
         boxes_xywh=people.stated_xywh * factor,
     )
     caption = row.file if row.ann_id is None else f"{row.file}, annotation {row.ann_id}"
-    return f"<h3>{html.escape(caption)}</h3>{picture(encode_jpeg(shown, 85), 'jpeg', caption)}"
+    return f"<div><h3>{html.escape(caption)}</h3>{picture(encode_jpeg(shown, 85), 'jpeg', caption)}</div>"
