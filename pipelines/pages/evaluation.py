@@ -126,7 +126,7 @@ def write_report(
         section(
             "People by OKS",
             f"How well each of {len(matched.oks):,} labelled people was found: 1 is exact, below .5 counts "
-            f"as missed at the loosest threshold ({(matched.oks < 0.5).sum():,} people, striped). A person "
+            f"as missed at the loosest threshold ({(matched.oks < 0.5).sum():,} people, hollow). A person "
             f"without any prediction counts as 0.",
             _oks_bars(matched.oks),
         ),
@@ -192,7 +192,7 @@ def _wrong(matched: Matched, row: int, skeleton: Skeleton) -> list[str]:
 
 
 def _oks_bars(values: NDArray[np.float64]) -> str:
-    """Ten bars as inline SVG, over an axis of OKS; those that are missed at .5 striped."""
+    """Ten bars as inline SVG, over an axis of OKS; those that are missed at .5 hollow."""
     counts, _ = np.histogram(values, bins=10, range=(0, 1))
     tallest = max(int(counts.max(initial=0)), 1)
     bars = []
@@ -204,11 +204,7 @@ def _oks_bars(values: NDArray[np.float64]) -> str:
         )
     bars += [f'<text x="{i * 60 + 10}" y="156">{i / 10:g}</text>' for i in range(11)]
     bars.append('<text x="310" y="174">OKS; above each bar the number of people</text>')
-    stripes = (
-        '<defs><pattern id="stripes" width="6" height="6" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><rect width="3" height="6"/></pattern></defs>'
-    )
-    drawn = f'<svg viewBox="0 0 620 180" role="img" aria-label="people by OKS">{stripes}{"".join(bars)}</svg>'
+    drawn = f'<svg viewBox="0 0 620 180" role="img" aria-label="people by OKS">{"".join(bars)}</svg>'
     return f'<div class="wide">{drawn}</div>'
 
 

@@ -120,7 +120,7 @@ header p, section > p, h3 {{ overflow-wrap: anywhere }}
 .stat {{ padding: 8px 12px; border-left: 3px solid var(--fill) }}
 .stat b {{ font-size: 26px; margin-right: 8px }} .stat small {{ display: block; color: var(--quiet) }}
 img, svg {{ max-width: 100%; height: auto; display: block }} img {{ border-radius: 6px }}
-svg {{ max-width: 640px }} rect {{ fill: var(--fill) }} .missed {{ fill: url(#stripes) }}
+svg {{ max-width: 640px }} rect {{ fill: var(--fill) }} .missed {{ fill: none; stroke: var(--fill) }}
 text {{ font-size: 12px; text-anchor: middle; fill: var(--quiet) }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line);
