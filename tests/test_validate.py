@@ -18,8 +18,10 @@ from test_preprocess import without_ray
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_png
+from hrnet_core.skeleton import COCO17
 from pipelines.cli import main
 from pipelines.config import DataSettings, RunConfig
+from pipelines.pages.findings import _drawn
 from pipelines.preprocess import preprocess
 from pipelines.sources import records
 from pipelines.sources.findings import WAY_OUT, Validation
@@ -373,6 +375,28 @@ def test_examples_stand_side_by_side_with_what_is_drawn_in_them(coco: Path, tmp_
     (photos,) = re.findall(r'<div class="photos">(.*?)<div class="scroll">', page.read_text(), re.DOTALL)
     assert photos.count("<img ") == photos.count("<div><h3>") == 2
     assert "boxes as they are read. The person&#x27;s left is green, the right orange." in page.read_text()
+
+
+def test_a_box_that_is_wrong_does_not_make_blots_of_small_people(
+    coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limbs were as thick as for a person as large as the box: boxes read as corners hid whom they held."""
+    checked, drawn = check(coco).splits[0], list[np.ndarray]()
+
+    def keep(shown: np.ndarray, quality: int) -> bytes:
+        drawn.append(shown)
+        return b""
+
+    monkeypatch.setattr("pipelines.pages.findings.encode_jpeg", keep)
+    people = checked.split.people
+    people.keypoints[0] = np.stack([np.arange(60, 77), np.arange(40, 57), np.full(17, 2)], axis=-1)
+    photo = next(p for p in checked.split.photos if p.image_id == people.image_id[0])
+    row = Rejection("bbox_invalid", "a.jpg", photo.image_id, int(people.ann_id[0]), "")
+    for box in ([55, 35, 30, 30], [0, 0, 159, 119]):
+        people.stated_xywh[0] = box
+        _drawn(photo, people, row, COCO17, 10**8)
+    close, wide = (picture[42:56, 62:76] for picture in drawn)
+    np.testing.assert_array_equal(close, wide)
 
 
 def test_where_nothing_can_be_written_is_told_before_any_work(

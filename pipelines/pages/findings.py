@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from hrnet_core.images import encode_jpeg
 from hrnet_core.overlays import color_line, draw_poses
@@ -80,12 +81,9 @@ def _drawn(photo: Photo, people: People, row: Rejection, skeleton: Skeleton, max
     if row.ann_id is not None:
         people = people[people.ann_id == row.ann_id]
     labelled = (people.keypoints[..., 2] > 0).astype(float)
-    shown = draw_poses(
-        small,
-        people.keypoints[..., :2] * factor,
-        labelled,
-        skeleton,
-        boxes_xywh=people.stated_xywh * factor,
-    )
+    places, boxes = people.keypoints[..., :2] * factor, people.stated_xywh * factor
+    # One after the other: a box that is wrong would say how thick limbs are, and small people be blots.
+    boxed = draw_poses(small, places, np.zeros_like(labelled), skeleton, boxes_xywh=boxes)
+    shown = draw_poses(boxed, places, labelled, skeleton)
     caption = row.file if row.ann_id is None else f"{row.file}, annotation {row.ann_id}"
     return f"<div><h3>{html.escape(caption)}</h3>{picture(encode_jpeg(shown, 85), 'jpeg', caption)}</div>"
