@@ -56,7 +56,10 @@ def draw_poses(
         _draw_boxes(canvas, boxes)
         # Tells more than the few keypoints that may be seen.
         sizes = np.where(_usable(boxes), boxes[:, 2:].max(axis=1), sizes)
-    widths = np.clip(0.014 * sizes, 0.0025 * max(canvas.shape), 0.02 * max(canvas.shape))
+    side = max(canvas.shape[:2])
+    # To be seen where all of the picture is; but small people of a large one would be blots.
+    least = np.where(sizes > 0, np.minimum(0.0025 * side, 0.03 * sizes), 0.0025 * side)
+    widths = np.clip(0.014 * sizes, least, 0.02 * side)
     # The largest last: it is mostly the nearest, and its thick lines would hide a small one's anyway.
     for i in np.argsort(sizes, kind="stable"):
         _draw_person(canvas, points[i], shown[i], skeleton, float(widths[i]))
@@ -146,8 +149,9 @@ def _draw_person(
 def _draw_boxes(canvas: UInt8, boxes_xywh: Float64) -> None:
     # Thinner than the thinnest limb, and not smoothed, which takes more pixels: in a crowd boxes would be all
     # that is seen.
-    width = max(1, round(0.0015 * max(canvas.shape[:2])))
+    side = max(canvas.shape[:2])
     for x, y, w, h in boxes_xywh[_usable(boxes_xywh)]:
+        width = max(1, round(min(0.0015 * side, 0.015 * max(w, h))))
         for color, thickness in ((SHADE, width + 2), (BOX, width)):
             start, end = _fixed((x, y)), _fixed((x + w, y + h))
             cv2.rectangle(canvas, start, end, color, thickness, cv2.LINE_8, SUBPIXEL)

@@ -75,10 +75,22 @@ def test_boxes_are_drawn_where_they_are() -> None:
 def test_a_box_is_thinner_than_the_thinnest_limb() -> None:
     """In a crowd of small people boxes of 7 px stood beside limbs of 7."""
     picture = np.full((480, 640, 3), 90, np.uint8)
-    limb = draw_poses(picture, bone(300, 320, 240), None, BONE)
+    limb = draw_poses(picture, bone(280, 340, 240), None, BONE)
     box = draw_poses(picture, np.zeros((1, 2, 2)), [[0, 0]], BONE, boxes_xywh=[[280, 200, 60, 80]])
-    assert drawn_rows(box[:240], 310) < drawn_rows(limb, 306)
+    assert drawn_rows(box[:240], 310) < drawn_rows(limb, 300)
     assert (box[:240, 310] == 255).all(axis=1).sum() == 1
+
+
+def test_small_people_of_a_wide_picture_are_no_blots() -> None:
+    """Of a panorama of 6,000 px limbs were 25 px thick: a person of 100 px was hidden."""
+    picture = np.full((300, 6000, 3), 90, np.uint8)
+    drawn = draw_poses(picture, bone(3000, 3100), None, BONE, boxes_xywh=[[2990, 100, 120, 100]])
+    assert 3 <= drawn_rows(drawn[120:180], 3025) <= 9
+    assert drawn_rows(drawn[120:180], 3000) <= 12, "a dot"
+    assert drawn_rows(drawn[:120], 3050) <= 8, "the box"
+    # Where nothing tells how large a person is, one keypoint alone has to be found in all of the picture.
+    alone = draw_poses(picture, bone(3000, 3100), [[1, 0]], BONE)
+    assert drawn_rows(alone, 3000) > 20
 
 
 def test_colours_are_explained_where_they_tell_sides() -> None:
