@@ -21,7 +21,7 @@ from hrnet_core.images import encode_png
 from hrnet_core.skeleton import COCO17
 from pipelines.cli import main
 from pipelines.config import DataSettings, RunConfig
-from pipelines.pages.findings import _drawn
+from pipelines.pages.findings import _drawn, write_findings
 from pipelines.preprocess import preprocess
 from pipelines.sources import records
 from pipelines.sources.findings import WAY_OUT, Validation
@@ -121,7 +121,7 @@ def test_what_is_found_is_what_preprocess_leaves_out(
     capfd.readouterr()  # the decoder's own words
 
 
-def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path) -> None:
+def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path, tmp_path: Path) -> None:
     """evaluate asks about nobody without a box, and says so only after the inference."""
     with edited(coco) as data:
         data["annotations"][0]["bbox"] = None
@@ -132,6 +132,10 @@ def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path) -> None
     assert found.exit_code == 0
     assert "2 people are left out" in found.table()
     assert "Evaluate counts 1 of them, of val2017, as missed" in found.table()
+    page = tmp_path / "page.html"  # said "This set is good" alone
+    write_findings(page, found, COCO17, 10**8)
+    assert "2 people are left out" in page.read_text()
+    assert "Evaluate counts 1 of them, of val2017, as missed" in page.read_text()
 
 
 def test_the_first_of_a_lost_split_is_a_defect(coco: Path) -> None:

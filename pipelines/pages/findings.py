@@ -30,9 +30,8 @@ def write_findings(page: str | Path, found: Validation, skeleton: Skeleton, max_
     verdict = "This set is not good as it is" if found.fatal else "This set is good"
     people = "; ".join(f"{c.split.name}: {c.people:,} people on {c.photos:,} pictures" for c in found.splits)
     files = "; ".join(c.split.annotation_file for c in found.splits)
-    parts: list[str] = []
-    if found.fatal:
-        parts.append(section("Why", "", *(f"<p>{html.escape(text)}</p>" for text in found.fatal)))
+    why = [f"<p>{html.escape(text)}</p>" for text in found.fatal or found.good]
+    parts = [section("Why" if found.fatal else "What that means", "", *why)]
     for checked in found.splits:
         groups = checked.findings()
         parts.append(tiles((f"{len(g.rows):,}", g.kind, f"{checked.split.name}: {g.fate}") for g in groups))
