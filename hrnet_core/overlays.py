@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hrnet_core.geometry import FARTHEST, Float64, UInt8
 from hrnet_core.images import check_pixels
-from hrnet_core.skeleton import Skeleton
+from hrnet_core.skeleton import LEFT, RIGHT, Skeleton
 
 Color = tuple[int, int, int]
 SUBPIXEL = 4  # fractional bits of OpenCV's drawing coordinates
@@ -55,11 +56,21 @@ def draw_poses(
         _draw_boxes(canvas, boxes)
         # Tells more than the few keypoints that may be seen.
         sizes = np.where(_usable(boxes), boxes[:, 2:].max(axis=1), sizes)
-    widths = np.clip(0.014 * sizes, 0.0025 * max(canvas.shape), 0.02 * max(canvas.shape))
+    side = max(canvas.shape[:2])
+    # To be seen where all of the picture is; but small people of a large one would be blots.
+    least = np.where(sizes > 0, np.minimum(0.0025 * side, 0.03 * sizes), 0.0025 * side)
+    widths = np.clip(0.014 * sizes, least, 0.02 * side)
     # The largest last: it is mostly the nearest, and its thick lines would hide a small one's anyway.
     for i in np.argsort(sizes, kind="stable"):
         _draw_person(canvas, points[i], shown[i], skeleton, float(widths[i]))
     return canvas
+
+
+def color_line(skeleton: Skeleton) -> str:
+    """What the colours of draw_poses say, as a sentence; nothing where they do not tell sides (a hand, a
+    skeleton with colours of its own)."""
+    sided = {LEFT, RIGHT} <= set(skeleton.palette) and not skeleton.colors
+    return "The person's left is green, the right orange." if sided else ""
 
 
 def draw_heatmaps(crop: UInt8, heatmaps: ArrayLike) -> UInt8:
@@ -82,11 +93,12 @@ def draw_heatmaps(crop: UInt8, heatmaps: ArrayLike) -> UInt8:
     return blended
 
 
-def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = ()) -> UInt8:
+def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = (), heading: str = "") -> UInt8:
     """A contact sheet: images uint8 (h, w, 3) of any sizes in rows of `columns`, each over its label.
 
     Columns are as wide as the widest image, rows as high as their highest; others stand in the middle. A
-    label too long for its cell ends in "...". ValueError without images, or with labels for some only.
+    label too long for its cell ends in "...". The heading stands above all, in as many lines as it takes.
+    ValueError without images, or with labels for some only.
     """
     if not images or (labels and len(labels) != len(images)):
         raise ValueError(f"tile wants at least one image, a label for each: {len(images)}, {len(labels)}")
@@ -96,12 +108,18 @@ def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = ()) -> U
     gap = max(4, width // 40)
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(min(22, max(11, width // 18))))
     line = int(1.6 * font.size) if labels else 0
-    size = (columns * (width + gap) + gap, sum(heights) + len(heights) * (line + gap) + gap)
+    across = columns * (width + gap) + gap
+    letter = font.getlength(heading) / max(1, len(heading))
+    said = textwrap.wrap(heading, max(1, int((across - 2 * gap) / max(1, letter))))
+    above = int(1.6 * font.size) * len(said)
+    size = (across, above + sum(heights) + len(heights) * (line + gap) + gap)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
+    for i, text in enumerate(said):
+        pen.text((gap, gap + i * int(1.6 * font.size)), text, fill=INK, font=font)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        left, top = gap + column * (width + gap), gap + sum(heights[:row]) + row * (line + gap)
+        left, top = gap + column * (width + gap), above + gap + sum(heights[:row]) + row * (line + gap)
         x, y = (width - image.shape[1]) // 2, (heights[row] - image.shape[0]) // 2
         sheet.paste(Image.fromarray(image), (left + x, top + y))
         if labels:
@@ -129,11 +147,14 @@ def _draw_person(
 
 
 def _draw_boxes(canvas: UInt8, boxes_xywh: Float64) -> None:
-    width = max(1, round(0.0025 * max(canvas.shape[:2])))
+    # Thinner than the thinnest limb, and not smoothed, which takes more pixels: in a crowd boxes would be all
+    # that is seen.
+    side = max(canvas.shape[:2])
     for x, y, w, h in boxes_xywh[_usable(boxes_xywh)]:
+        width = max(1, round(min(0.0015 * side, 0.015 * max(w, h))))
         for color, thickness in ((SHADE, width + 2), (BOX, width)):
             start, end = _fixed((x, y)), _fixed((x + w, y + h))
-            cv2.rectangle(canvas, start, end, color, thickness, cv2.LINE_AA, SUBPIXEL)
+            cv2.rectangle(canvas, start, end, color, thickness, cv2.LINE_8, SUBPIXEL)
 
 
 def _usable(boxes_xywh: Float64) -> NDArray[np.bool_]:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from hrnet_core.errors import DataError
 from hrnet_core.files import from_json, read_object
 
-# MMPose's and rtmlib's palette, known to the field: head blue, left green, right orange (RGB).
-HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 0), (255, 128, 0)
+# Head blue, left green, right orange (RGB), as MMPose and rtmlib have it and the field knows it. Their green,
+# (0, 255, 0), can hardly be told from the orange without green cones; this one can.
+HEAD, LEFT, RIGHT = (51, 153, 255), (0, 255, 128), (255, 128, 0)
 SHIPPED = Path(__file__).parent / "skeletons"
 WAY_OUT = "docs/skeletons.md has an example."
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}

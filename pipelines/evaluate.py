@@ -263,6 +263,6 @@ def _write(
     sheets = contact_sheets(matched, paths, spec.skeleton, join(evaluation.folder, "overlays"), max_pixels)
     files = [evaluation.results_file, summary, *sheets.values()]
     if report is not None:
-        write_report(report, evaluation, matched, sheets, spec.skeleton, made)
+        write_report(report, evaluation, matched, sheets, paths, spec.skeleton, made)
         files.append(report)
     return files

@@ -188,6 +188,7 @@ def card_text(card: dict[str, Any]) -> str:
         f"made by {made_by}",
         "",
         *_table("split", {name: _figures(split) for name, split in splits.items()}),
+        "* 5th, 50th and 95th percentile",
         "",
         *_table("labelled (hidden)", {name: _labelled(split) for name, split in splits.items()}),
     ]
@@ -217,10 +218,10 @@ def _figures(split: dict[str, Any]) -> dict[str, str]:
         "shards": f"{split['shards']}",
         "MB": f"{split['bytes'] / 1e6:,.1f}",
         "people a photo": "{mean}, most {most}".format(**split["people_per_photo"]),
-        "labelled joints": f"{split['labelled_keypoints']['mean']}",
-        "small medium large": " ".join(areas),
-        "box height 5 50 95": spread(split["box_height"]),
-        "box width 5 50 95": spread(split["box_width"]),
+        "labelled keypoints": f"{split['labelled_keypoints']['mean']}",
+        "small/medium/large": " ".join(areas),
+        "box height, px *": spread(split["box_height"]),
+        "box width, px *": spread(split["box_width"]),
     }
 
 
@@ -235,11 +236,11 @@ def _labelled(split: dict[str, Any]) -> dict[str, str]:
 
 
 def _view_lines(name: str, split: dict[str, Any]) -> list[str]:
-    lines = [f"views of {name}: mirrored, rotated, zoom 5 50 95, labelled joints with a heatmap"]
+    lines = [f"views of {name}:", "   view  mirrored  rotated            zoom *  keypoints with a heatmap"]
     for view in split["views"]:
         rows, zoom = max(view["rows"], 1), view["zoom"]
-        shares = f"{100 * view['flipped'] / rows:>5.0f}%  {100 * view['rotated'] / rows:>4.0f}%"
+        shares = f"{100 * view['flipped'] / rows:>7.0f}%  {100 * view['rotated'] / rows:>6.0f}%"
         zooms = f"{zoom['5 %']:.2f} {zoom['median']:.2f} {zoom['95 %']:.2f}"
         kept = 100 * view["targets"] / max(view["labelled"], 1)
-        lines.append(f"  {view['variant'] or 'plain':>5}  {shares}  {zooms}  {kept:6.2f}%")
+        lines.append(f"  {view['variant'] or 'plain':>5}  {shares}  {zooms:>16}  {kept:>23.2f}%")
     return lines

@@ -1,6 +1,9 @@
 "use strict";
 // openapi.json as text: every operation with what it takes and gives. Needs nothing from elsewhere.
 
+// `names` of a description as code.
+const words = (text) => text.split("`").map((part, i) => (i % 2 ? element("code", part) : part));
+
 function element(tag, content) {
   const made = document.createElement(tag);
   made.append(...[content].flat().filter((part) => part !== undefined && part !== ""));
@@ -28,7 +31,7 @@ function fields(schema, schemas, depth = 0) {
   return element("ul", Object.entries(named.properties).map(([name, part]) => {
     const optional = depth === 0 && named.required && !named.required.includes(name) ? " optional" : "";
     const head = [element("code", name), ` ${typeOf(part, schemas)}${optional}`];
-    const about = part.description ? element("small", ` ${part.description}`) : "";
+    const about = part.description ? element("small", [" ", ...words(part.description)]) : "";
     return element("li", [...head, about, held(part) ? fields(part, schemas, depth + 1) : ""]);
   }));
 }
@@ -51,11 +54,11 @@ function curlOf(path, method, { requestBody, security }) {
 
 function operation(path, method, given, schemas) {
   const { description, summary, parameters, requestBody, responses } = given;
-  const parts = [element("h2", [element("code", `${method.toUpperCase()} ${path}`)]), element("p", description || summary || "")];
+  const parts = [element("h2", [element("code", `${method.toUpperCase()} ${path}`)]), element("p", words(description || summary || ""))];
   parts.push(element("pre", curlOf(path, method, given)));
   for (const { name, schema, description: about } of parameters || []) {
     const values = schema.enum ? schema.enum.join(", ") : typeOf(schema, schemas);
-    parts.push(element("p", [element("code", `?${name}`), ` ${values}, ${schema.default === undefined ? "optional" : `default ${schema.default}`}. ${about || ""}`]));
+    parts.push(element("p", [element("code", `?${name}`), ` ${values}, ${schema.default === undefined ? "optional" : `default ${schema.default}`}. `, ...words(about || "")]));
   }
   for (const [type, { schema }] of Object.entries(requestBody?.content || {})) {
     parts.push(element("h3", `takes ${type}`), fields(schema, schemas));

@@ -29,6 +29,7 @@ from pipelines.code_version import code_version
 from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import answer, evaluate, group_photos, read_answers
 from pipelines.measure_modes import measure_modes
+from pipelines.pages.evaluation import _oks_bars, _tile, _worst, truth_and_prediction
 from pipelines.poses.actor import Threads
 from pipelines.poses.oks_ap import STATS, evaluate_results
 from pipelines.poses.protocol import _preset, match_people, score_poses
@@ -349,6 +350,39 @@ def test_people_are_matched_with_their_own_or_the_best_prediction() -> None:
     assert best.people.ann_id.tolist() == [1, 2, 3]
     assert best.oks.tolist() == [1.0, 1.0, 0.0]  # nobody was looked for in picture 4
     assert np.isnan(best.predicted[2]).all()
+
+
+def test_the_page_says_who_is_worst_and_how(tmp_path: Path) -> None:
+    """Person 1 is predicted with left and right exchanged, 2 with its nose 30 px away, in picture 4 nothing;
+    there is nobody of medium size."""
+    people, found = asked({3: [1, 2], 4: [3]}), asked({3: [1, 2]})
+    people.keypoints[..., :2] = np.arange(34).reshape(17, 2) * 7 % 90
+    predicted = people.keypoints[:2, :, :2].astype(np.float32)
+    predicted[0] = predicted[0][COCO17.flip_order]
+    predicted[1, 0] += [18, 24]
+    of = set_of(people, ("boxes.json", "1"), found=found)
+    matched = match_people(predicted, np.ones((2, 17), np.float32), of, COCO17)
+    matched.oks[:], matched.predicted[:2], matched.similarity[:2] = [0.2, 0.9, 0.0], predicted, 0.9
+    matched.similarity[1, 0] = 0.1
+    stats = {**dict.fromkeys(STATS, 0.5), "APm": -1.0}
+    paths = {3: "there/three.jpg", 4: "there/four <b>.jpg"}
+    worst = re.sub("<[^>]+>", " ", _worst(matched, paths, COCO17))
+    rows = [r"four &lt;b&gt;.jpg +3 +0\.00 +17 +nothing predicted in this photograph"]
+    rows.append(r"three.jpg +1 +0\.20 +17 +left and right exchanged \(OKS 1\.00 the other way round\)")
+    rows.append(r"three.jpg +2 +0\.90 +17 +nose 30 px off")
+    assert re.search(" +".join(rows), worst), worst
+    assert "1 of 3 people fit better" in worst
+    assert _tile(stats["APm"], "APm", "medium people")[0] == "–"
+    assert _tile(0.0, "AP", "")[0] == "0.000"
+    bars = _oks_bars(matched.oks)
+    assert bars.count('class="missed"') == 5
+    assert [f">{i / 10:g}</text>" in bars for i in range(11)] == [True] * 11
+
+
+def test_a_hand_is_not_said_to_have_a_left_and_a_right() -> None:
+    hand = Skeleton("hand", tuple(f"joint_{i}" for i in range(21)), (), (0.05,) * 21)
+    assert "green" in truth_and_prediction(COCO17)
+    assert "green" not in truth_and_prediction(hand)
 
 
 def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) -> None:

@@ -317,6 +317,14 @@ def test_the_page_holds_everything_and_is_the_same_again(
     out = capsys.readouterr().out
     assert pristine.digest in out
     assert re.search(r"^left_shoulder +89% \(100%\) +100% \(100%\)$", out, re.MULTILINE)
+    assert re.search(r"^box height, px \*( +\d+ \d+ \d+){2}\n", out, re.MULTILINE)
+    assert "\n* 5th, 50th and 95th percentile\n" in out
+    views = re.search(r"^views of train2017:\n(.*\n){4}", out, re.MULTILINE)
+    assert views is not None
+    head, *lines = views[0].splitlines()[1:]
+    for line in lines:  # each figure ends where the name of its column ends
+        assert [line[: head.index(name) + len(name)][-1] for name in ("mirrored", "rotated")] == ["%", "%"]
+        assert len(line) == len(head)
     names = sorted(p.name for p in first.iterdir())
     assert names == sorted(
         [
@@ -330,6 +338,7 @@ def test_the_page_holds_everything_and_is_the_same_again(
     page = (first / "index.html").read_text()
     assert len(re.findall(r'<img alt="[^"]+" src="data:image/', page)) == len(names) - 2
     assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert page.count('class="stats"') == 2, "a row of figures for each split"
     assert pristine.digest in page
     assert str(coco) not in page + (first / "card.json").read_text()
     assert json.loads((first / "card.json").read_text())["digest"] == pristine.digest
@@ -342,6 +351,9 @@ def test_views_that_are_never_rotated_have_a_figure(card: dict[str, Any], tmp_pa
     files = dict(write_figures(still, str(tmp_path)))
     assert list(files) == ["Keypoints", "People", "Augmented views"]
     assert all(Path(file).stat().st_size > 5000 for file in files.values())
+    drawn = decode_image(Path(files["Augmented views"]).read_bytes(), apply_exif=False)
+    assert drawn[80:220, 120:300].min() < 100, "words in place of bars"
+    assert (drawn[:40, -3:] > 250).all(), "no title is cut off"
 
 
 # ---------------------------------------------------------------------------------- MLflow

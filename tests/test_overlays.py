@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from hrnet_core.overlays import draw_heatmaps, draw_poses, tile
+from hrnet_core.overlays import color_line, draw_heatmaps, draw_poses, tile
 from hrnet_core.skeleton import COCO17, HEAD, LEFT, RIGHT, Skeleton
 
 BONE = Skeleton("bone", ("left_end", "right_end"), ((0, 1),), (0.1, 0.1), limbs=((0, 1),))
@@ -70,6 +70,34 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert drawn[60, 150].tolist() == [255, 255, 255]
     assert drawn[110, 250].tolist() == [255, 255, 255]
     assert (drawn[100:120, 100:200] == 90).all()
+
+
+def test_a_box_is_thinner_than_the_thinnest_limb() -> None:
+    """In a crowd of small people boxes of 7 px stood beside limbs of 7."""
+    picture = np.full((480, 640, 3), 90, np.uint8)
+    limb = draw_poses(picture, bone(280, 340, 240), None, BONE)
+    box = draw_poses(picture, np.zeros((1, 2, 2)), [[0, 0]], BONE, boxes_xywh=[[280, 200, 60, 80]])
+    assert drawn_rows(box[:240], 310) < drawn_rows(limb, 300)
+    assert (box[:240, 310] == 255).all(axis=1).sum() == 1
+
+
+def test_small_people_of_a_wide_picture_are_no_blots() -> None:
+    """Of a panorama of 6,000 px limbs were 25 px thick: a person of 100 px was hidden."""
+    picture = np.full((300, 6000, 3), 90, np.uint8)
+    drawn = draw_poses(picture, bone(3000, 3100), None, BONE, boxes_xywh=[[2990, 100, 120, 100]])
+    assert 3 <= drawn_rows(drawn[120:180], 3025) <= 9
+    assert drawn_rows(drawn[120:180], 3000) <= 12, "a dot"
+    assert drawn_rows(drawn[:120], 3050) <= 8, "the box"
+    # Where nothing tells how large a person is, one keypoint alone has to be found in all of the picture.
+    alone = draw_poses(picture, bone(3000, 3100), [[1, 0]], BONE)
+    assert drawn_rows(alone, 3000) > 20
+
+
+def test_colours_are_explained_where_they_tell_sides() -> None:
+    hand = Skeleton("hand", ("wrist", "thumb"), (), (0.1, 0.1), limbs=((0, 1),))
+    own = Skeleton("own", BONE.keypoints, ((0, 1),), (0.1, 0.1), colors=(LEFT, RIGHT))
+    assert color_line(COCO17) == color_line(BONE) == "The person's left is green, the right orange."
+    assert color_line(hand) == color_line(own) == ""
 
 
 def test_a_box_that_is_none_leaves_its_person_drawn() -> None:
@@ -136,6 +164,12 @@ def test_a_sheet_holds_each_picture_whole_and_in_order() -> None:
     assert under.min() < 100  # ink
     assert tile(images, 3).shape[0] < sheet.shape[0]
     assert tile(images[:1], 3).shape[1] < 100  # no empty columns
+    told = tile(images, 3, labels, "What is seen here, in more words than a line of this sheet has room for.")
+    above = told.shape[0] - sheet.shape[0]
+    assert above > 2 * 11, "two lines at least"
+    np.testing.assert_array_equal(told[above + 4 :], sheet[4:])
+    assert (told[4:above] < 100).any()
+    assert (told[:, -4:] == told[0, 0]).all(), "nothing is cut off at the right"
 
 
 def test_a_sheet_of_nothing_is_refused() -> None:

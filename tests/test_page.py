@@ -385,6 +385,17 @@ def test_people_found_by_the_detector_are_shown_and_can_be_changed(
 
 
 @pytest.mark.slow
+def test_names_in_the_docs_are_shown_as_code(browser: Any, url: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{url}docs")
+    about = page.locator("section:has-text('POST /v1/poses')").first.locator("h2 + p")
+    about.wait_for()
+    assert "boxes_from" in about.locator("code").all_inner_texts()
+    assert "`" not in about.inner_text()
+    page.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [True, False])
 def test_keypoints_of_other_bodies(browser: Any, url: str, sides: bool) -> None:
     """Names of 60 characters leave their numbers in sight; sides are known by L_ and R_; where no name has

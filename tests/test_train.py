@@ -463,10 +463,11 @@ def test_truth_and_prediction_are_drawn_in_one_place(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the truth as the prediction, both halves of each picture are the same."""
-    monkeypatch.setattr("pipelines.training.pictures.tile", lambda pairs, columns, labels: (pairs, labels))
-    pairs, labels = people_sheet(manifest, "val2017", perfect(ValSplit(manifest, "val2017")))
-    assert labels == [f"{ann_id}: OKS 1.00" for ann_id in range(1000, 1012)]
-    for left, right in (np.split(pair, 2, axis=1) for pair in pairs):
+    monkeypatch.setattr("pipelines.training.pictures.tile", lambda *sheet: sheet)
+    pairs, _, labels, heading = people_sheet(manifest, "val2017", perfect(ValSplit(manifest, "val2017")))
+    assert labels == [f"OKS 1.00, annotation {ann_id}" for ann_id in range(1000, 1012)]
+    assert "annotated on the left, predicted on the right" in heading
+    for left, right in ((pair[:, :256], pair[:, 260:]) for pair in pairs):
         assert left.shape == (256, 256, 3)
         np.testing.assert_array_equal(left, right)
 

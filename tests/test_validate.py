@@ -18,8 +18,10 @@ from test_preprocess import without_ray
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_png
+from hrnet_core.skeleton import COCO17
 from pipelines.cli import main
 from pipelines.config import DataSettings, RunConfig
+from pipelines.pages.findings import _drawn, write_findings
 from pipelines.preprocess import preprocess
 from pipelines.sources import records
 from pipelines.sources.findings import WAY_OUT, Validation
@@ -119,7 +121,7 @@ def test_what_is_found_is_what_preprocess_leaves_out(
     capfd.readouterr()  # the decoder's own words
 
 
-def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path) -> None:
+def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path, tmp_path: Path) -> None:
     """evaluate asks about nobody without a box, and says so only after the inference."""
     with edited(coco) as data:
         data["annotations"][0]["bbox"] = None
@@ -130,6 +132,10 @@ def test_a_set_that_is_good_says_whom_an_ap_counts_as_missed(coco: Path) -> None
     assert found.exit_code == 0
     assert "2 people are left out" in found.table()
     assert "Evaluate counts 1 of them, of val2017, as missed" in found.table()
+    page = tmp_path / "page.html"  # said "This set is good" alone
+    write_findings(page, found, COCO17, 10**8)
+    assert "2 people are left out" in page.read_text()
+    assert "Evaluate counts 1 of them, of val2017, as missed" in page.read_text()
 
 
 def test_the_first_of_a_lost_split_is_a_defect(coco: Path) -> None:
@@ -360,6 +366,41 @@ def test_the_command(coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["validate", str(coco), "--data.root", "elsewhere"]) == 2
     assert "first argument" in capfd.readouterr().err
     assert main(["validate", str(coco), "--data.skeleton", "nobody"]) == 2
+
+
+def test_examples_stand_side_by_side_with_what_is_drawn_in_them(coco: Path, tmp_path: Path) -> None:
+    """They stood one below the other, each as wide as the page, and nothing said what the colours mean."""
+    with edited(coco) as data:
+        for annotation in data["annotations"][5:7]:
+            annotation["keypoints"] = [2.0, 2.0, 2] * 17
+            annotation.update(bbox=[100, 80, 40, 30], area=600)
+    page = tmp_path / "page.html"
+    main(["validate", str(coco), "--page", str(page)])
+    (photos,) = re.findall(r'<div class="photos">(.*?)<div class="scroll">', page.read_text(), re.DOTALL)
+    assert photos.count("<img ") == photos.count("<div><h3>") == 2
+    assert "boxes as they are read. The person&#x27;s left is green, the right orange." in page.read_text()
+
+
+def test_a_box_that_is_wrong_does_not_make_blots_of_small_people(
+    coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limbs were as thick as for a person as large as the box: boxes read as corners hid whom they held."""
+    checked, drawn = check(coco).splits[0], list[np.ndarray]()
+
+    def keep(shown: np.ndarray, quality: int) -> bytes:
+        drawn.append(shown)
+        return b""
+
+    monkeypatch.setattr("pipelines.pages.findings.encode_jpeg", keep)
+    people = checked.split.people
+    people.keypoints[0] = np.stack([np.arange(60, 77), np.arange(40, 57), np.full(17, 2)], axis=-1)
+    photo = next(p for p in checked.split.photos if p.image_id == people.image_id[0])
+    row = Rejection("bbox_invalid", "a.jpg", photo.image_id, int(people.ann_id[0]), "")
+    for box in ([55, 35, 30, 30], [0, 0, 159, 119]):
+        people.stated_xywh[0] = box
+        _drawn(photo, people, row, COCO17, 10**8)
+    close, wide = (picture[42:56, 62:76] for picture in drawn)
+    np.testing.assert_array_equal(close, wide)
 
 
 def test_where_nothing_can_be_written_is_told_before_any_work(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hrnet_core.overlays import color_line
+from hrnet_core.skeleton import skeleton_from_dict
 from pipelines.pages.frame import definitions, embedded, figure, section, table, tiles, write_page
 from pipelines.shards.figures import ANGLES, FACTORS, LENGTHS
 from pipelines.storage import join
@@ -89,8 +91,11 @@ def _views(splits: Mapping[str, Any], file: str) -> str:
             axes[2].bar([str(v["variant"] or "plain") for v in views], lost, color=color, label=split)
         axes[0].set(title="rotation, where rotated", xlabel="degrees", ylabel="% of rotated views")
         axes[1].set(title="scale against the plain view", xscale="log", xlabel="factor", ylabel="% of views")
-        axes[2].set(title="labelled keypoints without heatmap", xlabel="view", ylabel="%")
+        axes[2].set(title="keypoints without heatmap", xlabel="view", ylabel="% of labelled ones")
         _plain_numbers(axes[1])
+        if not any(sum(view["rotation_deg"]["counts"]) for card in splits.values() for view in card["views"]):
+            axes[0].text(0.5, 0.5, "no view is rotated", transform=axes[0].transAxes, ha="center")
+            axes[0].set(xticks=[], yticks=[])
         _legend(axes[1])
     return file
 
@@ -143,24 +148,26 @@ def write_dataset_page(
     people = sum(split["people"] for split in splits.values())
     width, height = config["input_size"]
     title = f"{people:,} people at {height}x{width}"
-    views = [f"<h3>{html.escape(name)}</h3>{embedded(path, name)}" for name, path in pictures["views"]]
+    views = [
+        f"<h3>{html.escape(name)}</h3>{embedded(path, name, wide=True)}" for name, path in pictures["views"]
+    ]
+    colors = color_line(skeleton_from_dict(config["skeleton"]))
     write_page(
         file,
         title,
         _splits_line(splits),
         f"digest {card['digest']}",
-        tiles(tile for name, split in splits.items() for tile in _tiles(name, split)),
+        *(tiles(_tiles(name, split)) for name, split in splits.items()),
         section(
             "Keypoints and people",
             "Of each keypoint how often it is seen, hidden or not labelled; how large people are, how many "
             "stand together, and how many of their keypoints are labelled.",
-            *(embedded(path, name) for name, path in pictures["figures"]),
+            *(embedded(path, name, wide=True) for name, path in pictures["figures"]),
         ),
         section(
             "Views",
-            "The stored crops: on the left the labelled keypoints in place, on the right the heatmaps over "
-            "the same crop. Left limbs green, right limbs orange. The same people in every view, spread "
-            "evenly over the split.",
+            f"The stored crops: on the left the labelled keypoints in place, on the right the heatmaps over "
+            f"the same crop. {colors} The same people in every view, spread evenly over the split.",
             *views,
         ),
         _left_out(splits, rejected, pictures["rejected"]),
@@ -210,6 +217,6 @@ def _left_out(
         "has all of them.",
         table(counts, ("split", "reason", "rows", "people")),
         "<h3>The heaviest of each reason</h3>",
-        *(embedded(path, name) for name, path in pictures),
+        *(embedded(path, name, wide=True) for name, path in pictures),
         table(([row[key] for key in columns] for row in rejected), columns),
     )

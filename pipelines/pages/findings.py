@@ -7,9 +7,10 @@ import itertools
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from hrnet_core.images import encode_jpeg
-from hrnet_core.overlays import draw_poses
+from hrnet_core.overlays import color_line, draw_poses
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import picture, section, table, tiles, write_page
 from pipelines.sources.findings import WAY_OUT, CheckedSplit, Finding, Validation
@@ -29,9 +30,8 @@ def write_findings(page: str | Path, found: Validation, skeleton: Skeleton, max_
     verdict = "This set is not good as it is" if found.fatal else "This set is good"
     people = "; ".join(f"{c.split.name}: {c.people:,} people on {c.photos:,} pictures" for c in found.splits)
     files = "; ".join(c.split.annotation_file for c in found.splits)
-    parts: list[str] = []
-    if found.fatal:
-        parts.append(section("Why", "", *(f"<p>{html.escape(text)}</p>" for text in found.fatal)))
+    why = [f"<p>{html.escape(text)}</p>" for text in found.fatal or found.good]
+    parts = [section("Why" if found.fatal else "What that means", "", *why)]
     for checked in found.splits:
         groups = checked.findings()
         parts.append(tiles((f"{len(g.rows):,}", g.kind, f"{checked.split.name}: {g.fate}") for g in groups))
@@ -51,14 +51,17 @@ def _finding(checked: CheckedSplit, group: Finding, skeleton: Skeleton, max_pixe
         for row in group.rows[:LISTED]
         if row.image_id in photos
     )
-    drawn = itertools.islice(filter(None, shown), DRAWN)
+    drawn = "".join(itertools.islice(filter(None, shown), DRAWN))
+    if drawn:
+        about = f"Labelled keypoints, and the boxes as they are read. {color_line(skeleton)}"
+        drawn = f'<p class="quiet">{html.escape(about)}</p><div class="photos">{drawn}</div>'
     rows = [(r.file, r.ann_id, f"{r.people:,}", r.detail) for r in group.rows[:LISTED]]
     more = f"and {len(group.rows) - LISTED:,} more" if len(group.rows) > LISTED else ""
     return section(
         f"{checked.split.name}: {group.kind}",
         f"{len(group.rows):,} rows, {group.people:,} people; {group.fate}. Way out: {WAY_OUT[group.kind]}",
         f"<p>{html.escape(group.evidence)}</p>",
-        *drawn,
+        drawn,
         table(rows, ("file", "annotation", "people", "detail")),
         html.escape(more),
     )
@@ -77,12 +80,9 @@ def _drawn(photo: Photo, people: People, row: Rejection, skeleton: Skeleton, max
     if row.ann_id is not None:
         people = people[people.ann_id == row.ann_id]
     labelled = (people.keypoints[..., 2] > 0).astype(float)
-    shown = draw_poses(
-        small,
-        people.keypoints[..., :2] * factor,
-        labelled,
-        skeleton,
-        boxes_xywh=people.stated_xywh * factor,
-    )
+    places, boxes = people.keypoints[..., :2] * factor, people.stated_xywh * factor
+    # One after the other: a box that is wrong would say how thick limbs are, and small people be blots.
+    boxed = draw_poses(small, places, np.zeros_like(labelled), skeleton, boxes_xywh=boxes)
+    shown = draw_poses(boxed, places, labelled, skeleton)
     caption = row.file if row.ann_id is None else f"{row.file}, annotation {row.ann_id}"
-    return f"<h3>{html.escape(caption)}</h3>{picture(encode_jpeg(shown, 85), 'jpeg', caption)}"
+    return f"<div><h3>{html.escape(caption)}</h3>{picture(encode_jpeg(shown, 85), 'jpeg', caption)}</div>"

@@ -47,10 +47,12 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
     return f'<section class="stats">{"".join(stats)}</section>'
 
 
-def embedded(file: str, alt: str) -> str:
-    """A picture file (path or URI) inside the page itself."""
+def embedded(file: str, alt: str, wide: bool = False) -> str:
+    """A picture file (path or URI) inside the page itself. wide: of many small ones, which a phone scrolls
+    instead of making them smaller than can be seen."""
     kind = {".png": "png", ".jpg": "jpeg"}[os.path.splitext(base_name(file))[1]]
-    return picture(read_file(file), kind, alt)
+    shown = picture(read_file(file), kind, alt)
+    return f'<div class="wide">{shown}</div>' if wide else shown
 
 
 def picture(content: bytes, kind: str, alt: str) -> str:
@@ -66,7 +68,8 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
         cells = [html.escape("" if cell is None else str(cell)) for cell in row]
         first = "" if head else f"<th>{cells.pop(0)}</th>"
         lines.append(first + "".join(f"<td>{cell}</td>" for cell in cells))
-    return f'<table class="fields">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+    content = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="fields">{content}</table></div>'
 
 
 def definitions(fields: Mapping[str, Any]) -> str:
@@ -108,18 +111,27 @@ h1 {{ font-size: 34px; margin: 0 }} h2 {{ font-size: 20px; margin: 0 0 4px }} h3
 p {{ margin: 4px 0 }} .quiet {{ color: var(--quiet) }}
 section {{ background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
   padding: 20px; margin-top: 20px }}
+header p, section > p, h3 {{ overflow-wrap: anywhere }}
+.wide {{ overflow-x: auto }} .wide img {{ min-width: 900px }} .wide svg {{ min-width: 480px }}
+.photos {{ display: grid; gap: 0 20px; align-items: end;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }}
 .stats {{ display: grid; gap: 12px; padding: 12px;
   grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)) }}
 .stat {{ padding: 8px 12px; border-left: 3px solid var(--fill) }}
 .stat b {{ font-size: 26px; margin-right: 8px }} .stat small {{ display: block; color: var(--quiet) }}
 img, svg {{ max-width: 100%; height: auto; display: block }} img {{ border-radius: 6px }}
-svg {{ max-width: 640px }} rect {{ fill: var(--fill) }}
+svg {{ max-width: 640px }} rect {{ fill: var(--fill) }} .missed {{ fill: none; stroke: var(--fill) }}
 text {{ font-size: 12px; text-anchor: middle; fill: var(--quiet) }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line);
   font-weight: normal; vertical-align: top }} th {{ color: var(--quiet) }}
-.fields td {{ overflow-wrap: anywhere }} .bar {{ width: 45% }}
+.scroll {{ overflow-x: auto }} .fields td:last-child {{ overflow-wrap: anywhere; min-width: 12em }}
+.bar {{ width: 45%; vertical-align: middle }}
 .bar i {{ display: block; height: 10px; border-radius: 5px; background: var(--fill) }}
+@media print {{
+  body {{ max-width: none; padding: 0 }} .wide img {{ min-width: 0 }} h2, h3 {{ break-after: avoid }}
+  tr, img, svg, .stat {{ break-inside: avoid }} .bar i {{ print-color-adjust: exact }}
+}}
 </style></head><body>
 <header><h1>{title}</h1><p>{line}</p><p class="quiet">{quiet}</p></header>
 {body}

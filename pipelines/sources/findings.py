@@ -147,18 +147,23 @@ class Validation:
         lines = [line for checked in self.splits for line in _split_lines(checked, examples)]
         if self.fatal:
             return "\n".join([*lines, "This set is not good as it is:", *(f"- {t}" for t in self.fatal)])
+        return "\n".join([*lines, *self.good])
+
+    @property
+    def good(self) -> list[str]:
+        """Of a set where nothing is fatal: that it is good, and what it costs all the same."""
         lost = sum(r.people for c in self.splits for r in c.rejected if r.is_defect)
         rest = (
             f"{lost:,} people are left out and listed in rejected.parquet" if lost else "nothing is left out"
         )
-        lines.append(f"This set is good: {rest}, beside what the protocol leaves out.")
+        lines = [f"This set is good: {rest}, beside what the protocol leaves out."]
         unasked = [c for c in self.splits if c.split.name == self.scored for r in c.rejected if r.is_defect]
         if unasked:
             lines.append(
                 f"Evaluate counts {len(unasked):,} of them, of {self.scored}, as missed whatever a network "
                 f"does, unless boxes of a detector find them: mend them first."
             )
-        return "\n".join(lines)
+        return lines
 
     def rows(self) -> list[dict[str, object]]:
         """Every finding: split, kind, file, image_id, ann_id, people, detail."""

@@ -14,6 +14,7 @@ from hrnet_core.geometry import apply_affine
 from hrnet_core.images import encode_png
 from hrnet_core.oks import oks
 from hrnet_core.overlays import draw_poses, tile
+from pipelines.pages.evaluation import DRAWN_ABOVE, truth_and_prediction
 from pipelines.pages.frame import figure
 from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
 from pipelines.shards.manifest import Manifest
@@ -54,11 +55,11 @@ def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         panels[0].figure.suptitle(title)
         for axes, (name, metrics) in zip(panels, PANELS.items(), strict=True):
             axes.set_title(name, fontsize=10)
-            for metric in metrics:
+            for metric, line in zip(metrics, ("-", "--", ":"), strict=False):
                 points = [(row["step"], row[metric]) for row in rows if metric in row]
                 if points:
                     marker = "." if len(points) < 30 else None
-                    axes.plot(*zip(*points, strict=True), label=metric, marker=marker)
+                    axes.plot(*zip(*points, strict=True), label=metric, marker=marker, linestyle=line)
             if len(metrics) > 1 and axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
             axes.set_xlabel("step", fontsize=8)
@@ -67,7 +68,8 @@ def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def people_sheet(manifest: Manifest, split: str, found: Predictions) -> NDArray[np.uint8]:
-    """Of SHOWN people the truth beside the prediction, OKS underneath; uint8 (H, W, 3)."""
+    """Of SHOWN people the truth beside the prediction, OKS underneath, above all what is seen; uint8
+    (H, W, 3)."""
     rows = read_rows(manifest, split, 0, spread_rows(manifest, split, SHOWN))
     skeleton, truth = manifest.recipe.skeleton, rows["keypoints"]
     index = np.searchsorted(found.ann_ids, rows["ann_id"])
@@ -77,7 +79,9 @@ def people_sheet(manifest: Manifest, split: str, found: Predictions) -> NDArray[
     pairs = []
     for person, left in enumerate(annotated(rows, skeleton)):
         crop, factor = enlarged(rows["images"][person])
-        right = draw_poses(crop, factor * in_crop[person, None], scores[person, None], skeleton, 0.2)
-        pairs.append(np.concatenate([left, right], axis=1))
-    labels = zip(rows["ann_id"].tolist(), fits.tolist(), strict=True)
-    return tile(pairs, columns=4, labels=[f"{ann_id}: OKS {fit:.2f}" for ann_id, fit in labels])
+        right = draw_poses(crop, factor * in_crop[person, None], scores[person, None], skeleton, DRAWN_ABOVE)
+        gap = np.full((len(left), 4, 3), 255, np.uint8)
+        pairs.append(np.concatenate([left, gap, right], axis=1))
+    said = zip(rows["ann_id"].tolist(), fits.tolist(), strict=True)
+    labels = [f"OKS {fit:.2f}, annotation {ann_id}" for ann_id, fit in said]
+    return tile(pairs, 4, labels, truth_and_prediction(skeleton))
