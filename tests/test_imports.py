@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hrnet_core.memory": set(),
     "hrnet_core.files": {"hrnet_core.errors"},
     "hrnet_core.skeleton": {"numpy", "hrnet_core.errors", "hrnet_core.files"},
+    "hrnet_core.picture_parts": {"hrnet_core.errors"},
     "hrnet_core.images": {
         "numpy",
         "cv2",
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hrnet_core.choices",
         "hrnet_core.errors",
         "hrnet_core.heif",
+        "hrnet_core.picture_parts",
     },
     "hrnet_core.geometry": {"numpy", "cv2", "hrnet_core.choices"},
     "hrnet_core.heatmaps": {"numpy", "cv2", "hrnet_core.choices", "hrnet_core.geometry"},
