@@ -144,7 +144,8 @@ STANDS_ON: dict[str, set[str]] = {
     "pipelines.section": set(),
     "pipelines.train_settings": {"pipelines.section"},
     "pipelines.config": {"pipelines.section", "pipelines.train_settings", "serve.settings"},
-    "pipelines.config_file": {"pipelines.config"},
+    "pipelines.yaml_file": set(),
+    "pipelines.config_file": {"pipelines.config", "pipelines.yaml_file"},
     "pipelines.in_order": set(),
     "pipelines.storage": {"pipelines.in_order"},
     "pipelines.progress": set(),
@@ -159,7 +160,7 @@ STANDS_ON: dict[str, set[str]] = {
     },
     "pipelines.shared_paths": {"pipelines.cluster", "pipelines.storage"},
     "pipelines.drawn": set(),
-    "pipelines.sources": {"pipelines.config", "pipelines.storage"},
+    "pipelines.sources": {"pipelines.config", "pipelines.storage", "pipelines.yaml_file"},
     "pipelines.shards": {
         "pipelines.config",
         "pipelines.in_order",
