@@ -200,7 +200,9 @@ def load_checkpoint(folder: str | Path) -> tuple[HRNet, CheckpointSpec]:
             f"{file}: its sha256 is {digest}, but weights_sha256 in {DESCRIPTION} is {spec.weights_sha256}: "
             f"these are not the weights that were saved. Copy the whole folder again."
         )
-    return _build(spec.architecture, parse_safetensors(content, file), str(file)), spec
+    state = parse_safetensors(content, file)
+    _refuse_other_sizes(spec.architecture, state, str(file))
+    return _build(spec.architecture, state, str(file)), spec
 
 
 def read_spec(folder: str | Path) -> CheckpointSpec:
@@ -331,6 +333,22 @@ def _build(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> 
         raise CheckpointError(f"{source}: {'; '.join(problems)}.")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _refuse_other_sizes(architecture: HRNetConfig, state: dict[str, Tensor], source: str) -> None:
+    """CheckpointError where a network of this architecture would be much larger than its weights: what
+    checkpoint.json says may want all memory that there is. The two tensors grow as the whole does."""
+    depths = (*architecture.modules, architecture.blocks, architecture.bottlenecks)
+    if max(depths) > len(state):
+        raise CheckpointError(
+            f"{source}: holds {len(state)} tensors, the architecture has {max(depths):,} blocks."
+        )
+    stem, widest = architecture.stem_width, 8 * architecture.width
+    for key, side in (("conv2.weight", stem), ("stage4.0.branches.3.0.conv1.weight", widest)):
+        if key in state and list(state[key].shape) == [side, side, 3, 3]:
+            continue
+        have = f"is {list(state[key].shape)}" if key in state else "is missing"
+        raise CheckpointError(f"{source}: {key} {have}, not [{side}, {side}, 3, 3].")
 
 
 def _selftest_crops(input_size: tuple[int, int]) -> Tensor:

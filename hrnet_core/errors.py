@@ -16,8 +16,21 @@ def first_line(error: Exception) -> str:
     return (text or repr(error)).splitlines()[0][:200]
 
 
+def shown(text: str, keep: str = "") -> str:
+    r"""A text that others wrote, such as a file's name, for a terminal or a log: what is not printed but
+    obeyed (control characters, changes of direction, half a surrogate pair) as \x1b and the like. keep: of
+    those what stays."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 class PoseError(Exception):
-    """Something the user can fix. Its text is one paragraph: the file, the field and the way out."""
+    """Something the user can fix. Its text is one paragraph: the file, the field and the way out. Names and
+    values in it are others', so that it is made printable."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shown(a, keep="\n\t") if isinstance(a, str) else a for a in args))
 
 
 class ImageError(PoseError):

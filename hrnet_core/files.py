@@ -69,7 +69,7 @@ def read_object(file: Path, error: type[PoseError], way_out: str) -> dict[str, A
     """The JSON object that a file holds; else `error`, with the file and the way out."""
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{file}: no readable JSON ({problem}). {way_out}") from None
     if not isinstance(content, dict):
         raise error(f"{file}: holds {type(content).__name__}, not one JSON object. {way_out}")

@@ -31,6 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from hrnet_core import heif
 from hrnet_core.choices import MAX_PIXELS
 from hrnet_core.errors import DataError, ImageError, first_line
+from hrnet_core.picture_parts import jpeg_ends, png_ends, readable_head
 
 Image = NDArray[np.uint8]
 
@@ -54,7 +55,6 @@ OTHER_FORMATS: tuple[tuple[str, re.Pattern[bytes]], ...] = (
     ("SVG", re.compile(rb"\s*(<\?xml[^>]*>\s*)?<svg")),
 )
 ORIENTATION_TAG = 0x0112
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xff]")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_header(data: bytes) -> ImageHeader:
 
     Raises ImageError: `empty`, `not_an_image`, `unsupported_format` (also a HEIC where nothing reads it),
     `truncated` (the header itself is cut off or damaged), `too_large` (a WebP that Pillow refuses by its
-    header).
+    header), `decode_failed` (more scans, segments, chunks or blocks than any program writes).
     """
     if not data:
         raise ImageError("empty", "the file is empty (0 bytes): send the picture itself.")
@@ -87,7 +87,7 @@ def read_header(data: bytes) -> ImageHeader:
         if parser is None:
             width, height, frames = heif.size_of(name, data)
         else:
-            picture = parser(io.BytesIO(data))
+            picture = parser(io.BytesIO(readable_head(name, data)))
             width, height = picture.size
             frames = 2 if getattr(picture, "is_animated", False) else 1
             orientation = _orientation(picture)
@@ -258,37 +258,14 @@ def _orientation(picture: Any) -> int:
 
 def _is_complete(name: str, data: bytes) -> bool:
     if name == "JPEG":
-        return _jpeg_ends(data)
+        return jpeg_ends(data)
     if name == "PNG":
-        return _png_ends(data)
+        return png_ends(data)
     if name in ("AVIF", "HEIC"):
         return heif.is_whole(data)
     # Of GIF and TIFF the decoder refuses what is cut off.
     least = {"WEBP": 8 + int.from_bytes(data[4:8], "little"), "BMP": int.from_bytes(data[2:6], "little")}
     return len(data) >= least.get(name, 0)
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether an end marker follows the first scan. One inside a segment (a thumbnail's) does not count."""
-    at = 2
-    while marker := JPEG_MARKER.search(data, at):
-        at, code = marker.end(), data[marker.end() - 1]
-        if code == 0xDA:  # start of scan: in what follows, FF D9 is the end and nothing else
-            return data.rfind(b"\xff\xd9", at) >= 0  # it is near the end
-        if not (0xD0 <= code <= 0xD8 or code == 0x01):  # markers without a length
-            at += int.from_bytes(data[at : at + 2], "big")
-    return False
-
-
-def _png_ends(data: bytes) -> bool:
-    """Whether the chunks follow one another up to IEND. OpenCV would allocate whatever length a damaged
-    chunk declares: gigabytes for a file of 500 bytes."""
-    at = 8
-    while at + 12 <= len(data):
-        kind, at = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if kind == b"IEND":
-            return at <= len(data)
-    return False
 
 
 def _decode(header: ImageHeader, data: bytes) -> Image:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError
 from pipelines.config import RunConfig
+from pipelines.yaml_file import parse_yaml
 
 SHIPPED = Path(__file__).parent / "configs"
 
@@ -70,7 +71,7 @@ def _base(path: Path, name: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(path.read_text()) or {}
+        fields = parse_yaml(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
     if not isinstance(fields, dict):

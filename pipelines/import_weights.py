@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from hrnet_core.choices import CodecName
-from hrnet_core.errors import CheckpointError, ConfigError
+from hrnet_core.errors import CheckpointError, ConfigError, shown
 from hrnet_core.locations import folder_to_write
 from hrnet_core.skeleton import load_skeleton
 from pipelines.checkpoints import put_checkpoint
@@ -68,7 +68,7 @@ def import_weights(
     spec = CheckpointSpec(architecture, heatmaps, body, provenance=provenance)
     put_checkpoint(out, state, spec)
     width, height = spec.input_size
-    print(report)
+    print(shown(str(report), keep="\n"))  # it names the keys of their file
     print(
         f"wrote {out}: width {architecture.width}, {architecture.num_keypoints} keypoints ({body.name}), "
         f"input {height}x{width}, codec {heatmaps.name}, sigma {heatmaps.sigma:g} (size and codec as you "

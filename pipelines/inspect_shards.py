@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hrnet_core.errors import DataError
+from hrnet_core.errors import DataError, shown
 from hrnet_core.locations import destination, folder_to_write, is_uri, refuse_no_bucket
 from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
@@ -54,7 +54,7 @@ def inspect_shards(
         )
     verify(manifest)
     card = make_card(manifest, {split: figures_of(manifest, split) for split in manifest.splits})
-    print(card_text(card), flush=True)
+    print(shown(card_text(card), keep="\n"), flush=True)
     try:
         write_json(join(folder, "card.json"), card)
         page, pictures = write_gallery(manifest, card, folder, coco)

@@ -219,12 +219,18 @@ PROBLEMS: dict[str, tuple[int, str]] = {
 """Slug of a problem's type (urn:hrnet:problem:SLUG): status and title. docs/serving.md lists them."""
 
 
+def _short(text: str, most: int = 2000) -> str:
+    """What a client sent may stand in it: 20 MB of a field's name are not sent back, nor logged."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class Problem(Exception):
     """An answer that is an error. `detail` says what is wrong with this request and the way out."""
 
     def __init__(
         self, slug: str, detail: str, *, headers: dict[str, str] | None = None, **members: Any
     ) -> None:
+        detail = _short(detail)
         super().__init__(detail)
         self.slug, self.detail, self.members = slug, detail, members
         self.status, self.title = PROBLEMS[slug]
@@ -233,6 +239,7 @@ class Problem(Exception):
     @classmethod
     def of_field(cls, field: str, slug: str, what: str, **members: Any) -> Problem:
         """One that names the field to blame, in its detail and as a member."""
+        field = _short(field, 200)
         return cls(slug, f"{field}: {what}", field=field, **members)
 
     def body(self, instance: str, request_id: str) -> dict[str, Any]:

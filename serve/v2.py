@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hrnet_core.results import Poses
-from serve.body import Upload, boxes_of_json, check_counts
+from serve.body import Upload, boxes_of_json, check_counts, check_values, parse_json
 from serve.detector import Find
 from serve.schemas import ModelInfo, Problem
 from serve.settings import Limits
@@ -67,7 +67,7 @@ class Wish:
 async def uploads_of_v2(request: Request, body: bytes, limits: Limits) -> list[Upload]:
     """The pictures and boxes of an inference request; its Wish and Find are put into request.state. Problem
     for anything else that it holds."""
-    fields, tail = _split(body, request.headers.get(HEADER_LENGTH))
+    fields, tail = _split(body, request.headers.get(HEADER_LENGTH), limits)
     request.state.wish, request.state.find = wish_of(fields), find_of(fields.get("parameters") or {})
     return uploads_of_inputs(fields.get("inputs"), tail, limits)
 
@@ -75,7 +75,7 @@ async def uploads_of_v2(request: Request, body: bytes, limits: Limits) -> list[U
 def uploads_of_inputs(inputs: Any, tail: bytes, limits: Limits) -> list[Upload]:
     """The pictures and boxes of [{name, datatype, data}, ...]; in place of data binary_data_size among the
     parameters, for so many bytes of `tail`. Problem names the input that is wrong."""
-    tensors = _tensors(inputs, tail)
+    tensors = _tensors(inputs, tail, limits)
     images = [_picture(one, i) for i, one in enumerate(tensors.get("image", []))]
     boxes = tensors.get("boxes")
     check_counts(len(images), len(images) if boxes is None else len(boxes), limits)
@@ -126,7 +126,7 @@ def arrays_of(poses: list[Poses]) -> dict[str, NDArray[Any]]:
     }
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], bytes]:
+def _split(body: bytes, header_length: str | None, limits: Limits) -> tuple[dict[str, Any], bytes]:
     """The JSON of a body and the bytes behind it."""
     length = len(body)
     if header_length is not None:
@@ -136,10 +136,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], byte
             )
             raise Problem("malformed-body", f"the body: {what}")
         length = int(header_length)
-    try:
-        fields = json.loads(body[:length])
-    except (ValueError, RecursionError) as error:
-        raise Problem("malformed-body", f"the body: not JSON ({error}).") from None
+    fields = parse_json(body[:length], "the body", "malformed-body", limits)
     if not isinstance(fields, dict):
         raise Problem("malformed-body", "the body: expected a JSON object with inputs.")
     return fields, body[length:]
@@ -181,7 +178,7 @@ def _named(entries: Any) -> bool:
     return all(isinstance(one.get("name"), str) and isinstance(_parameters(one), dict) for one in entries)
 
 
-def _tensors(inputs: Any, tail: bytes) -> dict[str, Any]:
+def _tensors(inputs: Any, tail: bytes, limits: Limits) -> dict[str, Any]:
     """Name -> list of bytes or texts, or nested lists of numbers."""
     if not _named(inputs):
         raise Problem("malformed-body", "the body: inputs must be a list of {name, datatype, shape, data}.")
@@ -196,27 +193,31 @@ def _tensors(inputs: Any, tail: bytes) -> dict[str, Any]:
             if type(size) is not int or not 0 <= size <= len(tail):
                 raise Problem.of_field(name, "invalid-field", "binary_data_size is more than the body has.")
             data, tail = tail[:size], tail[size:]
-            tensors[name] = _of_bytes(name, one, data)
+            tensors[name] = _of_bytes(name, one, data, limits)
         else:
-            tensors[name] = _shaped(name, one, one.get("data"))
+            tensors[name] = _shaped(name, one, one.get("data"), limits)
     if tail:
         raise Problem("malformed-body", f"the body: {len(tail):,} bytes at its end belong to no input.")
     return tensors
 
 
-def _of_bytes(name: str, tensor: dict[str, Any], data: bytes) -> Any:
+def _of_bytes(name: str, tensor: dict[str, Any], data: bytes, limits: Limits) -> Any:
     if INPUTS[name][0] == "BYTES":
-        return list(_byte_strings(name, data))
+        return list(_byte_strings(name, data, limits))
     dtype = DTYPES.get(tensor.get("datatype", ""))
     if dtype is None or len(data) % np.dtype(dtype).itemsize:
         raise Problem.of_field(name, "invalid-field", f"expected {INPUTS[name][0]} (or {', '.join(DTYPES)}).")
-    return _shaped(name, tensor, np.frombuffer(data, dtype).tolist())
+    values = np.frombuffer(data, dtype)
+    check_values(len(values), name, "invalid-field", limits)
+    return _shaped(name, tensor, values.tolist(), limits)
 
 
-def _byte_strings(name: str, data: bytes) -> Iterable[bytes]:
+def _byte_strings(name: str, data: bytes, limits: Limits) -> Iterable[bytes]:
     """Triton's BYTES: each with its length before it."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        check_values(count, name, "too-many-images", limits)
         (length,) = struct.unpack_from("<I", data, at) if at + 4 <= len(data) else (len(data),)
         if at + 4 + length > len(data):
             raise Problem.of_field(name, "invalid-field", "its bytes end within an element.")
@@ -224,10 +225,11 @@ def _byte_strings(name: str, data: bytes) -> Iterable[bytes]:
         at += 4 + length
 
 
-def _shaped(name: str, tensor: dict[str, Any], data: Any) -> Any:
+def _shaped(name: str, tensor: dict[str, Any], data: Any, limits: Limits) -> Any:
     """Flat or nested data as INPUTS has it: boxes in rows of four."""
     if not isinstance(data, list):
         raise Problem.of_field(name, "invalid-field", "data must be a list.")
+    check_values(len(data), name, "invalid-field", limits)
     if name != "boxes":
         if name == "counts" and not all(type(one) is int for one in data):
             raise Problem.of_field(name, "invalid-field", "expected whole numbers.")

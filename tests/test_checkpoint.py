@@ -186,6 +186,24 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder: Path, named: str, c
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ("width", "branches.3.0.conv1.weight is .*8000000"),
+        ("stem_width", "conv2.weight is .*1000000"),
+        ("bottlenecks", "tensors, the architecture has 1,000,000 blocks"),
+        ("blocks", "tensors, the architecture has 1,000,000 blocks"),
+    ],
+)
+def test_a_network_that_no_memory_holds_is_refused_before_it_is_made(
+    folder: Path, field: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hrnet_core.checkpoint.untrained", lambda _: pytest.fail("made"))
+    rewrite(folder, lambda fields: fields["architecture"].update({field: 1_000_000}))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{named}"):
+        load_checkpoint(folder)
+
+
 def test_damaged_files_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1])

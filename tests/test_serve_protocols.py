@@ -187,6 +187,20 @@ def test_a_bad_inference_request_says_what_is_wrong(
     assert named in response.json()["error"]
 
 
+@pytest.mark.parametrize(("name", "datatype"), [("image", "BYTES"), ("boxes", "FP32"), ("counts", "INT32")])
+def test_many_times_more_values_than_a_request_has_are_not_looked_at(
+    service: PoseService, name: str, datatype: str
+) -> None:
+    """32 MB of binary zeros are eight million empty pictures: seconds in which nobody else is answered."""
+    tail = bytes(80_000)
+    tensor = {"name": name, "datatype": datatype, "parameters": {"binary_data_size": len(tail)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    url, headers = "/v2/models/hrnet-pose/infer", {"Inference-Header-Content-Length": str(len(head))}
+    response = call(service, "POST", url, content=head + tail, headers=headers)
+    assert response.status_code == 422, response.text
+    assert "more than 11,152 values" in response.json()["error"]
+
+
 @pytest.mark.parametrize("length", ["99999", "-1", "x", "3"])
 def test_a_wrong_header_length_is_refused(service: PoseService, length: str) -> None:
     url, headers = "/v2/models/hrnet-pose/infer", {"Inference-Header-Content-Length": length}

@@ -66,6 +66,42 @@ def test_every_box_that_is_taken_is_answered_in_numbers(service: PoseService) ->
     assert np.isfinite(points).all()
 
 
+MANY = {
+    "numbers": b'{"image": "", "boxes": [' + b"1," * 20_000 + b"1]}",
+    "lists": b'{"image": "", "boxes": [' + b"[]," * 20_000 + b"[]]}",
+    "pictures": b'{"image": [' + b'"",' * 20_000 + b'""]}',
+    "fields": b"{" + b",".join(b'"%d":1' % i for i in range(20_000)) + b"}",
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_body_of_many_times_more_values_than_a_request_has_is_not_parsed(
+    service: PoseService, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser holds the interpreter: 30 MB of empty lists were 10 s in which nobody else was answered."""
+    for options in (
+        {"content": MANY[what], "headers": {"content-type": "application/json"}},
+        {"files": {"image": PNG, "boxes": ("boxes", MANY[what])}},
+    ):
+        with monkeypatch.context() as without:
+            without.setattr("serve.body.json.loads", None)
+            response = post(service, **options)
+        assert response.status_code in (400, 422)
+        assert "more than 11,152 values. One request has at most 128 people." in response.json()["detail"]
+
+
+def test_who_sends_somewhat_too_much_is_told_how_many_are_taken(service: PoseService) -> None:
+    assert "at most 128" in post(service, **form(boxes=[[1, 1, 9, 9]] * 2000)).json()["detail"]
+
+
+def test_what_a_client_sent_is_not_sent_back_whole(service: PoseService) -> None:
+    body = json.dumps({"a" * 1_000_000: 1})
+    response = post(service, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 422
+    assert response.json()["field"] == "a" * 200 + "..."
+    assert len(response.content) < 1000
+
+
 def test_half_a_surrogate_pair_in_a_name_is_a_problem_not_a_defect(service: PoseService) -> None:
     body = b'{"image": "", "\\ud800": 1}'
     response = post(service, content=body, headers={"content-type": "application/json"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -419,3 +420,20 @@ def test_where_nothing_can_be_written_is_told_before_any_work(
         told = capsys.readouterr().err
         assert argv[0] in told
         assert words in told
+
+
+def test_names_do_not_steer_the_terminal(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that others made may hold names that clear the screen, or write a line of their own."""
+    file = coco / "annotations" / f"person_keypoints_{TRAIN}.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "a\x1b[2J\rThis set is good\n\u202egpj.jpg"
+    content["categories"][0]["keypoints"][0] = "\x1b]0;title\x07"
+    file.write_text(json.dumps(content))
+    assert main(["validate", str(coco)]) == 2
+    content["categories"][0]["keypoints"][0] = "nose"
+    file.write_text(json.dumps(content))
+    assert main(["validate", str(coco)]) == 0
+    said = capsys.readouterr()
+    assert "\\x1b]0;title\\x07" in said.err + said.out
+    assert "a\\x1b[2J\\rThis set is good\\n\\u202egpj.jpg" in said.out
+    assert all(c.isprintable() or c == "\n" for c in said.out + said.err)

@@ -108,7 +108,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             refuse_no_bucket(folder, "data.shards")
             raise DataError(f"{folder}: {_what_instead(folder)}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{where}: not a manifest ({error!r}). Preprocess into a new folder.") from None
         manifest._check_listing(known)
         return manifest

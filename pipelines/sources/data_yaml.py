@@ -14,6 +14,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.sources.annotations import ALL
 from pipelines.sources.rows import listed, name_difference
 from pipelines.storage import is_file, is_folder, join, list_files, read_file
+from pipelines.yaml_file import parse_yaml
 
 DESCRIPTION = "data.yaml"
 FLAT = "all"
@@ -63,7 +64,7 @@ def _parsed(file: str) -> tuple[dict[str, Any], bytes]:
     """Fields and bytes; nothing where there is no file."""
     try:
         raw = read_file(file)
-        fields = yaml.safe_load(raw.decode("utf-8-sig")) or {}
+        fields = parse_yaml(raw.decode("utf-8-sig")) or {}
     except (FileNotFoundError, NotADirectoryError):
         return {}, b""
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hrnet_core.errors import shown
 from pipelines.sources.doubts import Doubt
 from pipelines.sources.examine import Look
 from pipelines.sources.records import Rejection, Split
@@ -146,7 +147,9 @@ class Validation:
         """By split and kind: rows, people, what becomes of them, the first examples, the way out."""
         lines = [line for checked in self.splits for line in _split_lines(checked, examples)]
         if self.fatal:
-            return "\n".join([*lines, "This set is not good as it is:", *(f"- {t}" for t in self.fatal)])
+            return "\n".join(
+                [*lines, "This set is not good as it is:", *(f"- {shown(t)}" for t in self.fatal)]
+            )
         return "\n".join([*lines, *self.good])
 
     @property
@@ -198,12 +201,12 @@ def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
         yield f"  {found.kind:<24}{count}  {found.fate}: {WAY_OUT[found.kind]}"
         if found.evidence:
             yield f"      {found.evidence}"
-        shown = examples if found.matters else 0
-        for row in found.rows[:shown]:
+        listed = examples if found.matters else 0
+        for row in found.rows[:listed]:
             who = "" if row.ann_id is None else f", annotation {row.ann_id}"
-            yield f"      {row.file}{who}: {row.detail}"
-        if 0 < shown < len(found.rows):
-            yield f"      and {len(found.rows) - shown:,} more"
+            yield f"      {shown(row.file)}{who}: {shown(row.detail)}"
+        if 0 < listed < len(found.rows):
+            yield f"      and {len(found.rows) - listed:,} more"
     for kind, number in sorted(split.repaired.items()):
         yield f"  {kind:<24}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
     if unread := sum(1 for look in checked.looks if look.sha256 is None):
