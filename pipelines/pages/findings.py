@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from hrnet_core.images import encode_jpeg
 from hrnet_core.overlays import draw_poses
@@ -78,7 +79,7 @@ def _drawn(photo: Photo, people: People, row: Rejection, skeleton: Skeleton, max
         people = people[people.ann_id == row.ann_id]
     labelled = (people.keypoints[..., 2] > 0).astype(float)
     shown = draw_poses(
-        small,
+        np.asarray(small, np.uint8),
         people.keypoints[..., :2] * factor,
         labelled,
         skeleton,
