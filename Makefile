@@ -38,7 +38,7 @@ test-gpu: setup  ## the tests and figures that need a GPU, 14 minutes at most
 lint: setup  ## style of the whole tree
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: setup  ## types of hrnet_core
+types: setup  ## types of hrnet_core, pipelines and serve
 	@$(BIN)/mypy
 
 format: setup  ## let ruff format the tree

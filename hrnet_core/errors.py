@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of another library's error, for a message of ours: its first line without colours, at most 200
     characters."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()

@@ -176,7 +176,8 @@ def machine(device: str) -> dict[str, Any]:
     import torch
 
     has = torch.cpu.get_capabilities()
-    versions = {"hrnet": code_version(), "Python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {"hrnet": code_version(), "Python": platform.python_version()}
+    versions["torch"] = torch.__version__
     for package, name in RUNTIMES.items():
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(package)

@@ -92,7 +92,7 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
         if "--track.uri" not in (flag, given.partition("=")[0]):  # a server's may hold its password
             refuse_credentials(given)
     _, model, about = VERBS[verb]
-    prog, default = f"hrnet {verb}", {}
+    prog, default = f"hrnet {verb}", dict[str, Any]()
     if model is RunConfig:
         prog = f"{prog} CONFIG"
         if argv and not argv[0].startswith("-"):
@@ -102,7 +102,7 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
                 f"name a config first: hrnet {verb} CONFIG ..., a YAML file or a shipped name such as "
                 f"w32_256x192 (hrnet {verb} --help lists every setting)."
             )
-    how = {"args": list(argv), "prog": prog, "description": about, **default}
+    how: dict[str, Any] = {"args": list(argv), "prog": prog, "description": about, **default}
     try:
         # tyro shows a value that a model refuses as pydantic's lines in a box; a config file gets a sentence.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -115,9 +115,10 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
     return tyro.cli(model, **how)  # what tyro itself has to say, to a terminal if it is one
 
 
-def _need(value: str | tuple[str, ...] | None, flag: str, what: str) -> None:
+def _need(value: str | None, flag: str, what: str) -> str:
     if not value:
         raise ConfigError(f"{flag} is missing: {what}.")
+    return value
 
 
 def _given(args: Section) -> dict[str, Any]:
@@ -148,7 +149,12 @@ def validate(args: arguments.Validate) -> int:
         if place:
             file_to_write(place, flag)
 
-    how = {"decode": args.decode, "most": args.read, "checksums": args.checksums, "workers": args.workers}
+    how: dict[str, Any] = {
+        "decode": args.decode,
+        "most": args.read,
+        "checksums": args.checksums,
+        "workers": args.workers,
+    }
     found = validate(args.coco, args.data, **how)
     print(found.table(args.examples))
     if args.out:
@@ -202,25 +208,26 @@ def evaluate(args: arguments.Evaluate) -> None:
     if args.results or args.ground_truth:
         return _score(args)
     both = "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json"
-    _need(args.checkpoint, "CHECKPOINT", both)
-    _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
+    checkpoint = _need(args.checkpoint, "CHECKPOINT", both)
+    coco = _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
     from pipelines.checkpoints import evaluation_folder
 
-    out = args.out or evaluation_folder(args.checkpoint, "det" if args.boxes else "gt", args.run.storage)
-    what = {"split": args.split, "boxes": args.boxes, "settings": args.evaluate, "ray": args.ray}
+    out = args.out or evaluation_folder(checkpoint, "det" if args.boxes else "gt", args.run.storage)
+    what: dict[str, Any] = {"split": args.split, "boxes": args.boxes}
+    what |= {"settings": args.evaluate, "ray": args.ray}
     if args.measure_modes:
         if args.report:
             raise ConfigError("--measure-modes writes no report: evaluate again with --report alone.")
         from pipelines.measure_modes import measure_modes
         from pipelines.storage import join
 
-        print(measure_modes(args.checkpoint, args.coco, out=args.out or _beside(out, "_modes"), **what))
-        print(f"written into {join(args.checkpoint, 'checkpoint.json')}")
+        print(measure_modes(checkpoint, coco, out=args.out or _beside(out, "_modes"), **what))
+        print(f"written into {join(checkpoint, 'checkpoint.json')}")
         return
     from pipelines.evaluate import evaluate
 
-    where = {"track": args.track, "storage": args.run.storage, "report": args.report}
-    result = evaluate(args.checkpoint, args.coco, out=out, **what, **where)
+    where: dict[str, Any] = {"track": args.track, "storage": args.run.storage}
+    result = evaluate(checkpoint, coco, out=out, report=args.report, **what, **where)
     print(result.table())
     report = f"; report: {args.report}" if args.report else ""
     print(f"results, figures and pictures: {result.folder}{report}")
@@ -230,8 +237,8 @@ def evaluate(args: arguments.Evaluate) -> None:
 
 def _score(args: arguments.Evaluate) -> None:
     """The ten figures of a results file that anyone made."""
-    _need(args.results, "--results R.json", "the COCO results to score")
-    _need(args.ground_truth, "--ground-truth GT.json", "the annotations to score them against")
+    results = _need(args.results, "--results R.json", "the COCO results to score")
+    ground_truth = _need(args.ground_truth, "--ground-truth GT.json", "the annotations to score them against")
     from hrnet_core.skeleton import load_skeleton
     from pipelines.poses.oks_ap import evaluate_results
     from pipelines.storage import join, writable, write_json
@@ -243,8 +250,12 @@ def _score(args: arguments.Evaluate) -> None:
             "model on photographs. Leave them out, or leave out --results."
         )
     skeleton = load_skeleton(args.skeleton)
-    how = {"skeleton": skeleton, "use_area": args.use_area, "category": args.evaluate.category}
-    stats = evaluate_results(args.results, args.ground_truth, **how)
+    how: dict[str, Any] = {
+        "skeleton": skeleton,
+        "use_area": args.use_area,
+        "category": args.evaluate.category,
+    }
+    stats = evaluate_results(results, ground_truth, **how)
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
     if folder:
@@ -265,9 +276,15 @@ def benchmark(args: arguments.Benchmark) -> int:
 
     if args.json_file:
         file_to_write(args.json_file, "--json")
-    what = {"modes": args.modes, "batch_sizes": args.batch_sizes}
-    where = {"threads": args.threads, "device": args.device, "track": args.track, "storage": args.run.storage}
-    measured = benchmark(args.checkpoint, **what, **where)
+    measured = benchmark(
+        args.checkpoint,
+        modes=args.modes,
+        batch_sizes=args.batch_sizes,
+        threads=args.threads,
+        device=args.device,
+        track=args.track,
+        storage=args.run.storage,
+    )
     print(f"\n{measured}")
     if args.json_file:
         measured.write(args.json_file)
@@ -277,7 +294,7 @@ def benchmark(args: arguments.Benchmark) -> int:
 
 def predict(args: arguments.Predict) -> None:
     """poses of pictures and videos, as COCO, Parquet, OpenPose, overlays"""
-    _need(args.sources, "SOURCE", "a picture, a video, a folder, a glob or a URI")
+    _need(" ".join(args.sources), "SOURCE", "a picture, a video, a folder, a glob or a URI")
     from pipelines.predict import predict
 
     print(predict(**_given(args)))
@@ -296,13 +313,13 @@ def deploy(args: arguments.Deploy) -> None:
     """serve a checkpoint over HTTP on Ray Serve"""
     from pipelines.deploy import deploy
 
-    given = {"run": args.run, "track": args.track, "ray_settings": args.ray}
+    given: dict[str, Any] = {"run": args.run, "track": args.track, "ray_settings": args.ray}
     deploy(args.checkpoint, args.serve, rollback=args.rollback, **given)
 
 
 def load(args: arguments.LoadTest) -> None:
     """how an endpoint answers requests that come at given rates: latencies, statuses, share of 429"""
-    _need(args.sources, "SOURCE", "the pictures to ask with, as files, folders or globs")
+    _need(" ".join(args.sources), "SOURCE", "the pictures to ask with, as files, folders or globs")
     if args.json_file:
         file_to_write(args.json_file, "--json")
     from pipelines.load import load

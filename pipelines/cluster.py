@@ -100,14 +100,16 @@ def serve_logs() -> str:
     was started last. On other nodes of a cluster it usually has the same name."""
     from ray._private.worker import _global_node  # it has no public name
 
-    return f"{_global_node.get_logs_dir_path()}/serve"
+    node: Any = _global_node  # None, as Ray's types have it
+    return f"{node.get_logs_dir_path()}/serve"
 
 
 def ray_is_whole() -> bool:
     """False once one of the processes has ended that `ray.init` started here: of a Ray that ends."""
     from ray._private.worker import _global_node  # it has no public name
 
-    return _global_node is not None and _global_node.remaining_processes_alive()
+    node: Any = _global_node
+    return node is not None and node.remaining_processes_alive()
 
 
 def metrics_port() -> int:
@@ -163,9 +165,10 @@ def _started(
             _sessions_of_their_own() as processes,
         ):
             ended.callback(_shut_down, processes)
-            joined = ray.init(address=address, log_to_driver=workers_shown, logging_level="WARNING", **how)
+            how |= {"log_to_driver": workers_shown, "logging_level": logging.WARNING}
+            joined = ray.init(address=address, **how)
         if on_cluster():
-            warn_unguarded(joined.dashboard_url)
+            warn_unguarded(joined.dashboard_url or "")
         yield
 
 
@@ -189,11 +192,11 @@ def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
         processes.append(usual(*args, start_new_session=True, **how))
         return processes[-1]
 
-    services.ConsolePopen = start
+    services.ConsolePopen = start  # type: ignore[misc, assignment]  # a class, of which it is called alone
     try:
         yield processes
     finally:
-        services.ConsolePopen = usual
+        services.ConsolePopen = usual  # type: ignore[misc]
 
 
 def _shut_down(processes: Sequence[subprocess.Popen[Any]]) -> None:

@@ -71,7 +71,7 @@ class DataSettings(Section):
     """Of augmented views: standard deviation of the rotation in degrees, clipped at twice that."""
     half_body_probability: float = Field(default=OFFICIAL.half_body_probability, ge=0, le=1)
     flip_probability: float = Field(default=OFFICIAL.flip_probability, ge=0, le=1)
-    context: Literal[1.0, 2.0] = 1.0
+    context: Literal[1.0, 2.0] = 1.0  # type: ignore[valid-type]  # pydantic takes floats
     """1.0 stores the view's own crop. 2.0 stores a cut of the photo around the person, twice as wide as the
     plain view: fresh views can be made of it (train.views device), stored ones are cropped from it."""
     people_per_shard: int = Field(default=2048, ge=1)

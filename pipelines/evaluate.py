@@ -102,7 +102,7 @@ def evaluate(
     keypoints, scores = answers["keypoints"], answers["scores"]
     stats, results = score_poses(keypoints, scores, of.asked, of.split.truth, spec, settings)
     matched = match_people(keypoints, scores, of, spec.skeleton)
-    figures = {
+    figures: dict[str, Any] = {
         "people": len(answers),
         "photos": len(of.photos),
         "results": len(results),
@@ -123,7 +123,7 @@ def evaluate(
     from pipelines.registry import REGISTERED, record_evaluation
 
     # An alias may have moved meanwhile; a folder is known by its weights.
-    ref = f"{REGISTERED}{found.version}" if found.version else spec.weights_sha256
+    ref = f"{REGISTERED}{found.version}" if found.version else str(spec.weights_sha256)
     with on_this_machine(files) as copies:
         version = record_evaluation(
             ref,

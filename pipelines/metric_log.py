@@ -63,7 +63,7 @@ class MetricLog:
             return False
         try:
             with quiet_mlflow():
-                self._send()
+                self._send(self.run_id)
         except Exception as error:
             return self._away(error)
         if self._told:
@@ -96,7 +96,7 @@ class MetricLog:
     def _shown(self) -> str:
         return without_credentials(str(self.uri))
 
-    def _send(self) -> None:
+    def _send(self, run_id: str) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
@@ -105,8 +105,8 @@ class MetricLog:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
             client = MlflowClient(self.uri, self.uri)
-            for name in client.get_run(self.run_id).data.metrics:
-                self._last[name] = max(m.step for m in client.get_metric_history(self.run_id, name))
+            for name in client.get_run(run_id).data.metrics:
+                self._last[name] = max(m.step for m in client.get_metric_history(run_id, name))
             self._client = client
         metrics = [
             Metric(name, float(value), row["time_ms"], row["step"])
@@ -116,7 +116,7 @@ class MetricLog:
         ]
         for start in range(0, len(metrics), 900):
             part = metrics[start : start + 900]
-            self._client.log_batch(self.run_id, metrics=part)
+            self._client.log_batch(run_id, metrics=part)
             self._last.update({m.key: m.step for m in part})
         self._pending.clear()
 

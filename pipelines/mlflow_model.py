@@ -6,17 +6,22 @@ list of [x, y, w, h], photo px; none: the whole photograph is one person). Outpu
 {"boxes": P x 4, "keypoints": P x K x 3 (x, y in photo px, score)}.
 """
 
+from typing import Any
+
 import mlflow
 import pandas as pd
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
-class PoseModel(mlflow.pyfunc.PythonModel):
-    def load_context(self, context):
+class PoseModel(PythonModel):
+    def load_context(self, context: PythonModelContext) -> None:
         from hrnet_core.predictor import PosePredictor
 
         self.predictor = PosePredictor.load(context.artifacts["checkpoint"])
 
-    def predict(self, context, model_input: pd.DataFrame, params=None):
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[dict[str, list[Any]]]:
         import numpy as np
 
         from hrnet_core.images import decode_image

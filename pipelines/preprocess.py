@@ -153,13 +153,14 @@ def _on_ray(pending: Sequence[ShardWork], labels: dict[str, str], cpus: int) -> 
     blocks = [pa.table({"work": [pickle.dumps(work)]}) for work in pending]
     with quiet_ray_data():
         answers = ray.data.from_arrow(blocks).map_batches(
-            _build_batch,
+            _build_batch,  # type: ignore[arg-type]  # Ray's types have no fn_kwargs
             fn_kwargs={"threads": cpus},
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=cpus,
             label_selector=labels,
         )
+        batch: pa.Table
         # Read ahead, each answer would wait for the one after it.
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for answer in map(pickle.loads, batch["answer"].to_pylist()):
@@ -250,7 +251,7 @@ def finish(splits: Sequence[Split], works: Sequence[ShardWork], built: Built, da
         rejected = sorted([*split.rejected, *lost], key=lambda rejection: rejection.order)
         rows += [{"split": split.name, **asdict(rejection)} for rejection in rejected]
         people = sum(shard.people for shard in shards if shard.variant == 0)
-        left_out, lost_people = Counter(), Counter()
+        left_out, lost_people = Counter[str](), Counter[str]()
         for rejection in rejected:
             left_out[rejection.reason] += 1
             lost_people[rejection.reason] += rejection.people

@@ -75,7 +75,9 @@ class TrainResult:
     def read(cls, folder: str) -> TrainResult | None:
         """Of a run whose training is through; None where it is not."""
         fields = read_record(folder, "result.json")
-        return fields and cls(**{**fields, "folder": folder, "best_checkpoint": join(folder, "best")})
+        if not fields:
+            return None
+        return cls(**{**fields, "folder": folder, "best_checkpoint": join(folder, "best")})
 
     def write(self) -> None:
         write_json(join(self.folder, "result.json"), asdict(self))

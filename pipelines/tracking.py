@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hrnet_core.errors import ConfigError
+from hrnet_core.errors import ConfigError, first_line
 from hrnet_core.locations import is_uri, one_line, without_credentials
 from pipelines import environment
 from pipelines.cluster import on_cluster
@@ -285,13 +285,23 @@ class Tracker:
         import mlflow
 
         name = self.settings.experiment
-        if self.client.get_experiment_by_name(name) is None:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
             place = (self.storage / "mlartifacts").as_uri() if self.local else None
             # Without it MLflow's page opens in its view for language models.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            with contextlib.suppress(mlflow.MlflowException):  # another driver was faster
-                self.client.create_experiment(name, artifact_location=place, tags=kind)
-        return str(self.client.get_experiment_by_name(name).experiment_id)
+            try:
+                return str(self.client.create_experiment(name, artifact_location=place, tags=kind))
+            except mlflow.MlflowException as error:
+                found = self.client.get_experiment_by_name(name)
+                if found is None and error.error_code == "INVALID_PARAMETER_VALUE":
+                    raise ConfigError(
+                        f"--track.experiment {name!r}: MLflow takes no experiment of this name "
+                        f"({first_line(error)}). Choose another."
+                    ) from None
+                if found is None:
+                    raise
+        return str(found.experiment_id)  # where it was not there before, another driver was faster
 
 
 @quiet_mlflow()

@@ -270,23 +270,27 @@ def _trainer(
     uri = uri_of(config.track, storage_of(folder))
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     files, place = open_folder(folder)
+    work = functools.partial(train_worker, Job(with_whole_weights(config), manifest.folder, folder, uri))
+    # The types that Ray ships are those of its first Train; what runs is the second.
     return TorchTrainer(
-        functools.partial(train_worker, Job(with_whole_weights(config), manifest.folder, folder, uri)),
+        work,  # type: ignore[arg-type]
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=settings.num_workers,
             use_gpu=settings.use_gpu,
             resources_per_worker=resources,
             label_selector=selector(config.ray),
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name="ray",
             storage_path=place,
             storage_filesystem=files,
-            failure_config=ray.train.FailureConfig(settings.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                settings.max_failures, controller_failure_limit=3
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            callbacks=[Faults(folder, steps, settings.max_failures), *callbacks],
+            callbacks=[Faults(folder, steps, settings.max_failures), *callbacks],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": memory.KEPT},
         ),
     )
@@ -307,7 +311,7 @@ def _outcome(
 
     most = config.train.max_failures
     try:
-        outcome = waited(training, whole).return_value
+        outcome = waited(training, whole).return_value  # type: ignore[attr-defined]  # Train v2 has it
     except ray.train.WorkerGroupError as error:
         stands = where_it_stands(folder, steps, config.run.fresh)
         raise Failure(

@@ -25,7 +25,7 @@ def parse_yaml(text: str) -> Any:
     except ValueError as error:  # a date or a number that there is not
         raise yaml.YAMLError(str(error)) from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]  # unknown to its stub
+        loader.dispose()
 
 
 def _refuse_more_values(node: yaml.Node) -> None:

@@ -40,8 +40,7 @@ def deployment(args: ServeArgs) -> serve.Deployment:
         # Serve's own half a minute of looking and another of waiting is long for who stands in a queue.
         pace = {"look_back_period_s": 15, "upscale_delay_s": 5}
         scale = {"autoscaling_config": {**replicas, **pace, "target_ongoing_requests": load}}
-    return serve.deployment(
-        serve.ingress()(PoseEndpoint),
+    as_wanted = serve.deployment(
         name="poses",
         user_config=args.model_dump(include=set(LiveSettings.model_fields)),
         # Serve's line for each request says less than ours (routes.py).
@@ -64,3 +63,4 @@ def deployment(args: ServeArgs) -> serve.Deployment:
         health_check_timeout_s=args.deadline_s + GRACE_S,
         **scale,
     )
+    return as_wanted(serve.ingress()(PoseEndpoint))

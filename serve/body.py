@@ -11,7 +11,7 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ class _WholeForm(MultiPartParser):
 
 
 async def _read_multipart(request: Request, body: bytes, limits: Limits) -> tuple[list[bytes], Any]:
-    async def once() -> AsyncIterator[bytes]:
+    async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
     # One more than allowed, so that it is our message that refuses, not the parser's.

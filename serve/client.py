@@ -267,7 +267,7 @@ def _connect(
     return connection, f"http://{url.netloc}", {"Host": url.netloc}
 
 
-def _form(image: Picture, boxes: Boxes) -> tuple[bytes, str]:
+def _form(image: object, boxes: Boxes) -> tuple[bytes, str]:
     """A multipart/form-data body and its media type."""
     if isinstance(image, bytes | bytearray | memoryview):
         data = bytes(image)
@@ -346,13 +346,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             find = {} if args.boxes_from == "auto" else {"boxes_from": args.boxes_from}
             progress = tell if len(pairs) > 1 and sys.stderr.isatty() else None
             for image, answer in client.poses_of_many(pairs, progress=progress, **find):
+                file = str(image)
                 if isinstance(answer, Exception):
                     failed += 1
-                    print(f"{image}: {answer}", file=sys.stderr)
+                    print(f"{file}: {answer}", file=sys.stderr)
                 elif len(pairs) == 1:
                     print(json.dumps(answer, indent=2))
                 else:
-                    print(json.dumps({"file": str(image), **answer}))
+                    print(json.dumps({"file": file, **answer}))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

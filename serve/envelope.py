@@ -110,7 +110,8 @@ class Envelope:
 
 def _traced(known: dict[str, Any]) -> dict[str, Any]:
     """What a trace says of a request, beside method, route, status and id."""
-    told = {name: known[name] for name in ("slug", "reason", "pictures", "people") if name in known}
+    names = "slug", "reason", "pictures", "people"
+    told: dict[str, Any] = {name: known[name] for name in names if name in known}
     if "model" in known:
         told |= {"version": known["model"].version, "mode": known["model"].mode}
     return told

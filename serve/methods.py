@@ -35,7 +35,8 @@ class Methods:
 def _allowed(scope: Scope) -> list[str]:
     """Methods of the address that was asked for; none where nothing is."""
     app: Starlette = scope["app"]
-    methods = {method for route in app.routes if _fits(route, scope) for method in route.methods or ()}
+    fitting = [route for route in app.routes if _fits(route, scope)]
+    methods = {method for route in fitting for method in getattr(route, "methods", None) or ()}
     if not methods:
         return []
     return sorted({*methods, "OPTIONS", *({"HEAD"} if "GET" in methods else ())})

@@ -53,9 +53,13 @@ class Sums:
         self.labels = labels
         self._series: dict[tuple[str, ...], _Series] = {}
         self._changed: set[tuple[str, ...]] = set()
-        self._bucket = Gauge(f"{name}_bucket", f"{description} Up to le, since the start.", ("le", *labels))
-        self._sum = Gauge(f"{name}_sum", f"{description} Their sum since the start.", labels)
-        self._count = Gauge(f"{name}_count", f"{description} Their number since the start.", labels)
+        # Ray's types have tuple[str] for labels: one.
+        what = f"{description} Up to le, since the start."
+        self._bucket = Gauge(f"{name}_bucket", what, ("le", *labels))  # type: ignore[arg-type]
+        what = f"{description} Their sum since the start."
+        self._sum = Gauge(f"{name}_sum", what, labels)  # type: ignore[arg-type]
+        what = f"{description} Their number since the start."
+        self._count = Gauge(f"{name}_count", what, labels)  # type: ignore[arg-type]
 
     def observe(self, value: float, *labels: str) -> None:
         series = self._series.setdefault(labels, _Series([0] * len(self.bounds)))
@@ -92,7 +96,7 @@ class Counts:
 
     def __init__(self, name: str, description: str, labels: tuple[str, ...]) -> None:
         self.labels = labels
-        self._counter = Counter(name, description, labels)
+        self._counter = Counter(name, description, labels)  # type: ignore[arg-type]  # as above
         self._new: dict[tuple[str, ...], int] = {}
 
     def add(self, more: int, *labels: str) -> None:

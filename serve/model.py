@@ -76,9 +76,8 @@ class ServedModel:
 def named(choice: ModelChoice) -> NamedModel:
     """What /v1/models says of a model that need not be loaded."""
     source = choice.source or choice.checkpoint
-    found_by = choice.person_detector and DetectorInfo(
-        name=choice.person_detector.name, sha256=choice.person_detector.sha256
-    )
+    detector = choice.person_detector
+    found_by = DetectorInfo(name=detector.name, sha256=detector.sha256) if detector else None
     return NamedModel(
         name=choice.name, version=choice.version, sha256=choice.sha256, source=source, detector=found_by
     )
@@ -147,7 +146,8 @@ class ModelGauges:
 
     def __init__(self) -> None:
         what = "1 for the version that has the role: intended is to answer, serving does."
-        self.models = Gauge("hrnet_model", what, ("role", "name", "version", "sha256"))
+        labels = "role", "name", "version", "sha256"
+        self.models = Gauge("hrnet_model", what, labels)  # type: ignore[arg-type]  # Ray has tuple[str]
         self.failed = Gauge("hrnet_deploy_failed", "1 where the model asked for last does not answer.")
         self._shown: set[tuple[str, str, str, str]] = set()
 

@@ -95,8 +95,9 @@ class PoseService:
         self._portions = 0  # that wait for the model or are in it
         self.pictures = Pictures(args, self.room, self.metrics.detected)
         self._inference = ThreadPoolExecutor(1, "infer")
-        self._infer_batched.set_max_batch_size(args.max_batch_people)
-        self._infer_batched.set_batch_wait_timeout_s(args.batch_wait_s)
+        # Ray's types do not have what @serve.batch adds.
+        self._infer_batched.set_max_batch_size(args.max_batch_people)  # type: ignore[attr-defined]
+        self._infer_batched.set_batch_wait_timeout_s(args.batch_wait_s)  # type: ignore[attr-defined]
         memory.collect_as_usual()  # before a model is there: models come and go
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -275,14 +276,14 @@ class PoseService:
             crops = np.concatenate([one.crops for one in people])
             inferred = await self._infer_people(model, crops, spans.context)
             clock += [inferred.started, inferred.ended]
-            spans.add("queue", *clock[2:4])
-            spans.add("infer", *clock[3:5], inferred.batches)
+            spans.add("queue", clock[2], inferred.started)
+            spans.add("infer", inferred.started, inferred.ended, inferred.batches)
             with spans.stage("place"):
                 poses = model.predictor.finish(people, inferred.keypoints, inferred.scores)
                 results = [result_of(*picture) for picture in zip(decoded, poses, strict=True)]
-            if drawing:
+            if drawing and (image := decoded[0].image) is not None:
                 with spans.stage("draw"):
-                    file = await asyncio.to_thread(drawing, decoded[0].image, poses[0])
+                    file = await asyncio.to_thread(drawing, image, poses[0])
         ended = time.perf_counter()
         read, decoding, queue, infer_s = np.diff(clock).tolist()
         detect = {"detect": search.seconds} if search else {}
@@ -307,7 +308,10 @@ class PoseService:
         portions = [Portion(model, crops[i : i + size], trace) for i in range(0, len(crops), size)]
         parts = await asyncio.gather(*(self._infer_portion(portion) for portion in portions))
         if not parts:  # nobody is asked for: no batch, no wait
-            parts = infer([Portion(model, crops)], size)
+            (nobody,) = infer([Portion(model, crops)], size)
+            if isinstance(nobody, Exception):
+                raise nobody
+            return nobody
         return Inferred(
             np.concatenate([part.keypoints for part in parts]),
             np.concatenate([part.scores for part in parts]),

@@ -233,6 +233,7 @@ def _inputs(asked: Any) -> list[dict[str, Any]]:
     if raw and len(raw) != len(asked.inputs):
         what = f"raw_input_contents has {len(raw)} entries, inputs {len(asked.inputs)}: one for each."
         raise Problem("malformed-body", f"the message: {what}")
+    sizes: list[dict[str, Any]]
     if raw:
         sizes = [{"parameters": {"binary_data_size": len(one)}} for one in raw]
     else:

@@ -379,6 +379,25 @@ def test_a_server_that_wants_another_user_is_told_as_that(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["", "x" * 501])
+def test_an_experiment_that_mlflow_does_not_take_is_told_by_its_setting(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--track\.experiment '.*': MLflow takes no experiment .* Choose"):
+        Tracker(TrackSettings(experiment=name), tmp_path).open_run("r", {}, {}, DATASET)
+
+
+def test_who_may_not_make_an_experiment_is_told_so(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    def denied(*_: Any, **__: Any) -> str:
+        raise mlflow.MlflowException("Permission denied", PERMISSION_DENIED)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_experiment", denied)
+    monkeypatch.setattr(tracker, "settings", TrackSettings(experiment="theirs"))
+    with pytest.raises(ConfigError, match="does not let us write there"):
+        open_run(tracker)
+
+
 @pytest.mark.parametrize(
     ("named", "taken"),
     [

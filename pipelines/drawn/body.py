@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
+"""float32; what NumPy makes of two of them its types do not know."""
 # Lengths as fractions of stature, after Drillis and Contini (1966).
 LENGTHS = {
     "upper_arm": 0.186,
@@ -126,7 +128,7 @@ def pose_figure(body: Body, pose: Pose) -> Figure:
     pelvis = turn_x(pose["lean"]) @ turn_z(pose["tilt"])
     chest = pelvis @ turn_y(pose["twist"]) @ turn_x(pose["bend"]) @ turn_z(pose["side_bend"])
     head = chest @ turn_y(pose["look"]) @ turn_x(pose["nod"]) @ turn_z(pose["head_tilt"])
-    frames = {"pelvis": pelvis, "chest": chest, "head": head}
+    frames: dict[str, Array] = {"pelvis": pelvis, "chest": chest, "head": head}
     points["pelvis"] = np.zeros(3, np.float32)
     points["waist"] = pelvis @ np.array([0, size["loin"], 0], np.float32)
     points["neck"] = points["waist"] + chest @ np.array([0, size["chest"] + 0.012, 0], np.float32)
@@ -178,7 +180,7 @@ def _place_leg(
     ankle = knee - size["shank"] * shank[:, 1]
     sole = ankle - size["ankle"] * foot[:, 1]
     heel, toe = sole - 0.25 * size["foot"] * foot[:, 2], sole + 0.75 * size["foot"] * foot[:, 2]
-    joints = {"hip": hip, "knee": knee, "ankle": ankle, "heel": heel, "toe": toe}
+    joints: dict[str, Array] = {"hip": hip, "knee": knee, "ankle": ankle, "heel": heel, "toe": toe}
     return joints, {"thigh": thigh, "shank": shank, "foot": foot}
 
 
@@ -200,7 +202,7 @@ def _place_arm(
     elbow = shoulder - size["upper_arm"] * upper[:, 1]
     wrist = elbow - size["forearm"] * fore[:, 1]
     fingers = wrist - size["hand"] * fore[:, 1]
-    joints = {"shoulder": shoulder, "elbow": elbow, "wrist": wrist, "fingers": fingers}
+    joints: dict[str, Array] = {"shoulder": shoulder, "elbow": elbow, "wrist": wrist, "fingers": fingers}
     return joints, {"upper_arm": upper, "forearm": fore}
 
 

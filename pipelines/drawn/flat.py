@@ -27,8 +27,8 @@ def texture(name: str) -> Picture:
     if name == "grain":
         noise = rng.normal(0, 1, (size, size, 3)).astype(np.float32)
     elif name == "grass":
-        noise = cv2.GaussianBlur(rng.normal(0, 1, (size, size)).astype(np.float32), (0, 0), 0.8, sigmaY=2.2)
-        noise = noise / noise.std() + 0.8 * _smooth(rng, size, 12)
+        blades = cv2.GaussianBlur(rng.normal(0, 1, (size, size)).astype(np.float32), (0, 0), 0.8, sigmaY=2.2)
+        noise = blades / blades.std() + 0.8 * _smooth(rng, size, 12)
     elif name == "cloud":
         noise = _smooth(rng, size, 45) + 0.6 * _smooth(rng, size, 18)
     else:
@@ -41,8 +41,8 @@ def texture(name: str) -> Picture:
 def _smooth(rng: np.random.Generator, size: int, sigma: float) -> NDArray[np.float32]:
     small = max(1, int(sigma // 3))
     noise = rng.normal(0, 1, (size // small, size // small)).astype(np.float32)
-    noise = cv2.resize(cv2.GaussianBlur(noise, (0, 0), sigma / small), (size, size))
-    return noise / noise.std()
+    smooth = cv2.resize(cv2.GaussianBlur(noise, (0, 0), sigma / small), (size, size))
+    return smooth / smooth.std()
 
 
 def add_texture(rng: np.random.Generator, area: Picture, name: str, strength: float) -> None:

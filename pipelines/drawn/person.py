@@ -84,7 +84,7 @@ def paint_person(
     if right - left < 2 or bottom - top < 2:
         return None
     canvas = Canvas.window(left, top, right - left, bottom - top, light, ambient)
-    frames = {name: view.turn @ frame for name, frame in figure.frames.items()}
+    frames: dict[str, Array] = {name: view.turn @ frame for name, frame in figure.frames.items()}
     model = Model(canvas, body, points, frames, view.scale)
     _paint_trunk(model)
     for side in SIDES:
@@ -268,4 +268,4 @@ def _finish(canvas: Canvas, scale: float) -> NDArray[np.uint8]:
     _, gap = cv2.threshold(gap, 97, 97, cv2.THRESH_TRUNC)
     bright = cv2.blur(cv2.bitwise_not(gap), (3, 3))
     color = cv2.cvtColor(canvas.color, cv2.COLOR_RGBA2RGB)
-    return cv2.multiply(color, cv2.merge([bright, bright, bright]), scale=1 / 255)
+    return np.asarray(cv2.multiply(color, cv2.merge([bright, bright, bright]), scale=1 / 255), np.uint8)

@@ -186,9 +186,10 @@ def _paint_shadow(scene: Scene, painted: Painted, x: float, foot: float, tall: f
 
 def _develop(rng: np.random.Generator, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The camera: a little blur, exposure, tint and noise."""
-    picture = cv2.GaussianBlur(picture, (3, 3), rng.uniform(0.55, 0.9))
+    soft = cv2.GaussianBlur(picture, (3, 3), rng.uniform(0.55, 0.9))
     gain = rng.normal(1, 0.06) * (1 + rng.normal(0, 0.025, 3))
-    picture = cv2.transform(picture, np.column_stack([np.diag(gain), np.full(3, rng.normal(0, 5))]))
+    tinted = cv2.transform(soft, np.column_stack([np.diag(gain), np.full(3, rng.normal(0, 5))]))
+    picture = np.asarray(tinted, np.uint8)
     add_texture(rng, picture, "grain", rng.uniform(1.0, 4.5))
     return picture
 
@@ -253,8 +254,8 @@ def _polygons(mask: NDArray[np.bool_], bbox: tuple[int, int, int, int]) -> list[
     """Outlines of the mask in picture px, along the edges of its pixels (corner of a pixel: integer)."""
     # Grown by one row and column, the outline through pixel centres is the outline along pixel edges.
     patch = np.pad(mask.view(np.uint8), 1)
-    patch = cv2.dilate(patch, np.ones((2, 2), np.uint8), anchor=(1, 1))
-    outlines, _ = cv2.findContours(patch, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    grown = cv2.dilate(patch, np.ones((2, 2), np.uint8), anchor=(1, 1))
+    outlines, _ = cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = []
     for outline in outlines:
         simple = cv2.approxPolyDP(outline, 0.6, True)

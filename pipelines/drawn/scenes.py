@@ -14,6 +14,7 @@ from pipelines.drawn.chance import pick
 from pipelines.drawn.flat import (
     Color,
     Picture,
+    Points,
     add_texture,
     box,
     fill,
@@ -52,7 +53,8 @@ def paint_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
     if rng.random() < 0.35:  # the lens was on the people
         small = cv2.resize(picture, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
         small = cv2.GaussianBlur(small, (0, 0), rng.uniform(0.5, 1.3))
-        picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+        large = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+        picture = np.asarray(large, np.uint8)
     light = np.array([rng.uniform(-0.9, 0.9), rng.uniform(-1.0, -0.45), rng.uniform(0.5, 1.0)], np.float32)
     sunny = not indoor and rng.random() < 0.55
     ambient = float(rng.uniform(0.38, 0.5) if sunny else rng.uniform(0.5, 0.66))
@@ -158,8 +160,8 @@ def _street(rng: np.random.Generator, picture: Picture, horizon: float) -> float
         box(picture, 0, kerb - 3, width, kerb, (196, 194, 188))
         add_texture(rng, picture[int(kerb) :], "plaster", 6)
         lane = kerb + 0.5 * (height - kerb)
-        for start in np.arange(-40, width, 130):
-            mark = [(start, lane), (start + 70, lane), (start + 62, lane + 8), (start - 10, lane + 8)]
+        for start in range(-40, width, 130):
+            mark: Points = [(start, lane), (start + 70, lane), (start + 62, lane + 8), (start - 10, lane + 8)]
             fill(picture, mark, (214, 212, 204))
     for _ in range(int(rng.integers(0, 3))):
         _car(rng, picture, rng.uniform(0, width), kerb, rng.uniform(0.16, 0.26) * height)
@@ -342,8 +344,9 @@ def _snow(rng: np.random.Generator, picture: Picture, horizon: float) -> float:
     for x in rng.uniform(0, width, int(rng.integers(0, 8))):  # firs
         tall, foot = rng.uniform(30, 110), horizon + rng.uniform(0, 14)
         for level in range(3):
-            y, half = foot - tall * (0.15 + 0.25 * level), tall * (0.24 - 0.06 * level)
-            fill(picture, [(x - half, y), (x + half, y), (x, y - 0.42 * tall)], tint(rng, (44, 74, 62), 6))
+            low, half = foot - tall * (0.15 + 0.25 * level), tall * (0.24 - 0.06 * level)
+            fir = [(x - half, low), (x + half, low), (x, low - 0.42 * tall)]
+            fill(picture, fir, tint(rng, (44, 74, 62), 6))
     return horizon
 
 

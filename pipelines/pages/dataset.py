@@ -74,7 +74,7 @@ def _people(splits: Mapping[str, Any], file: str) -> str:
         axes[1].set(title="people in one photo", xlabel=f"people ({MOST}: or more)", ylabel="% of photos")
         axes[2].set(title="labelled keypoints", xlabel="of one person", ylabel="% of people")
         for ax in axes[1:]:
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator's
         _plain_numbers(axes[0])
         _legend(axes[0])
     return file
@@ -129,7 +129,7 @@ def _steps(ax: Axes, counts: Any, first: int, color: str, label: str) -> None:
 
 def _plain_numbers(ax: Axes) -> None:
     """0.5, 1, 2 on a logarithmic axis, not powers of ten."""
-    ax.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    ax.xaxis.get_major_locator().set_params(subs=(1, 2, 5))  # type: ignore[call-arg]  # LogLocator's
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
 

@@ -82,7 +82,9 @@ def _drawn(photo: Photo, people: People, row: Rejection, skeleton: Skeleton, max
     labelled = (people.keypoints[..., 2] > 0).astype(float)
     places, boxes = people.keypoints[..., :2] * factor, people.stated_xywh * factor
     # One after the other: a box that is wrong would say how thick limbs are, and small people be blots.
-    boxed = draw_poses(small, places, np.zeros_like(labelled), skeleton, boxes_xywh=boxes)
+    boxed = draw_poses(
+        np.asarray(small, np.uint8), places, np.zeros_like(labelled), skeleton, boxes_xywh=boxes
+    )
     shown = draw_poses(boxed, places, labelled, skeleton)
     caption = row.file if row.ann_id is None else f"{row.file}, annotation {row.ann_id}"
     return f"<div><h3>{html.escape(caption)}</h3>{picture(encode_jpeg(shown, 85), 'jpeg', caption)}</div>"

@@ -269,7 +269,7 @@ def _annotated_boxes(
     rejected: Sequence[Mapping[str, Any]], coco: str, skeleton: Skeleton
 ) -> dict[tuple[str, int], list[float]]:
     """(split, ann_id) -> bbox of the rejected people who have one; none where annotations are gone."""
-    boxes = {}
+    boxes: dict[tuple[str, int], list[float]] = {}
     for split in {row["split"] for row in rejected if row["ann_id"] is not None}:
         wanted = [row["ann_id"] for row in rejected if row["split"] == split and row["ann_id"] is not None]
         file = locate(coco, split)[0]

@@ -223,14 +223,15 @@ def _videos(folder: str, settings: PredictSettings) -> Iterator[Write]:
 
     Frames come in order, video after video; each video is decoded once more.
     """
-    name, draw = None, None
+    name: str | None = None
+    draw: Callable[[int, Poses], None] | None = None
     with contextlib.ExitStack() as last:
 
         def take(image_id: int, row: Row, poses: Poses) -> None:
             nonlocal name, draw
             if row["frame"] is None:
                 return
-            if row["name"] != name:
+            if draw is None or row["name"] != name:
                 last.close()
                 file = join(folder, _with_suffix(row["name"], ".mp4"))
                 name, draw = row["name"], last.enter_context(_video(file, row, settings))

@@ -72,7 +72,7 @@ def evaluate_results(
     found = _checked_results(found, name, truth, skeleton)
     stats, _ = _pycocotools(truth, found, skeleton, truth.image_ids)
     if truth.crowd_index is not None:
-        stats |= _by_crowding(truth, found, skeleton)
+        stats |= _by_crowding(truth, truth.crowd_index, found, skeleton)
     return stats
 
 
@@ -138,12 +138,14 @@ def coco_dataset(truth: GroundTruth) -> dict[str, Any]:
     }
 
 
-def _by_crowding(truth: GroundTruth, found: list[dict[str, Any]], skeleton: Skeleton) -> dict[str, float]:
+def _by_crowding(
+    truth: GroundTruth, crowding: NDArray[np.float64], found: list[dict[str, Any]], skeleton: Skeleton
+) -> dict[str, float]:
     """CrowdPose's AP over images with crowdIndex below 0.2, below 0.8 and above (its published evaluator)."""
     bounds = {"AP_easy": (-np.inf, 0.2), "AP_medium": (0.2, 0.8), "AP_hard": (0.8, np.inf)}
     figures = {}
     for name, (low, high) in bounds.items():
-        ids = truth.image_ids[(low <= truth.crowd_index) & (truth.crowd_index < high)]
+        ids = truth.image_ids[(low <= crowding) & (crowding < high)]
         _, precision = _pycocotools(truth, found, skeleton, ids)
         figures[name] = round(float(np.mean(precision[:, :, :, 0, :])), 4) if len(ids) else -1.0
     return figures

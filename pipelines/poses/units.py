@@ -94,7 +94,7 @@ def run_units(
     """
     done = _stored(store)
     pending = {index: unit for index, unit in enumerate(units) if index not in done}
-    speed, problems = 0.0, []
+    speed, problems = 0.0, list[tuple[str, str]]()
     if done:
         print(f"{verb}: going on, {len(done)} of {len(units)} units are there", flush=True)
     if pending:
@@ -171,7 +171,9 @@ def rows_on_ray(
         reading = cpus if settings.cpus_per_worker or not gpus else cpus_per_gpu()
         arguments = (functools.partial(ray.get, stored), work, settings, reading)
         # A Ray that is started here has handed the variables on, and an environment would cost a second.
-        kept = {"runtime_env": {"env_vars": memory.PASSES}} if on_cluster() and not gpus else {}
+        kept: dict[str, Any] = {}
+        if on_cluster() and not gpus:
+            kept["runtime_env"] = {"env_vars": memory.PASSES}
         yield from (
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(

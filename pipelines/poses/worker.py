@@ -83,10 +83,11 @@ class Worker:
 
     def _read(self, unit: Sequence[Asked], threads: Threads) -> Iterator[_Seen]:
         """Pictures and frames in their order, their people cut out; those that cannot be used without any."""
-        if not isinstance(unit[0], Stretch):  # a stretch is a unit of its own
+        stretches = [one for one in unit if isinstance(one, Stretch)]
+        if not stretches:  # a stretch is a unit of its own
             yield from threads.read(functools.partial(self._read_picture, threads=threads), unit)
             return
-        for stretch in unit:
+        for stretch in stretches:
             # Read before the network has it, so that the next one is read meanwhile; a crowd in portions.
             read: list[_Seen] = []
             with threads.filming:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import functools
 import hashlib
 import itertools
 import logging
@@ -133,8 +132,12 @@ def _understood(told: dict[str, Any]) -> ServeArgs:
         known = copy.deepcopy(told)
         for problem in error.errors():
             # A member of a list: the whole list.
-            *within, field = itertools.takewhile(lambda step: isinstance(step, str), problem["loc"])
-            functools.reduce(dict.__getitem__, within, known).pop(field, None)
+            names = itertools.takewhile(lambda step: isinstance(step, str), problem["loc"])
+            *within, field = map(str, names)
+            part = known
+            for step in within:
+                part = part[step]
+            part.pop(field, None)
         return ServeArgs.model_validate(known)
 
 

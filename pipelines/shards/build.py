@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ def _placed(work: ShardWork) -> _Shard:
 class _Row(NamedTuple):
     """A person of the shard whose photo could be used."""
 
-    index: int
+    number: int
     """Among all people of the shard."""
     pictures: list[bytes]
     """To store, encoded, one for each variant."""
@@ -110,7 +110,7 @@ class _Row(NamedTuple):
     """Of the photo's file."""
 
 
-def _rows(shard: _Shard, rejected: list[Rejection], threads: int) -> Iterator[_Row]:
+def _rows(shard: _Shard, rejected: list[Rejection], threads: int) -> Generator[_Row, None, None]:
     """The shard's people in order; photos that cannot be used are added to `rejected` instead."""
     work = shard.work
     matrices = np.stack([image_to_crop for _, image_to_crop in shard.views], axis=1)
@@ -133,11 +133,13 @@ def _of_photo(
     photo, people = asked
     settings = shard.work.recipe.settings
     checked = check_photo(photo, settings.max_pixels)
+    if isinstance(checked, Rejection):
+        return replace(checked, people=people.stop - people.start)
     with working:
         image = decode_photo(photo, checked)
         if isinstance(image, Rejection):
             return replace(image, people=people.stop - people.start)
-        sha256, rows = checked.sha256, []
+        rows = []
         for index in range(people.start, people.stop):
             if settings.context == 1.0:
                 crops = crop_people(image, matrices[index], settings.input_size)
@@ -145,7 +147,7 @@ def _of_photo(
             else:
                 cut = cut_photo(image, shard.cuts.box[index], shard.cuts.size[index])
                 pictures = [_encode(cut, settings)] * shard.work.variants
-            rows.append(_Row(index, pictures, sha256))
+            rows.append(_Row(index, pictures, checked.sha256))
     return rows
 
 
@@ -161,7 +163,7 @@ def _write(shard: _Shard, writers: Sequence[ShardWriter], group: Sequence[_Row])
 
 def _columns(shard: _Shard, group: Sequence[_Row], variant: int) -> dict[str, Any]:
     """A row group of a variant, as ShardWriter.write wants it."""
-    rows = np.array([row.index for row in group])
+    rows = np.array([row.number for row in group])
     people, settings = shard.work.people[rows], shard.work.recipe.settings
     view, image_to_crop = shard.views[variant]
     recipe, keypoints = shard.work.recipe, people.keypoints.astype(np.float32)

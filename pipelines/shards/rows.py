@@ -57,6 +57,7 @@ def decode_rows(
     """
     num_keypoints, codec = manifest.recipe.skeleton.num_keypoints, manifest.recipe.codec
     rows = {}
+    shape: tuple[int, ...]
     for name in table.column_names:
         chunks = table.column(name)
         if name == "image":
@@ -70,9 +71,9 @@ def decode_rows(
         if name == "image_sha256":
             rows[name] = _binary_rows(column)
         elif pa.types.is_list(column.type):
-            shape = {"keypoints": (-1, num_keypoints, 3)}.get(
-                name, (-1, 2, 3) if name.startswith("image_to") else (len(column), -1)
-            )
+            shape = (-1, 2, 3) if name.startswith("image_to") else (len(column), -1)
+            if name == "keypoints":
+                shape = -1, num_keypoints, 3
             rows[name] = column.flatten().to_numpy().reshape(shape)
         else:
             rows[name] = column.to_numpy(zero_copy_only=False)
@@ -93,7 +94,7 @@ def decode_pictures(column: pa.ChunkedArray) -> Iterator[NDArray[np.uint8]]:
             picture = cv2.imdecode(np.frombuffer(item.as_buffer(), np.uint8), cv2.IMREAD_COLOR_RGB)
             if picture is None or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
                 raise DataError(f"{chunk.field('path')[index]}: not a picture that decodes. {REPAIR}")
-            yield picture
+            yield np.asarray(picture, np.uint8)
 
 
 def _fill_crops(

@@ -76,10 +76,10 @@ class BoxesFile:
                     )
             base, digits = posixpath.basename(one.name), number_in(one.name)
             keys = ((one.name, 1), (base, last[base]), (digits, number[digits]))
-            key = next((key for key, uses in keys if uses == 1 and key in self.entries), None)
-            if key is not None:
-                found[one.name] = self.entries[key]
-                used.add(key)
+            its = next((key for key, uses in keys if uses == 1 and key in self.entries), None)
+            if its is not None:
+                found[one.name] = self.entries[its]
+                used.add(its)
         if not found:
             some = ", ".join(list(self.entries)[:3])
             raise DataError(

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from pipelines.sources.boxes import BoxesCategory, box_and_score, is_of, named, refuse_other_category
+from pipelines.config import BoxesCategory
+from pipelines.sources.boxes import box_and_score, is_of, named, refuse_other_category
 from pipelines.sources.json_file import load
 from pipelines.sources.records import People, Rejection, Split
 from pipelines.sources.rows import is_box, is_number, listed, not_a_box, whole

@@ -118,7 +118,7 @@ def _outside_picture(seen: Seen) -> Doubt:
     points, labelled = seen.people.keypoints[..., :2], seen.people.keypoints[..., 2] > 0
     sizes = seen.sizes[:, None]
     far = ((points < -0.02 * sizes) | (points > 1.02 * sizes)).any(axis=2) & labelled
-    who = far.any(axis=1)
+    who = np.asarray(far.any(axis=1))
     return Doubt(
         "keypoints_outside_picture",
         who,
@@ -261,7 +261,7 @@ def _area_impossible(seen: Seen) -> Doubt:
 def refuse_misread_boxes(file: str, seen: Seen, flag: str) -> None:
     """DataError where most of a detector's boxes are corners, or fractions of the picture."""
     corners = _box_is_corners(seen).who
-    fractions = (seen.people.stated_xywh <= 1.5).all(axis=1)
+    fractions = np.asarray((seen.people.stated_xywh <= 1.5).all(axis=1))
     for who, what in ((corners, "x, y, x2, y2"), (fractions, "fractions from 0 to 1")):
         if who.mean() > 0.5:
             raise DataError(

@@ -154,7 +154,9 @@ def _of_folder(files: fs.FileSystem, path: str, address: str, query: str = "") -
 
 
 def _media(info: fs.FileInfo, name: str, uri: str) -> Media:
-    kind = "video" if os.path.splitext(name)[1].lower() in VIDEOS else "picture"
+    kind: Literal["picture", "video"] = "picture"
+    if os.path.splitext(name)[1].lower() in VIDEOS:
+        kind = "video"
     return Media(name, uri, kind, info.size or 0, info.mtime_ns or 0)
 
 

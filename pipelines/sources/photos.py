@@ -107,14 +107,14 @@ def check_photo(photo: Photo, max_pixels: int) -> Picture | Rejection:
 def open_photo(photo: Photo, max_pixels: int) -> tuple[NDArray[np.uint8], bytes] | Rejection:
     """The stored pixels uint8 (H, W, 3) RGB and the file's sha256, or why it is out."""
     checked = check_photo(photo, max_pixels)
+    if isinstance(checked, Rejection):
+        return checked
     pixels = decode_photo(photo, checked)
     return pixels if isinstance(pixels, Rejection) else (pixels, checked.sha256)
 
 
-def decode_photo(photo: Photo, checked: Picture | Rejection) -> NDArray[np.uint8] | Rejection:
+def decode_photo(photo: Photo, checked: Picture) -> NDArray[np.uint8] | Rejection:
     """The stored pixels uint8 (H, W, 3) RGB of what check_photo gave, or why it is out."""
-    if isinstance(checked, Rejection):
-        return checked
     try:
         return checked.decode()
     except ImageError as error:

@@ -109,13 +109,13 @@ def judge(rows: Sequence[Annotation], images: Mapping[int, ImageEntry], num_keyp
     labels = (keypoints[..., 2] > 0).sum(axis=1)
     problems.mark(labels == 0, "no_keypoints", lambda i: "no keypoint is labelled")
     strange = ~np.isin(keypoints[..., 2], (0, 1, 2))
-    problems.mark(
-        strange.any(1), "visibility_invalid", lambda i: f"v is {keypoints[i, :, 2][strange[i]][0]:g}"
-    )
+    someone = np.asarray(strange.any(1))
+    problems.mark(someone, "visibility_invalid", lambda i: f"v is {keypoints[i, :, 2][strange[i]][0]:g}")
 
     boxes = _numbers(rows, "bbox", 4, problems, "bbox_invalid", "bbox_invalid")
     stated = boxes.tolist()
-    problems.mark((boxes[:, 2:] <= 0).any(1), "bbox_invalid", lambda i: f"bbox {stated[i]} is empty")
+    empty = np.asarray((boxes[:, 2:] <= 0).any(1))
+    problems.mark(empty, "bbox_invalid", lambda i: f"bbox {stated[i]} is empty")
     sizes = _sizes(rows, images)
     clean, inside = sanitize_boxes(boxes, *sizes.T)
     problems.mark(
@@ -176,7 +176,7 @@ def _keypoints(
         if not row.keypoints:
             row.keypoints = [0] * (3 * num_keypoints)
     nulls = np.zeros(len(rows), bool)
-    lists = [row.keypoints if isinstance(row.keypoints, list) else () for row in rows]
+    lists = [row.keypoints if isinstance(row.keypoints, list) else [] for row in rows]
     if _matrix(lists, 3 * num_keypoints) is None:
         for number, (row, values) in enumerate(zip(rows, lists, strict=True)):
             if len(values) == 3 * num_keypoints:
@@ -212,7 +212,8 @@ def _without_nulls(values: list[Any]) -> list[Any]:
 
 def _reach_beyond(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(N,) boxes that leave their picture by more than a pixel."""
-    return (boxes[:, :2] < -1).any(1) | (boxes[:, :2] + boxes[:, 2:] > sizes + 1).any(1)
+    left, right = boxes[:, :2] < -1, boxes[:, :2] + boxes[:, 2:] > sizes + 1
+    return np.asarray(left.any(1) | right.any(1))
 
 
 def _numbers(

@@ -90,7 +90,7 @@ def run_trial(point: dict[str, Any], sweep: Sweep) -> None:
         raise
 
 
-class Lines(tune.Callback):  # type: ignore[misc]
+class Lines(tune.Callback):
     """In the driver: says how far the trials are, and notes which ASHA ended."""
 
     def __init__(self, sweep: Sweep, stopped: Callable[[str, str], None]) -> None:

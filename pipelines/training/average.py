@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from hrnet_core.model import HRNet
 
 
 class Average:
@@ -16,7 +18,7 @@ class Average:
     the CPU, and each update would wait for the GPU.
     """
 
-    def __init__(self, model: nn.Module, decay: float, recorded: bool = False) -> None:
+    def __init__(self, model: HRNet, decay: float, recorded: bool = False) -> None:
         """recorded: by a CUDA graph, which holds numbers: 1 - decay is then a tensor on the device, as the
         optimizer's rate is."""
         self.network = copy.deepcopy(model).requires_grad_(False)

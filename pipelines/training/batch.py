@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -45,7 +45,7 @@ class Batch:
         """The same, with all that goes to the device in page-locked memory; what is not there is copied."""
         tensors = {name: torch.from_numpy(getattr(self, name)).pin_memory() for name in self.SENT}
         noise = (None if one is None else torch.from_numpy(one).pin_memory().numpy() for one in self.noise)
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         return replace(self, **arrays, noise=PlacedNoise(*noise))
 
     def finish(self, *arrays: Tensor) -> Sent:
@@ -102,8 +102,9 @@ class FreshBatch(Batch):
     SENT = ("pixels", "sizes", "reaches", "crop_to_picture", "heatmap_rows", "heatmap_columns", "weights")
 
     def views(self, *arrays: Tensor) -> Sent:
-        *pictures, rows, columns, weights = arrays
-        return warp_pictures(*pictures, self.input_size), multiply_factors(rows, columns), weights
+        pixels, sizes, reaches, crop_to_picture, rows, columns, weights = arrays
+        crops = warp_pictures(pixels, sizes, reaches, crop_to_picture, self.input_size)
+        return crops, multiply_factors(rows, columns), weights
 
 
 def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -113,7 +114,9 @@ def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return torch.empty(shape, dtype=like, pin_memory=True).numpy()
 
 
-def on_device_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, Sent]]:
+def on_device_ahead(
+    batches: Iterator[Batch], device: torch.device
+) -> Generator[tuple[Batch, Sent], None, None]:
     """Each batch with its crops, heatmaps and weights on the device.
 
     On CUDA the next batch is copied there, on a stream of its own, while the network works on this one.

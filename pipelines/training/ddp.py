@@ -29,8 +29,9 @@ def wrap(model: nn.Module, device: torch.device, world: int) -> nn.Module:
 
 def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[None]:
     """For a forward and its backward: whether DDP averages the gradients then, or only adds them up."""
-    kept = isinstance(model, DistributedDataParallel) and not now
-    return model.no_sync() if kept else contextlib.nullcontext()
+    if isinstance(model, DistributedDataParallel) and not now:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 class SharedGradients:
@@ -44,7 +45,7 @@ class SharedGradients:
 
     def __init__(self, model: nn.Module, world: int) -> None:
         self._world = world
-        self._weights = list(model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
         sizes = [weight.numel() for weight in self._weights]
         self._all = torch.zeros(sum(sizes), device=self._weights[0].device)
         starts = itertools.accumulate(sizes, initial=0)
@@ -61,7 +62,8 @@ class SharedGradients:
     @torch.no_grad()
     def take(self) -> None:
         """What a backward made goes into the buffer, divided, and is the weights' gradients there."""
-        torch._foreach_copy_(self._each, [weight.grad for weight in self._weights])
+        # Each has one: a list that is shorter would be refused.
+        torch._foreach_copy_(self._each, [g for weight in self._weights if (g := weight.grad) is not None])
         self._all.mul_(1 / self._world)
         for weight, gradient in zip(self._weights, self._each, strict=True):
             weight.grad = gradient

@@ -61,7 +61,8 @@ class Predictions(NamedTuple):
         *columns, losses = zip(*parts, strict=True)
         arrays = [np.concatenate(column) for column in columns]
         order = np.argsort(arrays[0])
-        return cls(*(array[order] for array in arrays), sum(losses))
+        ann_ids, keypoints, scores = (array[order] for array in arrays)
+        return cls(ann_ids, keypoints, scores, sum(losses))
 
 
 class ValSplit:

@@ -25,7 +25,7 @@ PEER_GONE = ("Connection reset by peer", "Connection closed by peer")
 """What gloo says in a worker whose fellow is gone, before Ray knows of that."""
 
 
-class Faults(UserCallback):  # type: ignore[misc]
+class Faults(UserCallback):
     """In Ray Train's controller: a sentence for a worker that was lost, its traceback into errors.log. What
     no restart would cure ends the run at once: an exception of `after_exception` does that."""
 

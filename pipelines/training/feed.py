@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +97,7 @@ class Feed:
             self.group_rows, s.seed, epoch, self.manifest.digest, s.lanes, s.batch_size, s.shuffle_row_groups
         )
 
-    def batches(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0, stop: int | None = None) -> Generator[Batch, None, None]:
         """Batches `start`, start + 1, ... of an epoch, then all of the following epochs before `stop` (by
         default of none), made by threads at most `ahead` of the consumer.
 

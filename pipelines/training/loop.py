@@ -285,20 +285,20 @@ def score_epoch(run: Training) -> dict[str, float]:
     own = run.val.predict(predictor_of(run), settings.flip_test, run.config.evaluate.batch_size)
     found = Predictions.join(all_objects(own, run.world))
     figures = {"val_gt/loss": found.loss / len(found.ann_ids), "val_gt/AP": math.nan}
-    scored = run.log is not None and math.isfinite(figures["val_gt/loss"])
-    if scored:
+    log = run.log if math.isfinite(figures["val_gt/loss"]) else None
+    if log is not None:
         stats, results = run.val.score(found, run.spec, run.config.evaluate)
         joints = run.val.pck(found)
         figures |= {f"val_gt/{name}": value for name, value in stats.items()}
         figures |= {"val_gt/PCK": sum(joints.values()) / max(1, len(joints))}
         figures |= {f"val_pck/{name}": value for name, value in joints.items()}
-        run.log.write(at.total_steps, figures)
+        log.write(at.total_steps, figures)
         if stats["AP"] >= at.best_ap:  # equal counts as better, as published
             keep_best(run, stats["AP"], results)
     stop_early(run, figures["val_gt/AP"])
-    if scored:
+    if log is not None:
         draw_pictures(run, found)
-        run.log.flush()
+        log.flush()
     at.seconds += time.perf_counter() - begun
     return figures
 

@@ -126,7 +126,7 @@ def as_it_was(run: Training) -> Iterator[None]:
 
 def _state(run: Training) -> Iterator[Tensor]:
     """The tensors that steps change, each the same object as long as the run lasts."""
-    for network in (run.model, run.average and run.average.network):
+    for network in (run.model, run.average.network if run.average else None):
         if network is not None:
             yield from network.parameters()
             yield from network.buffers()

@@ -99,7 +99,7 @@ class Training:
     device: torch.device
     report: Callable[[dict[str, Any], str | None], None]
     """As report_to_ray: takes figures, and rank 0's folder with trainer.pt, which is its to remove."""
-    model: nn.Module
+    model: HRNet
     """The network itself, not the wrapper."""
     parallel: nn.Module
     """The network as it is called in training: under DDP where several workers launch their steps."""
@@ -139,7 +139,7 @@ class Training:
     pictures_due: Every = field(default_factory=lambda: Every(60, at_once=True))
 
     @property
-    def scored(self) -> nn.Module:
+    def scored(self) -> HRNet:
         """The network that is scored and saved for use."""
         return self.average.network if self.average else self.model
 
@@ -224,12 +224,14 @@ def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> Chec
     )
 
 
-def make_model(config: RunConfig, spec: CheckpointSpec, start: bool) -> nn.Module:
+def make_model(config: RunConfig, spec: CheckpointSpec, start: bool) -> HRNet:
     """start: with the weights of model.init, which a run that goes on needs no more."""
     model = HRNet(spec.architecture, config.model.initialization)
     if start and config.model.init:
         print(start_from(model, config.model.init))
-    return model.to(memory_format=torch.channels_last) if config.train.channels_last else model
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
+    return model
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -261,7 +263,7 @@ def make_scaler(settings: TrainSettings, device: torch.device) -> torch.amp.Grad
     return torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
 
 
-def make_average(model: nn.Module, settings: TrainSettings) -> Average | None:
+def make_average(model: HRNet, settings: TrainSettings) -> Average | None:
     if not settings.ema_decay:
         return None
     # A decay that stays may be recorded as the number that it is.
@@ -273,7 +275,7 @@ def make_teacher(settings: TrainSettings, spec: CheckpointSpec, device: torch.de
         return None
     teacher = load_teacher(settings.teacher, settings.teacher_share, spec, device)
     if settings.channels_last:
-        teacher.network.to(memory_format=torch.channels_last)
+        teacher.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as above
     return teacher
 
 

@@ -202,7 +202,7 @@ def parts_of(run: Training, share: float, sent: Sent) -> list[Part]:
             heatmaps = run.teacher.mixed(images, heatmaps)
     arrays = images, heatmaps, weights
     chunks = zip(*(array.chunk(settings.accumulate) for array in arrays), strict=True)
-    return [Part(*chunk, share=share * len(chunk[0]) / len(images)) for chunk in chunks]
+    return [Part(x, y, w, share * len(x) / len(images)) for x, y, w in chunks]
 
 
 def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:

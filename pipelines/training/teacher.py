@@ -49,4 +49,4 @@ def load_teacher(place: str, share: float, spec: CheckpointSpec, device: torch.d
             f"train.teacher: {place} answers in other heatmaps: {'; '.join(differ)}. A teacher needs the "
             f"input size, codec, sigma and skeleton of its student: train it on the same shards."
         )
-    return Teacher(network.requires_grad_(False).to(device), share, of.weights_sha256)
+    return Teacher(network.requires_grad_(False).to(device), share, str(of.weights_sha256))
