@@ -109,9 +109,10 @@ def jpeg_ends(data: bytes) -> bool:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """(type, end) of each, as it declares it, up to one that begins beyond the file's end."""
-    at = 8
-    while at + 12 <= len(data):
+    """(type, end) of each, as it declares it, up to IEND or to one that begins beyond the file's end. What
+    lies behind IEND is no part of the picture, and nobody reads it."""
+    kind, at = b"", 8
+    while at + 12 <= len(data) and kind != b"IEND":
         kind, at = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         yield kind, at
 

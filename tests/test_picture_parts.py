@@ -104,6 +104,9 @@ LEGAL = {
         EXIF + b"\xff\xe1\x00\x03x" * 200 + b"\xff\xe2\x00\x03i" * 255
     ),
     "large chunks": png_with(chunk(b"zzZz", bytes(4096)) * 2000),
+    "nulls behind a PNG": encode_png(GREY) + bytes(5_000_000),
+    "nulls behind a GIF": gif() + bytes(5_000_000),
+    "nulls behind a JPEG": jpeg() + bytes(5_000_000),
     "a long comment": gif(b"!\xfe" + (b"\xff" + b"a" * 255) * 20_000 + b"\0"),
 }
 

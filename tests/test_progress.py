@@ -104,6 +104,7 @@ def test_nobody_else_counts_the_seconds_between_two_lines() -> None:
     """A throttle is `now - then > so many seconds`; these compare clocks for another reason."""
     others = {
         "cluster": "gives up after wait_minutes",
+        "joining": "gives up after so many seconds",
         "live": "gives up after so many seconds",
         "loop": "a checkpoint every so many minutes",
         "metric_log": "leaves MLflow alone for a minute after an error",
