@@ -40,7 +40,7 @@ class Draw(Section):
     val_images: int | None = Field(default=None, ge=1)
     """Validation pictures; default: a fifth of `images`, at least 4."""
     seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=usable_cpus(), ge=1)
+    workers: int = Field(default_factory=usable_cpus, ge=1)
     """Processes; the pictures do not depend on it."""
 
 
@@ -61,7 +61,7 @@ class Validate(Section):
     """Also write every finding into this CSV file."""
     page: str | None = None
     """Also write an HTML page of the findings, with an example of each drawn into its picture."""
-    workers: int = Field(default=usable_cpus(), ge=1)
+    workers: int = Field(default_factory=usable_cpus, ge=1)
     """Threads that open pictures."""
     data: DataSettings = DataSettings()
 

@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -29,6 +29,8 @@ from pipelines.config import RunConfig
 from pipelines.config_file import load_config, refused
 from pipelines.section import Section
 from pipelines.stop import Stopped, leave_closed_outputs, stoppable
+
+Given = TypeVar("Given", str, tuple[str, ...])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +117,7 @@ def parse(verb: str, argv: Sequence[str]) -> Any:
     return tyro.cli(model, **how)  # what tyro itself has to say, to a terminal if it is one
 
 
-def _need(value: str | None, flag: str, what: str) -> str:
+def _need(value: Given | None, flag: str, what: str) -> Given:
     if not value:
         raise ConfigError(f"{flag} is missing: {what}.")
     return value
@@ -149,13 +151,14 @@ def validate(args: arguments.Validate) -> int:
         if place:
             file_to_write(place, flag)
 
-    how: dict[str, Any] = {
-        "decode": args.decode,
-        "most": args.read,
-        "checksums": args.checksums,
-        "workers": args.workers,
-    }
-    found = validate(args.coco, args.data, **how)
+    found = validate(
+        args.coco,
+        args.data,
+        decode=args.decode,
+        most=args.read,
+        checksums=args.checksums,
+        workers=args.workers,
+    )
     print(found.table(args.examples))
     if args.out:
         write_csv(found, args.out)
@@ -226,8 +229,9 @@ def evaluate(args: arguments.Evaluate) -> None:
         return
     from pipelines.evaluate import evaluate
 
-    where: dict[str, Any] = {"track": args.track, "storage": args.run.storage}
-    result = evaluate(checkpoint, coco, out=out, report=args.report, **what, **where)
+    result = evaluate(
+        checkpoint, coco, out=out, report=args.report, track=args.track, storage=args.run.storage, **what
+    )
     print(result.table())
     report = f"; report: {args.report}" if args.report else ""
     print(f"results, figures and pictures: {result.folder}{report}")
@@ -249,13 +253,13 @@ def _score(args: arguments.Evaluate) -> None:
             "--results scores a file: CHECKPOINT, --boxes, --report and --measure-modes belong to running a "
             "model on photographs. Leave them out, or leave out --results."
         )
-    skeleton = load_skeleton(args.skeleton)
-    how: dict[str, Any] = {
-        "skeleton": skeleton,
-        "use_area": args.use_area,
-        "category": args.evaluate.category,
-    }
-    stats = evaluate_results(results, ground_truth, **how)
+    stats = evaluate_results(
+        results,
+        ground_truth,
+        skeleton=load_skeleton(args.skeleton),
+        use_area=args.use_area,
+        category=args.evaluate.category,
+    )
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))
     if folder:
@@ -294,7 +298,7 @@ def benchmark(args: arguments.Benchmark) -> int:
 
 def predict(args: arguments.Predict) -> None:
     """poses of pictures and videos, as COCO, Parquet, OpenPose, overlays"""
-    _need(" ".join(args.sources), "SOURCE", "a picture, a video, a folder, a glob or a URI")
+    _need(args.sources, "SOURCE", "a picture, a video, a folder, a glob or a URI")
     from pipelines.predict import predict
 
     print(predict(**_given(args)))
@@ -313,13 +317,19 @@ def deploy(args: arguments.Deploy) -> None:
     """serve a checkpoint over HTTP on Ray Serve"""
     from pipelines.deploy import deploy
 
-    given: dict[str, Any] = {"run": args.run, "track": args.track, "ray_settings": args.ray}
-    deploy(args.checkpoint, args.serve, rollback=args.rollback, **given)
+    deploy(
+        args.checkpoint,
+        args.serve,
+        run=args.run,
+        track=args.track,
+        ray_settings=args.ray,
+        rollback=args.rollback,
+    )
 
 
 def load(args: arguments.LoadTest) -> None:
     """how an endpoint answers requests that come at given rates: latencies, statuses, share of 429"""
-    _need(" ".join(args.sources), "SOURCE", "the pictures to ask with, as files, folders or globs")
+    _need(args.sources, "SOURCE", "the pictures to ask with, as files, folders or globs")
     if args.json_file:
         file_to_write(args.json_file, "--json")
     from pipelines.load import load

@@ -41,7 +41,11 @@ SHARED = 1.2
 
 def on_cluster() -> bool:
     """True where RAY_ADDRESS names a Ray to join (a submitted job has it set)."""
-    return (os.environ.get("RAY_ADDRESS") or "local") != "local"
+    return _named_address() != "local"
+
+
+def _named_address() -> str:
+    return os.environ.get("RAY_ADDRESS") or "local"
 
 
 @contextlib.contextmanager
@@ -98,18 +102,19 @@ def with_metrics_port(settings: RaySettings) -> RaySettings:
 def serve_logs() -> str:
     """Folder on this node with what Serve's processes write: of this Ray, where session_latest is whichever
     was started last. On other nodes of a cluster it usually has the same name."""
-    from ray._private.worker import _global_node  # it has no public name
-
-    node: Any = _global_node  # None, as Ray's types have it
-    return f"{node.get_logs_dir_path()}/serve"
+    return f"{_node().get_logs_dir_path()}/serve"
 
 
 def ray_is_whole() -> bool:
     """False once one of the processes has ended that `ray.init` started here: of a Ray that ends."""
+    return (node := _node()) is not None and node.remaining_processes_alive()
+
+
+def _node() -> Any:
+    """What this process has of its Ray's node; None where it is at none."""
     from ray._private.worker import _global_node  # it has no public name
 
-    node: Any = _global_node
-    return node is not None and node.remaining_processes_alive()
+    return _global_node
 
 
 def metrics_port() -> int:
@@ -133,7 +138,7 @@ def _started(
     import ray
 
     if address is None:
-        address = os.environ.get("RAY_ADDRESS") or "local"
+        address = _named_address()
         refuse_address(address)
     how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": HOOK}}
     inherited: dict[str, str] = {}

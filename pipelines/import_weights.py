@@ -39,9 +39,7 @@ def import_weights(
 
     out = folder_to_write(out, "OUT")
     try:
-        heatmaps = (
-            HeatmapCodec(codec, input_size) if sigma is None else HeatmapCodec(codec, input_size, sigma)
-        )
+        heatmaps = HeatmapCodec(codec, input_size, sigma)  # type: ignore[arg-type]  # None: the usual one
         if any(side % 32 for side in heatmaps.input_size):
             raise ValueError(f"input_size must be two multiples of 32, got {input_size}")
     except ValueError as error:

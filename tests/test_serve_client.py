@@ -10,6 +10,7 @@ import sys
 import threading
 import venv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,20 @@ def test_asyncio_waits_for_many_at_once(url: str) -> None:
     assert models["models"][0]["version"] == "7"
 
 
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server, as long as the block lasts."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def counting(close: bool) -> Iterator[tuple[str, list[str]]]:
     """A server that answers {} over connections that it keeps, or closes without a word; the lines asked."""
     asked: list[str] = []
@@ -133,13 +148,8 @@ def counting(close: bool) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        thread.join()
+    with serving(Handler) as address:
+        yield address, asked
 
 
 @pytest.mark.parametrize("close", [False, True])
@@ -178,13 +188,8 @@ def scripted() -> Iterator[tuple[str, list[tuple[int, dict[str, str], bytes]], l
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", answers, asked
-        server.shutdown()
-        thread.join()
+    with serving(Handler) as address:
+        yield address, answers, asked
 
 
 def test_answers_that_are_not_the_endpoints_are_told(scripted: Any) -> None:
