@@ -93,6 +93,11 @@ def draw_heatmaps(crop: UInt8, heatmaps: ArrayLike) -> UInt8:
     return blended
 
 
+def side_by_side(left: UInt8, right: UInt8) -> UInt8:
+    """Two images uint8 (h, w, 3) of one height in one, with 4 px of white between them."""
+    return np.concatenate([left, np.full((len(left), 4, 3), 255, np.uint8), right], axis=1)
+
+
 def tile(images: Sequence[UInt8], columns: int, labels: Sequence[str] = (), heading: str = "") -> UInt8:
     """A contact sheet: images uint8 (h, w, 3) of any sizes in rows of `columns`, each over its label.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, three_point_matrix
 from hrnet_core.images import encode_jpeg
 from hrnet_core.oks import oks
-from hrnet_core.overlays import color_line, draw_poses, tile
+from hrnet_core.overlays import color_line, draw_poses, side_by_side, tile
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import definitions, embedded, section, table, tiles, write_page
 from pipelines.poses.protocol import Evaluation, Matched, protocol_line, work_line
@@ -94,8 +94,7 @@ def _pair(image: NDArray[np.uint8], matched: Matched, row: int, skeleton: Skelet
     predicted = apply_affine(image_to_tile, matched.predicted[row])
     scores = matched.scores[row][None]
     right = draw_poses(crop, predicted[None], scores, skeleton, DRAWN_ABOVE, boxes_xywh=boxes)
-    gap = np.full((TILE[1], 4, 3), 255, np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
+    return side_by_side(left, right)
 
 
 def write_report(

@@ -23,7 +23,7 @@ from hrnet_core.errors import ImageError
 from hrnet_core.geometry import FARTHEST, box_to_center_scale
 from hrnet_core.images import encode_jpeg
 from hrnet_core.locations import is_uri, open_folder
-from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, tile
+from hrnet_core.overlays import INK, draw_heatmaps, draw_poses, side_by_side, tile
 from hrnet_core.skeleton import Skeleton
 from pipelines.pages.dataset import write_dataset_page, write_figures
 from pipelines.shards.manifest import Manifest
@@ -122,8 +122,7 @@ def view_sheet(manifest: Manifest, split: str, variant: int, addresses: Sequence
     pairs = []
     for index, pose in enumerate(annotated(rows, skeleton)):
         heat = draw_heatmaps(enlarged(rows["images"][index])[0], rows["heatmaps"][index])
-        gap = np.full((len(pose), 4, 3), 255, np.uint8)
-        pairs.append(np.concatenate([pose, gap, heat], axis=1))
+        pairs.append(side_by_side(pose, heat))
     turns = _turns(rows, manifest)
     return tile(pairs, 4, [_label(rows, index, turn) for index, turn in enumerate(turns)])
 

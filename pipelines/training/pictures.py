@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from hrnet_core.geometry import apply_affine
 from hrnet_core.images import encode_png
 from hrnet_core.oks import oks
-from hrnet_core.overlays import draw_poses, tile
+from hrnet_core.overlays import draw_poses, side_by_side, tile
 from pipelines.pages.evaluation import DRAWN_ABOVE, truth_and_prediction
 from pipelines.pages.frame import figure
 from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
@@ -55,7 +56,7 @@ def draw_curves(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         panels[0].figure.suptitle(title)
         for axes, (name, metrics) in zip(panels, PANELS.items(), strict=True):
             axes.set_title(name, fontsize=10)
-            for metric, line in zip(metrics, ("-", "--", ":"), strict=False):
+            for metric, line in zip(metrics, itertools.cycle(("-", "--", ":")), strict=False):
                 points = [(row["step"], row[metric]) for row in rows if metric in row]
                 if points:
                     marker = "." if len(points) < 30 else None
@@ -80,8 +81,7 @@ def people_sheet(manifest: Manifest, split: str, found: Predictions) -> NDArray[
     for person, left in enumerate(annotated(rows, skeleton)):
         crop, factor = enlarged(rows["images"][person])
         right = draw_poses(crop, factor * in_crop[person, None], scores[person, None], skeleton, DRAWN_ABOVE)
-        gap = np.full((len(left), 4, 3), 255, np.uint8)
-        pairs.append(np.concatenate([left, gap, right], axis=1))
+        pairs.append(side_by_side(left, right))
     said = zip(rows["ann_id"].tolist(), fits.tolist(), strict=True)
     labels = [f"OKS {fit:.2f}, annotation {ann_id}" for ann_id, fit in said]
     return tile(pairs, 4, labels, truth_and_prediction(skeleton))
