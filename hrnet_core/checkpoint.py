@@ -212,8 +212,8 @@ def read_spec(folder: str | Path) -> CheckpointSpec:
         if ":/" in str(folder):  # Path makes one slash of two
             raise CheckpointError(
                 f"{folder}: a checkpoint is loaded from a folder of this machine. hrnet_core.checkpoint."
-                f"fetch_checkpoint copies one from a bucket, pipelines.checkpoints.local_checkpoint also a "
-                f"registered version (models:/NAME@ALIAS)."
+                f"fetch_checkpoint copies one from a bucket, pipelines.tracking.checkpoints."
+                f"local_checkpoint also a registered version (models:/NAME@ALIAS)."
             )
         raise CheckpointError(
             f"{folder}: no such checkpoint folder. Name the folder that holds {DESCRIPTION}; a bare weights "

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from hrnet_core.choices import MODES
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.locations import one_line
-from pipelines.checkpoints import is_folder_here, local_checkpoint
-from pipelines.code_version import code_version
-from pipelines.config import RunConfig, TrackSettings
-from pipelines.config_file import load_config
-from pipelines.environment import usable_cpus
 from pipelines.poses.timing import LEAST, MOST, NEEDED, SIZES, Timings, processor, time_modes
-from pipelines.storage import write_json
+from pipelines.process.code_version import code_version
+from pipelines.process.environment import usable_cpus
+from pipelines.settings.config import RunConfig, TrackSettings
+from pipelines.settings.config_file import load_config
+from pipelines.storage.files import write_json
+from pipelines.tracking.checkpoints import is_folder_here, local_checkpoint
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

@@ -1,7 +1,7 @@
 """`hrnet VERB ...`: the one reader of the command line (also `python -m pipelines.cli`).
 
-Each verb is a function below: it calls its stage with its arguments (pipelines/arguments.py) and returns
-the exit code, where that is not 0. 0 done, 2 wrong input or configuration, 3 promote kept the old champion,
+Each verb is a function below: it calls its stage with its arguments (settings/arguments.py) and returns the
+exit code, where that is not 0. 0 done, 2 wrong input or configuration, 3 promote kept the old champion,
 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP, 1 anything else. A stage is imported by its verb:
 `--help` costs no torch or Ray.
 """
@@ -24,11 +24,11 @@ import tyro
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import file_to_write, folder_to_write, is_uri, refuse_credentials
-from pipelines import arguments
-from pipelines.config import RunConfig
-from pipelines.config_file import load_config, refused
-from pipelines.section import Section
-from pipelines.stop import Stopped, leave_closed_outputs, stoppable
+from pipelines.process.stop import Stopped, leave_closed_outputs, stoppable
+from pipelines.settings import arguments
+from pipelines.settings.config import RunConfig
+from pipelines.settings.config_file import load_config, refused
+from pipelines.settings.section import Section
 
 Given = TypeVar("Given", str, tuple[str, ...])
 
@@ -213,7 +213,7 @@ def evaluate(args: arguments.Evaluate) -> None:
     both = "hrnet evaluate CHECKPOINT COCO, or --results R.json --ground-truth GT.json"
     checkpoint = _need(args.checkpoint, "CHECKPOINT", both)
     coco = _need(args.coco, "COCO", "the folder with annotations/ and the pictures")
-    from pipelines.checkpoints import evaluation_folder
+    from pipelines.tracking.checkpoints import evaluation_folder
 
     out = args.out or evaluation_folder(checkpoint, "det" if args.boxes else "gt", args.run.storage)
     what: dict[str, Any] = {"split": args.split, "boxes": args.boxes}
@@ -222,7 +222,7 @@ def evaluate(args: arguments.Evaluate) -> None:
         if args.report:
             raise ConfigError("--measure-modes writes no report: evaluate again with --report alone.")
         from pipelines.measure_modes import measure_modes
-        from pipelines.storage import join
+        from pipelines.storage.files import join
 
         print(measure_modes(checkpoint, coco, out=args.out or _beside(out, "_modes"), **what))
         print(f"written into {join(checkpoint, 'checkpoint.json')}")
@@ -245,7 +245,7 @@ def _score(args: arguments.Evaluate) -> None:
     ground_truth = _need(args.ground_truth, "--ground-truth GT.json", "the annotations to score them against")
     from hrnet_core.skeleton import load_skeleton
     from pipelines.poses.oks_ap import evaluate_results
-    from pipelines.storage import join, writable, write_json
+    from pipelines.storage.files import join, writable, write_json
 
     folder = folder_to_write(args.out, "--out") if args.out else None
     if args.report or args.boxes or args.measure_modes or args.checkpoint:
@@ -333,7 +333,7 @@ def load(args: arguments.LoadTest) -> None:
     if args.json_file:
         file_to_write(args.json_file, "--json")
     from pipelines.load import load
-    from pipelines.storage import writable, write_json
+    from pipelines.storage.files import writable, write_json
 
     measured = load(**{name: value for name, value in _given(args).items() if name != "json_file"})
     print(f"\n{measured}")

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from hrnet_core.errors import CheckpointError, ConfigError, PoseError, first_line
 from hrnet_core.locations import one_line
-from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import (
+from pipelines.cluster.session import (
     metrics_port,
     on_cluster,
     ray_address,
@@ -28,8 +27,9 @@ from pipelines.cluster import (
     serve_logs,
     with_metrics_port,
 )
-from pipelines.code_version import code_version
-from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.cluster.shared_paths import refuse_unshared
+from pipelines.process.code_version import code_version
+from pipelines.process.stop import Stopped, begun, stoppable
 from pipelines.serving import live
 from pipelines.serving.expected import expected_scores
 from pipelines.serving.guard import who_may_ask
@@ -37,9 +37,9 @@ from pipelines.serving.ingress import haproxy, refuse_port_in_use
 from pipelines.serving.pinned import pinned, pinned_detector, prune, standing_still
 from pipelines.serving.running import Endpoint, announced, endpoint_at, ports
 from pipelines.serving.samples import samples_folder
-from pipelines.shared_paths import refuse_unshared
-from pipelines.stop import Stopped, begun, stoppable
-from pipelines.storage import absolute
+from pipelines.settings.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.storage.files import absolute
+from pipelines.tracking.checkpoints import LocalCheckpoint, local_checkpoint
 from serve import traces
 from serve.settings import CPUS_PER_REPLICA, Limits, ReplicaSettings, ServeArgs
 

@@ -30,7 +30,7 @@ from hrnet_core.locations import folder_to_write
 from hrnet_core.skeleton import COCO17
 from pipelines.drawn.picture import FIRST_ID, SPLITS, annotate, draw_picture
 from pipelines.sources.layout import annotations_of
-from pipelines.storage import (
+from pipelines.storage.files import (
     is_empty,
     is_file,
     join,

@@ -26,7 +26,7 @@ from hrnet_core.locations import file_to_write
 from hrnet_core.skeleton import Skeleton, load_skeleton, sides_by_name
 from pipelines.sources.annotations import TO_CROP, read_annotations
 from pipelines.sources.records import BOX_AREA, People
-from pipelines.storage import writable, write_json
+from pipelines.storage.files import writable, write_json
 
 Float64 = NDArray[np.float64]
 SAME_BOX = 0.5

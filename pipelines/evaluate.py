@@ -27,18 +27,17 @@ from numpy.typing import NDArray
 from hrnet_core.errors import CheckpointError, DataError
 from hrnet_core.locations import file_to_write, folder_to_write
 from hrnet_core.score_drift import SCORE_BOUNDS, score_counts
-from pipelines.checkpoints import local_checkpoint
-from pipelines.code_version import code_version
-from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
+from pipelines.cluster.shared_paths import LOOKED_AT
 from pipelines.pages.evaluation import contact_sheets, write_report
 from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.protocol import Evaluation, Matched, match_people, protocol_of, score_poses
 from pipelines.poses.units import UNFINISHED, cut, digest_of, run_units
-from pipelines.shared_paths import LOOKED_AT
+from pipelines.process.code_version import code_version
+from pipelines.settings.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.photos import check_photo, decode_photo, left_out
 from pipelines.sources.records import People, Photo, Rejection
-from pipelines.storage import (
+from pipelines.storage.files import (
     file_stamps,
     join,
     on_this_machine,
@@ -48,7 +47,8 @@ from pipelines.storage import (
     write_json,
     write_whole,
 )
-from pipelines.tracking import store_of
+from pipelines.tracking.checkpoints import local_checkpoint
+from pipelines.tracking.store import store_of
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -120,7 +120,7 @@ def evaluate(
     remove_folder(join(out, UNFINISHED))
     if track is None:
         return evaluation
-    from pipelines.registry import REGISTERED, record_evaluation
+    from pipelines.tracking.registry import REGISTERED, record_evaluation
 
     # An alias may have moved meanwhile; a folder is known by its weights.
     ref = f"{REGISTERED}{found.version}" if found.version else str(spec.weights_sha256)

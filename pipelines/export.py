@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from hrnet_core.choices import FormatName
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.locations import destination, is_uri, one_line
-from pipelines.checkpoints import local_checkpoint
-from pipelines.config import EvaluateSettings, TrackSettings
 from pipelines.evaluate import answer, group_photos, read_answers
 from pipelines.poses.actor import Threads
 from pipelines.poses.protocol import score_poses
-from pipelines.registry import REGISTERED
+from pipelines.settings.config import EvaluateSettings, TrackSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import CROP_COLUMNS
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set, refuse_unusable
 from pipelines.sources.records import on_photos
-from pipelines.storage import join, writing
+from pipelines.storage.files import join, writing
+from pipelines.tracking.checkpoints import local_checkpoint
+from pipelines.tracking.registry import REGISTERED
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

@@ -9,9 +9,9 @@ from hrnet_core.choices import CodecName
 from hrnet_core.errors import CheckpointError, ConfigError, shown
 from hrnet_core.locations import folder_to_write
 from hrnet_core.skeleton import load_skeleton
-from pipelines.checkpoints import put_checkpoint
-from pipelines.code_version import code_version
-from pipelines.storage import base_name, is_file, join, sha256_of
+from pipelines.process.code_version import code_version
+from pipelines.storage.files import base_name, is_file, join, sha256_of
+from pipelines.tracking.checkpoints import put_checkpoint
 
 
 def import_weights(

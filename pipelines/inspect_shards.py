@@ -18,12 +18,12 @@ import numpy as np
 
 from hrnet_core.errors import DataError, shown
 from hrnet_core.locations import destination, folder_to_write, is_uri, refuse_no_bucket
-from pipelines.config import TrackSettings
 from pipelines.pages.gallery import write_gallery
-from pipelines.progress import ProgressLine
+from pipelines.process.progress import ProgressLine
+from pipelines.settings.config import TrackSettings
 from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, figures_of
 from pipelines.shards.manifest import REPAIR, Manifest
-from pipelines.storage import absolute, is_folder, join, on_this_machine, sha256_of, write_json
+from pipelines.storage.files import absolute, is_folder, join, on_this_machine, sha256_of, write_json
 
 
 def inspect_shards(
@@ -64,7 +64,7 @@ def inspect_shards(
             f"that you may write to."
         ) from None
     if log:
-        from pipelines.tracking import record_dataset
+        from pipelines.tracking.store import record_dataset
 
         with on_this_machine([join(folder, "card.json"), page, *pictures]) as files:
             run_id, others = record_dataset(card, files, manifest.folder, track, storage)

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import ConfigError, DataError, Failure
-from pipelines.progress import Every
+from pipelines.process.progress import Every
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.media import list_media
-from pipelines.storage import read_file
+from pipelines.storage.files import read_file
 from serve.client import Client, ServerError, first_key
 
 LATE_S = 0.1

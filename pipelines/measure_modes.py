@@ -22,14 +22,14 @@ import numpy as np
 from hrnet_core.choices import MODES
 from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.locations import fetch, folder_to_write, is_uri
-from pipelines.checkpoints import local_checkpoint
-from pipelines.cluster import ray_session
-from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
+from pipelines.cluster.session import ray_session
 from pipelines.evaluate import evaluate
 from pipelines.poses.protocol import Evaluation
 from pipelines.poses.timing import Timings, processor, time_modes
-from pipelines.registry import REGISTERED
-from pipelines.storage import join, put_file, read_file, writable
+from pipelines.settings.config import EvaluateSettings, RaySettings, TrackSettings
+from pipelines.storage.files import join, put_file, read_file, writable
+from pipelines.tracking.checkpoints import local_checkpoint
+from pipelines.tracking.registry import REGISTERED
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

@@ -21,17 +21,17 @@ import pyarrow.parquet as pq
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import destination, folder_to_write
-from pipelines.checkpoints import local_checkpoint
-from pipelines.code_version import code_version
-from pipelines.config import PredictSettings, RaySettings, TrackSettings
+from pipelines.cluster.shared_paths import LOOKED_AT
 from pipelines.poses.formats import Row, check_formats, write_all
 from pipelines.poses.plan import Plan, make_plan
 from pipelines.poses.units import UNFINISHED, Outcomes, run_units
 from pipelines.poses.worker import Worker
-from pipelines.shared_paths import LOOKED_AT
+from pipelines.process.code_version import code_version
+from pipelines.settings.config import PredictSettings, RaySettings, TrackSettings
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.media import Media, list_media
-from pipelines.storage import join, read_files, read_json, remove_folder, writable, write_json
+from pipelines.storage.files import join, read_files, read_json, remove_folder, writable, write_json
+from pipelines.tracking.checkpoints import local_checkpoint
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

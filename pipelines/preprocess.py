@@ -31,10 +31,11 @@ import pyarrow as pa
 from hrnet_core.errors import DataError, PoseError
 from hrnet_core.locations import is_uri
 from hrnet_core.skeleton import load_skeleton
-from pipelines.cluster import cpus_each, quiet_ray_data, ray_session, require, room_for, selector
-from pipelines.code_version import code_version
-from pipelines.config import DataSettings, RunConfig
-from pipelines.progress import Clock, ProgressLine
+from pipelines.cluster.session import cpus_each, quiet_ray_data, ray_session, require, room_for, selector
+from pipelines.cluster.shared_paths import refuse_unshared
+from pipelines.process.code_version import code_version
+from pipelines.process.progress import Clock, ProgressLine
+from pipelines.settings.config import DataSettings, RunConfig
 from pipelines.shards.build import MOST_THREADS, build_shard
 from pipelines.shards.manifest import Manifest, write_manifest
 from pipelines.shards.plan import (
@@ -47,12 +48,11 @@ from pipelines.shards.plan import (
 )
 from pipelines.shards.schema import MANIFEST
 from pipelines.shards.writer import write_rejected
-from pipelines.shared_paths import refuse_unshared
 from pipelines.sources.doubts import doubts_of, refuse_misread, seen_of
 from pipelines.sources.layout import locate
 from pipelines.sources.records import Split, counted, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
-from pipelines.storage import absolute, file_sizes, is_file, join, relative
+from pipelines.storage.files import absolute, file_sizes, is_file, join, relative
 
 LONG_ANNOTATIONS = 16_000_000
 """Bytes of an annotation file above which it is read while Ray starts."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hrnet_core.errors import DataError
-from pipelines.config import TrackSettings
-from pipelines.registry import Registry, champion_of, evaluations
-from pipelines.tracking import Tracker
+from pipelines.settings.config import TrackSettings
+from pipelines.tracking.registry import Registry, champion_of, evaluations
+from pipelines.tracking.store import Tracker
 
 HARDLY_ANYBODY = 0.05
 """AP below which that is said. The published models have .74 and more on COCO's val2017."""

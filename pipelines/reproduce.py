@@ -8,13 +8,13 @@ from pathlib import Path
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.locations import folder_to_write
-from pipelines.config import EvaluateSettings, RaySettings
-from pipelines.config_file import load_config
 from pipelines.evaluate import evaluate
 from pipelines.import_weights import import_weights
 from pipelines.poses.oks_ap import STATS
 from pipelines.poses.protocol import Evaluation
-from pipelines.storage import is_file, join
+from pipelines.settings.config import EvaluateSettings, RaySettings
+from pipelines.settings.config_file import load_config
+from pipelines.storage.files import is_file, join
 
 SOURCE = "leoxiaobin/deep-high-resolution-net.pytorch"
 """Where README links the weights (model zoo, pose_coco) and the detector's file (data preparation)."""

@@ -18,10 +18,16 @@ import yaml
 
 from hrnet_core.errors import ConfigError, Failure
 from hrnet_core.locations import is_uri
-from pipelines.cluster import ray_session, require, room_for, selector
-from pipelines.code_version import code_version
-from pipelines.config import RunConfig
-from pipelines.run_folder import (
+from pipelines.cluster.session import ray_session, require, room_for, selector
+from pipelines.process.code_version import code_version
+from pipelines.process.stop import begun, waited
+from pipelines.settings.config import RunConfig
+from pipelines.shards.manifest import Manifest
+from pipelines.storage.files import absolute, join, write_json, write_whole
+from pipelines.sweeps.trials import Sweep, table
+from pipelines.tracking.store import StoreAway, Tracker, store_of
+from pipelines.train import begun_check, check_settings, check_start, end_check, refuse_unshared_run
+from pipelines.training.run_folder import (
     check_same_run,
     only_one,
     read_record,
@@ -31,12 +37,6 @@ from pipelines.run_folder import (
     whole_storage,
     with_whole_weights,
 )
-from pipelines.shards.manifest import Manifest
-from pipelines.stop import begun, waited
-from pipelines.storage import absolute, join, write_json, write_whole
-from pipelines.sweeps.trials import Sweep, table
-from pipelines.tracking import StoreAway, Tracker, store_of
-from pipelines.train import begun_check, check_settings, check_start, end_check, refuse_unshared_run
 
 
 def sweep(config: RunConfig) -> str:

@@ -1,8 +1,8 @@
 """Train: DDP on Ray Train over preprocessed shards, followed in MLflow, exact in going on.
 
-This is the driver: it checks, opens the MLflow run (followed.py), starts the workers (training/loop.py), and
-says what came out. One process of it, wherever the workers are. What a run leaves: run_folder.py; what is
-said when something fails: docs/training.md.
+This is the driver: it checks, opens the MLflow run (training/followed.py), starts the workers
+(training/loop.py), and says what came out. One process of it, wherever the workers are. What a run leaves:
+training/run_folder.py; what is said when something fails: docs/training.md.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hrnet_core import memory
 from hrnet_core.choices import Augmentation
 from hrnet_core.errors import CheckpointError, ConfigError, DataError, Failure, PoseError, first_line
 from hrnet_core.locations import open_folder
-from pipelines.cluster import ray_session, require, selector
-from pipelines.config import RunConfig
-from pipelines.followed import Followed, follow_run, hand_over
-from pipelines.run_folder import (
+from pipelines.cluster.session import ray_session, require, selector
+from pipelines.cluster.shared_paths import refuse_unshared
+from pipelines.process.stop import begun, waited
+from pipelines.settings.config import RunConfig
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.recipe import Recipe
+from pipelines.storage.files import absolute, base_name, join
+from pipelines.tracking.store import store_of, uri_of
+from pipelines.training.followed import Followed, follow_run, hand_over
+from pipelines.training.run_folder import (
     ERRORS,
     TrainResult,
     begin_run,
@@ -39,12 +46,6 @@ from pipelines.run_folder import (
     where_it_stands,
     with_whole_weights,
 )
-from pipelines.shards.manifest import Manifest
-from pipelines.shards.recipe import Recipe
-from pipelines.shared_paths import refuse_unshared
-from pipelines.stop import begun, waited
-from pipelines.storage import absolute, base_name, join
-from pipelines.tracking import store_of, uri_of
 
 if TYPE_CHECKING:
     import ray.train
@@ -101,7 +102,7 @@ def train(config: RunConfig) -> TrainResult:
             followed = None
             if result is None:  # else only MLflow has not got it yet
                 result, followed = _train(config, manifest, folder, whole)
-            result = hand_over(config, manifest, result, followed)
+            result = hand_over(config, manifest, result, followed, add_onnx)
             result.write()
     registered = f", {config.track.registered_model}/{result.version}" if result.version else ""
     print(
@@ -152,6 +153,13 @@ def fit(
         else:
             give_up(folder)
         raise
+
+
+def add_onnx(checkpoint: Path) -> None:
+    """model.onnx in a checkpoint folder, as `hrnet export` writes it."""
+    from pipelines.export import export  # and evaluate with it: not before the first step
+
+    export(checkpoint)
 
 
 def refuse_moved_weights(config: RunConfig, folder: str) -> None:

@@ -23,15 +23,15 @@ import numpy as np
 from hrnet_core.errors import DataError
 from hrnet_core.locations import one_line
 from hrnet_core.skeleton import load_skeleton
-from pipelines.config import DataSettings
-from pipelines.progress import ProgressLine
+from pipelines.process.progress import ProgressLine
+from pipelines.settings.config import DataSettings
 from pipelines.sources.doubts import Doubt, doubts_of, outside_box, seen_of
 from pipelines.sources.examine import Look, equal_files, examine
 from pipelines.sources.findings import CheckedSplit, Validation
 from pipelines.sources.photos import left_out
 from pipelines.sources.records import People, Photo, Rejection, Split, refuse_rejected
 from pipelines.sources.splits import read_split, split_names
-from pipelines.storage import read_file, writing
+from pipelines.storage.files import read_file, writing
 
 
 def validate(

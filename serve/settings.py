@@ -1,4 +1,4 @@
-"""Settings of the endpoint. `hrnet deploy` (pipelines/config.py) and Serve config files have them from here.
+"""Settings of the endpoint. `hrnet deploy` (its config.py) and Serve config files have them from here.
 
 Nothing but pydantic: `hrnet --help` reads this.
 """

@@ -25,8 +25,8 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet, normalize
 from hrnet_core.skeleton import COCO17
-from pipelines.config import RaySettings, WorkerSettings
 from pipelines.poses.actor import Actor, Unit, Work
+from pipelines.settings.config import RaySettings, WorkerSettings
 
 SMALL = HRNetConfig(width=32, stem_width=32, bottlenecks=1, modules=(1, 1, 1), blocks=1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

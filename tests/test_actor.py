@@ -27,14 +27,14 @@ from hrnet_core.checkpoint import load_checkpoint
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.predictor import PosePredictor
-from pipelines.cluster import cpus_each, cpus_per_gpu, room_for
-from pipelines.config import EvaluateSettings, PredictSettings, RaySettings
+from pipelines.cluster.session import cpus_each, cpus_per_gpu, room_for
 from pipelines.evaluate import evaluate
 from pipelines.poses import units
 from pipelines.poses.actor import READERS_PER_CPU, Actor, Threads
 from pipelines.poses.plan import make_plan
 from pipelines.poses.worker import Worker
 from pipelines.predict import predict
+from pipelines.settings.config import EvaluateSettings, PredictSettings, RaySettings
 from pipelines.sources.media import Video, list_media
 
 CODEC = HeatmapCodec("official", (96, 128))

@@ -23,8 +23,8 @@ from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines.cli import main
-from pipelines.config import DataSettings
 from pipelines.poses.oks_ap import evaluate_results
+from pipelines.settings.config import DataSettings
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import plan_shards
@@ -210,7 +210,7 @@ def test_no_picture_is_read_past_the_one_verdict(tmp_path: Path) -> None:
     verdicts = {"decode_image", "decode_checked", "check_image"}
     assert {file for file, called in asked if called in verdicts} == {
         "pipelines/sources/photos.py",  # whoever opens a picture of a stage asks here
-        "pipelines/mlflow_model.py",  # bytes in a request, no file
+        "pipelines/tracking/mlflow_model.py",  # bytes in a request, no file
     }
 
     content = encode_jpeg(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8))

@@ -20,10 +20,10 @@ from hrnet_core.checkpoint import load_checkpoint, read_spec, verify_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.benchmark import Benchmark, benchmark, save_random
 from pipelines.cli import main
-from pipelines.config_file import load_config
 from pipelines.poses import mode_process, timing
 from pipelines.poses.mode_process import ModeProcess
 from pipelines.poses.timing import AtSize, Speed, Timings, take_turns, time_modes
+from pipelines.settings.config_file import load_config
 
 TINY = load_config("tiny")
 

@@ -27,16 +27,17 @@ from hrnet_core.errors import DataError
 from hrnet_core.images import encode_png
 from hrnet_core.locations import destination, open_folder
 from hrnet_core.skeleton import COCO17
-from pipelines import storage as files
 from pipelines.inspect_shards import verify
 from pipelines.preprocess import preprocess
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import read_row_group
 from pipelines.sources.coco import read_coco
 from pipelines.sources.yolo import read_yolo
-from pipelines.storage import (
+from pipelines.storage.files import (
     absolute,
     file_sizes,
+    files,
     is_file,
     is_folder,
     join,
@@ -44,7 +45,6 @@ from pipelines.storage import (
     read_file,
     write_whole,
 )
-from pipelines.train_settings import TrainSettings
 from pipelines.training.feed import Feed
 
 
@@ -214,7 +214,7 @@ def test_resume_keeps_finished_shards(any_bucket: str, coco: Path, plain: list[s
 
 UPLOAD = """
 import sys
-from pipelines.storage import join, write_whole
+from pipelines.storage.files import join, write_whole
 write_whole(join(sys.argv[1], "big.bin"), bytes(12_000_000))
 """
 

@@ -19,14 +19,14 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError, PoseError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.locations import fetch, refuse_credentials, without_credentials
 from hrnet_core.model import HRNet
-from pipelines.checkpoints import is_folder_here, local_checkpoint
 from pipelines.cli import main
-from pipelines.config import ServeSettings, TrackSettings
 from pipelines.deploy import deploy
 from pipelines.export import export
 from pipelines.measure_modes import measure_modes
 from pipelines.predict import predict
 from pipelines.serving.pinned import published
+from pipelines.settings.config import ServeSettings, TrackSettings
+from pipelines.tracking.checkpoints import is_folder_here, local_checkpoint
 from serve.model import load_model
 from serve.samples import load_samples
 from serve.settings import ModelChoice, ServeArgs

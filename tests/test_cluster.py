@@ -251,8 +251,8 @@ def test_a_dashboard_that_asks_for_no_token_is_warned_of(mode: str) -> None:
 
 
 JOIN = """
-from pipelines.cluster import ray_session
-from pipelines.config import RaySettings
+from pipelines.cluster.session import ray_session
+from pipelines.settings.config import RaySettings
 with ray_session(RaySettings()):
     print("joined")
 """
@@ -265,7 +265,7 @@ def test_what_a_dashboard_answers_without_a_token(
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    from pipelines.cluster import warn_unguarded
+    from pipelines.cluster.session import warn_unguarded
 
     asked = []
 
@@ -291,7 +291,7 @@ def test_what_a_dashboard_answers_without_a_token(
 def test_no_dashboard_is_not_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     from free_ports import free_port
 
-    from pipelines.cluster import warn_unguarded
+    from pipelines.cluster.session import warn_unguarded
 
     for nobody in ("", f"127.0.0.1:{free_port()}"):
         warn_unguarded(nobody)
@@ -362,15 +362,15 @@ def test_workers_come_when_they_are_asked_for(written: dict[str, Any]) -> None:
 def test_a_cluster_without_the_labelled_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room on other nodes is none; the same settings on a Ray that is started here name nothing."""
     from hrnet_core.errors import ConfigError
-    from pipelines.cluster import require, selector
-    from pipelines.config import RaySettings
+    from pipelines.cluster.session import require, selector
+    from pipelines.settings.config import RaySettings
 
     asked: list[dict[str, Any]] = []
     node = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"hrnet-pool": "cpu"}}
     monkeypatch.setattr("ray.nodes", lambda: [node])
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda **asks: asked.append(asks))
     clock = SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic)
-    monkeypatch.setattr("pipelines.cluster.time", clock)  # not that of other threads
+    monkeypatch.setattr("pipelines.cluster.session.time", clock)  # not that of other threads
     settings = RaySettings(labels={"hrnet-pool": "gpu"}, wait_minutes=1e-4)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(
@@ -392,7 +392,7 @@ def test_a_cluster_without_the_labelled_nodes_is_asked_for_them(monkeypatch: pyt
 def test_a_label_is_a_plain_value(value: str) -> None:
     from pydantic import ValidationError
 
-    from pipelines.config import RaySettings
+    from pipelines.settings.config import RaySettings
 
     with pytest.raises(ValidationError, match=r"hrnet-pool .*: give the label's value"):
         RaySettings(labels={"hrnet-pool": value})
@@ -404,7 +404,7 @@ def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: 
 
     from hrnet_core import memory
     from pipelines import deploy
-    from pipelines.config import RaySettings, RunSettings, ServeSettings
+    from pipelines.settings.config import RaySettings, RunSettings, ServeSettings
     from serve.app import deployment
     from serve.settings import ServeArgs
 
@@ -433,7 +433,7 @@ def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: 
 def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against nodes with a disk of nothing; tests/cluster asks real ones."""
     from hrnet_core.errors import ConfigError
-    from pipelines import shared_paths
+    from pipelines.cluster.session import shared_paths
 
     asked: list[list[str]] = []
 
@@ -466,7 +466,8 @@ def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.Mon
 
 def nodes_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a cluster whose nodes have room and all files but those at a place; no Ray is started."""
-    from pipelines import deploy, shared_paths, sweep
+    from pipelines import deploy, sweep
+    from pipelines.cluster.session import shared_paths
 
     def missing(files: list[str]) -> list[tuple[str, list[str]]]:
         there = [file for file in files if Path(file).is_relative_to(place)]
@@ -521,7 +522,7 @@ def test_a_deploy_is_refused_before_serve_is_told(
 
     from hrnet_core.errors import ConfigError
     from pipelines import deploy
-    from pipelines.config import RunSettings, ServeSettings
+    from pipelines.settings.config import RunSettings, ServeSettings
 
     def told(*_: Any) -> Any:
         raise AssertionError("Serve was told")

@@ -16,13 +16,13 @@ from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
-from pipelines.checkpoints import local_checkpoint
-from pipelines.config import TrackSettings
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from pipelines.promote import promote
-from pipelines.registry import Registry
-from pipelines.tracking import Tracker, quiet_mlflow
+from pipelines.settings.config import TrackSettings
+from pipelines.tracking.checkpoints import local_checkpoint
+from pipelines.tracking.registry import Registry
+from pipelines.tracking.store import Tracker, quiet_mlflow
 
 FORBIDDEN = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import code_version as module
-from pipelines.code_version import code_version
+from pipelines.process import code_version as module
+from pipelines.process.code_version import code_version
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from hrnet_core.choices import CODECS, MODES, Augmentation
 from hrnet_core.errors import ConfigError
-from pipelines.config import RunConfig, reference
-from pipelines.config_file import load_config
+from pipelines.settings.config import RunConfig, reference
+from pipelines.settings.config_file import load_config
 from pipelines.shards.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +196,7 @@ def test_what_can_be_chosen_of_the_method_is_stated_in_one_module(states: Callab
 
 
 def test_an_argument_has_the_default_of_the_setting_that_it_stands_for() -> None:
-    text = (ROOT / "pipelines" / "arguments.py").read_text()
+    text = (ROOT / "pipelines" / "settings" / "arguments.py").read_text()
     assert re.findall(r"(?:split|skeleton|codec|input_size): [^=\n]*= [\"(].*", text) == []
 
 
@@ -217,5 +217,5 @@ def test_settings_are_never_taken_out_of_a_dict() -> None:
 
 def test_the_documentation_lists_every_setting() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference() + "\n", (
-        "write it anew: python -m pipelines.config > docs/configuration.md"
+        "write it anew: python -m pipelines.settings.config > docs/configuration.md"
     )

@@ -15,8 +15,8 @@ from test_teacher import teacher_in
 from test_train import losses, made_up_part, made_up_parts, new_model, small_config, workers
 from torch import Tensor, multiprocessing
 
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training import recording
 from pipelines.training import step as step_module
 from pipelines.training.ddp import SharedGradients, wrap

@@ -38,16 +38,16 @@ from hrnet_core.errors import CheckpointError, ConfigError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.skeleton import COCO17
-from pipelines.checkpoints import LocalCheckpoint, local_checkpoint
-from pipelines.cluster import with_metrics_port
-from pipelines.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.cluster.session import with_metrics_port
 from pipelines.deploy import deploy, serve_args
+from pipelines.process.stop import Stopped
 from pipelines.serving import ingress, live
 from pipelines.serving.pinned import KEPT, prune, published
 from pipelines.serving.running import Endpoint, announced, endpoint_at
 from pipelines.serving.samples import samples_from_coco
-from pipelines.stop import Stopped
-from pipelines.storage import base_name, join, list_files, read_file
+from pipelines.settings.config import RaySettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.storage.files import base_name, join, list_files, read_file
+from pipelines.tracking.checkpoints import LocalCheckpoint, local_checkpoint
 from serve.settings import Limits, ModelChoice, ServeArgs
 
 
@@ -634,7 +634,7 @@ def test_the_metrics_port_is_the_one_asked_for_or_any(monkeypatch: pytest.Monkey
         taken.listen()
         with pytest.raises(ConfigError, match=f"--ray.metrics-port {port}"):
             with_metrics_port(RaySettings(metrics_port=port))
-        monkeypatch.setattr("pipelines.cluster.METRICS_PORT", port)
+        monkeypatch.setattr("pipelines.cluster.session.METRICS_PORT", port)
         assert with_metrics_port(RaySettings()).metrics_port is None
     assert with_metrics_port(RaySettings()).metrics_port == port
     assert with_metrics_port(RaySettings(metrics_port=port)).metrics_port == port

@@ -14,10 +14,10 @@ from dots import SMALL, fitted_network, write_coco
 from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
-from pipelines.config import EvaluateSettings
 from pipelines.draw import draw
 from pipelines.evaluate import evaluate
 from pipelines.poses.protocol import Evaluation
+from pipelines.settings.config import EvaluateSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 CODEC = HeatmapCodec("udp", (96, 128))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import VERBS, main
-from pipelines.config_file import SHIPPED, load_config
+from pipelines.settings.config_file import SHIPPED, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")])

@@ -19,11 +19,11 @@ from hrnet_core.checkpoint import save_checkpoint
 from hrnet_core.errors import CheckpointError
 from hrnet_core.images import encode_png
 from hrnet_core.score_drift import LITTLE, MUCH, SCORE_BOUNDS, score_counts, stability_index
-from pipelines.checkpoints import LocalCheckpoint, evaluation_folder, local_checkpoint
-from pipelines.config import EvaluateSettings, RunSettings, ServeSettings, TrackSettings
 from pipelines.deploy import serve_args
 from pipelines.evaluate import evaluate
 from pipelines.serving.expected import expected_scores
+from pipelines.settings.config import EvaluateSettings, RunSettings, ServeSettings, TrackSettings
+from pipelines.tracking.checkpoints import LocalCheckpoint, evaluation_folder, local_checkpoint
 from serve.model import load_model
 from serve.routes import make_app
 from serve.service import PoseService

@@ -11,8 +11,8 @@ import torch
 from test_feed import dotted_shards
 from test_train import losses, one_worker, small_config
 
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training.loop import stop_early, train_epochs
 from pipelines.training.state import Standing, Training
 

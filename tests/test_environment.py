@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.cluster import ray_session
-from pipelines.config import RaySettings
-from pipelines.environment import usable_cpus
+from pipelines.cluster.session import ray_session
+from pipelines.process.environment import usable_cpus
+from pipelines.settings.config import RaySettings
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_ray_that_is_started_here_takes_no_more(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("pipelines.environment.usable_cpus", lambda: 3)
+    monkeypatch.setattr("pipelines.process.environment.usable_cpus", lambda: 3)
     for settings in (RaySettings(), RaySettings(num_cpus=5)):
         with pytest.raises(Started), ray_session(settings):
             pass

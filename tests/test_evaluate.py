@@ -25,14 +25,14 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, place_in_imag
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines import evaluate as module
-from pipelines.code_version import code_version
-from pipelines.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.evaluate import answer, evaluate, group_photos, read_answers
 from pipelines.measure_modes import measure_modes
 from pipelines.pages.evaluation import _oks_bars, _tile, _worst, truth_and_prediction
 from pipelines.poses.actor import Threads
 from pipelines.poses.oks_ap import STATS, evaluate_results
 from pipelines.poses.protocol import _preset, match_people, score_poses
+from pipelines.process.code_version import code_version
+from pipelines.settings.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
 from pipelines.sources.records import GroundTruth, People, Photo, Split
 
@@ -116,7 +116,7 @@ def test_what_is_written(
         recorded.update(ref=ref, stats=stats, protocol=protocol, artifacts=artifacts, **places)
         return "hrnet-pose/3"
 
-    monkeypatch.setattr("pipelines.registry.record_evaluation", record)
+    monkeypatch.setattr("pipelines.tracking.registry.record_evaluation", record)
     page = tmp_path / "deep" / "report.html"
     track = TrackSettings(uri="sqlite:///elsewhere.db")
     found = evaluate(

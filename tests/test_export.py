@@ -29,11 +29,11 @@ from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
 from pipelines import measure_modes as measure_module
 from pipelines.cli import main
-from pipelines.config import EvaluateSettings
 from pipelines.export import crop_px, export, first_people, recorded_crops
 from pipelines.measure_modes import keypoint_differences, measure_modes
 from pipelines.poses.oks_ap import evaluate_results
 from pipelines.poses.timing import AtSize, Speed, Timings
+from pipelines.settings.config import EvaluateSettings
 from pipelines.sources.evaluation_set import read_evaluation_set
 
 CODEC = HeatmapCodec("official", (96, 128))

@@ -32,10 +32,18 @@ from torch import multiprocessing
 
 from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
-from pipelines.cluster import quiet_engines
-from pipelines.followed import follow, follow_run, hand_over, opening
-from pipelines.metric_log import MetricLog, read_rows
-from pipelines.run_folder import (
+from pipelines.cluster.session import quiet_engines
+from pipelines.process.stop import begun, waited
+from pipelines.settings.train import TrainSettings
+from pipelines.shards.manifest import Manifest
+from pipelines.storage.files import BucketAway
+from pipelines.tracking.metric_log import MetricLog, read_rows
+from pipelines.tracking.store import quiet_mlflow
+from pipelines.training.ddp import wrap
+from pipelines.training.faults import Faults, curable, what_happened
+from pipelines.training.followed import follow, follow_run, hand_over, opening
+from pipelines.training.loop import Diverged, train_epochs
+from pipelines.training.run_folder import (
     TrainResult,
     begin_run,
     check_same_run,
@@ -47,14 +55,6 @@ from pipelines.run_folder import (
     where_it_stands,
     write_run,
 )
-from pipelines.shards.manifest import Manifest
-from pipelines.stop import begun, waited
-from pipelines.storage import BucketAway
-from pipelines.tracking import quiet_mlflow
-from pipelines.train_settings import TrainSettings
-from pipelines.training.ddp import wrap
-from pipelines.training.faults import Faults, curable, what_happened
-from pipelines.training.loop import Diverged, train_epochs
 from pipelines.training.state import Training, make_optimizer
 from pipelines.training.step import train_step
 
@@ -321,7 +321,7 @@ def test_what_engines_say_is_not_shown(capfd: pytest.CaptureFixture[str]) -> Non
 VERB = """
 import sys, time
 from pipelines import cli
-from pipelines.stop import begun, waited
+from pipelines.process.stop import begun, waited
 def wait(seconds):
     try:
         print("begun", flush=True)
@@ -421,13 +421,13 @@ def test_a_server_that_is_away_at_the_start_costs_a_sentence_and_gets_all_later(
     run, _ = one_worker(config, tmp_path / "r")
     train_epochs(run)
     result = driver._result(run.standing, folder, manifest)
-    assert hand_over(away, manifest, result, None).version is None
+    assert hand_over(away, manifest, result, None, driver.add_onnx).version is None
     assert "same command again sends them" in capsys.readouterr().out
 
     uri = f"sqlite:///{tmp_path}/late.db"
     monkeypatch.chdir(tmp_path)  # where such a store puts files
     back = config.model_copy(update={"track": config.track.model_copy(update={"uri": uri})})
-    result = hand_over(back, manifest, result, None)
+    result = hand_over(back, manifest, result, None, driver.add_onnx)
     client = MlflowClient(uri, uri)
     assert result.version == 1
     history = client.get_metric_history(result.run_id, "train/loss")
@@ -466,7 +466,7 @@ def test_a_run_that_goes_on_while_its_server_is_away_stays_the_run_it_was(
     rows = [row for row in read_rows(tmp_path / "r" / "metrics.jsonl") if "train/loss" in row]
     losses = [(row["step"], row["train/loss"]) for row in rows]
     assert losses
-    result = hand_over(away, manifest, driver._result(run.standing, folder, manifest), None)
+    result = hand_over(away, manifest, driver._result(run.standing, folder, manifest), None, driver.add_onnx)
     assert (result.version, tracked_as(folder)) == (None, first.run_id)
 
     client = MlflowClient(uri, uri)
@@ -477,7 +477,7 @@ def test_a_run_that_goes_on_while_its_server_is_away_stays_the_run_it_was(
     history = client.get_metric_history(first.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == losses
 
-    result = hand_over(there, manifest, result, None)
+    result = hand_over(there, manifest, result, None, driver.add_onnx)
     assert (result.run_id, result.version) == (first.run_id, 1)
     experiments = [e.experiment_id for e in client.search_experiments()]
     assert [one.info.run_id for one in client.search_runs(experiments)] == [first.run_id]

@@ -33,7 +33,8 @@ from hrnet_core.heatmaps import HeatmapCodec, float16_heatmaps
 from hrnet_core.images import decode_image
 from hrnet_core.noise import add_noise, draw_noise, place_noise
 from hrnet_core.skeleton import COCO17
-from pipelines.config import DataSettings
+from pipelines.settings.config import DataSettings
+from pipelines.settings.train import TrainSettings
 from pipelines.shards import build as build_module
 from pipelines.shards.manifest import Manifest, write_manifest
 from pipelines.shards.recipe import Recipe
@@ -41,7 +42,6 @@ from pipelines.shards.rows import decode_rows
 from pipelines.shards.schema import shard_name, shard_schema
 from pipelines.shards.writer import writing_shard
 from pipelines.sources.coco import read_coco
-from pipelines.train_settings import TrainSettings
 from pipelines.training import feed as feed_module
 from pipelines.training.batch import FreshBatch
 from pipelines.training.feed import Feed

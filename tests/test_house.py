@@ -29,7 +29,7 @@ CALLED_IN: dict[str, set[str]] = {
     "judge": {"pipelines/sources/annotations.py", "pipelines/sources/yolo.py"},
     "sanitize_boxes": {"pipelines/sources/rows.py"},
     "place_in_image": {"hrnet_core/predictor.py", "pipelines/training/epoch_ap.py"},
-    "temporary_name": {"pipelines/storage.py"},
+    "temporary_name": {"pipelines/storage/files.py"},
     "ParquetFile": {"pipelines/shards/rows.py", "pipelines/shards/writer.py"},
 }
 

@@ -20,16 +20,16 @@ from hrnet_core.images import decode_image
 from hrnet_core.skeleton import COCO17
 from pipelines import inspect_shards
 from pipelines.cli import main
-from pipelines.config import TrackSettings
 from pipelines.inspect_shards import make_card, output_folder
 from pipelines.pages import dataset, gallery
 from pipelines.pages.dataset import write_figures
 from pipelines.pages.gallery import heaviest_rejections, read_rows, rejected_sheet, spread_rows, view_sheet
-from pipelines.progress import ProgressLine
+from pipelines.process.progress import ProgressLine
+from pipelines.settings.config import TrackSettings
 from pipelines.shards.figures import Histogram, figures_of
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows
-from pipelines.tracking import Tracker
+from pipelines.tracking.store import Tracker
 
 TRAIN, VAL = "train2017", "val2017"
 

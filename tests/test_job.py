@@ -29,9 +29,9 @@ def folder() -> Iterator[Path]:
 def make_shards(folder: Path, config: Path) -> Path:
     """A drawn set as shards, without Ray."""
     from hrnet_core.skeleton import COCO17
-    from pipelines.config_file import load_config
     from pipelines.draw import draw
     from pipelines.preprocess import finish
+    from pipelines.settings.config_file import load_config
     from pipelines.shards.build import build_shard
     from pipelines.shards.plan import finished_shards, plan_shards
     from pipelines.sources.coco import read_coco

@@ -19,9 +19,9 @@ from ray.exceptions import AuthenticationError
 from small_coco import write_coco
 
 from hrnet_core.errors import ConfigError, Failure
-from pipelines.cluster import on_cluster, ray_session
-from pipelines.config import RaySettings
-from pipelines.joining import refusals_told, refuse_address
+from pipelines.cluster.joining import refusals_told, refuse_address
+from pipelines.cluster.session import on_cluster, ray_session
+from pipelines.settings.config import RaySettings
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_an_address_that_is_none(address: str, said: str) -> None:
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for a stage, which asks before Ray does."""
     address = f"127.0.0.1:{free_port()}"
-    monkeypatch.setattr("pipelines.joining.PATIENCE", 0.0)
+    monkeypatch.setattr("pipelines.cluster.joining.PATIENCE", 0.0)
     with pytest.raises(ConfigError, match=rf"{address}: no Ray answers there \(Connection refused\)"):
         refuse_address(address, patience=0)
     monkeypatch.setenv("RAY_ADDRESS", f"http://{address}")
@@ -90,7 +90,7 @@ def test_the_head_comes_back_meanwhile(raylet: bool, monkeypatch: pytest.MonkeyP
 def test_what_answers_is_no_head(answer: bytes, shown: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dashboard, on whose port jobs are submitted, and a Redis, where Ray's heads once listened; but a
     head (gRPC's settings), and one that speaks TLS alone (its alert), are let pass."""
-    monkeypatch.setattr("pipelines.joining._node_here", lambda: True)
+    monkeypatch.setattr("pipelines.cluster.joining._node_here", lambda: True)
 
     def serve() -> None:
         connection, _ = server.accept()
@@ -160,7 +160,7 @@ def test_a_folder_too_deep_for_rays_sockets(tmp_path: Path) -> None:
     """Asked of Ray itself, which looks at the path before it starts anything."""
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
-    code = "from pipelines.cluster import *\nwith ray_session(RaySettings()): pass"
+    code = "from pipelines.cluster.session import *\nwith ray_session(RaySettings()): pass"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(deep)},

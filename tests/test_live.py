@@ -23,9 +23,9 @@ from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
 from hrnet_core.images import encode_png
 from hrnet_core.predictor import PosePredictor
-from pipelines.config import RaySettings, RunSettings, ServeSettings
 from pipelines.deploy import deploy
 from pipelines.serving import live
+from pipelines.settings.config import RaySettings, RunSettings, ServeSettings
 from serve import client
 from serve.settings import ServeArgs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hrnet_core.loss import joints_mse
 from hrnet_core.skeleton import COCO17
-from pipelines.train_settings import TrainSettings
+from pipelines.settings.train import TrainSettings
 
 
 @pytest.fixture(scope="module")

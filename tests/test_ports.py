@@ -10,8 +10,8 @@ from listening import Port, beyond_loopback
 
 START = """
 import sys
-from pipelines.cluster import ray_session
-from pipelines.config import RaySettings
+from pipelines.cluster.session import ray_session
+from pipelines.settings.config import RaySettings
 
 with ray_session(RaySettings(num_cpus=1)):
     import ray

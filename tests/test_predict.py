@@ -28,12 +28,12 @@ from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import Skeleton
 from pipelines.cli import main
-from pipelines.config import PredictSettings
 from pipelines.poses.oks_ap import evaluate_results
 from pipelines.poses.plan import Still, Stretch
 from pipelines.poses.units import digest_of
 from pipelines.poses.worker import Worker
 from pipelines.predict import Prediction, predict
+from pipelines.settings.config import PredictSettings
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.media import Media, Video, list_media
 from pipelines.sources.photos import open_photo

@@ -30,15 +30,15 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale, crop_people, 
 from hrnet_core.images import ImageHeader, decode_checked, decode_image, encode_jpeg
 from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
-from pipelines import storage as files_module
-from pipelines.config import DataSettings, RunConfig
 from pipelines.preprocess import Task, TaskLog, build_timed, preprocess, run_preprocess, summary
+from pipelines.settings.config import DataSettings, RunConfig
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import BuiltShard, plan_shards
 from pipelines.shards.rows import decode_pictures, decode_rows
 from pipelines.sources import photos
 from pipelines.sources.coco import read_coco
+from pipelines.storage.files import files as files_module
 
 TRAIN, VAL = "train2017", "val2017"
 SMALL = {"input_size": (64, 96), "people_per_shard": 4, "row_group_people": 2, "image_format": "png"}
@@ -253,7 +253,7 @@ def test_most_at_once_is_counted_from_starts_and_ends() -> None:
 KILLED = """
 import os, signal, sys
 from pipelines.shards import build
-from pipelines.config import DataSettings, RunConfig
+from pipelines.settings.config import DataSettings, RunConfig
 from pipelines.shards.writer import ShardWriter
 
 finish, count = ShardWriter.finish, 0

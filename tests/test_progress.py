@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.progress import Every, ProgressLine, time_left
+from pipelines.process.progress import Every, ProgressLine, time_left
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,13 +103,13 @@ def test_time_left(seconds: float, text: str) -> None:
 def test_nobody_else_counts_the_seconds_between_two_lines() -> None:
     """A throttle is `now - then > so many seconds`; these compare clocks for another reason."""
     others = {
-        "cluster": "gives up after wait_minutes",
+        "session": "gives up after wait_minutes",
         "joining": "gives up after so many seconds",
         "live": "gives up after so many seconds",
         "loop": "a checkpoint every so many minutes",
         "metric_log": "leaves MLflow alone for a minute after an error",
         "progress": "this one",
-        "storage": "files of another machine that nobody touched for a day",
+        "files": "files of another machine that nobody touched for a day",
     }
     found = set()
     for file in (ROOT / "pipelines").rglob("*.py"):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from hrnet_core.errors import CheckpointError, DataError
-from pipelines.checkpoints import local_checkpoint
-from pipelines.config import TrackSettings
 from pipelines.promote import promote
-from pipelines.registry import Registry, champion_of, record_evaluation
-from pipelines.tracking import Tracker
+from pipelines.settings.config import TrackSettings
+from pipelines.tracking.checkpoints import local_checkpoint
+from pipelines.tracking.registry import Registry, champion_of, record_evaluation
+from pipelines.tracking.store import Tracker
 
 PROTOCOL = {"data_digest": "d" * 64, "boxes": "gt", "flip_test": True, "preset": "official"}
 DETECTOR = {**PROTOCOL, "boxes": "det detections.json"}

@@ -28,9 +28,9 @@ from pycocotools.cocoeval import COCOeval
 from hrnet_core.errors import DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17
-from pipelines.config import DataSettings, EvaluateSettings
 from pipelines.evaluate import evaluate
 from pipelines.poses.oks_ap import evaluate_results
+from pipelines.settings.config import DataSettings, EvaluateSettings
 from pipelines.sources.coco import read_coco
 from pipelines.sources.findings import Validation
 from pipelines.sources.yolo import read_yolo

@@ -20,9 +20,9 @@ import pytest
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
-from pipelines import cluster
-from pipelines.cluster import LOOPBACK_ONLY, ray_session
-from pipelines.config import RaySettings
+from pipelines.cluster.session import LOOPBACK_ONLY, ray_session
+from pipelines.cluster.session import session as cluster
+from pipelines.settings.config import RaySettings
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they stay in our group")
@@ -143,7 +143,7 @@ def test_a_ray_of_another_version_is_named_with_both(monkeypatch: pytest.MonkeyP
 
 def test_a_crash_of_native_code_says_where_though_engines_are_quiet() -> None:
     """Nobody reads what engines said after that: the stacks go where the user sees them."""
-    code = "import os, signal\nfrom pipelines.cluster import quiet_engines\n"
+    code = "import os, signal\nfrom pipelines.cluster.session import quiet_engines\n"
     code += "def in_here():\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
     code += "with quiet_engines():\n    os.write(2, b'chatter')\n    in_here()\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -23,15 +23,15 @@ from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
 from pipelines import preprocess as preprocess_module
 from pipelines.cli import parse
-from pipelines.config import RunConfig
 from pipelines.preprocess import Task, TaskLog, preprocess
+from pipelines.settings.config import RunConfig
 from pipelines.shards import plan as plan_module
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import BuiltShard, plan_shards
 from pipelines.shards.writer import inspect_shard
 from pipelines.sources.coco import read_coco
-from pipelines.storage import temporary_name
+from pipelines.storage.files import temporary_name
 
 TRAIN, VAL = "train2017", "val2017"
 SMALL = "--data.people-per-shard 4 --data.row-group-people 2 --data.image-format png --data.input-size 64 96"
@@ -212,7 +212,7 @@ import json, sys
 from pathlib import Path
 from hrnet_core.skeleton import COCO17
 from pipelines.sources.coco import read_coco
-from pipelines.config import DataSettings
+from pipelines.settings.config import DataSettings
 from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.preprocess import finish
 from pipelines.shards.build import build_shard

@@ -12,10 +12,10 @@ from published_protocol import published_stats
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
-from pipelines.config import EvaluateSettings
-from pipelines.config_file import load_config
 from pipelines.poses.oks_ap import STATS
 from pipelines.reproduce import PUBLISHED, Published, Reproduction, reproduce
+from pipelines.settings.config import EvaluateSettings
+from pipelines.settings.config_file import load_config
 
 
 def test_the_published_table_is_the_papers() -> None:

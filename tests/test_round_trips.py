@@ -21,11 +21,11 @@ from hrnet_core.checkpoint import CheckpointSpec
 from hrnet_core.errors import DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import COCO17
-from pipelines.config import EvaluateSettings, PredictSettings
 from pipelines.draw import draw
 from pipelines.poses.formats import poses_of, write_all
 from pipelines.poses.oks_ap import STATS, evaluate_results
 from pipelines.poses.protocol import score_poses
+from pipelines.settings.config import EvaluateSettings, PredictSettings
 from pipelines.sources.boxes import read_boxes
 from pipelines.sources.coco import read_coco
 from pipelines.sources.media import list_media

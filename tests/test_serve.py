@@ -778,7 +778,7 @@ def test_the_serve_config_file_is_one_by_rays_schema_and_by_ours() -> None:
 
 def test_a_setting_has_one_default_for_hrnet_deploy_and_for_a_serve_config_file() -> None:
     """What both know stands in one class; what they name differently has one default too."""
-    from pipelines.config import ServeSettings, TrackSettings
+    from pipelines.settings.config import ServeSettings, TrackSettings
 
     deploying, file = set(ServeSettings.model_fields), {**ServeArgs.model_fields, **Limits.model_fields}
     shared = deploying & set(file)
@@ -887,8 +887,8 @@ def endpoint(ray_local: None, checkpoint: Path, tmp_path_factory: pytest.TempPat
     """A real deployment on the shared Ray, brought up as `hrnet deploy` does."""
     from ray import serve
 
-    from pipelines.config import ServeSettings
     from pipelines.deploy import deploy
+    from pipelines.settings.config import ServeSettings
 
     port = free_port()
     samples = tmp_path_factory.mktemp("samples")

@@ -22,8 +22,8 @@ from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
 from hrnet_core.images import decode_image, encode_png
 from hrnet_core.predictor import PosePredictor
-from pipelines.config import PredictSettings
 from pipelines.predict import predict
+from pipelines.settings.config import PredictSettings
 from serve.detector import Finder
 from serve.model import load_model
 from serve.routes import make_app

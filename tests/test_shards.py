@@ -22,16 +22,16 @@ from hrnet_core.augment import keypoints_in_view
 from hrnet_core.errors import DataError
 from hrnet_core.locations import open_folder
 from hrnet_core.skeleton import COCO17
-from pipelines import storage as files_module
-from pipelines.config import DataSettings
 from pipelines.preprocess import finish
+from pipelines.settings.config import DataSettings
 from pipelines.shards.build import build_shard
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import COLUMNS
 from pipelines.sources.coco import read_coco
-from pipelines.storage import remove_leftovers, temporary_name, write_whole
+from pipelines.storage.files import files as files_module
+from pipelines.storage.files import remove_leftovers, temporary_name, write_whole
 
 TRAIN, VAL = "train2017", "val2017"
 

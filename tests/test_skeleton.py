@@ -29,8 +29,8 @@ from hrnet_core.skeleton import (
     skeleton_from_dict,
 )
 from pipelines.preprocess import preprocess
+from pipelines.settings.train import TrainSettings
 from pipelines.sources.coco import read_coco
-from pipelines.train_settings import TrainSettings
 from pipelines.training.feed import Feed
 from pipelines.training.state import make_optimizer
 from pipelines.training.step import Part, train_step

@@ -15,9 +15,9 @@ from test_train import losses, made_up_part, new_model, one_worker, small_config
 
 from hrnet_core.checkpoint import load_checkpoint
 from hrnet_core.errors import ConfigError
-from pipelines.config import RunConfig
+from pipelines.settings.config import RunConfig
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training import compiled, recording, state
 from pipelines.training import step as step_module
 from pipelines.training.average import Average

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pipelines.stop import SIGNALS, Stopped, handlers_kept, stoppable
+from pipelines.process.stop import SIGNALS, Stopped, handlers_kept, stoppable
 
 
 @pytest.mark.parametrize(

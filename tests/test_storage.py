@@ -20,14 +20,14 @@ import pytest
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import COCO17
-from pipelines.config import PredictSettings
-from pipelines.metric_log import MetricLog
 from pipelines.pages import gallery
 from pipelines.pages.frame import write_page
 from pipelines.poses.formats import ROW, json_list, write_all
+from pipelines.settings.config import PredictSettings
 from pipelines.shards.writer import write_rejected
 from pipelines.sources.layout import annotations_of
-from pipelines.storage import remove_leftovers, writable, write_json, write_whole
+from pipelines.storage.files import remove_leftovers, writable, write_json, write_whole
+from pipelines.tracking.metric_log import MetricLog
 from pipelines.training.pictures import draw_curves
 from pipelines.validate import write_csv
 
@@ -151,7 +151,7 @@ def test_a_writer_that_is_killed_leaves_what_was_there(tmp_path: Path) -> None:
     file.write_bytes(OLD)
     script = (
         "import os, sys, signal\n"
-        "from pipelines.storage import writing\n"
+        "from pipelines.storage.files import writing\n"
         "with writing(sys.argv[1]) as part:\n"
         "    part.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -170,7 +170,11 @@ def test_links_stay_links_and_pipes_are_written_to(tmp_path: Path) -> None:
     write_whole(tmp_path / "link.txt", "ä")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "real" / "a.txt").read_bytes() == "ä".encode()
-    command = [sys.executable, "-c", "from pipelines.storage import *; write_whole('/dev/stdout', 'told')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from pipelines.storage.files import *; write_whole('/dev/stdout', 'told')",
+    ]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"told"
     write_whole(tmp_path / "new" / "folder" / "a.txt", "a")  # made on the way
     with pytest.raises(OSError, match="Is a directory"):
@@ -184,9 +188,9 @@ WRITES = re.compile(
 NOT_WHOLE = {
     ("export", "write_bytes"): "the name that `writing` gave, handed on",
     ("metric_log", "open"): "a line is added; read_rows leaves out one that was cut short",
-    ("tracking", "open"): "a lock, empty",
+    ("store", "open"): "a lock, empty",
     ("run_folder", "open"): "a lock, empty",
-    ("cluster", "open"): "the terminal itself, while what engines say goes elsewhere",
+    ("session", "open"): "the terminal itself, while what engines say goes elsewhere",
     ("ingress", "write_text"): "a wrapper around HAProxy in a folder of this process",
     ("measure_modes", "write_bytes"): "a checkpoint's copy in a temporary folder",
     ("pinned", "write_bytes"): "in a temporary folder, from which `published` puts it in place",

@@ -17,15 +17,15 @@ from test_train import small_config
 
 from hrnet_core.errors import CheckpointError, ConfigError, Failure
 from pipelines import sweep as verb
-from pipelines.config import RunConfig
-from pipelines.config_file import load_config
-from pipelines.run_folder import TrainResult, write_run
+from pipelines.settings.config import RunConfig
+from pipelines.settings.config_file import load_config
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import write_json
+from pipelines.storage.files import write_json
 from pipelines.sweep import Parent, sweep
 from pipelines.sweeps.space import trial_config, trial_values
 from pipelines.sweeps.trials import FAILED, STOPPED, Sweep, table
-from pipelines.tracking import Tracker, quiet_mlflow
+from pipelines.tracking.store import Tracker, quiet_mlflow
+from pipelines.training.run_folder import TrainResult, write_run
 from pipelines.training.state import Job
 
 SPACE = {"train.lr": {"loguniform": ["1e-4", 0.01]}, "train.loss": {"choice": ["official", "linear"]}}

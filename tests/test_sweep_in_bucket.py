@@ -13,10 +13,10 @@ from test_feed import dotted_shards
 from test_train import small_config
 from test_train_in_bucket import tracking_server
 
-from pipelines.config_file import load_config
-from pipelines.run_folder import TrainResult, read_record
-from pipelines.storage import list_files, read_file
+from pipelines.settings.config_file import load_config
+from pipelines.storage.files import list_files, read_file
 from pipelines.sweeps.space import trial_values
+from pipelines.training.run_folder import TrainResult, read_record
 
 
 @pytest.mark.slow

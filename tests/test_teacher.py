@@ -17,8 +17,8 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.loss import joints_mse
 from hrnet_core.model import HRNet
 from pipelines import train as driver
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import make_optimizer
 from pipelines.training.step import Part, parts_of, train_step

@@ -26,8 +26,8 @@ from test_serve_detector import crowd
 from test_serve_detector import service_of as finding
 
 from hrnet_core.errors import ConfigError
-from pipelines.config import ServeSettings
 from pipelines.deploy import deploy
+from pipelines.settings.config import ServeSettings
 from serve.model import load_model
 from serve.routes import make_app
 from serve.service import PoseService

@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 
 from hrnet_core.errors import CheckpointError, ConfigError
-from pipelines import registry
-from pipelines.checkpoints import local_checkpoint
-from pipelines.config import TrackSettings
-from pipelines.config_file import load_config
-from pipelines.followed import about_version
-from pipelines.metric_log import MetricLog, read_rows
-from pipelines.registry import Registry, champion_of, record_evaluation
-from pipelines.run_folder import TrainResult
-from pipelines.tracking import StoreAway, Tracker, quiet_mlflow, uri_of
+from pipelines.settings.config import TrackSettings
+from pipelines.settings.config_file import load_config
+from pipelines.tracking.checkpoints import local_checkpoint
+from pipelines.tracking.metric_log import MetricLog, read_rows
+from pipelines.tracking.registry import Registry, champion_of, record_evaluation
+from pipelines.tracking.store import StoreAway, Tracker, quiet_mlflow, registry, uri_of
+from pipelines.training.followed import about_version
+from pipelines.training.run_folder import TrainResult
 
 DATASET = {"source": "/data/shards", "digest": "ab" * 32, "training": "train2017", "validation": "val2017"}
 

@@ -26,18 +26,18 @@ from hrnet_core.model import HRNet
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
 from pipelines import train as driver
-from pipelines.checkpoints import local_checkpoint
-from pipelines.config import EvaluateSettings, RunConfig, TrackSettings
-from pipelines.config_file import load_config
-from pipelines.run_folder import check_same_run, move_aside, only_one, where_it_stands, write_run
+from pipelines.settings.config import EvaluateSettings, RunConfig, TrackSettings
+from pipelines.settings.config_file import load_config
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import write_json
-from pipelines.train_settings import TrainSettings
+from pipelines.storage.files import write_json
+from pipelines.tracking.checkpoints import local_checkpoint
 from pipelines.training import loop
 from pipelines.training.ddp import wrap
 from pipelines.training.epoch_ap import Predictions, ValSplit
 from pipelines.training.loop import Diverged, average_decay, learning_rate, train_epochs, train_worker
 from pipelines.training.pictures import people_sheet
+from pipelines.training.run_folder import check_same_run, move_aside, only_one, where_it_stands, write_run
 from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
 from pipelines.training.step import Part, train_step
 

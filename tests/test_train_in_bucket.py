@@ -25,17 +25,23 @@ from hrnet_core import locations
 from hrnet_core.checkpoint import TRAINER, fetch_checkpoint, load_checkpoint, read_trainer_state
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.locations import open_folder
-from pipelines import lease
 from pipelines import train as driver
-from pipelines.config import TrackSettings
-from pipelines.metric_log import read_rows
-from pipelines.registry import Registry
-from pipelines.run_folder import TrainResult, keep_error, move_aside, only_one, read_record, saved_step
+from pipelines.process.stop import stoppable
+from pipelines.settings.config import TrackSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.stop import stoppable
-from pipelines.storage import join, list_files, read_file, write_json
-from pipelines.tracking import Tracker
+from pipelines.storage.files import join, lease, list_files, read_file, write_json
+from pipelines.tracking.metric_log import read_rows
+from pipelines.tracking.registry import Registry
+from pipelines.tracking.store import Tracker
 from pipelines.training.loop import train_epochs
+from pipelines.training.run_folder import (
+    TrainResult,
+    keep_error,
+    move_aside,
+    only_one,
+    read_record,
+    saved_step,
+)
 from pipelines.training.state import Job, Training, set_up
 
 

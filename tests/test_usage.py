@@ -17,9 +17,9 @@ from test_feed import dotted_shards
 from test_train import made_up_part, new_model, one_worker, small_config
 
 from hrnet_core.loss import joints_mse
-from pipelines.progress import Every
+from pipelines.process.progress import Every
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training import loop
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import make_optimizer

@@ -21,9 +21,9 @@ from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_png
 from hrnet_core.skeleton import COCO17
 from pipelines.cli import main
-from pipelines.config import DataSettings, RunConfig
 from pipelines.pages.findings import _drawn, write_findings
 from pipelines.preprocess import preprocess
+from pipelines.settings.config import DataSettings, RunConfig
 from pipelines.sources import records
 from pipelines.sources.findings import WAY_OUT, Validation
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, Rejection

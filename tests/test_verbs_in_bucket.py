@@ -25,9 +25,7 @@ from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.locations import destination, open_folder
 from pipelines import measure_modes as measure_module
-from pipelines.checkpoints import local_checkpoint, put_checkpoint
 from pipelines.cli import main
-from pipelines.config import EvaluateSettings, PredictSettings, TrackSettings
 from pipelines.draw import draw
 from pipelines.evaluate import evaluate
 from pipelines.export import _targets, export
@@ -35,8 +33,10 @@ from pipelines.measure_modes import measure_modes
 from pipelines.poses.timing import AtSize, Speed, Timings
 from pipelines.predict import predict
 from pipelines.preprocess import preprocess
+from pipelines.settings.config import EvaluateSettings, PredictSettings, TrackSettings
 from pipelines.sources.media import list_media
-from pipelines.storage import file_stamps, read_file, read_json, write_whole, writing_many
+from pipelines.storage.files import file_stamps, read_file, read_json, write_whole, writing_many
+from pipelines.tracking.checkpoints import local_checkpoint, put_checkpoint
 
 ONE = EvaluateSettings(batch_size=1)
 """Six units of two people."""
@@ -77,7 +77,7 @@ def test_an_evaluation_in_a_bucket_goes_on_there_and_is_the_one_on_disk(
         recorded.update({file.name: file.read_bytes() for file in files})
         return "hrnet-pose/3"
 
-    monkeypatch.setattr("pipelines.registry.record_evaluation", record)
+    monkeypatch.setattr("pipelines.tracking.registry.record_evaluation", record)
     monkeypatch.chdir(tmp_path)
 
     def run(root: str, out: str, **more: Any) -> Any:

@@ -17,13 +17,13 @@ from test_preprocess import config, without_ray
 from test_train import small_config
 from test_train_in_bucket import one_worker
 
-from pipelines.config import EvaluateSettings, PredictSettings
 from pipelines.draw import draw
 from pipelines.evaluate import evaluate
 from pipelines.poses.oks_ap import evaluate_results
 from pipelines.predict import predict
 from pipelines.preprocess import preprocess
-from pipelines.storage import read_file
+from pipelines.settings.config import EvaluateSettings, PredictSettings
+from pipelines.storage.files import read_file
 from pipelines.training.loop import train_epochs
 
 

@@ -10,9 +10,9 @@ import yaml
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
 from hrnet_core.files import read_object
 from hrnet_core.skeleton import COCO17
-from pipelines.config_file import load_config
+from pipelines.settings.config_file import load_config
+from pipelines.settings.yaml_file import parse_yaml
 from pipelines.sources.data_yaml import read_description
-from pipelines.yaml_file import parse_yaml
 
 LAUGHS = "\n".join(
     ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6))]

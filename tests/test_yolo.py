@@ -17,8 +17,8 @@ from test_preprocess import TRAIN, VAL, config, rows, without_ray
 from hrnet_core.errors import DataError
 from hrnet_core.images import encode_jpeg
 from hrnet_core.skeleton import COCO17, load_skeleton
-from pipelines.config import DataSettings, EvaluateSettings
 from pipelines.preprocess import preprocess
+from pipelines.settings.config import DataSettings, EvaluateSettings
 from pipelines.sources.coco import read_coco
 from pipelines.sources.evaluation_set import read_evaluation_set
 from pipelines.sources.records import Split

@@ -12,7 +12,7 @@ from hrnet_core.overlays import color_line
 from hrnet_core.skeleton import skeleton_from_dict
 from pipelines.pages.frame import definitions, embedded, figure, section, table, tiles, write_page
 from pipelines.shards.figures import ANGLES, FACTORS, LENGTHS
-from pipelines.storage import join
+from pipelines.storage.files import join
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from hrnet_core.skeleton import Skeleton
 from pipelines.pages.frame import definitions, embedded, section, table, tiles, write_page
 from pipelines.poses.protocol import Evaluation, Matched, protocol_line, work_line
 from pipelines.sources.photos import open_picture
-from pipelines.storage import base_name, join, write_whole
+from pipelines.storage.files import base_name, join, write_whole
 
 PAIRS = 12
 """People of a contact sheet."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import one_line
-from pipelines.storage import base_name, read_file, write_whole, writing
+from pipelines.storage.files import base_name, read_file, write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,7 +32,7 @@ from pipelines.sources.annotations import ALL, TO_CROP, read_annotations
 from pipelines.sources.layout import locate
 from pipelines.sources.photos import open_picture
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED
-from pipelines.storage import is_file, join, write_whole
+from pipelines.storage.files import is_file, join, write_whole
 
 Picture = NDArray[np.uint8]
 Address = tuple[int, int, int]

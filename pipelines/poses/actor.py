@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core import memory
-from pipelines.config import WorkerSettings
-from pipelines.in_order import results
+from pipelines.process.in_order import results
+from pipelines.settings.config import WorkerSettings
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.results import Boxes, Keypoints, Poses
 from hrnet_core.skeleton import Skeleton
-from pipelines.config import PredictSettings
+from pipelines.settings.config import PredictSettings
 from pipelines.sources.media import Media, Video
-from pipelines.storage import join, read_file, remove_leftovers, writing, writing_many
+from pipelines.storage.files import join, read_file, remove_leftovers, writing, writing_many
 
 Row = dict[str, Any]
 """Some columns of ROW; one that is not there is null."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ImageError
-from pipelines.config import PredictSettings
 from pipelines.poses.formats import Row, rejected_row
 from pipelines.poses.units import cut, digest_of
+from pipelines.settings.config import PredictSettings
 from pipelines.sources.boxes import BoxesFile, Entry, number_in
 from pipelines.sources.media import Media, Video
 

@@ -14,11 +14,11 @@ from hrnet_core.errors import DataError
 from hrnet_core.geometry import box_to_center_scale
 from hrnet_core.oks import oks, oks_nms, rescore, soft_oks_nms
 from hrnet_core.skeleton import Skeleton
-from pipelines.config import EvaluateSettings
 from pipelines.poses.oks_ap import MAX_DETS, STATS, evaluate_results
+from pipelines.settings.config import EvaluateSettings
 from pipelines.sources.evaluation_set import EvaluationSet
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, GroundTruth, People, counted
-from pipelines.storage import join
+from pipelines.storage.files import join
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec

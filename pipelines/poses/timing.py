@@ -22,7 +22,7 @@ import numpy as np
 from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError
 from pipelines.poses.mode_process import ModeProcess
-from pipelines.progress import Every
+from pipelines.process.progress import Every
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROUNDS = 5

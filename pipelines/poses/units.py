@@ -23,7 +23,7 @@ import numpy as np
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import (
+from pipelines.cluster.session import (
     cpus_each,
     cpus_per_gpu,
     on_cluster,
@@ -33,11 +33,11 @@ from pipelines.cluster import (
     room_for,
     selector,
 )
-from pipelines.config import RaySettings, WorkerSettings
+from pipelines.cluster.shared_paths import refuse_unshared
 from pipelines.poses.actor import Actor, Unit, Work
-from pipelines.progress import ProgressLine
-from pipelines.shared_paths import refuse_unshared
-from pipelines.storage import join, list_files, writing_many
+from pipelines.process.progress import ProgressLine
+from pipelines.settings.config import RaySettings, WorkerSettings
+from pipelines.storage.files import join, list_files, writing_many
 
 UNFINISHED = "unfinished"
 """Folder of the answers of a run that has not ended; a second call goes on from it."""

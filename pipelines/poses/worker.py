@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.images import encode_jpeg
-from pipelines.config import PredictSettings
 from pipelines.poses.actor import Outcome, Threads
 from pipelines.poses.formats import ROW, Row, poses_of, rejected_row
 from pipelines.poses.plan import Asked, Still, Stretch
+from pipelines.settings.config import PredictSettings
 from pipelines.sources.media import Video
 from pipelines.sources.photos import open_picture
 

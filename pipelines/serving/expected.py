@@ -7,8 +7,8 @@ from typing import Any
 
 from hrnet_core.errors import PoseError
 from hrnet_core.score_drift import SCORE_BOUNDS
-from pipelines.checkpoints import LocalCheckpoint, evaluation_folder
-from pipelines.storage import join, read_json
+from pipelines.storage.files import join, read_json
+from pipelines.tracking.checkpoints import LocalCheckpoint, evaluation_folder
 
 BOXES = ("gt", "det")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hrnet_core.errors import ConfigError
-from pipelines.config import ServeSettings
 from pipelines.serving.ingress import LOOPBACK
-from pipelines.storage import absolute
+from pipelines.settings.config import ServeSettings
+from pipelines.storage.files import absolute
 from serve.keys import VARIABLE, Keys
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import on_cluster
-from pipelines.config import ServeSettings
-from pipelines.environment import usable_cpus
+from pipelines.cluster.session import on_cluster
+from pipelines.process.environment import usable_cpus
+from pipelines.settings.config import ServeSettings
 
 # Serve's own limit must not come before the application's: its answer is plain text.
 SERVE_GRACE_S = 15

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError
-from pipelines.cluster import on_cluster, require, serve_logs
-from pipelines.config import RaySettings, ServeSettings
+from pipelines.cluster.session import on_cluster, require, serve_logs
 from pipelines.serving.ingress import SERVE_GRACE_S, environment, refuse_port_in_use, remove_folder
+from pipelines.settings.config import RaySettings, ServeSettings
 from serve.settings import LiveSettings, ModelChoice, ServeArgs
 
 if TYPE_CHECKING:

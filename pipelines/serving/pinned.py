@@ -16,9 +16,8 @@ from hrnet_core.checkpoint import DESCRIPTION, EXPORTED, SELFTEST, WEIGHTS
 from hrnet_core.detector import PersonDetector
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, one_line
-from pipelines.checkpoints import LocalCheckpoint
-from pipelines.cluster import on_cluster
-from pipelines.storage import (
+from pipelines.cluster.session import on_cluster
+from pipelines.storage.files import (
     absolute,
     is_file,
     join,
@@ -29,6 +28,7 @@ from pipelines.storage import (
     write_json,
     writing,
 )
+from pipelines.tracking.checkpoints import LocalCheckpoint
 from serve.settings import DetectorChoice
 
 SERVED = (DESCRIPTION, WEIGHTS, SELFTEST, *EXPORTED)

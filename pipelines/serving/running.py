@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.storage import write_whole
+from pipelines.storage.files import write_whole
 
 
 @dataclass(frozen=True)

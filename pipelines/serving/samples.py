@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri
-from pipelines.config import ServeSettings
 from pipelines.serving.pinned import published
-from pipelines.storage import absolute, is_file, join, write_json, write_whole
+from pipelines.settings.config import ServeSettings
+from pipelines.storage.files import absolute, is_file, join, write_json, write_whole
 
 if TYPE_CHECKING:
     from hrnet_core.skeleton import Skeleton

@@ -23,14 +23,14 @@ from hrnet_core.geometry import Float64, PhotoCuts, box_to_center_scale, crop_pe
 from hrnet_core.heatmaps import float16_heatmaps
 from hrnet_core.images import encode_jpeg, encode_png
 from hrnet_core.locations import is_uri
-from pipelines.config import DataSettings
-from pipelines.in_order import ahead
+from pipelines.process.in_order import ahead
+from pipelines.settings.config import DataSettings
 from pipelines.shards.plan import BuiltShard, ShardWork, cannot_write, find_built
 from pipelines.shards.schema import shard_schema
 from pipelines.shards.writer import ShardWriter, writing_shard
 from pipelines.sources.photos import check_photo, decode_photo
 from pipelines.sources.records import Photo, Rejection
-from pipelines.storage import join
+from pipelines.storage.files import join
 
 READ_AHEAD = 8
 """Photographs for each thread of a task that are read, or ready, before their turn: a bucket is waited for so

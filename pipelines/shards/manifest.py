@@ -23,11 +23,11 @@ from typing import Any
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri, refuse_no_bucket
-from pipelines.in_order import ahead
+from pipelines.process.in_order import ahead
 from pipelines.shards.cards import croissant, readme
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, SCHEMA_VERSION, Shard, canonical_json
-from pipelines.storage import (
+from pipelines.storage.files import (
     absolute,
     is_file,
     is_folder,

@@ -16,12 +16,20 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import is_uri, one_line, open_folder, refuse_no_bucket
-from pipelines.config import DataSettings
+from pipelines.settings.config import DataSettings
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import MANIFEST, OWN_FILES, SCHEMA_VERSION, Shard, canonical_json, shard_name
 from pipelines.shards.writer import inspect_shard
 from pipelines.sources.records import People, Photo, Rejection, Split
-from pipelines.storage import absolute, answering, file_sizes, join, list_files, read_file, remove_leftovers
+from pipelines.storage.files import (
+    absolute,
+    answering,
+    file_sizes,
+    join,
+    list_files,
+    read_file,
+    remove_leftovers,
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from hrnet_core.choices import Augmentation
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.skeleton import Skeleton, load_skeleton, skeleton_from_dict
-from pipelines.config import SOURCES, DataSettings
+from pipelines.settings.config import SOURCES, DataSettings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.shards.schema import COLUMNS, REJECTED, Shard, canonical_json
 from pipelines.sources.records import Rejection
-from pipelines.storage import join, read_file, sha256_of, writing
+from pipelines.storage.files import join, read_file, sha256_of, writing
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
-from pipelines.config import BoxesCategory
+from pipelines.settings.config import BoxesCategory
 from pipelines.sources.annotations import ALL, AnnotationFile, people_of_images
 from pipelines.sources.json_file import load
 from pipelines.sources.media import Media

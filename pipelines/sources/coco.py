@@ -21,7 +21,7 @@ from pipelines.sources.annotations import TO_CROP, Wanted, read_annotations
 from pipelines.sources.layout import locate, splits_there
 from pipelines.sources.records import Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import ImageEntry, image_problem, listed, printable
-from pipelines.storage import absolute, is_file, is_folder, join, list_files
+from pipelines.storage.files import absolute, is_file, is_folder, join, list_files
 
 LINK_LEADS_OUT = "a symbolic link leads out of the COCO folder: copy the files themselves (cp -rL)"
 

@@ -11,10 +11,10 @@ import yaml
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
+from pipelines.settings.yaml_file import parse_yaml
 from pipelines.sources.annotations import ALL
 from pipelines.sources.rows import listed, name_difference
-from pipelines.storage import is_file, is_folder, join, list_files, read_file
-from pipelines.yaml_file import parse_yaml
+from pipelines.storage.files import is_file, is_folder, join, list_files, read_file
 
 DESCRIPTION = "data.yaml"
 FLAT = "all"

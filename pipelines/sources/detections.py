@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
-from pipelines.config import BoxesCategory
+from pipelines.settings.config import BoxesCategory
 from pipelines.sources.boxes import box_and_score, is_of, named, refuse_other_category
 from pipelines.sources.json_file import load
 from pipelines.sources.records import People, Rejection, Split

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
 from hrnet_core.skeleton import Skeleton
-from pipelines.config import EvaluateSettings
+from pipelines.settings.config import EvaluateSettings
 from pipelines.sources.annotations import Wanted
 from pipelines.sources.coco import read_coco
 from pipelines.sources.detections import read_detections
 from pipelines.sources.doubts import doubts_of, refuse_misread, refuse_misread_boxes, seen_of
 from pipelines.sources.records import People, Photo, Split
-from pipelines.storage import base_name, sha256_of
+from pipelines.storage.files import base_name, sha256_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import numpy as np
 from hrnet_core.errors import ImageError
 from pipelines.sources.photos import check_photo, left_out, open_header
 from pipelines.sources.records import Photo, Rejection, Split
-from pipelines.storage import file_sizes, read_file
+from pipelines.storage.files import file_sizes, read_file
 
 
 @dataclass(frozen=True)

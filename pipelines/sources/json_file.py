@@ -13,7 +13,7 @@ import msgspec
 
 from hrnet_core.errors import DataError
 from hrnet_core.locations import refuse_no_bucket
-from pipelines.storage import file_sizes, read_file
+from pipelines.storage.files import file_sizes, read_file
 
 
 def _parsed(raw: bytes, kind: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.storage import absolute, is_file, is_folder, join, list_files
+from pipelines.storage.files import absolute, is_file, is_folder, join, list_files
 
 COCO = "annotations/person_keypoints_{}.json"
 LAYOUTS = (

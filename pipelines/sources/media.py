@@ -27,7 +27,7 @@ from pyarrow import fs
 
 from hrnet_core.errors import DataError, ImageError
 from hrnet_core.locations import is_uri, open_folder, refuse_no_bucket
-from pipelines.storage import absolute, answering, list_tree
+from pipelines.storage.files import absolute, answering, list_tree
 
 PICTURES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic",

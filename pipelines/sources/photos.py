@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hrnet_core.errors import ImageError
 from hrnet_core.images import ImageHeader, check_image, decode_checked, read_header
 from pipelines.sources.records import Photo, Rejection
-from pipelines.storage import read_file
+from pipelines.storage.files import read_file
 
 HEAD = 1 << 12
 """Bytes that hold most headers."""

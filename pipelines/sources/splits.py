@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hrnet_core.skeleton import load_skeleton
-from pipelines.config import DataSettings
+from pipelines.settings.config import DataSettings
 from pipelines.sources.annotations import TO_CROP
 from pipelines.sources.coco import read_coco
 from pipelines.sources.records import Split

@@ -31,7 +31,7 @@ from pipelines.sources.media import PICTURES
 from pipelines.sources.photos import open_header
 from pipelines.sources.records import GroundTruth, Photo, Rejection, Split, on_photos
 from pipelines.sources.rows import Annotation, ImageEntry, judge, listed, printable
-from pipelines.storage import absolute, join, list_files, list_tree, read_file
+from pipelines.storage.files import absolute, join, list_files, list_tree, read_file
 
 HAIR = 1e-3
 """How far a fraction may lie outside 0 to 1: tools round."""

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError
-from pipelines.config import RunConfig
-from pipelines.config_file import explain
-from pipelines.run_folder import with_whole_weights
-from pipelines.train_settings import WORKERS
+from pipelines.settings.config import RunConfig
+from pipelines.settings.config_file import explain
+from pipelines.settings.train import WORKERS
+from pipelines.training.run_folder import with_whole_weights
 
 KINDS = ("uniform", "loguniform", "randint", "choice")
 EXAMPLE = "for example  sweep: {space: {train.lr: {loguniform: [1.0e-4, 1.0e-2]}}}"

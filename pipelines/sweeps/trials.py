@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipelines.config import RunConfig
-from pipelines.metric_log import read_rows
-from pipelines.run_folder import read_record, run_folder
+from pipelines.settings.config import RunConfig
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import join
+from pipelines.storage.files import join
 from pipelines.sweeps.space import trial_config, trial_values
+from pipelines.tracking.metric_log import read_rows
+from pipelines.training.run_folder import read_record, run_folder
 
 STOPPED, FAILED = "stopped.json", "failed.json"
 """In the folder of a trial that ASHA ended, {"epoch"}, and of one whose loss did not stay finite, {"why"}."""

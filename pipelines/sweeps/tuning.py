@@ -17,13 +17,13 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from hrnet_core.locations import open_folder
-from pipelines.metric_log import MetricLog
-from pipelines.progress import Every
-from pipelines.run_folder import check_same_run, keep_error, only_one
-from pipelines.storage import base_name, join, write_json
+from pipelines.process.progress import Every
+from pipelines.storage.files import base_name, join, write_json
 from pipelines.sweeps.trials import FAILED, STOPPED, Sweep, Trial
+from pipelines.tracking.metric_log import MetricLog
 from pipelines.train import fit
 from pipelines.training.loop import Diverged
+from pipelines.training.run_folder import check_same_run, keep_error, only_one
 
 TUNE_DEFAULTS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # figures lie in the trials' own folders

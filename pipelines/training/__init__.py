@@ -1,1 +1,1 @@
-"""What a worker of a training run is. Imports nothing here on purpose."""
+"""A training run: what its workers are, its folder, its run in MLflow. Imports nothing here on purpose."""

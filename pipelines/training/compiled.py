@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hrnet_core.errors import first_line
 from hrnet_core.modes import blocks_to_compile, compile_failed, keep_compiled
-from pipelines.run_folder import storage_of
-from pipelines.storage import is_file, join, read_file, write_whole
+from pipelines.storage.files import is_file, join, read_file, write_whole
 from pipelines.training.batch import Sent
 from pipelines.training.recording import as_it_was
+from pipelines.training.run_folder import storage_of
 from pipelines.training.state import Training
 
 

@@ -23,8 +23,8 @@ from hrnet_core.geometry import place_in_image
 from hrnet_core.loss import joints_mse
 from hrnet_core.pck import pck
 from hrnet_core.predictor import PosePredictor
-from pipelines.config import EvaluateSettings
 from pipelines.poses.protocol import score_poses
+from pipelines.settings.config import EvaluateSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.sources.records import GroundTruth, People

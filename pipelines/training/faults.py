@@ -9,8 +9,8 @@ from typing import Any
 from ray.train import UserCallback
 
 from hrnet_core.errors import PoseError, first_line
-from pipelines.run_folder import keep_error, no_room, place, reached_step, saved_step
-from pipelines.storage import BucketAway
+from pipelines.storage.files import BucketAway
+from pipelines.training.run_folder import keep_error, no_room, place, reached_step, saved_step
 
 DEATHS = {
     "running low on memory": "ended by Ray: its machine had no memory left",

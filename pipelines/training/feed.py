@@ -24,11 +24,11 @@ from hrnet_core.choices import Noise
 from hrnet_core.geometry import Float64, compose_affine, invert_affine
 from hrnet_core.noise import PlacedNoise, draw_noise, place_noise
 from hrnet_core.views import invert_views, pack_reaches, view_reaches
-from pipelines.in_order import results
+from pipelines.process.in_order import results
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import decode_pictures, decode_rows, read_row_group
 from pipelines.shards.schema import CROP_COLUMNS
-from pipelines.train_settings import TrainSettings
 from pipelines.training.batch import Batch, FreshBatch, StoredBatch, pinned
 from pipelines.training.order import EpochOrder, Ints
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
 from hrnet_core.predictor import PosePredictor
-from pipelines.progress import time_left
-from pipelines.storage import join
-from pipelines.train_settings import TrainSettings
+from pipelines.process.progress import time_left
+from pipelines.settings.train import TrainSettings
+from pipelines.storage.files import join
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import all_objects, all_sum, share_buffers
 from pipelines.training.epoch_ap import Predictions

@@ -19,7 +19,7 @@ from pipelines.pages.evaluation import DRAWN_ABOVE, truth_and_prediction
 from pipelines.pages.frame import figure
 from pipelines.pages.gallery import annotated, enlarged, read_rows, spread_rows
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import base_name, join, put_file
+from pipelines.storage.files import base_name, join, put_file
 from pipelines.training.epoch_ap import Predictions
 from pipelines.training.state import Training
 

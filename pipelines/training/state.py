@@ -30,19 +30,19 @@ from hrnet_core.model import HRNet
 from hrnet_core.modes import cannot_compile
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.published import start_from
-from pipelines.code_version import code_version
-from pipelines.config import RunConfig
-from pipelines.metric_log import MetricLog
-from pipelines.progress import Every
-from pipelines.run_folder import tracked_as
+from pipelines.process.code_version import code_version
+from pipelines.process.progress import Every
+from pipelines.settings.config import RunConfig
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.storage import answering, join, put_file, write_whole
-from pipelines.train_settings import TrainSettings
+from pipelines.storage.files import answering, join, put_file, write_whole
+from pipelines.tracking.metric_log import MetricLog
 from pipelines.training.average import Average
 from pipelines.training.batch import Sent
 from pipelines.training.ddp import SharedGradients, wrap
 from pipelines.training.epoch_ap import ValSplit
 from pipelines.training.feed import Feed
+from pipelines.training.run_folder import tracked_as
 from pipelines.training.teacher import Teacher, load_teacher
 from pipelines.training.usage import Usage
 
@@ -334,8 +334,8 @@ def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
 
 
 def _put_checkpoint(place: str, weights: dict[str, Tensor], spec: CheckpointSpec) -> None:
-    """A checkpoint folder at a path or URI, as pipelines/checkpoints.py puts one. An OSError stays one here:
-    Ray Train then tries again."""
+    """A checkpoint folder at a path or URI, as tracking/checkpoints.py puts one. An OSError stays one
+    here: Ray Train then tries again."""
     if not is_uri(place):
         save_checkpoint(place, weights, spec)
         return

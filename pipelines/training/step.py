@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hrnet_core.loss import joints_mse
 from hrnet_core.model import normalize
-from pipelines.train_settings import TrainSettings
+from pipelines.settings.train import TrainSettings
 from pipelines.training.average import Average
 from pipelines.training.batch import Batch, Sent
 from pipelines.training.compiled import compile_first

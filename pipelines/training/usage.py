@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from pipelines.progress import Every
+from pipelines.process.progress import Every
 
 SECONDS = 10
 """Between two looks, as MLflow's monitors do."""

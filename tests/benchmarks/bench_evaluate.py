@@ -39,7 +39,6 @@ from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import HRNet
 from hrnet_core.modes import EXACT_ENOUGH, MODES, unusable
 from hrnet_core.predictor import PosePredictor
-from pipelines.config import EvaluateSettings, PredictSettings, RaySettings
 from pipelines.evaluate import answer, group_photos
 from pipelines.export import _answers
 from pipelines.poses.actor import Actor, Outcome, Threads
@@ -47,6 +46,7 @@ from pipelines.poses.plan import make_plan
 from pipelines.poses.protocol import score_poses
 from pipelines.poses.units import rows_on_ray
 from pipelines.poses.worker import Worker
+from pipelines.settings.config import EvaluateSettings, PredictSettings, RaySettings
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
 from pipelines.sources.media import list_media
 from pipelines.sources.photos import open_photo

@@ -43,8 +43,8 @@ from hrnet_core.geometry import apply_affine, box_to_center_scale
 from hrnet_core.heatmaps import HeatmapCodec
 from hrnet_core.model import normalize
 from hrnet_core.skeleton import COCO17
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training.feed import FRESH, STORED, Feed
 
 SPLIT = "train2017"

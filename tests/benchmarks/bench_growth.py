@@ -33,13 +33,13 @@ import bucket_server
 from ratios import exit_code, judge
 
 from hrnet_core.skeleton import COCO17
-from pipelines.config import DataSettings
+from pipelines.settings.config import DataSettings
 from pipelines.shards.manifest import Manifest, write_manifest
 from pipelines.shards.plan import plan_shards
 from pipelines.shards.recipe import Recipe
 from pipelines.shards.schema import Shard, shard_name
 from pipelines.sources.coco import read_coco
-from pipelines.storage import join, writing_many
+from pipelines.storage.files import join, writing_many
 
 PEOPLE_OF_A_SHARD, PEOPLE_OF_A_GROUP = 2048, 128
 PEOPLE_OF_A_PHOTO = 2

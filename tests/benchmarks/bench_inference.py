@@ -35,8 +35,8 @@ from hrnet_core.modes import FORMS, build_network
 from hrnet_core.openvino_file import export_int8
 from hrnet_core.predictor import PosePredictor
 from pipelines.benchmark import machine, save_random
-from pipelines.config_file import load_config
 from pipelines.poses.timing import time_modes
+from pipelines.settings.config_file import load_config
 
 IN_A_ROW = {"cpu": 1, "cuda": 32}
 """Batches of a call: on a GPU the next one is copied there while one is computed; the first one waits."""

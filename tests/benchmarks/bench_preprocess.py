@@ -361,11 +361,12 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     from hrnet_core import images
     from hrnet_core.heatmaps import HeatmapCodec
     from hrnet_core.skeleton import COCO17
-    from pipelines import preprocess, storage
-    from pipelines.config import DataSettings
+    from pipelines import preprocess
+    from pipelines.settings.config import DataSettings
     from pipelines.shards import build, writer
     from pipelines.shards.plan import finished_shards, plan_shards
     from pipelines.sources.coco import read_coco
+    from pipelines.storage.files import files as storage
 
     cv2.setNumThreads(1)
     coco = repeated(source, work / "coco-steps", 2 * arguments.shard)

@@ -28,10 +28,10 @@ import cv2
 import torch
 
 from pipelines.cli import main as hrnet
-from pipelines.config import RunConfig
-from pipelines.config_file import load_config
-from pipelines.storage import write_whole
-from pipelines.train_settings import TrainSettings
+from pipelines.settings.config import RunConfig
+from pipelines.settings.config_file import load_config
+from pipelines.settings.train import TrainSettings
+from pipelines.storage.files import write_whole
 from pipelines.training.loop import train_epochs
 from pipelines.training.state import Job, set_up
 

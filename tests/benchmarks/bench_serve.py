@@ -44,11 +44,11 @@ from free_ports import free_port
 from hrnet_core.images import decode_image, encode_jpeg
 from hrnet_core.predictor import PosePredictor
 from pipelines.benchmark import machine, save_random
-from pipelines.cluster import ray_session
-from pipelines.config import RaySettings, RunSettings, ServeSettings
-from pipelines.config_file import load_config
+from pipelines.cluster.session import ray_session
 from pipelines.deploy import deploy
 from pipelines.serving import live
+from pipelines.settings.config import RaySettings, RunSettings, ServeSettings
+from pipelines.settings.config_file import load_config
 
 ADDED_MS, OF_BARE, READY_MS = 5, 0.85, 100
 IMPATIENT_S = 0.2

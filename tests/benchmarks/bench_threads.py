@@ -31,9 +31,9 @@ from ratios import compare, exit_code, judge, with_memory_kept
 from hrnet_core.predictor import PosePredictor
 from hrnet_core.skeleton import COCO17
 from pipelines.benchmark import save_random
-from pipelines.config import DataSettings
-from pipelines.config_file import load_config
 from pipelines.poses.actor import Threads
+from pipelines.settings.config import DataSettings
+from pipelines.settings.config_file import load_config
 from pipelines.shards.build import build_shard
 from pipelines.shards.plan import plan_shards
 from pipelines.sources.coco import read_coco

@@ -33,10 +33,10 @@ from test_feed import dotted_shards
 
 from hrnet_core.errors import first_line
 from hrnet_core.model import HRNet
-from pipelines.config import RunConfig
-from pipelines.config_file import load_config
+from pipelines.settings.config import RunConfig
+from pipelines.settings.config_file import load_config
+from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.train_settings import TrainSettings
 from pipelines.training import recording
 from pipelines.training.batch import Batch, Sent, on_device_ahead
 from pipelines.training.ddp import SharedGradients, wrap

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from hrnet_core.skeleton import COCO17
-from pipelines.config import DataSettings
+from pipelines.settings.config import DataSettings
 from pipelines.validate import validate
 
 LIMIT = 0.25

@@ -38,7 +38,7 @@ from machines import ADDRESSES, Cluster, Machine, network, until
 from ratios import exit_code, judge
 
 from pipelines.benchmark import save_random
-from pipelines.config_file import load_config
+from pipelines.settings.config_file import load_config
 
 LIMIT = 0.9
 WORKERS = ("w1", "w2", "w3", "w4")

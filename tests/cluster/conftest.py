@@ -20,7 +20,7 @@ import bucket_server
 from machines import HERE, ROOT, Cluster, network, until
 from stages import DRAWN, TWO, losses, preprocess, train
 
-from pipelines.storage import list_files, read_file
+from pipelines.storage.files import list_files, read_file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import json
 from machines import Cluster, Running, until
 
 from hrnet_core.locations import open_folder
-from pipelines.run_folder import saved_step
+from pipelines.training.run_folder import saved_step
 
 DRAWN = "--images 60 --val-images 12 --seed 3"
 DATA = "--data.input-size 64 96 --data.people-per-shard 12 --data.row-group-people 8"

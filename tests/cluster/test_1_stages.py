@@ -15,7 +15,7 @@ from bucket_server import Bucket, Fault
 from machines import Cluster, until
 from stages import DATA, DRAWN, SPACE, TWO, begin_training, losses, objects, preprocess, shards, train
 
-from pipelines.storage import read_file
+from pipelines.storage.files import read_file
 
 
 def test_preprocess_loses_a_machine(cluster: Cluster, bucket: Bucket, alone: dict[str, Any]) -> None:

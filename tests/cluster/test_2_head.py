@@ -12,7 +12,7 @@ from bucket_server import Bucket, Fault
 from machines import Cluster, Running, until
 from stages import TWO, begin_training, losses, objects, preprocess, shards, train
 
-from pipelines.storage import read_file
+from pipelines.storage.files import read_file
 
 WORKERS_END_S = 60
 """Ray's own `gcs_rpc_server_reconnect_timeout_s`."""

@@ -14,7 +14,7 @@ from machines import ADDRESSES, Cluster, Running, until
 from stages import ANOTHER, BOX, DEPLOY
 from triton_grpc import ask_grpc
 
-from pipelines.storage import read_file
+from pipelines.storage.files import read_file
 from serve.client import Client, ServerError
 
 ASKERS = 4

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import CheckpointError
 from hrnet_core.locations import one_line, without_credentials
-from pipelines.config import TrackSettings
-from pipelines.storage import join, read_file
-from pipelines.tracking import Tracker, quiet_mlflow, refusals_told
+from pipelines.settings.config import TrackSettings
+from pipelines.storage.files import join, read_file
+from pipelines.tracking.store import Tracker, quiet_mlflow, refusals_told
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

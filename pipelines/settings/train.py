@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hrnet_core.choices import Noise
-from pipelines.section import Section
+from pipelines.settings.section import Section
 
 WORKERS = (
     *("num_workers", "use_gpu", "cpus_per_worker", "log_every", "checkpoint_minutes", "max_failures"),

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 
 from hrnet_core.errors import ConfigError
 from hrnet_core.locations import is_uri, open_folder
-from pipelines.cluster import on_cluster
-from pipelines.storage import passing_file
+from pipelines.cluster.session import on_cluster
+from pipelines.storage.files import passing_file
 
 LOOKED_AT = 20
 """Names of a folder, or files of a call, that a node must have too."""

@@ -28,9 +28,8 @@ import yaml
 
 from hrnet_core.errors import ConfigError, DataError, Failure
 from hrnet_core.locations import destination, is_uri, without_credentials
-from pipelines.config import RunConfig
-from pipelines.lease import leased
-from pipelines.storage import (
+from pipelines.settings.config import RunConfig
+from pipelines.storage.files import (
     absolute,
     base_name,
     join,
@@ -40,6 +39,7 @@ from pipelines.storage import (
     write_json,
     write_whole,
 )
+from pipelines.storage.lease import leased
 
 ERRORS = "errors.log"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

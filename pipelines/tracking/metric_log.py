@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrnet_core.locations import is_uri, without_credentials
-from pipelines.storage import read_file, write_whole
-from pipelines.tracking import quiet_mlflow, reason
+from pipelines.storage.files import read_file, write_whole
+from pipelines.tracking.store import quiet_mlflow, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

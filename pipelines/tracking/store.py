@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import ConfigError, first_line
 from hrnet_core.locations import is_uri, one_line, without_credentials
-from pipelines import environment
-from pipelines.cluster import on_cluster
-from pipelines.code_version import code_version
-from pipelines.config import TrackSettings
+from pipelines.cluster.session import on_cluster
+from pipelines.process import environment
+from pipelines.process.code_version import code_version
+from pipelines.settings.config import TrackSettings
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -9,10 +9,10 @@ import yaml
 from pydantic import ValidationError
 
 from hrnet_core.errors import ConfigError
-from pipelines.config import RunConfig
-from pipelines.yaml_file import parse_yaml
+from pipelines.settings.config import RunConfig
+from pipelines.settings.yaml_file import parse_yaml
 
-SHIPPED = Path(__file__).parent / "configs"
+SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def load_config(name_or_file: str) -> RunConfig:

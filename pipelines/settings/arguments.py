@@ -11,7 +11,8 @@ import tyro
 from pydantic import Field
 
 from hrnet_core.choices import CodecName, FormatName, ModeName
-from pipelines.config import (
+from pipelines.process.environment import usable_cpus
+from pipelines.settings.config import (
     DataSettings,
     EvaluateSettings,
     PredictSettings,
@@ -20,8 +21,7 @@ from pipelines.config import (
     ServeSettings,
     TrackSettings,
 )
-from pipelines.environment import usable_cpus
-from pipelines.section import Section
+from pipelines.settings.section import Section
 
 DATA = DataSettings()
 """What is not said otherwise of people, pictures and crops is as in preprocessing."""

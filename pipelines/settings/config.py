@@ -3,7 +3,7 @@
 A YAML file fills a RunConfig (config_file.py); `--section.field` on the command line overrides it (cli.py).
 Unknown keys and contradictions are refused by name. What takes part in the dataset's digest is
 a Recipe (pipelines/shards/recipe.py); what names a run by default is `RunConfig.identity()`. The section
-`train` is in train_settings.py, what the endpoint has of `serve` in serve/settings.py.
+`train` is in train.py beside it, what the endpoint has of `serve` in serve/settings.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pydantic import Field, field_validator, model_validator
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.choices import MAX_PIXELS, OFFICIAL, PADDING, CodecName, ModeName, default_sigma
-from pipelines.section import Section
-from pipelines.train_settings import WORKERS, TrainSettings
+from pipelines.settings.section import Section
+from pipelines.settings.train import WORKERS, TrainSettings
 from serve.settings import BATCH_WAIT_S, MODEL_NAME, REPLICAS, Limits, ReplicaSettings
 
 BoxesCategory = int | Literal["all"]
@@ -314,7 +314,7 @@ def reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Written from the code: `python -m pipelines.config > docs/configuration.md`.",
+        "Written from the code: `python -m pipelines.settings.config > docs/configuration.md`.",
         "",
         "A YAML file holds sections of settings; on the command line the same setting is `--section.setting`",
         "with hyphens (`--train.batch-size 64`, `--data.input-size 192 256`, `--train.use-gpu`,",

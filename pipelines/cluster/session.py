@@ -21,13 +21,13 @@ from typing import Any, TextIO
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, PoseError
-from pipelines import environment
-from pipelines.config import RaySettings
-from pipelines.joining import refusals_told, refuse_address
-from pipelines.progress import Every
-from pipelines.stop import handlers_kept
+from pipelines.cluster.joining import refusals_told, refuse_address
+from pipelines.process import environment
+from pipelines.process.progress import Every
+from pipelines.process.stop import handlers_kept
+from pipelines.settings.config import RaySettings
 
-HOOK = "pipelines.worker_process.begin"
+HOOK = "pipelines.cluster.worker_process.begin"
 METRICS_PORT = 9464  # where OpenTelemetry's exporters for Prometheus listen
 TRAIN_HELPERS = 4
 """Processes that Ray Train starts beside its controller and its workers."""

@@ -21,8 +21,8 @@ import psutil
 
 from hrnet_core.errors import ConfigError, DataError
 from hrnet_core.locations import one_line, open_folder
-from pipelines.environment import job_name
-from pipelines.storage import join, read_json, write_json
+from pipelines.process.environment import job_name
+from pipelines.storage.files import join, read_json, write_json
 
 RENEW_S, LEASE_S, SETTLE_S = 30.0, 180.0, 1.0
 

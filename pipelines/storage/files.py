@@ -33,7 +33,7 @@ from pyarrow import fs
 from hrnet_core.errors import DataError
 from hrnet_core.files import put_in_place
 from hrnet_core.locations import fetch_file, is_uri, one_line, open_folder
-from pipelines.in_order import ahead
+from pipelines.process.in_order import ahead
 
 AT_ONCE = 16
 """Files of a bucket that a process reads or writes at a time: a request waits much longer than it works."""

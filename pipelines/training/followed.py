@@ -9,22 +9,22 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hrnet_core.errors import first_line
 from hrnet_core.locations import fetch, is_uri
-from pipelines.code_version import code_version
-from pipelines.config import RunConfig
-from pipelines.metric_log import MetricLog
-from pipelines.registry import Registry
-from pipelines.run_folder import TrainResult, run_id_of, settings_shown, storage_of, write_run
+from pipelines.process.code_version import code_version
+from pipelines.process.stop import begun, waited
+from pipelines.settings.config import RunConfig
 from pipelines.shards.manifest import Manifest
-from pipelines.stop import begun, waited
-from pipelines.storage import base_name, join, list_files
-from pipelines.tracking import StoreAway, Tracker, reason, store_of
+from pipelines.storage.files import base_name, join, list_files
+from pipelines.tracking.metric_log import MetricLog
+from pipelines.tracking.registry import Registry
+from pipelines.tracking.store import StoreAway, Tracker, reason, store_of
+from pipelines.training.run_folder import TrainResult, run_id_of, settings_shown, storage_of, write_run
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of a run below another."""
@@ -107,10 +107,14 @@ def open_run(
 
 
 def hand_over(
-    config: RunConfig, manifest: Manifest, result: TrainResult, followed: Followed | None
+    config: RunConfig,
+    manifest: Manifest,
+    result: TrainResult,
+    followed: Followed | None,
+    add_onnx: Callable[[Path], object],
 ) -> TrainResult:
     """Give MLflow what it has not got yet: rows, pictures, the version, whose number the result has then; it
-    stays None, with a sentence, where MLflow is away."""
+    stays None, with a sentence, where MLflow is away. add_onnx: writes model.onnx into a checkpoint."""
     folder = result.folder
     print("giving MLflow the results ...", flush=True)  # to a server minutes, of which nothing is seen
     try:
@@ -128,7 +132,11 @@ def hand_over(
             "codec": result.codec,
             "input_size": result.input_size,
         }
-        with _at_hand(folder) as files, _with_onnx(files / "best", config.track.onnx) as best:
+        with contextlib.ExitStack() as copies:
+            files = copies.enter_context(_at_hand(folder))
+            best = files / "best"
+            if config.track.onnx:
+                best = copies.enter_context(_with_onnx(best, add_onnx))
             tracker.log_files(run_id, [files / "config.yaml", files / "metrics.jsonl"])
             tracker.log_files(run_id, sorted((files / "pictures").glob("*.png")), "pictures")
             tracker.log_files(run_id, [files / "predictions.json"], "validation")
@@ -160,18 +168,13 @@ def about_version(config: RunConfig, result: TrainResult) -> str:
 
 
 @contextlib.contextmanager
-def _with_onnx(best: Path, wanted: bool) -> Iterator[Path]:
-    """The checkpoint folder, while the block lasts as a copy with model.onnx; without it, and with a
+def _with_onnx(best: Path, add_onnx: Callable[[Path], object]) -> Iterator[Path]:
+    """A copy of the checkpoint folder, while the block lasts, with model.onnx; without it, and with a
     sentence, where none can be made."""
-    if not wanted:
-        yield best
-        return
-    from pipelines.export import export
-
     with tempfile.TemporaryDirectory(prefix="hrnet-version-") as copy:
         folder = shutil.copytree(best, Path(copy) / "best")
         try:
-            export(folder)
+            add_onnx(folder)
         except Exception as error:  # the run is more than its file for another runtime
             print(f"the registered version has no model.onnx ({first_line(error)}); --track.no-onnx: none")
         yield folder

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hrnet_core.errors import CheckpointError
 from hrnet_core.locations import destination, is_uri, open_folder, refuse_credentials
-from pipelines.config import TrackSettings
-from pipelines.registry import CHAMPION, REGISTERED, Registry, champion_of, evaluations
-from pipelines.storage import join, list_files, put_file, writable
-from pipelines.tracking import Tracker
+from pipelines.settings.config import TrackSettings
+from pipelines.storage.files import join, list_files, put_file, writable
+from pipelines.tracking.registry import CHAMPION, REGISTERED, Registry, champion_of, evaluations
+from pipelines.tracking.store import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,0 +1,1 @@
+"""The Ray that a stage runs on. Imports nothing here on purpose."""

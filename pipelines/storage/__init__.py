@@ -1,0 +1,1 @@
+"""Files on this machine or in a bucket. Imports nothing here on purpose."""

@@ -1,0 +1,1 @@
+"""What MLflow keeps: runs, figures, versions; a checkpoint by its name. Imports nothing here on purpose."""
