@@ -23,7 +23,16 @@ from pipelines.process.progress import ProgressLine
 from pipelines.settings.config import TrackSettings
 from pipelines.shards.figures import QUANTILES, Histogram, SplitFigures, figures_of
 from pipelines.shards.manifest import REPAIR, Manifest
-from pipelines.storage.files import absolute, is_folder, join, on_this_machine, sha256_of, write_json
+from pipelines.sources.layout import locate
+from pipelines.storage.files import (
+    absolute,
+    is_file,
+    is_folder,
+    join,
+    on_this_machine,
+    sha256_of,
+    write_json,
+)
 
 
 def inspect_shards(
@@ -39,20 +48,20 @@ def inspect_shards(
 
     out: folder for card.json (equal for equal digests), the pictures and index.html; default: beside a local
     dataset, in `storage` for one in a bucket. coco_root: where the dataset came from, to show the pictures of
-    what was left out. log: also as an MLflow run with the dataset as input. DataError where a shard is
+    what was left out; told where its annotations are others by now. log: also as an MLflow run with the dataset as input. DataError where a shard is
     missing, unknown or not as the manifest says, or `out` cannot be written or lies inside the dataset.
     """
     manifest = Manifest.load(shards)
     folder = output_folder(manifest, out, storage)
     coco = None if coco_root is None else absolute(coco_root)
-    missing = [split for split in manifest.splits if coco and not is_folder(join(coco, split))]
-    if missing:
-        refuse_no_bucket(str(coco), "--coco")
-        raise DataError(
-            f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
-            f"made from, or leave --coco out: then rejections are told, not shown."
-        )
+    others = [] if coco is None else other_annotations(manifest, coco)
     verify(manifest)
+    if others:
+        print(
+            f"--coco {coco}: the annotations of {', '.join(others)} there are not those that the dataset was "
+            f"made from. Of what was left out, pictures and boxes may be others.",
+            flush=True,
+        )
     card = make_card(manifest, {split: figures_of(manifest, split) for split in manifest.splits})
     print(shown(card_text(card), keep="\n"), flush=True)
     try:
@@ -90,6 +99,25 @@ def output_folder(manifest: Manifest, out: str | Path | None, storage: str | Pat
             f"preprocess would refuse it the next time. Give a folder beside it."
         )
     return folder
+
+
+def other_annotations(manifest: Manifest, coco: str) -> list[str]:
+    """Splits whose annotation file in the COCO root is not, byte for byte, the dataset's, or is gone: mended
+    since, or another set. DataError where their pictures have no folder there."""
+    places = {split: locate(coco, split) for split in manifest.splits}
+    if missing := [split for split, (_, pictures) in places.items() if not is_folder(pictures)]:
+        refuse_no_bucket(coco, "--coco")
+        raise DataError(
+            f"--coco {coco}: no folder {', '.join(missing)} in it. Give the COCO root that the dataset was "
+            f"made from, or leave --coco out: then rejections are told, not shown."
+        )
+    try:
+        found = {split: sha256_of(file) if is_file(file) else "" for split, (file, _) in places.items()}
+    except OSError as error:
+        raise DataError(
+            f"--coco {coco}: the annotations cannot be read ({error.strerror or error})."
+        ) from None
+    return [split for split in found if found[split] != manifest.split(split)["annotation_sha256"]]
 
 
 # ---------------------------------------------------------------------------------- whole?

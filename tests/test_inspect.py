@@ -308,6 +308,37 @@ def test_what_is_no_box_is_not_drawn(coco: Path, tmp_path: Path, box: Any) -> No
     assert set(gallery._annotated_boxes(rows, root, COCO17)) == {(TRAIN, 6)}
 
 
+@pytest.mark.parametrize("folder", ["images/{}", "images"])
+def test_a_root_of_another_layout_is_found(
+    pristine: Manifest, coco: Path, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As preprocess finds it: layout.py."""
+    root = Path(shutil.copytree(coco / "annotations", tmp_path / "root" / "annotations")).parent
+    for split in (TRAIN, VAL):
+        shutil.copytree(coco / split, root / folder.format(split), dirs_exist_ok=True)
+    assert main(["inspect", pristine.folder, "--out", str(tmp_path / "out"), "--coco", str(root)]) == 0
+    assert "are not those that the dataset was made from" not in capsys.readouterr().out
+    main(["inspect", pristine.folder, "--out", str(tmp_path / "plain"), "--coco", str(coco)])
+    shown, plain = ((tmp_path / out / "rejected.jpg").read_bytes() for out in ("out", "plain"))
+    assert shown == plain
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_another_root_is_told(
+    pristine: Manifest, coco: Path, tmp_path: Path, gone: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders of the splits' names are in every COCO root."""
+    root = Path(shutil.copytree(coco, tmp_path / "root"))
+    file = root / "annotations" / f"person_keypoints_{VAL}.json"
+    if gone:
+        file.unlink()
+    else:
+        file.write_text(file.read_text() + " ")
+    assert main(["inspect", pristine.folder, "--out", str(tmp_path / "out"), "--coco", str(root)]) == 0
+    told = f"--coco {root}: the annotations of {VAL} there are not those that the dataset was made from."
+    assert told in capsys.readouterr().out
+
+
 def test_the_page_holds_everything_and_is_the_same_again(
     pristine: Manifest, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -218,7 +218,7 @@ def rejected_sheet(
 def _rejected_picture(
     row: Mapping[str, Any], coco: str, max_pixels: int, box: Sequence[float] | None
 ) -> Picture:
-    folder = join(coco, row["split"])
+    _, folder = locate(coco, row["split"])
     try:
         file = join(folder, row["file"])
         if not is_uri(file) and not Path(file).resolve().is_relative_to(Path(folder).resolve()):
