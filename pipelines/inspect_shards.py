@@ -48,8 +48,9 @@ def inspect_shards(
 
     out: folder for card.json (equal for equal digests), the pictures and index.html; default: beside a local
     dataset, in `storage` for one in a bucket. coco_root: where the dataset came from, to show the pictures of
-    what was left out; told where its annotations are others by now. log: also as an MLflow run with the dataset as input. DataError where a shard is
-    missing, unknown or not as the manifest says, or `out` cannot be written or lies inside the dataset.
+    what was left out; that its annotations are others by now is told. log: also as an MLflow run with the
+    dataset as input. DataError where a shard is missing, unknown or not as the manifest says, or `out`
+    cannot be written or lies inside the dataset.
     """
     manifest = Manifest.load(shards)
     folder = output_folder(manifest, out, storage)

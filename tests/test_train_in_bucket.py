@@ -29,7 +29,8 @@ from pipelines import train as driver
 from pipelines.process.stop import stoppable
 from pipelines.settings.config import TrackSettings
 from pipelines.shards.manifest import Manifest
-from pipelines.storage.files import join, lease, list_files, read_file, write_json
+from pipelines.storage import lease
+from pipelines.storage.files import join, list_files, read_file, write_json
 from pipelines.tracking.metric_log import read_rows
 from pipelines.tracking.registry import Registry
 from pipelines.tracking.store import Tracker
