@@ -20,8 +20,8 @@ import pytest
 
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError
+from pipelines.cluster import session as cluster
 from pipelines.cluster.session import LOOPBACK_ONLY, ray_session
-from pipelines.cluster.session import session as cluster
 from pipelines.settings.config import RaySettings
 
 

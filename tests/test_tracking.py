@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import pytest
 from hrnet_core.errors import CheckpointError, ConfigError
 from pipelines.settings.config import TrackSettings
 from pipelines.settings.config_file import load_config
+from pipelines.tracking import registry
 from pipelines.tracking.checkpoints import local_checkpoint
 from pipelines.tracking.metric_log import MetricLog, read_rows
 from pipelines.tracking.registry import Registry, champion_of, record_evaluation
-from pipelines.tracking.store import StoreAway, Tracker, quiet_mlflow, registry, uri_of
+from pipelines.tracking.store import StoreAway, Tracker, quiet_mlflow, record_dataset, uri_of
 from pipelines.training.followed import about_version
 from pipelines.training.run_folder import TrainResult
 
@@ -355,7 +357,7 @@ def answering(*, code: int, said: str, to: str) -> ThreadingHTTPServer:
             403,
             "Permission denied",
             "/runs/create",
-            "does not let user bob write there. Have its admin",
+            "does not let user bob do that. Have its admin",
         ),
     ],
 )
@@ -378,6 +380,24 @@ def test_a_server_that_wants_another_user_is_told_as_that(
     assert "secret" not in str(caught.value)
 
 
+def test_who_may_not_read_or_complete_what_others_made_is_told_so(tmp_path: Path) -> None:
+    """A dataset's run may be another user's, an experiment or model closed to us."""
+    counts = {"people": 1, "photos": 1, "variants": 1, "shards": 1, "bytes": 1, "rejected": {}}
+    card = {"digest": "ab" * 32, "splits": {"val2017": counts}, "config": {}}
+
+    def refused(to: str, ask: Callable[[TrackSettings], object]) -> None:
+        with answering(code=403, said="Permission denied", to=to) as server:
+            uri = f"http://127.0.0.1:{server.server_address[1]}"
+            with pytest.raises(ConfigError, match=rf"^the MLflow server {uri} does not let us do that\. H"):
+                ask(TrackSettings(uri=uri))
+            server.shutdown()
+
+    refused("/experiments/get-by-name", lambda track: record_dataset(card, [], "/data/shards", track))
+    refused("/runs/search", lambda track: Tracker(track, tmp_path).runs_on("ab" * 32))
+    refused("/runs/log-inputs", lambda track: record_dataset(card, [], "/data/shards", track))
+    refused("/model-versions/get", lambda track: Registry(Tracker(track, tmp_path)).version("1"))
+
+
 @pytest.mark.parametrize("name", ["", "x" * 501])
 def test_an_experiment_that_mlflow_does_not_take_is_told_by_its_setting(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"^--track\.experiment '.*': MLflow takes no experiment .* Choose"):
@@ -393,7 +413,7 @@ def test_who_may_not_make_an_experiment_is_told_so(tracker: Tracker, monkeypatch
 
     monkeypatch.setattr(mlflow.MlflowClient, "create_experiment", denied)
     monkeypatch.setattr(tracker, "settings", TrackSettings(experiment="theirs"))
-    with pytest.raises(ConfigError, match="does not let us write there"):
+    with pytest.raises(ConfigError, match="does not let us do that"):
         open_run(tracker)
 
 

@@ -88,19 +88,20 @@ class Registry:
         none."""
         if not self.tracker.there:
             return None
-        if ref is None:
-            return self._newest()
-        if re.fullmatch("[0-9a-f]{64}", ref):
-            return self._newest(f" and tag.weights_sha256='{ref}'")
-        if ref.isdecimal():
-            return self.client.get_model_version(self.model, ref)
-        if not ref.startswith(REGISTERED):
-            return self.version(_weights_sha256(ref))
-        name, alias, which = ref.removeprefix(REGISTERED).rpartition("@")
-        if alias:
-            return self.client.get_model_version_by_alias(name, which)
-        name, _, which = ref.removeprefix(REGISTERED).rpartition("/")
-        return self.client.get_model_version(name, which)
+        with refusals_told(self.tracker.shown):
+            if ref is None:
+                return self._newest()
+            if re.fullmatch("[0-9a-f]{64}", ref):
+                return self._newest(f" and tag.weights_sha256='{ref}'")
+            if ref.isdecimal():
+                return self.client.get_model_version(self.model, ref)
+            if not ref.startswith(REGISTERED):
+                return self.version(_weights_sha256(ref))
+            name, alias, which = ref.removeprefix(REGISTERED).rpartition("@")
+            if alias:
+                return self.client.get_model_version_by_alias(name, which)
+            name, _, which = ref.removeprefix(REGISTERED).rpartition("/")
+            return self.client.get_model_version(name, which)
 
     def _newest(self, condition: str = "") -> ModelVersion | None:
         found = self.client.search_model_versions(f"name='{self.model}'{condition}", max_results=10_000)

@@ -141,7 +141,7 @@ def _refusal(code: str, said: str) -> str | None:
             "the server is started (infra/mlflow.sh), or name it by its address."
         )
     return (
-        f"does not let {f'user {user}' if user else 'us'} write there. Have its admin allow it "
+        f"does not let {f'user {user}' if user else 'us'} do that. Have its admin allow it "
         f"(docs/cluster.md#mlflow), or give names of your own: --track.experiment, --track.registered-model."
     )
 
@@ -259,7 +259,8 @@ class Tracker:
     @quiet_mlflow()
     def runs_on(self, digest: str) -> list[Run]:
         """All runs of the experiment that have the dataset of this digest as an input, newest first."""
-        found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
+        with refusals_told(self.shown):
+            found = self.client.search_runs([self._experiment()], f"dataset.digest = '{digest[:DIGITS]}'")
         return [run for run in found if run.data.tags.get("dataset_digest") == digest]
 
     @quiet_mlflow()
@@ -320,14 +321,15 @@ def record_dataset(
     known = tracker.runs_on(digest)
     own = [run.info.run_id for run in known if run.data.tags.get("stage") == "inspect"]
     tags = {"stage": "inspect", "dataset_digest": digest, "code_version": code_version()}
-    run_id = own[0] if own else tracker.new_run(f"dataset-{digest[:8]}", tags)
-    tracker.log_dataset(run_id, source, digest, [("inspection", split) for split in splits])
-    tracker.log_params(run_id, {"data": card["config"]})
-    for split, figures in splits.items():
-        counts = {key: figures[key] for key in ("people", "photos", "variants", "shards", "bytes")}
-        counts["people_left_out"] = sum(count["people"] for count in figures["rejected"].values())
-        tracker.log_metrics(run_id, {f"data/{split}/{what}": n for what, n in counts.items()})
-    tracker.log_files(run_id, files, "dataset")
+    with refusals_told(tracker.shown):  # the run may be another user's
+        run_id = own[0] if own else tracker.new_run(f"dataset-{digest[:8]}", tags)
+        tracker.log_dataset(run_id, source, digest, [("inspection", split) for split in splits])
+        tracker.log_params(run_id, {"data": card["config"]})
+        for split, figures in splits.items():
+            counts = {key: figures[key] for key in ("people", "photos", "variants", "shards", "bytes")}
+            counts["people_left_out"] = sum(count["people"] for count in figures["rejected"].values())
+            tracker.log_metrics(run_id, {f"data/{split}/{what}": n for what, n in counts.items()})
+        tracker.log_files(run_id, files, "dataset")
     tracker.close_run(run_id, "FINISHED")
     return run_id, [str(run.info.run_name) for run in known if run.info.run_id not in own]
 
