@@ -433,7 +433,7 @@ def test_replicas_run_on_the_nodes_that_were_named(tmp_path: Path, monkeypatch: 
 def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against nodes with a disk of nothing; tests/cluster asks real ones."""
     from hrnet_core.errors import ConfigError
-    from pipelines.cluster.session import shared_paths
+    from pipelines.cluster import shared_paths
 
     asked: list[list[str]] = []
 
@@ -467,7 +467,7 @@ def test_a_path_that_only_the_driver_has(tmp_path: Path, monkeypatch: pytest.Mon
 def nodes_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a cluster whose nodes have room and all files but those at a place; no Ray is started."""
     from pipelines import deploy, sweep
-    from pipelines.cluster.session import shared_paths
+    from pipelines.cluster import shared_paths
 
     def missing(files: list[str]) -> list[tuple[str, list[str]]]:
         there = [file for file in files if Path(file).is_relative_to(place)]
