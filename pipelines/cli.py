@@ -259,6 +259,7 @@ def _score(args: arguments.Evaluate) -> None:
         skeleton=load_skeleton(args.skeleton),
         use_area=args.use_area,
         category=args.evaluate.category,
+        coordinates_checked=args.evaluate.coordinates_checked,
     )
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))

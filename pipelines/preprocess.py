@@ -114,7 +114,8 @@ def _plan(data: DataSettings) -> tuple[list[Split], list[ShardWork], Built]:
     """Both splits, their shards, and those that are there."""
     splits = [read_split(data.root, name, data) for name in split_names(data)]
     for split in splits:
-        refuse_misread(split.annotation_file, doubts_of(seen_of(split), load_skeleton(data.skeleton)))
+        doubts = doubts_of(seen_of(split), load_skeleton(data.skeleton), data.coordinates_checked)
+        refuse_misread(split.annotation_file, doubts)
     if data.strict:
         refuse_rejected([r for split in splits for r in split.rejected])
     works = [work for split in splits for work in plan_shards(split, data)]

@@ -352,6 +352,48 @@ def test_what_is_in_the_centre_of_all_pictures_is_not_scaled(
     assert "px of a smaller picture" in checked(coco).fatal[0]
 
 
+def test_a_fixed_camera_is_not_scaled_once_somebody_says_so(
+    base: dict[str, Any], coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everyone passes above and left: annotations alone look as those of a smaller copy do."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+    for picture in (coco / VAL).iterdir():
+        with Image.open(picture) as opened:
+            size = opened.width, opened.height
+            wide = opened.crop((0, 0, 2 * size[0], 2 * size[1]))  # black beyond, as a crop has it anyway
+        wide.save(picture)
+    file = changed(
+        coco, lambda c: [i.update(width=2 * i["width"], height=2 * i["height"]) for i in c["images"]]
+    )
+    (text,) = checked(coco).fatal
+    assert "--data.coordinates-checked, evaluate: --evaluate.coordinates-checked" in text
+    with pytest.raises(DataError, match="px of a smaller picture"):
+        stats(base, coco)
+    found = checked(coco, coordinates_checked=True)
+    assert (found.fatal, kinds(found)) == ((), {"coordinates_scaled"})
+    settings = EvaluateSettings(coordinates_checked=True)
+    scored = evaluate(base["checkpoint"], coco, out=coco.parent / "out", split=VAL, settings=settings)
+    assert scored.stats == base["found"].stats
+    assert "hrnet validate shows what looks wrong: coordinates_scaled 8" in scored.table()
+    results = json.loads(Path(scored.results_file).read_text())
+    assert evaluate_results(results, file, coordinates_checked=True) == scored.stats
+
+
+def test_fractions_are_no_fixed_camera(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is of a pixel's size, whatever is said of the camera."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+
+    def fractions(content: Content) -> None:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for person in content["annotations"]:
+            triples = np.array(person["keypoints"]).reshape(-1, 3) / [*sizes[person["image_id"]], 1]
+            person.update(keypoints=triples.ravel().tolist(), bbox=[0, 0, 1.5, 1.5], area=1)
+
+    changed(coco, fractions)
+    (text,) = [t for t in checked(coco, coordinates_checked=True).fatal if "as if they were fractions" in t]
+    assert "--data.coordinates-checked" not in text
+
+
 def test_one_of_them_is_told_and_kept(base: dict[str, Any], coco: Path) -> None:
     def one(content: Content) -> None:
         first, second = content["annotations"][:2]
