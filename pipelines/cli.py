@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Of a URI, which may hold credentials, its scheme.
         print(f"hrnet: no verb {name.partition('://')[0]!r}.\n\n{usage()}", file=sys.stderr)
         return 2
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":  # PYTHONUTF8=0, or an old locale
+        print(
+            f"hrnet: names of files are taken for {encoding} here (LC_ALL, LC_CTYPE or LANG), so that those "
+            f"in UTF-8 would not be found. Set PYTHONUTF8=1.",
+            file=sys.stderr,
+        )
+        return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
         with stoppable():
