@@ -435,6 +435,35 @@ def test_pictures_that_exif_turns(coco: Path) -> None:
     assert "EXIF turns 4 of 4 pictures" in found.fatal[0]
 
 
+def test_labels_of_a_phones_picture_as_it_is_shown(base: dict[str, Any], coco: Path) -> None:
+    """Stored on its side, annotated upright: the original is there, and its pixels are what must change."""
+    for picture in (coco / VAL).iterdir():
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(picture) as opened:
+            stored = opened.transpose(Image.Transpose.ROTATE_90)
+        stored.save(picture, exif=exif)
+    (first, *_) = (row for row in checked(coco).rows() if row["kind"] == "size_differs")
+    assert "as its EXIF turns it: turn the pixels, and drop the tag" in str(first["detail"])
+    with pytest.raises(DataError, match="as its EXIF turns it: turn the pixels"):
+        stats(base, coco)
+
+
+def test_width_and_height_exchanged(coco: Path) -> None:
+    changed(coco, lambda c: [i.update(width=i["height"], height=i["width"]) for i in c["images"]])
+    details = {str(row["detail"]) for row in checked(coco).rows() if row["kind"] == "size_differs"}
+    assert details
+    assert all(detail.endswith(": width and height exchanged?") for detail in details)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_an_annotation_without_an_id_is_told(coco: Path, key: str) -> None:
+    changed(coco, without(key))
+    (text,) = checked(coco).fatal
+    assert f"8 annotations have no whole number as {key}" in text
+    assert "Write the id that an entry of 'images' or 'categories' has." in text
+
+
 def test_the_same_picture_twice(coco: Path) -> None:
     first, second = sorted((coco / VAL).iterdir())[:2]
     size = Image.open(first).size

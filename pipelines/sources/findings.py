@@ -11,7 +11,7 @@ from pipelines.sources.examine import Look
 from pipelines.sources.records import Rejection, Split
 
 WAY_OUT = {
-    "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",
+    "missing_image": "copy the picture there, or mend file_name (its folder, upper and lower case count)",
     "path_outside_root": "put the picture into the split's folder and name it relative to that",
     "image_size_invalid": "write its width and height in px into its entry of 'images', or leave both out",
     "bbox_invalid": "write the box as four numbers x, y, width, height with a positive size",
@@ -26,7 +26,7 @@ WAY_OUT = {
     "truncated": "copy or download the picture again",
     "decode_failed": "copy or download the picture again, or save it anew as 8-bit JPEG or PNG",
     "unreadable": "check the rights of the file and the disk",
-    "size_differs": "the picture was scaled or turned after it was annotated: bring back the original",
+    "size_differs": "the picture was scaled or turned after it was annotated: bring back what was annotated",
     "class_invalid": "write the number of the class as the first field of the line",
     "label_unreadable": "write the label file as text, a line a person",
     "label_shared": "two pictures of one name have one label file: rename one of them",
