@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -152,6 +153,7 @@ def validate(args: arguments.Validate) -> int:
         raise ConfigError(
             f"--data.root {args.data.root}: the folder to check is the first argument, {args.coco}."
         )
+    from pipelines.sources.findings import wrapped
     from pipelines.validate import validate, write_csv
 
     for place, flag in ((args.out, "--out"), (args.page, "--page")):
@@ -166,7 +168,8 @@ def validate(args: arguments.Validate) -> int:
         checksums=args.checksums,
         workers=args.workers,
     )
-    print(found.table(args.examples))
+    table = found.table(args.examples)
+    print(wrapped(table, shutil.get_terminal_size().columns) if sys.stdout.isatty() else table)
     if args.out:
         write_csv(found, args.out)
         print(f"every finding: {args.out}")

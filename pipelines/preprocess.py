@@ -260,7 +260,8 @@ def finish(splits: Sequence[Split], works: Sequence[ShardWork], built: Built, da
         if people == 0:
             raise DataError(
                 f"{split.annotation_file}: none of the pictures of split {split.name!r} can be used "
-                f"({', '.join(counts)}). Check the pictures beside it."
+                f"({', '.join(counts)}). Check the pictures beside it: hrnet validate says what is wrong "
+                f"with each, and the way out."
             )
         sections[split.name] = {
             "annotation_file": relative(split.annotation_file, data.root),

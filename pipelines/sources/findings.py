@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ WAY_OUT = {
 """Every kind that a table may have, with what to do."""
 
 
+KIND = 26
+"""Characters of the table's first column."""
 FATES = ("left out", "kept, look at it", "left out by the protocol")
 
 
@@ -185,6 +188,20 @@ class Validation:
         ]
 
 
+def wrapped(table: str, width: int) -> str:
+    """The table for a terminal of so many columns: what does not fit goes on below where it began."""
+    lines = []
+    for line in table.splitlines():
+        indent = len(line) - len(line.lstrip(" "))
+        of_kind = indent == 2 and line[2 : 2 + KIND].strip() in WAY_OUT
+        hang = KIND + 20 if of_kind else indent + 2  # what becomes of it stands behind two columns of 8
+        one = textwrap.TextWrapper(
+            width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
+        )
+        lines += one.wrap(line) or [""]
+    return "\n".join(lines)
+
+
 def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
     split = checked.split
     entries = {photo.image_id for photo in split.photos}
@@ -195,10 +212,10 @@ def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
     )
     groups = checked.findings()
     if groups or split.repaired:
-        yield f"  {'kind':<24}{'rows':>8}{'people':>8}  what becomes of it"
+        yield f"  {'kind':<{KIND}}{'rows':>8}{'people':>8}  what becomes of it"
     for found in groups:
         count = f"{len(found.rows):>8,}{found.people:>8,}"
-        yield f"  {found.kind:<24}{count}  {found.fate}: {WAY_OUT[found.kind]}"
+        yield f"  {found.kind:<{KIND}}{count}  {found.fate}: {WAY_OUT[found.kind]}"
         if found.evidence:
             yield f"      {found.evidence}"
         listed = examples if found.matters else 0
@@ -208,7 +225,7 @@ def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
         if 0 < listed < len(found.rows):
             yield f"      and {len(found.rows) - listed:,} more"
     for kind, number in sorted(split.repaired.items()):
-        yield f"  {kind:<24}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
+        yield f"  {kind:<{KIND}}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
     if unread := sum(1 for look in checked.looks if look.sha256 is None):
         yield f"  {unread:,} of {checked.photos:,} pictures were judged by their header alone (--read 0: all)"
     yield ""
