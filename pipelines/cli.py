@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -43,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         # Of a URI, which may hold credentials, its scheme.
         print(f"hrnet: no verb {name.partition('://')[0]!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":  # PYTHONUTF8=0, or an old locale
+        print(
+            f"hrnet: names of files are taken for {encoding} here (LC_ALL, LC_CTYPE or LANG), so that those "
+            f"in UTF-8 would not be found. Set PYTHONUTF8=1.",
+            file=sys.stderr,
+        )
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     try:
@@ -145,6 +153,7 @@ def validate(args: arguments.Validate) -> int:
         raise ConfigError(
             f"--data.root {args.data.root}: the folder to check is the first argument, {args.coco}."
         )
+    from pipelines.sources.findings import wrapped
     from pipelines.validate import validate, write_csv
 
     for place, flag in ((args.out, "--out"), (args.page, "--page")):
@@ -159,7 +168,8 @@ def validate(args: arguments.Validate) -> int:
         checksums=args.checksums,
         workers=args.workers,
     )
-    print(found.table(args.examples))
+    table = found.table(args.examples)
+    print(wrapped(table, shutil.get_terminal_size().columns) if sys.stdout.isatty() else table)
     if args.out:
         write_csv(found, args.out)
         print(f"every finding: {args.out}")
@@ -259,6 +269,7 @@ def _score(args: arguments.Evaluate) -> None:
         skeleton=load_skeleton(args.skeleton),
         use_area=args.use_area,
         category=args.evaluate.category,
+        coordinates_checked=args.evaluate.coordinates_checked,
     )
     print("  ".join(f"{name:>9}" for name in stats))
     print("  ".join(f"{value:9.4f}" for value in stats.values()))

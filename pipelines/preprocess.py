@@ -114,7 +114,8 @@ def _plan(data: DataSettings) -> tuple[list[Split], list[ShardWork], Built]:
     """Both splits, their shards, and those that are there."""
     splits = [read_split(data.root, name, data) for name in split_names(data)]
     for split in splits:
-        refuse_misread(split.annotation_file, doubts_of(seen_of(split), load_skeleton(data.skeleton)))
+        doubts = doubts_of(seen_of(split), load_skeleton(data.skeleton), data.coordinates_checked)
+        refuse_misread(split.annotation_file, doubts)
     if data.strict:
         refuse_rejected([r for split in splits for r in split.rejected])
     works = [work for split in splits for work in plan_shards(split, data)]
@@ -259,7 +260,8 @@ def finish(splits: Sequence[Split], works: Sequence[ShardWork], built: Built, da
         if people == 0:
             raise DataError(
                 f"{split.annotation_file}: none of the pictures of split {split.name!r} can be used "
-                f"({', '.join(counts)}). Check the pictures beside it."
+                f"({', '.join(counts)}). Check the pictures beside it: hrnet validate says what is wrong "
+                f"with each, and the way out."
             )
         sections[split.name] = {
             "annotation_file": relative(split.annotation_file, data.root),

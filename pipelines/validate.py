@@ -112,7 +112,7 @@ def _check_split(
             rejected.append(replace(found, people=counts[found.image_id]))
         else:
             looks.append(found)
-    doubts = doubts_of(seen_of(split), load_skeleton(data.skeleton))
+    doubts = doubts_of(seen_of(split), load_skeleton(data.skeleton), data.coordinates_checked)
     suspicious = [r for look in looks for r in _of_picture(split, look, known or {})]
     suspicious += [r for look in looks for r in _of_people(split, look, doubts)]
     for one, other in equal_files(looks, looks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_a_missing_coco_folder_ends_with_2_in_a_fresh_process(tmp_path: Path) ->
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_locale_of_other_names_is_refused(tmp_path: Path) -> None:
+    """Pictures named in UTF-8 would be told as missing there."""
+    command = [sys.executable, "-m", "pipelines.cli", "validate", str(tmp_path)]
+    env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "hrnet: names of files are taken for ascii here (LC_ALL, LC_CTYPE or LANG), so that those in UTF-8 "
+        "would not be found. Set PYTHONUTF8=1."
+    ]
 
 
 def test_foreign_results_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

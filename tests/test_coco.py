@@ -252,6 +252,18 @@ def test_one_bad_picture_costs_its_people(root: Path, reason: str, fields: dict[
     assert (rejection.reason, rejection.image_id, rejection.ann_id, rejection.people) == (reason, 10, None, 2)
 
 
+@pytest.mark.parametrize("folder", ["/home/me/set/", "C:\\set\\", "../other/"])
+def test_a_file_of_foreign_paths_alone_is_refused_once(root: Path, folder: str) -> None:
+    """As labelme's exports have them: a sentence, not a row of each picture."""
+    with edited(root) as data:
+        for image in data["images"]:
+            image["file_name"] = folder + image["file_name"]
+        first = data["images"][0]["file_name"]
+    told = re.escape(f"the first is {first!r}.") + f".*{root / TRAIN} is opened.*such as '{TRAIN}-0.jpg'"
+    with pytest.raises(DataError, match=told):
+        read_coco(root, TRAIN, COCO17)
+
+
 def test_links_out_of_the_root_are_never_followed(root: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

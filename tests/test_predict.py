@@ -587,7 +587,10 @@ def test_crowds_are_no_boxes(tmp_path: Path) -> None:
             '{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}',
             "1 ids stand more than once in 'images': 1",
         ),
-        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}', "have an image_id"),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}',
+            "the image_id of 1 annotations",
+        ),
         (
             '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]}',
             "images 1 and 2 have one file_name, 'a'",

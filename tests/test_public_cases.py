@@ -352,6 +352,48 @@ def test_what_is_in_the_centre_of_all_pictures_is_not_scaled(
     assert "px of a smaller picture" in checked(coco).fatal[0]
 
 
+def test_a_fixed_camera_is_not_scaled_once_somebody_says_so(
+    base: dict[str, Any], coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everyone passes above and left: annotations alone look as those of a smaller copy do."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+    for picture in (coco / VAL).iterdir():
+        with Image.open(picture) as opened:
+            size = opened.width, opened.height
+            wide = opened.crop((0, 0, 2 * size[0], 2 * size[1]))  # black beyond, as a crop has it anyway
+        wide.save(picture)
+    file = changed(
+        coco, lambda c: [i.update(width=2 * i["width"], height=2 * i["height"]) for i in c["images"]]
+    )
+    (text,) = checked(coco).fatal
+    assert "--data.coordinates-checked, evaluate: --evaluate.coordinates-checked" in text
+    with pytest.raises(DataError, match="px of a smaller picture"):
+        stats(base, coco)
+    found = checked(coco, coordinates_checked=True)
+    assert (found.fatal, kinds(found)) == ((), {"coordinates_scaled"})
+    settings = EvaluateSettings(coordinates_checked=True)
+    scored = evaluate(base["checkpoint"], coco, out=coco.parent / "out", split=VAL, settings=settings)
+    assert scored.stats == base["found"].stats
+    assert "hrnet validate shows what looks wrong: coordinates_scaled 8" in scored.table()
+    results = json.loads(Path(scored.results_file).read_text())
+    assert evaluate_results(results, file, coordinates_checked=True) == scored.stats
+
+
+def test_fractions_are_no_fixed_camera(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is of a pixel's size, whatever is said of the camera."""
+    monkeypatch.setattr("pipelines.sources.doubts.FEW", 5)
+
+    def fractions(content: Content) -> None:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for person in content["annotations"]:
+            triples = np.array(person["keypoints"]).reshape(-1, 3) / [*sizes[person["image_id"]], 1]
+            person.update(keypoints=triples.ravel().tolist(), bbox=[0, 0, 1.5, 1.5], area=1)
+
+    changed(coco, fractions)
+    (text,) = [t for t in checked(coco, coordinates_checked=True).fatal if "as if they were fractions" in t]
+    assert "--data.coordinates-checked" not in text
+
+
 def test_one_of_them_is_told_and_kept(base: dict[str, Any], coco: Path) -> None:
     def one(content: Content) -> None:
         first, second = content["annotations"][:2]
@@ -391,6 +433,35 @@ def test_pictures_that_exif_turns(coco: Path) -> None:
     found = checked(coco)
     assert kinds(found) == {"exif_turned"}
     assert "EXIF turns 4 of 4 pictures" in found.fatal[0]
+
+
+def test_labels_of_a_phones_picture_as_it_is_shown(base: dict[str, Any], coco: Path) -> None:
+    """Stored on its side, annotated upright: the original is there, and its pixels are what must change."""
+    for picture in (coco / VAL).iterdir():
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(picture) as opened:
+            stored = opened.transpose(Image.Transpose.ROTATE_90)
+        stored.save(picture, exif=exif)
+    (first, *_) = (row for row in checked(coco).rows() if row["kind"] == "size_differs")
+    assert "as its EXIF turns it: turn the pixels, and drop the tag" in str(first["detail"])
+    with pytest.raises(DataError, match="as its EXIF turns it: turn the pixels"):
+        stats(base, coco)
+
+
+def test_width_and_height_exchanged(coco: Path) -> None:
+    changed(coco, lambda c: [i.update(width=i["height"], height=i["width"]) for i in c["images"]])
+    details = {str(row["detail"]) for row in checked(coco).rows() if row["kind"] == "size_differs"}
+    assert details
+    assert all(detail.endswith(": width and height exchanged?") for detail in details)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_an_annotation_without_an_id_is_told(coco: Path, key: str) -> None:
+    changed(coco, without(key))
+    (text,) = checked(coco).fatal
+    assert f"8 annotations have no whole number as {key}" in text
+    assert "Write the id that an entry of 'images' or 'categories' has." in text
 
 
 def test_the_same_picture_twice(coco: Path) -> None:

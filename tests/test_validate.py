@@ -25,7 +25,7 @@ from pipelines.pages.findings import _drawn, write_findings
 from pipelines.preprocess import preprocess
 from pipelines.settings.config import DataSettings, RunConfig
 from pipelines.sources import records
-from pipelines.sources.findings import WAY_OUT, Validation
+from pipelines.sources.findings import WAY_OUT, Validation, wrapped
 from pipelines.sources.records import LEFT_OUT_AS_PUBLISHED, Rejection
 from pipelines.validate import read_checksums, validate
 
@@ -183,6 +183,22 @@ def test_the_table_names_kinds_counts_examples_and_ways_out(
         r"\n  bbox_invalid +5 +5  left out.*\n.*annotation 3: bbox is 3 entries.*\n +and 4 more\n", table
     )
     capfd.readouterr()
+
+
+def test_the_table_fits_a_terminal(coco: Path) -> None:
+    """Of 80 columns; what becomes of a kind goes on below where it began."""
+    with edited(coco) as data:
+        data["annotations"][0]["bbox"] = None
+    table = check(coco).table(examples=1)
+    narrow = wrapped(table, 80)
+    assert narrow.split() == table.split()
+    assert max(len(line) for line in narrow.splitlines() if "/" not in line) <= 80
+    lines = narrow.splitlines()
+    (head,) = {line for line in lines if line.startswith("  kind ")}
+    (row,) = (number for number, line in enumerate(lines) if line.startswith("  bbox_invalid "))
+    assert head.index("what becomes of it") == lines[row].index("left out: ")
+    assert lines[row + 1][: head.index("what")].isspace()
+    assert not lines[row + 1][head.index("what")].isspace()
 
 
 def test_every_kind_has_a_way_out_and_a_row_in_the_docs() -> None:

@@ -21,6 +21,7 @@ from pipelines.preprocess import preprocess
 from pipelines.settings.config import DataSettings, EvaluateSettings
 from pipelines.sources.coco import read_coco
 from pipelines.sources.evaluation_set import read_evaluation_set
+from pipelines.sources.findings import WAY_OUT
 from pipelines.sources.records import Split
 from pipelines.sources.yolo import read_yolo
 from pipelines.validate import validate
@@ -161,6 +162,16 @@ def test_a_line_is_rejected_by_its_kind(root: Path, reason: str, change: Callabl
     assert (rejection.file, rejection.image_id, rejection.ann_id) == (f"{TRAIN}-0.jpg", 1, 2)
     assert rejection.detail.startswith(f"{TRAIN}-0.txt line 2: ")
     assert len(split.people) == 3
+
+
+def test_fields_with_commas_are_told_in_a_line(root: Path) -> None:
+    """All of the line is then one field: its start is shown, not 51 numbers."""
+    first, _ = label(root).read_text().splitlines()
+    label(root).write_text(",".join(first.split()))
+    (rejection,) = read_yolo(root, "train", COCO17).rejected
+    assert rejection.reason == "class_invalid"
+    assert len(rejection.detail) < 90
+    assert "spaces between its fields" in WAY_OUT[rejection.reason]
 
 
 def test_a_value_outside_the_picture_says_so(root: Path) -> None:

@@ -36,6 +36,7 @@ def evaluate_results(
     skeleton: Skeleton = COCO17,
     use_area: bool = True,
     category: str | None = None,
+    coordinates_checked: bool = False,
 ) -> dict[str, float]:
     """The figures of a COCO keypoint results list, equal to pycocotools' to the last digit.
 
@@ -53,7 +54,7 @@ def evaluate_results(
     truth = ground_truth
     if not isinstance(truth, GroundTruth):
         read = read_annotations(truth, skeleton, TO_SCORE._replace(category=category))
-        doubts = doubts_of(read.seen, skeleton)
+        doubts = doubts_of(read.seen, skeleton, coordinates_checked)
         refuse_misread(read.name, doubts)
         for doubt in doubts:
             logger.info("%s: %s", read.name, doubt.evidence)

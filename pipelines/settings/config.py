@@ -35,7 +35,7 @@ class RunSettings(Section):
     """Folder for checkpoints, pictures, reports and, without a tracking server, MLflow's database."""
 
 
-SOURCES = ("root", "format", "category", "shards", "strict")
+SOURCES = ("root", "format", "category", "coordinates_checked", "shards", "strict")
 """Settings of DataSettings that say where the data is, not what it becomes."""
 
 
@@ -48,6 +48,9 @@ class DataSettings(Section):
     category: str | None = None
     """Name of the category that is read; "all" joins those with the skeleton's keypoints. Default: person, or
     the only one that lists keypoints."""
+    coordinates_checked: bool = False
+    """People do stand in the upper left of all pictures (a fixed camera): annotations that look as if they
+    were px of smaller pictures are read as they stand."""
     shards: str = ""
     """Folder or URI of the preprocessed dataset (manifest.json, data/)."""
     train_split: str = "train2017"
@@ -159,6 +162,8 @@ class EvaluateSettings(WorkerSettings):
     category: str | None = None
     """Name of the category that is scored; "all" joins those of the skeleton, as one. Default: person, or the
     only one that lists keypoints, whatever data.category was."""
+    coordinates_checked: bool = False
+    """As data.coordinates_checked, of the annotations that are scored against."""
     boxes_category: BoxesCategory | None = None
     """category_id that people have in the detector's file; "all": whatever they have. Default: those of the
     annotations that are scored."""

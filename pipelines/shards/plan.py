@@ -80,7 +80,8 @@ def plan_shards(split: Split, data: DataSettings) -> list[ShardWork]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
         raise DataError(
             f"{split.annotation_file}: no person of split {split.name!r} can be used "
-            f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures."
+            f"({reasons or 'it has none'}). Give annotations with labelled keypoints and their pictures: "
+            f"hrnet validate says what is wrong with each, and the way out."
         )
     recipe = Recipe.of(data)
     sizes = file_sizes([photo.path for photo, _ in photos])

@@ -366,11 +366,11 @@ def _refuse_lost(
     strange = [a for a in annotations if type(of(a)) is not int]
     if strange:
         raise DataError(
-            f"{file}: {len(strange)} annotations have an {key} that is no integer: annotation "
-            f"{strange[0].id} has {of(strange[0])!r:.60}. Write ids as whole numbers."
+            f"{file}: {len(strange)} annotations have no whole number as {key}: annotation {strange[0].id} "
+            f"has {of(strange[0])!r:.60}. Write the id that an entry of 'images' or 'categories' has."
         )
     if lost := [a.id for a in annotations if of(a) not in known]:
         raise DataError(
-            f"{file}: {len(lost)} annotations have an {key} that the file does not define: annotation "
+            f"{file}: the {key} of {len(lost)} annotations is not defined in the file: annotation "
             f"ids {listed(lost)}. Remove them, or add what they refer to."
         )

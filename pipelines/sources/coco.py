@@ -10,7 +10,7 @@ import contextlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from operator import attrgetter
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def read_coco(root: str | Path, split: str, skeleton: Skeleton, wanted: Wanted =
         return None
 
     read = read_annotations(annotation_file, skeleton, wanted, size_of)
+    _refuse_foreign_paths(annotation_file, pictures, read.images.values())
     judged = read.judged
     people = judged.people[judged.usable]
     counts = {image_id: rows.stop - rows.start for image_id, rows in people.by_image().items()}
@@ -114,6 +115,19 @@ def _check_folders(root: str, split: str, annotation_file: str, pictures: str) -
         raise DataError(
             f"{pictures}: no such folder. The pictures of split {split!r} are looked for in {split}/, "
             f"images/{split}/ and images/ beside annotations/. Check --data.root, or unpack them there."
+        )
+
+
+def _refuse_foreign_paths(annotation_file: str, pictures: str, images: Collection[ImageEntry]) -> None:
+    """DataError where no entry names a place below the split's folder: labelme's are of its own machine."""
+    problems = [image_problem(image, sized=False) for image in images]
+    if images and all(problem and problem[0] == "path_outside_root" for problem in problems):
+        first = printable(next(iter(images)).file_name)
+        name = first.replace("\\", "/").rpartition("/")[2]
+        raise DataError(
+            f"{annotation_file}: every file_name is an absolute path or leads out of its folder, the first "
+            f"is {first!r}. Nothing outside of {pictures} is opened: put the pictures there, and write names "
+            f"relative to it, such as {name!r}."
         )
 
 

@@ -58,14 +58,15 @@ class Seen:
         return self.people.stated_xywh[:, 2] * self.people.stated_xywh[:, 3]
 
 
-def doubts_of(seen: Seen, skeleton: Skeleton) -> list[Doubt]:
-    """All doubts that somebody gives, the gravest first."""
+def doubts_of(seen: Seen, skeleton: Skeleton, coordinates_checked: bool = False) -> list[Doubt]:
+    """All doubts that somebody gives, the gravest first. coordinates_checked: the user says that people do
+    stand in a part of the pictures; it is told then, and proves nothing."""
     if not len(seen.people):
         return []
     twice = _same_person_twice(seen)
     found = [
         _box_is_corners(seen),
-        _coordinates_scaled(seen),
+        _coordinates_scaled(seen, coordinates_checked),
         _outside_picture(seen),
         _visible_at_origin(seen),
         twice,
@@ -128,9 +129,10 @@ def _outside_picture(seen: Seen) -> Doubt:
     )
 
 
-def _coordinates_scaled(seen: Seen) -> Doubt:
+def _coordinates_scaled(seen: Seen, checked: bool) -> Doubt:
     """Nobody of many reaches beyond a part of the pictures: fractions, percent, or another size. What is
-    around the centre of all of them (a mark on aligned pictures) has its size."""
+    around the centre of all of them (a mark on aligned pictures) has its size. A fixed camera whose people
+    all pass above and left looks the same, and only who made the set can tell."""
     people = seen.people
     labelled = people.keypoints[..., 2:] > 0
     largest = np.where(labelled, people.keypoints[..., :2], 0).max(axis=1)
@@ -140,15 +142,22 @@ def _coordinates_scaled(seen: Seen) -> Doubt:
     few = len(people) < FEW or len(np.unique(people.image_id)) < 3
     who = np.full(len(people), reach < 0.6 and not centred and not few)
     most = float(largest.max())
-    unit = "px of a smaller picture"
+    unit, fractions = "px of a smaller picture", most <= 1.5
     if most <= 100:
-        unit = "fractions from 0 to 1" if most <= 1.5 else "percent or px of a smaller picture"
+        unit = "fractions from 0 to 1" if fractions else "percent or px of a smaller picture"
+    way_out = "multiply keypoints, boxes and areas to px of the stored picture"
+    if not fractions:
+        way_out += (
+            ". If people do stand there (a fixed camera; hrnet validate --page draws some), say so with "
+            "--data.coordinates-checked, evaluate: --evaluate.coordinates-checked"
+        )
     return Doubt(
         "coordinates_scaled",
         who,
         f"none of {len(people):,} people reaches beyond {reach:.0%} of the width or height of the picture; "
         f"the largest coordinate is {most:g}, as if they were {unit}. Crops would show the wrong place: "
-        f"multiply keypoints, boxes and areas to px of the stored picture.",
+        f"{way_out}.",
+        proves=fractions or not checked,
     )
 
 

@@ -60,7 +60,7 @@ def read_evaluation_set(
         coco_root, split, skeleton, Wanted(True, way_out, settings.category, "--evaluate.category")
     )
     labelled.truth.refuse_unscorable()
-    doubts = doubts_of(seen_of(labelled), skeleton)
+    doubts = doubts_of(seen_of(labelled), skeleton, settings.coordinates_checked)
     refuse_misread(labelled.annotation_file, doubts)
     told = {doubt.kind: int(doubt.who.sum()) for doubt in doubts}
     refuse_unusable([(r.file, f"{r.reason}, {r.detail}") for r in labelled.rejected if r.ann_id is None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,13 +12,13 @@ from pipelines.sources.examine import Look
 from pipelines.sources.records import Rejection, Split
 
 WAY_OUT = {
-    "missing_image": "copy the picture there, or mend file_name (upper and lower case count)",
+    "missing_image": "copy the picture there, or mend file_name (its folder, upper and lower case count)",
     "path_outside_root": "put the picture into the split's folder and name it relative to that",
     "image_size_invalid": "write its width and height in px into its entry of 'images', or leave both out",
     "bbox_invalid": "write the box as four numbers x, y, width, height with a positive size",
     "bbox_degenerate": "the box has no pixel in the picture: mend it, or remove the annotation",
     "keypoints_length": "write x, y, v for every keypoint of the skeleton; 0, 0, 0 where none is labelled",
-    "keypoints_invalid": "write finite numbers",
+    "keypoints_invalid": "write finite numbers; in YOLO-pose labels fractions from 0 to 1, not px",
     "visibility_invalid": "v is 0 (not labelled), 1 (hidden) or 2 (seen)",
     "empty": "copy or download the picture again",
     "not_an_image": "often the web page of a failed download: download the picture again",
@@ -26,8 +27,8 @@ WAY_OUT = {
     "truncated": "copy or download the picture again",
     "decode_failed": "copy or download the picture again, or save it anew as 8-bit JPEG or PNG",
     "unreadable": "check the rights of the file and the disk",
-    "size_differs": "the picture was scaled or turned after it was annotated: bring back the original",
-    "class_invalid": "write the number of the class as the first field of the line",
+    "size_differs": "the picture was scaled or turned after it was annotated: bring back what was annotated",
+    "class_invalid": "write the number of the class first in the line, and spaces between its fields",
     "label_unreadable": "write the label file as text, a line a person",
     "label_shared": "two pictures of one name have one label file: rename one of them",
     "exif_rotated": "YOLO-pose labels are of the picture as displayed: turn the pixels, drop the EXIF tag",
@@ -70,6 +71,8 @@ WAY_OUT = {
 """Every kind that a table may have, with what to do."""
 
 
+KIND = 26
+"""Characters of the table's first column."""
 FATES = ("left out", "kept, look at it", "left out by the protocol")
 
 
@@ -185,6 +188,20 @@ class Validation:
         ]
 
 
+def wrapped(table: str, width: int) -> str:
+    """The table for a terminal of so many columns: what does not fit goes on below where it began."""
+    lines = []
+    for line in table.splitlines():
+        indent = len(line) - len(line.lstrip(" "))
+        of_kind = indent == 2 and line[2 : 2 + KIND].strip() in WAY_OUT
+        hang = KIND + 20 if of_kind else indent + 2  # what becomes of it stands behind two columns of 8
+        one = textwrap.TextWrapper(
+            width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
+        )
+        lines += one.wrap(line) or [""]
+    return "\n".join(lines)
+
+
 def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
     split = checked.split
     entries = {photo.image_id for photo in split.photos}
@@ -195,10 +212,10 @@ def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
     )
     groups = checked.findings()
     if groups or split.repaired:
-        yield f"  {'kind':<24}{'rows':>8}{'people':>8}  what becomes of it"
+        yield f"  {'kind':<{KIND}}{'rows':>8}{'people':>8}  what becomes of it"
     for found in groups:
         count = f"{len(found.rows):>8,}{found.people:>8,}"
-        yield f"  {found.kind:<24}{count}  {found.fate}: {WAY_OUT[found.kind]}"
+        yield f"  {found.kind:<{KIND}}{count}  {found.fate}: {WAY_OUT[found.kind]}"
         if found.evidence:
             yield f"      {found.evidence}"
         listed = examples if found.matters else 0
@@ -208,7 +225,7 @@ def _split_lines(checked: CheckedSplit, examples: int) -> Iterator[str]:
         if 0 < listed < len(found.rows):
             yield f"      and {len(found.rows) - listed:,} more"
     for kind, number in sorted(split.repaired.items()):
-        yield f"  {kind:<24}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
+        yield f"  {kind:<{KIND}}{number:>8,}{'':>8}  repaired: {WAY_OUT[kind]}"
     if unread := sum(1 for look in checked.looks if look.sha256 is None):
         yield f"  {unread:,} of {checked.photos:,} pictures were judged by their header alone (--read 0: all)"
     yield ""

@@ -74,8 +74,13 @@ def open_picture(
         return picture
     width, height = picture.size
     turned = " once turned as its EXIF says (--predict.no-exif: as stored)" if picture.turned else ""
+    why = ""
+    if (height, width) == tuple(size):
+        why = ": width and height exchanged?"
+        if not apply_exif and picture.header.orientation >= 5:  # a phone's photograph, as viewers show it
+            why = ", as its EXIF turns it: turn the pixels, and drop the tag"
     raise ImageError(
-        "size_differs", f"{width} x {height} px{turned}, the annotations are for {size[0]} x {size[1]}"
+        "size_differs", f"{width} x {height} px{turned}, the annotations are for {size[0]} x {size[1]}{why}"
     )
 
 

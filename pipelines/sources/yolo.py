@@ -74,7 +74,7 @@ def read_yolo(root: str | Path, split: str, skeleton: Skeleton, category: str | 
                 bbox, keypoints = _row(fields, one, skeleton, description.dimensions, passed)
                 rows.append(Annotation(identity, one.image_id, 1, bbox=bbox, keypoints=keypoints))
             else:
-                detail = f"{origin[identity]}: class {fields[0]!r} is no number"
+                detail = f"{origin[identity]}: class {fields[0]!r:.40} is no number"
                 rejected.append(Rejection("class_invalid", one.name, one.image_id, identity, detail))
     if others and not rows:
         raise DataError(
