@@ -41,6 +41,7 @@ def main() -> int:
         ),
         "train": stage(
             *("train", "tiny", *data, "--run.name", RUN.name, "--train.num-workers", "2", "--track.no-onnx"),
+            *("--train.precision", fast_precision()),
             *common,
         ),
         "evaluate": stage(
@@ -64,6 +65,13 @@ def main() -> int:
         stop(server)
         print("  nothing is left running; make demo KEEP=1 leaves the endpoint and its page up")
     return 0
+
+
+def fast_precision() -> str:
+    """bfloat16 where the processor multiplies in it: a step takes .6 of float32's time, to the same AP."""
+    from hrnet_core.modes import has_bfloat16
+
+    return "bfloat16" if has_bfloat16() else "float32"
 
 
 def stage(verb: str, *arguments: str) -> float:
