@@ -31,6 +31,7 @@ from hrnet_core.locations import fetch, is_uri, one_line
 Outputs = dict[str, NDArray[Any]]
 """By name, without the batch axis."""
 STRIDES = (8, 16, 32)  # of YOLOX's three maps, in px of its input
+LARGEST_SIDE = 8192  # px of its input, as float32 800 MB: a slip of the keyboard beyond
 LARGEST_LOGIT = 80.0  # exp stays finite in float32
 
 
@@ -77,6 +78,8 @@ class Declaration:
                 problems.append(f"{name} is {value!r}, choose one of {', '.join(get_args(hint))}")
         if len(self.input_size) != 2 or not all(type(side) is int and side > 0 for side in self.input_size):
             problems.append(f"input_size must be [width, height] in px, got {list(self.input_size)}")
+        elif max(self.input_size) > LARGEST_SIDE:
+            problems.append(f"input_size goes to {LARGEST_SIDE} px a side, got {list(self.input_size)}")
         if self.layout == "boxes" and not self.boxes:
             problems.append("layout boxes needs the field boxes, the name of that output")
         if self.layout == "yolox" and (self.boxes or self.scores or self.labels):

@@ -92,9 +92,9 @@ def deploy(
             args, spec = serve_args(found, here, run, track)
         # Ray gives its workers the lowest priority; here they are what the machine is for. Read by the node.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        joined = there.address if there else None
+        joined, started = (there.address, ray_settings) if there else (None, with_metrics_port(ray_settings))
         # What Serve's processes print is of no use here; their logs have it.
-        with ray_session(with_metrics_port(ray_settings), address=joined, workers_shown=False):
+        with ray_session(started, address=joined, workers_shown=False):
             if block and settings.cpus_per_replica is None:
                 args = args.model_copy(update=_share_of_the_machine(args))
             if block and there is None:

@@ -95,7 +95,7 @@ class Client:
         image: a file, or its bytes. boxes: [[x, y, w, h], ...] in px of the displayed picture; None: the
         endpoint's detector finds the people, where it has one; else the whole picture is one person.
         format: native, coco (a list; the picture is `image_id`) or openpose. find: `boxes_from` ("detector",
-        "whole_image"), `score_threshold`, `max_found`, where the boxes are to be found.
+        "whole_image"), `score_threshold`, `max_found` to find people; `category_id` of coco.
         """
         asked = {} if format == "native" else {"format": format, "image_id": image_id}
         return _parsed(self._post("/v1/poses", asked | find, image, boxes))

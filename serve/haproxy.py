@@ -35,6 +35,7 @@ refused in the middle of one, a client may find its connection closed instead of
 FULL_HEADER = "x-hrnet-full"
 """Of a refusal by a replica that would refuse everyone: for what (`reason`). serve/room.py sends it."""
 RETRY_S = 1
+ALLOW = "GET,HEAD,OPTIONS,POST"
 UNAVAILABLE = 14  # grpc.StatusCode
 UNREADABLE = (400, "malformed-request", "The request cannot be read", "this is not HTTP as it is read here.")
 SLOW = (408, "slow-request", "The request came too slowly", "it was not whole in time. Send it again.")
@@ -81,15 +82,19 @@ def edited(config: str) -> str:
 
 
 def _rules() -> list[str]:
-    """Of the frontend: an id for each request, and problems in place of plain text. What the application says
-    with such a status is never plain text."""
-    plain, given = "{ res.hdr(content-type) -m beg text/plain }", "{ req.hdr(x-request-id) -m found }"
+    """Of the frontend: an id for each request that has no usable one, and problems in place of plain text.
+    What the application says with such a status is never plain text."""
+    plain = "{ res.hdr(content-type) -m beg text/plain }"
+    given = "{ req.fhdr(x-request-id,1) -m reg '^[!-~]{1,128}$' }"  # as serve.front.REQUEST_ID
     full = f"{{ status 429 }} {{ res.hdr({FULL_HEADER}) -m found }}"
     return [
         "    unique-id-format %[uuid]",
         f"    http-request set-header x-request-id %[unique-id] if !{given}",
-        "    http-request set-var(txn.hrnet_id) req.hdr(x-request-id),json(utf8s)",
+        "    http-request set-var(txn.hrnet_id) req.fhdr(x-request-id,1)",
         "    http-request set-var(txn.hrnet_path) path,json(utf8s)",
+        # OPTIONS * asks about the server, not an address. Whatever else has none would find no application.
+        f"    http-request return status 200 hdr Allow {ALLOW} if METH_OPTIONS !{{ path -m found }}",
+        f"    http-request return status 400 {_sent(UNREADABLE)} if !{{ path -m beg / }}",
         f"    http-response set-var(proc.hrnet_full) res.hdr({FULL_HEADER}) if {full}",
         f"    http-response set-var(proc.hrnet_retry_s) res.hdr(retry-after) if {full}",
         f"    http-response set-var(proc.hrnet_full_at) date(0,ms) if {full}",
@@ -119,17 +124,17 @@ def _while_full() -> list[str]:
 def _sent(sent: Sent, reason: str = "", retry_s: str = str(RETRY_S)) -> str:
     """What HAProxy is to send, in its language."""
     status, slug, title, detail = sent
-    request_id = "%[var(txn.hrnet_id)]"
     problem = {
         "type": f"urn:hrnet:problem:{slug}",
         "title": title,
         "status": status,
         "detail": detail,
         "instance": "%[var(txn.hrnet_path)]",
-        "request_id": request_id,
+        "request_id": "%[var(txn.hrnet_id),json(utf8s)]",
         **({"reason": reason} if reason else {}),
     }
-    headers = {"X-Request-ID": request_id, **({"Retry-After": retry_s} if status in (429, 503) else {})}
+    again = {"Retry-After": retry_s} if status in (429, 503) else {}
+    headers = {"X-Request-ID": "%[var(txn.hrnet_id)]", **again}
     given = " ".join(f"hdr {name} {value}" for name, value in headers.items())
     return f"content-type application/problem+json {given} lf-string '{json.dumps(problem)}'"
 

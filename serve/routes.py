@@ -36,7 +36,7 @@ ScoreThreshold = Annotated[
 MaxFound = Annotated[
     int | None, Query(ge=1, description="Most people that are found in a picture. Default: the endpoint's.")
 ]
-ImageId = Annotated[int, Query(ge=0, le=2**53)]
+CocoId = Annotated[int, Query(ge=0, le=2**53)]
 Threshold = Annotated[float, Query(ge=0, le=1)]
 
 
@@ -82,7 +82,8 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
     async def poses(
         request: Request,
         format: Format = "native",
-        image_id: ImageId = 1,
+        image_id: CocoId = 1,
+        category_id: CocoId = 1,
         boxes_from: BoxesFrom = "auto",
         score_threshold: ScoreThreshold = None,
         max_found: MaxFound = None,
@@ -92,7 +93,8 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
         Pictures without boxes, `boxes_from`: `detector` finds their people, `whole_image` takes each as one
         person; `auto` is the detector where the endpoint has one (/v1/models), else the whole picture.
         `native` is the answer with `results`. `coco`: a list of COCO keypoint results; pictures are numbered
-        from `image_id`. `openpose`: OpenPose's JSON of one picture, its 18 keypoints.
+        from `image_id`, everyone has `category_id`. `openpose`: OpenPose's JSON of one picture, its 18
+        keypoints.
         """
         request.state.find = Find(boxes_from=boxes_from, score_threshold=score_threshold, max_found=max_found)
         answered = await service.answer(request)
@@ -100,7 +102,8 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
         with spans_of(request).stage("encode"):
             content = answered.answer.model_dump_json()
             if format != "native":
-                content = json.dumps(_as_format(format, answered.poses, image_id), allow_nan=False)
+                told = _as_format(format, answered.poses, image_id, category_id)
+                content = json.dumps(told, allow_nan=False)
         return Response(content, headers=headers, media_type="application/json")
 
     @app.post(
@@ -131,10 +134,10 @@ def _add_poses(app: FastAPI, service: PoseService) -> None:
         return Response(answered.file, media_type="image/png", headers=headers)
 
 
-def _as_format(name: str, poses: list[Poses], image_id: int) -> Any:
+def _as_format(name: str, poses: list[Poses], image_id: int, category_id: int) -> Any:
     """The people of a request as other programs read them. Problem where they cannot be said so."""
     if name == "coco":
-        return [result for i, one in enumerate(poses) for result in one.to_coco(image_id + i)]
+        return [result for i, one in enumerate(poses) for result in one.to_coco(image_id + i, category_id)]
     if len(poses) > 1:
         raise Problem.of_field("image", "too-many-images", "an OpenPose answer is of one picture.", limit=1)
     try:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,8 @@ class Traces:
         wanted = (endpoint or _by_environment()) and not cannot(endpoint)
         self._provider = _provider(endpoint) if wanted else None
         self._tracer = self._provider.get_tracer(SERVICE) if self._provider else None
+        self._end = weakref.finalize(self, _end, self._provider)
+        self._end.atexit = False  # a provider ends with its process by itself
 
     def began(self, method: str, headers: Mapping[str, str], request_id: str) -> Spans:
         """The spans of a request: part of the client's trace where it sends `traceparent`."""
@@ -170,11 +173,16 @@ class Traces:
             self._provider.force_flush()
 
     def close(self) -> None:
-        """Send what is kept back and end; a receiver that is away does not hold up a replica that ends."""
-        if self._provider:
-            ending = threading.Thread(target=self._provider.shutdown, daemon=True)
-            ending.start()
-            ending.join(END_S)
+        """Send what is kept back and end; a receiver that is away does not hold up a replica that ends. Does
+        nothing a second time, or while the interpreter goes."""
+        self._end()
+
+
+def _end(provider: Any) -> None:
+    if provider:
+        ending = threading.Thread(target=provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(END_S)
 
 
 def _provider(endpoint: str | None) -> Any:

@@ -701,6 +701,28 @@ def test_an_endpoint_keeps_its_grpc_port(
     assert ("gRPC  127.0.0.1:9001 " in told) == (there_port == 9001)
 
 
+def test_the_command_that_began_an_endpoint_changes_its_model_too(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its --ray.metrics-port is taken then: by that endpoint."""
+    there = Endpoint("somewhere", "127.0.0.1", True, 1, 0.0, None)
+    joined: list[str | None] = []
+
+    def session(*_: Any, address: str | None, workers_shown: bool) -> contextlib.AbstractContextManager[None]:
+        joined.append(address)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(deploying, "endpoint_at", lambda port: there)
+    monkeypatch.setattr(deploying, "ray_session", session)
+    monkeypatch.setattr(deploying, "room_for", lambda *_: 2)
+    monkeypatch.setattr(live, "bring_up", lambda *_: "http://127.0.0.1:8000")
+    monkeypatch.setattr(deploying, "_remove_old_copies", lambda *_: None)  # asks what is live
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        asked = RaySettings(metrics_port=taken.getsockname()[1])
+        deploy(str(checkpoint), ServeSettings(), run=RunSettings(storage=str(tmp_path)), ray_settings=asked)
+    assert joined == ["somewhere"]
+
+
 def test_grpc_takes_messages_as_long_as_bodies_and_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServeSettings(grpc_port=9000, max_body_bytes=1000, haproxy=False)
     variables = ingress.environment(settings)

@@ -251,6 +251,7 @@ def test_it_travels_to_other_processes(tmp_path: Path) -> None:
         ({"input_size": [320]}, "input_size must be [width, height]"),
         ({"input_size": [64, 64]}, "does not take float32 (1, 3, 64, 64)"),
         ({"input_size": "big"}, "input_size"),
+        ({"input_size": [200_000, 200_000]}, "input_size goes to 8192 px a side"),
         ({"std": [1, 0, 1]}, "std"),
         ({"nms_iou": 3}, "nms_iou must lie above 0"),
         ({"layout": "yolox", "boxes": "", "scores": ""}, "layout yolox reads one of"),

@@ -178,9 +178,9 @@ def test_what_is_not_the_applications_answer_is_a_problem(
     started: tuple[str, list[int], psutil.Process],
 ) -> None:
     case, (port, *others), process = started
-    given = {"X-Request-ID": 'an "id"'}
+    given = {"X-Request-ID": 'an-"id"'}
     if case == "replica":
-        assert ask(port, "/200", given)[2] == b'an "id"'
+        assert ask(port, "/200", given)[2] == b'an-"id"'
         assert len(ask(port, "/200")[2]) == 36, "the replica's log and the client have one id"
         assert ask(port, "/problem")[::2] == (500, PROBLEM), "the application's own stays"
         for path, status, slug in (
@@ -195,7 +195,8 @@ def test_what_is_not_the_applications_answer_is_a_problem(
     else:
         assert_problem(ask(port, "/v1/poses"), "/v1/poses", 503, "unavailable")
         named = ask(port, "/v1/poses", given)
-        assert json.loads(named[2])["request_id"] == 'an "id"'
+        assert json.loads(named[2])["request_id"] == 'an-"id"'
+        assert named[1]["x-request-id"] == 'an-"id"'
     with pytest.raises(grpc.RpcError) as refused, grpc.insecure_channel(f"127.0.0.1:{others[-1]}") as channel:
         channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"", timeout=20)
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE, "what clients try again"
@@ -205,6 +206,43 @@ def test_what_is_not_the_applications_answer_is_a_problem(
     listening = {c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert {address.port for address in listening} == {port, *others}
     assert {address.ip for address in listening} == {"127.0.0.1"}, "nothing is open to other machines"
+
+
+@pytest.mark.parametrize("started", ["replica"], indirect=True)
+def test_what_is_asked_of_no_address_is_answered_by_haproxy(
+    started: tuple[str, list[int], psutil.Process],
+) -> None:
+    _, (port, *_), _ = started
+    for request, status, said in (
+        (b"OPTIONS *", b"200", b"\r\nallow: GET,HEAD,OPTIONS,POST\r\n"),
+        (b"GET *", b"400", b"urn:hrnet:problem:malformed-request"),
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+            raw.sendall(request + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda raw=raw: raw.recv(10_000), b""))
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert said in answer
+
+
+@pytest.mark.parametrize("started", ["replica", "nothing there"], indirect=True)
+def test_a_request_id_that_no_log_can_hold_is_replaced(
+    started: tuple[str, list[int], psutil.Process],
+) -> None:
+    case, (port, *_), _ = started
+    for sent, kept in (
+        ("a" * 128, True),
+        ("a,b", True),
+        ("a" * 129, False),
+        ("a" * 200_000, False),
+        ("two words", False),
+        ("a\tb", False),
+        ("Zoë", False),
+    ):
+        _, headers, body = ask(port, "/200", {"X-Request-ID": sent})
+        found = body.decode() if case == "replica" else json.loads(body)["request_id"]
+        assert (found == sent) == kept, sent[:40]
+        assert kept or len(found) == 36
+        assert case == "replica" or headers["x-request-id"] == found
 
 
 @pytest.mark.parametrize("started", ["replica"], indirect=True)

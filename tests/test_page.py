@@ -396,6 +396,23 @@ def test_names_in_the_docs_are_shown_as_code(browser: Any, url: str) -> None:
 
 
 @pytest.mark.slow
+def test_no_status_of_the_docs_is_torn_on_a_phone(browser: Any, url: str) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 800})
+    page.goto(f"{url}docs")
+    status = page.locator("section:has-text('Problems') td:first-child")
+    status.first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    lines = "cells => cells.map(({ firstChild: text }) => {"
+    lines += (
+        "const all = document.createRange(); all.selectNode(text); return all.getClientRects().length; })"
+    )
+    found = status.evaluate_all(lines)
+    assert len(found) > 10
+    assert set(found) == {1}
+    page.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [True, False])
 def test_keypoints_of_other_bodies(browser: Any, url: str, sides: bool) -> None:
     """Names of 60 characters leave their numbers in sight; sides are known by L_ and R_; where no name has

@@ -214,11 +214,13 @@ def test_a_wrong_header_length_is_refused(service: PoseService, length: str) -> 
 def test_coco_results_are_the_predictors(service: PoseService, predictor: PosePredictor) -> None:
     files = [("image", PNG), ("image", encode_png(photo(2)))]
     data = {"boxes": json.dumps([BOXES[:2], None])}
-    response = call(service, "POST", "/v1/poses?format=coco&image_id=40", files=files, data=data)
+    response = call(
+        service, "POST", "/v1/poses?format=coco&image_id=40&category_id=5", files=files, data=data
+    )
     assert response.headers["x-model-version"] == "7"
     expected = [
-        *predictor(photo(), BOXES[:2])[0].to_coco(40),
-        *predictor(photo(2))[0].to_coco(41),
+        *predictor(photo(), BOXES[:2])[0].to_coco(40, 5),
+        *predictor(photo(2))[0].to_coco(41, 5),
     ]
     assert len(response.json()) == 3
     for found, asked in zip(response.json(), expected, strict=True):

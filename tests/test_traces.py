@@ -284,6 +284,18 @@ def test_a_receiver_that_is_away_costs_no_answer_and_no_end(
         service.traces.close()
 
 
+ENDING = """
+from serve import service
+service.kept = service.PoseService.__new__(service.PoseService)  # until the modules themselves go
+service.kept.traces = service.Traces("http://127.0.0.1:9")
+"""
+
+
+def test_a_process_that_ends_says_nothing_of_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 OFF = """
 import sys
 from serve.traces import Traces, UNTRACED
