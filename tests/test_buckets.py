@@ -34,10 +34,10 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.rows import read_row_group
 from pipelines.sources.coco import read_coco
 from pipelines.sources.yolo import read_yolo
+from pipelines.storage import files
 from pipelines.storage.files import (
     absolute,
     file_sizes,
-    files,
     is_file,
     is_folder,
     join,

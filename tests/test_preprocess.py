@@ -38,7 +38,7 @@ from pipelines.shards.plan import BuiltShard, plan_shards
 from pipelines.shards.rows import decode_pictures, decode_rows
 from pipelines.sources import photos
 from pipelines.sources.coco import read_coco
-from pipelines.storage.files import files as files_module
+from pipelines.storage import files as files_module
 
 TRAIN, VAL = "train2017", "val2017"
 SMALL = {"input_size": (64, 96), "people_per_shard": 4, "row_group_people": 2, "image_format": "png"}

@@ -30,7 +30,7 @@ from pipelines.shards.plan import finished_shards, plan_shards
 from pipelines.shards.rows import decode_rows, read_row_group
 from pipelines.shards.schema import COLUMNS
 from pipelines.sources.coco import read_coco
-from pipelines.storage.files import files as files_module
+from pipelines.storage import files as files_module
 from pipelines.storage.files import remove_leftovers, temporary_name, write_whole
 
 TRAIN, VAL = "train2017", "val2017"

@@ -366,7 +366,7 @@ def steps(source: Path, work: Path, arguments: argparse.Namespace) -> None:
     from pipelines.shards import build, writer
     from pipelines.shards.plan import finished_shards, plan_shards
     from pipelines.sources.coco import read_coco
-    from pipelines.storage.files import files as storage
+    from pipelines.storage import files as storage
 
     cv2.setNumThreads(1)
     coco = repeated(source, work / "coco-steps", 2 * arguments.shard)
