@@ -22,11 +22,14 @@ from hrnet_core import memory
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import session as cluster
 from pipelines.cluster.session import LOOPBACK_ONLY, ray_session
+from pipelines.process.stop import GROUPS
 from pipelines.settings.config import RaySettings
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they stay in our group")
-def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts() -> None:
+def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ray._private import services
 
     say = [sys.executable, "-c", "import os; print(os.getpgid(0), os.getsid(0))"]
@@ -35,10 +38,14 @@ def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts() -> None
         with cluster._sessions_of_their_own() as processes:
             started = services.start_ray_process(say, "raylet", fate_share=True, stdout_file=said)
         assert processes == [started.process]
+        assert started.process.pid in GROUPS
         assert started.process.wait(60) == 0
         said.seek(0)
         assert said.read().split() == [str(started.process.pid)] * 2
     assert services.ConsolePopen is usual
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    cluster._shut_down(processes)
+    assert started.process.pid not in GROUPS
 
 
 def test_helpers_of_a_node_manager_that_had_to_be_killed_end_too(monkeypatch: pytest.MonkeyPatch) -> None:

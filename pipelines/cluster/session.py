@@ -24,7 +24,7 @@ from hrnet_core.errors import ConfigError, PoseError
 from pipelines.cluster.joining import refusals_told, refuse_address
 from pipelines.process import environment
 from pipelines.process.progress import Every
-from pipelines.process.stop import handlers_kept
+from pipelines.process.stop import GROUPS, handlers_kept
 from pipelines.settings.config import RaySettings
 
 HOOK = "pipelines.cluster.worker_process.begin"
@@ -195,6 +195,7 @@ def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
 
     def start(*args: Any, **how: Any) -> subprocess.Popen[Any]:
         processes.append(usual(*args, start_new_session=True, **how))
+        GROUPS.add(processes[-1].pid)
         return processes[-1]
 
     services.ConsolePopen = start  # type: ignore[misc, assignment]  # a class, of which it is called alone
@@ -214,6 +215,7 @@ def _shut_down(processes: Sequence[subprocess.Popen[Any]]) -> None:
     for pid in alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+    GROUPS.difference_update(process.pid for process in processes)
 
 
 def warn_unguarded(dashboard: str) -> None:
