@@ -46,7 +46,11 @@ if [ -n "${MLFLOW_AUTH_ADMIN_PASSWORD:-}" ]; then
     : "${MLFLOW_FLASK_SERVER_SECRET_KEY:?is needed with MLFLOW_AUTH_ADMIN_PASSWORD: any long random text, the same at every start}"
     python3 -c 'import flask_wtf' 2>/dev/null || { echo "users take Flask-WTF: pip install 'hrnet-ray[mlflow-server]'" >&2; exit 2; }
     export MLFLOW_AUTH_ADMIN_USERNAME=${MLFLOW_AUTH_ADMIN_USERNAME:-admin} MLFLOW_AUTH_CONFIG_PATH=$folder/users.ini
-    case "$database" in sqlite:*) users=sqlite:///$folder/users.db ;; *) users=$database ;; esac
+    users=$database
+    case "$database" in sqlite:*)  # with hashes of passwords in it: SQLite would make it for all to read
+        users=sqlite:///$folder/users.db
+        (umask 077 && : >> "$folder/users.db" && chmod 600 "$folder/users.db") ;;
+    esac
     # Every user reads; who makes a run or a model may change it, and so may admin. % is configparser's own.
     (umask 077 && printf '[mlflow]\ndefault_permission = READ\ndatabase_uri = %s\n' "${users//%/%%}" \
         > "$MLFLOW_AUTH_CONFIG_PATH")

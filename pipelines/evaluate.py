@@ -48,7 +48,7 @@ from pipelines.storage.files import (
     write_whole,
 )
 from pipelines.tracking.checkpoints import local_checkpoint
-from pipelines.tracking.store import store_of
+from pipelines.tracking.store import StoreAway, Tracker, store_of
 
 if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
@@ -82,6 +82,8 @@ def evaluate(
 
     DataError: COCO files, boxes or photographs that cannot be used, listed: a photograph left out in
     silence would change the figures. CheckpointError: another skeleton's checkpoint, or one giving NaN.
+    ConfigError before the work where MLflow's server refuses us; StoreAway after it, all files written, where
+    the server does not answer then.
     """
     from hrnet_core.checkpoint import read_spec
 
@@ -93,6 +95,8 @@ def evaluate(
         spec = read_spec(found.folder)
         of = read_evaluation_set(coco_root, split, boxes, settings, spec.skeleton, str(checkpoint))
         units, work = group_photos(of, 2 * settings.batch_size), functools.partial(answer, settings=settings)
+        if track is not None and found.version is None:  # else it has answered
+            _ask_store(track, storage)
         start = time.monotonic()
         store = join(out, f"{UNFINISHED}/{_plan_digest(of, spec, settings)}")
         read = [("COCO", photo.path) for photo, _ in of.photos[:LOOKED_AT]]
@@ -135,6 +139,16 @@ def evaluate(
             storage=storage,
         )
     return replace(evaluation, version=version)
+
+
+def _ask_store(track: TrackSettings, storage: str | Path) -> None:
+    """A server that is away now may be back when there is something to record: a line. What it refuses is
+    raised."""
+    try:
+        Tracker(track, storage, create=False)
+    except StoreAway as error:
+        goes_on = "The evaluation goes on: its files are written, and recorded if it answers then."
+        print(f"{error} {goes_on}", flush=True)
 
 
 def keypoint_scores(scores: NDArray[np.float32]) -> dict[str, list[Any]]:

@@ -25,8 +25,9 @@ from pipelines.settings.config import RunConfig
 from pipelines.shards.manifest import Manifest
 from pipelines.storage.files import absolute, join, write_json, write_whole
 from pipelines.sweeps.trials import Sweep, table
-from pipelines.tracking.store import StoreAway, Tracker, store_of
+from pipelines.tracking.store import StoreAway, Tracker, made_by, store_of
 from pipelines.train import begun_check, check_settings, check_start, end_check, refuse_unshared_run
+from pipelines.training.followed import PARENT
 from pipelines.training.run_folder import (
     check_same_run,
     only_one,
@@ -55,15 +56,13 @@ def sweep(config: RunConfig) -> str:
     for trial in this.configs:
         check_settings(trial, manifest)
     with only_one(this.folder):
-        known = _check_same_sweep(this)
+        _check_same_sweep(this)
         for number, trial in enumerate(this.configs):  # a run of that name may be another's
             check_same_run(this.trial_folder(number), trial, manifest.digest)
         if not all(trial.state for trial in this.trials()):
             whole = begun_check(config, manifest)
             for model in {trial.model: trial for trial in this.configs}.values():
                 check_start(model, manifest)
-            if not known:
-                write_json(join(this.folder, "sweep.json"), {"run_id": None, "decides": _decides(this)})
             _run(this, whole)
         trials = this.trials()
         best = max(trials, key=lambda trial: trial.ap)
@@ -102,20 +101,19 @@ def _decides(this: Sweep) -> dict[str, Any]:
     return {"dataset_digest": this.manifest.digest, "sweep": space, **this.config.decides()}
 
 
-def _check_same_sweep(this: Sweep) -> bool:
-    """sweep.json says what it is: ConfigError where that differs. False where there is none yet."""
+def _check_same_sweep(this: Sweep) -> None:
+    """sweep.json says what it is: ConfigError where that differs."""
     now, known = _decides(this), read_record(this.folder, "sweep.json")
     if known is None:
         if read_record(this.folder, "run.json"):
             raise ConfigError(f"{this.folder} is a training run. Choose another --run.name for the sweep.")
-        return False
+        return
     differ = [f"{k} was {v}, now {now.get(k)}" for k, v in known["decides"].items() if now.get(k) != v]
     if differ:
         raise ConfigError(
             f"{this.folder}: this sweep was begun with other settings: {'; '.join(differ)}. Choose another "
             f"--run.name."
         )
-    return True
 
 
 def _write_best(this: Sweep, number: int) -> None:
@@ -141,11 +139,15 @@ def _run(this: Sweep, whole: Future[None]) -> None:
             require(this.config.ray, train.num_workers, train.cpus_per_worker, gpus, "a trial of hrnet sweep")
             for trial in {(trial.model, trial.train.teacher): trial for trial in this.configs}.values():
                 refuse_unshared_run(trial)
-            parent = Parent.open(this)
+            if read_record(this.folder, "sweep.json") is None:
+                write_json(join(this.folder, "sweep.json"), {"run_id": None, "decides": _decides(this)})
+            parent, tags = Parent.open(this), made_by()
             if parent.tracker:  # a trial would take the Ray that it is started by for a cluster
                 track = this.config.track.model_copy(update={"uri": parent.tracker.uri})
                 config = this.config.model_copy(update={"track": track})
-                this = replace(this, config=config, run_id=parent.run_id)
+                tags[PARENT] = str(parent.run_id)
+                this = replace(this, config=config)
+            this = replace(this, tags=tags)
             labels = selector(this.config.ray)
             at_once = (
                 settings.concurrent or room_for(train.cpus_per_worker, gpus, labels) // train.num_workers

@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.storage.files import absolute, base_name, join
 from pipelines.tracking.store import store_of, uri_of
-from pipelines.training.followed import Followed, follow_run, hand_over
+from pipelines.training.followed import NONE, Followed, follow_run, hand_over
 from pipelines.training.run_folder import (
     ERRORS,
     TrainResult,
@@ -129,20 +129,20 @@ def fit(
     config: RunConfig,
     manifest: Manifest,
     folder: str,
-    parent: str | None = None,
+    tags: Mapping[str, str] = NONE,
     callbacks: Sequence[UserCallback] = (),
     whole: Future[None] | None = None,
 ) -> tuple[TrainResult, Followed | None]:
     """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
 
-    The run in MLflow (below the run `parent`) is opened while the workers start. callbacks: told of each
+    The run in MLflow, with `tags` besides its own, is opened while the workers start. callbacks: told of each
     report, in Ray Train's controller. whole: of `begun_check`; its DataError ends the run, which does not
     end without its result."""
     trainer = _trainer(config, manifest, folder, callbacks)
     begin_run(folder, config, manifest.digest)
     training, followed = begun(trainer.fit), None
     try:
-        followed = follow_run(config, manifest, folder, parent)
+        followed = follow_run(config, manifest, folder, tags)
         standing = _outcome(training, config, folder, epoch_steps(config, manifest), whole)
         if whole:
             end_check(whole)

@@ -17,6 +17,7 @@ import torch
 from dots import SMALL, cut_short, fitted_network, rows_here, truth_of, write_coco, write_detections
 from PIL import Image
 from published_protocol import published_stats
+from test_tracking import answering
 
 from hrnet_core.architecture import HRNetConfig
 from hrnet_core.checkpoint import CheckpointSpec, save_checkpoint
@@ -35,6 +36,7 @@ from pipelines.process.code_version import code_version
 from pipelines.settings.config import EvaluateSettings, RaySettings, TrackSettings
 from pipelines.sources.evaluation_set import EvaluationSet, read_evaluation_set
 from pipelines.sources.records import GroundTruth, People, Photo, Split
+from pipelines.tracking.store import StoreAway
 
 CODEC = HeatmapCodec("official", (96, 128))
 SPEC = CheckpointSpec(SMALL, CODEC)
@@ -407,6 +409,29 @@ def test_mmpose_preset_boxes_and_border(dots: dict[str, Any], tmp_path: Path) ->
 
 
 # --- what bad input gets ------------------------------------------------------------------------------
+
+
+def test_a_server_that_refuses_is_met_before_the_work_and_one_that_is_away_after_it(
+    dots: dict[str, Any],
+    tmp_path: Path,
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = TrackSettings(uri="http://127.0.0.1:9")
+    with pytest.raises(StoreAway, match="Connection refused"):
+        evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "out", track=away)
+    assert "The evaluation goes on: its files are written" in capsys.readouterr().out
+    assert (tmp_path / "out" / "results.json").exists()
+
+    monkeypatch.setattr(module, "run_units", None)  # would fail if it were called
+    with answering(code=401, said="You are not authenticated.", to="/") as server:
+        refused = TrackSettings(uri=f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(ConfigError, match="asks for a user and password"):
+            evaluate(dots["checkpoint"], dots["root"], out=tmp_path / "none", track=refused)
+        server.shutdown()
+    assert not (tmp_path / "none").exists()
 
 
 def test_unusable_photographs_are_all_named(dots: dict[str, Any], tmp_path: Path, here: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import socket
@@ -140,6 +141,20 @@ def test_runs_in_a_database_artifacts_in_a_bucket_for_users(
         assert again.data.metrics == {"val_gt/AP": 0.744}
         got = mlflow.MlflowClient(uri).download_artifacts(run.info.run_id, "report.txt", str(tmp_path))
         assert Path(got).read_text() == "AP .744"
+
+
+def test_only_its_owner_reads_what_holds_passwords(environment: dict[str, str], tmp_path: Path) -> None:
+    """Also where an earlier start had made it for all to read."""
+    del environment["MLFLOW_BACKEND_STORE_URI"]
+    (tmp_path / "users.db").touch(0o644)
+    with running(environment, tmp_path) as uri:
+        search = f"{uri}/api/2.0/mlflow/experiments/search?max_results=1"
+        admin = base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
+        assert status(search, Authorization=f"Basic {admin}") == 200
+        secrets = list(tmp_path.glob("users.*"))
+        assert [(file.stat().st_mode & 0o777, file.stat().st_size > 0) for file in secrets] == [
+            (0o600, True)
+        ] * 2
 
 
 def test_users_take_a_secret(environment: dict[str, str], tmp_path: Path) -> None:

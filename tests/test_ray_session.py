@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,11 +23,14 @@ from hrnet_core import memory
 from hrnet_core.errors import ConfigError
 from pipelines.cluster import session as cluster
 from pipelines.cluster.session import LOOPBACK_ONLY, ray_session
+from pipelines.process.stop import GROUPS
 from pipelines.settings.config import RaySettings
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they stay in our group")
-def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts() -> None:
+def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ray._private import services
 
     say = [sys.executable, "-c", "import os; print(os.getpgid(0), os.getsid(0))"]
@@ -35,10 +39,14 @@ def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts() -> None
         with cluster._sessions_of_their_own() as processes:
             started = services.start_ray_process(say, "raylet", fate_share=True, stdout_file=said)
         assert processes == [started.process]
+        assert started.process.pid in GROUPS
         assert started.process.wait(60) == 0
         said.seek(0)
         assert said.read().split() == [str(started.process.pid)] * 2
     assert services.ConsolePopen is usual
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    cluster._shut_down(processes)
+    assert started.process.pid not in GROUPS
 
 
 def test_helpers_of_a_node_manager_that_had_to_be_killed_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +62,21 @@ def test_helpers_of_a_node_manager_that_had_to_be_killed_end_too(monkeypatch: py
     cluster._shut_down([process])
     assert process.stdout.read() == b"", "whoever could write has ended"
     process.wait(60)
+
+
+def test_a_ray_that_could_not_map_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import utils
+
+    monkeypatch.setattr(utils, "estimate_available_memory", lambda: 20_000_000_000)
+    monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda: 20_000_000_000)
+    for limit in (12_500_000_000, resource.RLIM_INFINITY):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        cluster.refuse_narrow_addresses()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8_000_000_000, resource.RLIM_INFINITY))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    narrow = r"may map 8\.0 GB here \(ulimit -v\), and the Ray that is to be started maps 12\.4 GB"
+    with pytest.raises(ConfigError, match=narrow), cluster._started(RaySettings(), None, *[False] * 4):
+        pytest.fail("it began")
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
+from pipelines.process import stop
 from pipelines.process.stop import SIGNALS, Stopped, handlers_kept, stoppable
 
 
@@ -62,6 +64,7 @@ def test_the_second_signal_ends_at_once_but_for_a_closed_terminal_of_which_two_t
     again: str, codes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
+    monkeypatch.setattr(stop, "GROUPS", set())
     monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit())
     with stoppable():
         with pytest.raises(Stopped):
@@ -69,6 +72,23 @@ def test_the_second_signal_ends_at_once_but_for_a_closed_terminal_of_which_two_t
         with contextlib.suppress(SystemExit):
             os.kill(os.getpid(), getattr(signal, again))
     assert ended == codes
+
+
+def test_what_was_started_in_groups_of_its_own_ends_with_the_second_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    monkeypatch.setattr(stop, "GROUPS", {started.pid})
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit())
+    with stoppable():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert started.poll() is None
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert started.wait(60) == -signal.SIGKILL
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from pipelines.sweep import Parent, sweep
 from pipelines.sweeps.space import trial_config, trial_values
 from pipelines.sweeps.trials import FAILED, STOPPED, Sweep, table
 from pipelines.tracking.store import Tracker, quiet_mlflow
+from pipelines.training.followed import follow_run
 from pipelines.training.run_folder import TrainResult, write_run
 from pipelines.training.state import Job
 
@@ -154,7 +157,60 @@ def test_a_sweep_that_is_refused_has_not_begun(
     with pytest.raises(Failure, match="no trial came to an AP"):  # as none was run
         sweep(config)
     assert len(asked) == 1
-    assert (tmp_path / "r" / "sweep.json").exists()
+
+
+def test_trials_say_which_job_made_them_and_a_refused_sweep_leaves_nothing(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their runs are opened by other processes than the job's driver."""
+    from pipelines.sweeps import tuning
+
+    def no_room(*_: Any) -> None:
+        raise ConfigError("no room")
+
+    asked: list[Sweep] = []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "sweep-7"}}')
+    monkeypatch.setattr(verb, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(verb, "refuse_unshared_run", lambda *_: None)
+    monkeypatch.setattr(tuning, "tune_trials", lambda this, *_: asked.append(this))
+    config = sweep_config(manifest, tmp_path / "runs", concurrent=1)
+    monkeypatch.setattr(verb, "require", no_room)
+    with pytest.raises(ConfigError, match="no room"):
+        sweep(config)
+    assert not (tmp_path / "runs").exists()
+
+    monkeypatch.setattr(verb, "require", lambda *_: None)
+    with pytest.raises(Failure, match="no trial came to an AP"):
+        sweep(config)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    this = asked[0]
+    followed = follow_run(this.configs[0], manifest, this.trial_folder(0), this.tags)
+    assert followed is not None
+    tags = followed.tracker.client.get_run(followed.run_id).data.tags
+    above = json.loads((tmp_path / "runs" / "r" / "sweep.json").read_text())["run_id"]
+    assert (tags["ray_job"], tags["mlflow.parentRunId"]) == ("sweep-7", above)
+    assert followed.tracker.client.get_run(above).data.tags["ray_job"] == "sweep-7"
+
+
+def test_asha_ends_no_trial_at_its_last_epoch(manifest: Manifest, tmp_path: Path) -> None:
+    """Nor any where all are shorter than the grace."""
+    from pipelines.sweeps.tuning import WhoGoesOn
+
+    def decisions(epoch: int, **settings: Any) -> list[str]:
+        this = Sweep(sweep_config(manifest, tmp_path, **settings), manifest, str(tmp_path / "r"))
+        asha = WhoGoesOn(this)
+        asha.set_search_properties("best_ap", "max")
+        trials = [SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2)]
+        for trial in trials:
+            asha.on_trial_add(None, trial)
+        aps = ({"epoch": epoch, "best_ap": 0.3 - 0.1 * n} for n in range(2))
+        return [asha.on_trial_result(None, trial, told) for trial, told in zip(trials, aps, strict=True)]
+
+    assert decisions(2, grace_epochs=2) == ["CONTINUE", "STOP"]
+    assert decisions(4, grace_epochs=2, reduction=2) == ["CONTINUE", "CONTINUE"]
+    assert decisions(4, grace_epochs=9) == ["CONTINUE", "CONTINUE"]
 
 
 def test_trials_find_weights_by_relative_paths(
@@ -180,7 +236,9 @@ def test_another_sweep_of_that_name_is_refused_and_more_trials_are_not(
     asked: list[Sweep] = []
     monkeypatch.setattr(verb, "_run", lambda this, whole: asked.append(this))
     config = sweep_config(manifest, tmp_path)
-    with_outcomes(Sweep(config, manifest, str(tmp_path / "r")))
+    this = Sweep(config, manifest, str(tmp_path / "r"))
+    with_outcomes(this)
+    write_json(tmp_path / "r" / "sweep.json", {"run_id": None, "decides": verb._decides(this)})
     sweep(config)
     assert not asked, "nothing was left to do"
     with pytest.raises(Failure, match=r"2 trials ended with an error, .* the same command goes on"):

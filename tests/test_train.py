@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import threading
@@ -654,6 +655,32 @@ def test_a_run_that_another_process_trains_is_refused(manifest: Manifest, tmp_pa
         pytest.raises(ConfigError, match="another process"),
     ):
         driver.train(small_config(manifest, tmp_path))
+
+
+def test_a_run_that_is_refused_leaves_nothing_that_was_not_there(manifest: Manifest, tmp_path: Path) -> None:
+    config = small_config(manifest, tmp_path)
+    gone = config.model_copy(update={"model": config.model.model_copy(update={"init": "gone.pth"})})
+    (tmp_path / "before").mkdir()
+    for storage in (tmp_path / "new" / "runs", tmp_path / "before"):
+        with pytest.raises(CheckpointError, match=r"gone\.pth"):
+            driver.train(run_settings(gone, storage=str(storage)))
+    assert [str(left.relative_to(tmp_path)) for left in tmp_path.rglob("*")] == ["before"]
+    with only_one(str(tmp_path / "r")):
+        (tmp_path / "r" / "run.json").touch()
+    assert {left.name for left in tmp_path.iterdir()} == {"before", "r", ".r.lock"}
+
+
+def test_a_lock_that_is_being_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its file being opened and locked."""
+    usual = fcntl.flock
+
+    def late(handle: Any, how: int) -> None:
+        (tmp_path / ".r.lock").unlink()
+        usual(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ConfigError, match="another process"), only_one(str(tmp_path / "r")):
+        pytest.fail("two could have it")
 
 
 def test_workers_keep_freed_memory(manifest: Manifest, tmp_path: Path) -> None:

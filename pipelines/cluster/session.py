@@ -7,6 +7,7 @@ import faulthandler
 import heapq
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from hrnet_core.errors import ConfigError, PoseError
 from pipelines.cluster.joining import refusals_told, refuse_address
 from pipelines.process import environment
 from pipelines.process.progress import Every
-from pipelines.process.stop import handlers_kept
+from pipelines.process.stop import GROUPS, handlers_kept
 from pipelines.settings.config import RaySettings
 
 HOOK = "pipelines.cluster.worker_process.begin"
@@ -143,6 +144,7 @@ def _started(
     how: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": HOOK}}
     inherited: dict[str, str] = {}
     if address == "local":
+        refuse_narrow_addresses()
         cpus = settings.num_cpus or environment.usable_cpus()  # Ray knows no affinity: it would take all
         how |= {"num_cpus": cpus, "include_dashboard": dashboard}
         how["_metrics_export_port"] = settings.metrics_port
@@ -177,6 +179,25 @@ def _started(
         yield
 
 
+def refuse_narrow_addresses() -> None:
+    """ConfigError where this process may map less memory (`ulimit -v`) than Ray's node manager does: it would
+    end without a word, now or at its first task.
+
+    Measured with Ray 2.60 at two sizes of its object store: it maps that twice, and 0.4 GB.
+    """
+    from ray._private import utils
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    store = utils.resolve_object_store_memory(utils.estimate_available_memory())
+    if limit != resource.RLIM_INFINITY and limit < 2 * store + 400e6:
+        raise ConfigError(
+            f"a process may map {limit / 1e9:.1f} GB here (ulimit -v), and the Ray that is to be started "
+            f"maps {2 * store / 1e9 + 0.4:.1f} GB, twice its object store: it would end without a word. Give "
+            f"`ulimit -v unlimited` before the command, or make the store smaller, by "
+            f"RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION=0.1 of the free memory in place of 0.3."
+        )
+
+
 @contextlib.contextmanager
 def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
     """What Ray starts in the block, as a list that grows: out of reach of a signal to our process group
@@ -195,6 +216,7 @@ def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
 
     def start(*args: Any, **how: Any) -> subprocess.Popen[Any]:
         processes.append(usual(*args, start_new_session=True, **how))
+        GROUPS.add(processes[-1].pid)
         return processes[-1]
 
     services.ConsolePopen = start  # type: ignore[misc, assignment]  # a class, of which it is called alone
@@ -214,6 +236,7 @@ def _shut_down(processes: Sequence[subprocess.Popen[Any]]) -> None:
     for pid in alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+    GROUPS.difference_update(process.pid for process in processes)
 
 
 def warn_unguarded(dashboard: str) -> None:

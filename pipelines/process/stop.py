@@ -15,6 +15,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GROUPS: set[int] = set()
+"""Process groups that who started them has not ended yet: they go with the process at its second signal."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -42,6 +44,9 @@ def stoppable() -> Iterator[None]:
         if came and signum == signal.SIGHUP:
             return
         if came:
+            for group in tuple(GROUPS):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
             os._exit(128 + signum)
         came = signum
         time.sleep(0.1)  # a `tee` ends by the same signal

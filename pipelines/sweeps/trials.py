@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -46,8 +46,9 @@ class Sweep:
     manifest: Manifest
     folder: str
     """STORAGE/NAME, path or URI: sweep.json, best.yaml, and Tune's ray/."""
-    run_id: str | None = None
-    """MLflow's run above those of the trials."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """In MLflow, of the trials' runs: the run above them, and what the sweep's own process is, which makes
+    them in others."""
 
     @cached_property
     def configs(self) -> list[RunConfig]:

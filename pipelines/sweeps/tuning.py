@@ -47,13 +47,7 @@ def tune_trials(sweep: Sweep, at_once: int, stopped: Callable[[str, str], None])
             metric="best_ap",
             mode="max",
             max_concurrent_trials=at_once,
-            scheduler=ASHAScheduler(
-                time_attr="epoch",
-                max_t=max(config.train.epochs for config in sweep.configs),
-                grace_period=settings.grace_epochs,
-                reduction_factor=settings.reduction,
-                stop_last_trials=False,  # what follows the last epoch's report is a trial's too
-            ),
+            scheduler=WhoGoesOn(sweep),
         ),
         run_config=tune.RunConfig(
             name="ray",
@@ -77,7 +71,7 @@ def run_trial(point: dict[str, Any], sweep: Sweep) -> None:
     try:
         with only_one(folder):
             check_same_run(folder, config, sweep.manifest.digest)
-            result, followed = fit(config, sweep.manifest, folder, sweep.run_id, [TuneReportCallback()])
+            result, followed = fit(config, sweep.manifest, folder, sweep.tags, [TuneReportCallback()])
             if followed:
                 file = join(folder, "metrics.jsonl")
                 MetricLog(file, result.step, followed.tracker.uri, followed.run_id).flush(force=True)
@@ -88,6 +82,26 @@ def run_trial(point: dict[str, Any], sweep: Sweep) -> None:
     except Exception:
         keep_error(folder, traceback.format_exc())
         raise
+
+
+class WhoGoesOn(ASHAScheduler):
+    """ASHA, which ends no trial at its last epoch: there is no time to be saved, and what follows that report
+    is a trial's too."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.epochs = [config.train.epochs for config in sweep.configs]
+        settings, most = sweep.config.sweep, max(self.epochs)
+        super().__init__(
+            time_attr="epoch",
+            max_t=most,
+            grace_period=min(settings.grace_epochs, most),
+            reduction_factor=settings.reduction,
+            stop_last_trials=False,
+        )
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result["epoch"] >= self.epochs[_number(trial)] else decision
 
 
 class Lines(tune.Callback):

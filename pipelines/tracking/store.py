@@ -236,7 +236,7 @@ class Tracker:
 
     def new_run(self, name: str, tags: Mapping[str, str]) -> str:
         with refusals_told(self.shown):
-            made = self.client.create_run(self._experiment(), run_name=name, tags={**_made_by(), **tags})
+            made = self.client.create_run(self._experiment(), run_name=name, tags={**made_by(), **tags})
         return str(made.info.run_id)
 
     def log_dataset(self, run_id: str, source: str, digest: str, pairs: Iterable[tuple[str, str]]) -> None:
@@ -334,8 +334,9 @@ def record_dataset(
     return run_id, [str(run.info.run_name) for run in known if run.info.run_id not in own]
 
 
-def _made_by() -> dict[str, str]:
-    """Tags for what MLflow's page shows as "Created by" and "Source", and for `ray job logs`."""
+def made_by() -> dict[str, str]:
+    """Tags of this process, a driver, for what MLflow's page shows as "Created by" and "Source", and for
+    `ray job logs`."""
     tags = {"mlflow.source.name": "hrnet", "mlflow.source.type": "JOB"}
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
         tags["mlflow.user"] = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()

@@ -9,10 +9,11 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from hrnet_core.errors import first_line
 from hrnet_core.locations import fetch, is_uri
@@ -28,6 +29,7 @@ from pipelines.training.run_folder import TrainResult, run_id_of, settings_shown
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of a run below another."""
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -54,12 +56,16 @@ class Followed:
 
 
 def follow(
-    tracker: Future[Tracker], config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+    tracker: Future[Tracker],
+    config: RunConfig,
+    manifest: Manifest,
+    folder: str,
+    tags: Mapping[str, str] = NONE,
 ) -> Followed | None:
-    """The run in MLflow (below the run `parent`), whose id run.json has then; None, and a sentence, where the
-    server is away: figures are kept until it is back. A run that it knows from before keeps its id."""
+    """The run in MLflow, with `tags` besides its own, whose id run.json has then; None, and a sentence, where
+    the server is away: figures are kept until it is back. A run that it knows from before keeps its id."""
     try:
-        return open_run(waited(tracker), config, manifest, folder, parent)
+        return open_run(waited(tracker), config, manifest, folder, tags)
     except StoreAway as error:
         known = run_id_of(folder)
         write_run(folder, config, manifest.digest, known)
@@ -73,15 +79,15 @@ def follow(
 
 
 def follow_run(
-    config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+    config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NONE
 ) -> Followed | None:
     """`follow`, by a store that is opened for it."""
     with opening(config, folder) as tracker:
-        return follow(tracker, config, manifest, folder, parent)
+        return follow(tracker, config, manifest, folder, tags)
 
 
 def open_run(
-    tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str, parent: str | None = None
+    tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NONE
 ) -> Followed:
     """The earlier run where there is one."""
     run_id = tracker.open_run(
@@ -92,7 +98,7 @@ def open_run(
             "dataset_digest": manifest.digest,
             "code_version": code_version(),
             "run_folder": folder,
-            **({PARENT: parent} if parent else {}),
+            **tags,
         },
         {
             "source": manifest.folder,

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -111,24 +112,35 @@ def with_whole_weights(config: RunConfig) -> RunConfig:
 @contextlib.contextmanager
 def only_one(folder: str) -> Iterator[None]:
     """Two drivers of one run would overwrite each other's state: ConfigError for the second. DataError where
-    no folder can be made there."""
+    no folder can be made there. What is made for it goes again where the block leaves it empty."""
     storage = storage_of(folder)
     lock = f".{base_name(folder)}.lock"
     if is_uri(folder):
         with leased(storage, lock, folder):
             yield
         return
+    file, here = Path(storage) / lock, Path(folder)
     with writable(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        handle = (Path(storage) / lock).open("w")
+        made = [place for place in (here, *here.parents) if not place.exists()]
+        here.mkdir(parents=True, exist_ok=True)
+        handle = file.open("w")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+                raise FileNotFoundError(file)  # who had the lock has just taken the file away
         except OSError:
             raise ConfigError(
                 f"{folder}: another process is training this run. Wait for it, or give another --run.name."
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # something is in it
+                for place in made:
+                    place.rmdir()
+                    if place == here:
+                        file.unlink()
 
 
 def read_record(folder: str, name: str) -> dict[str, Any] | None:
