@@ -68,10 +68,11 @@ def main() -> int:
 
 
 def fast_precision() -> str:
-    """bfloat16 where the processor multiplies in it: a step takes .6 of float32's time, to the same AP."""
-    from hrnet_core.modes import has_bfloat16
+    """bfloat16 where the processor has AMX: a step takes .6 of float32's time, to the same AP. With AVX-512's
+    bfloat16 alone it takes longer than float32's (docs/benchmarks/train.md)."""
+    import torch
 
-    return "bfloat16" if has_bfloat16() else "float32"
+    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
 
 
 def stage(verb: str, *arguments: str) -> float:
