@@ -224,7 +224,7 @@ def _roll_back(settings: ServeSettings, ray_settings: RaySettings, there: Endpoi
         args = live.back(before)
         url = live.bring_up(args, settings, ray_settings)
     again, now = live.with_detector(args), live.with_detector(before)
-    print(f"serving {args.name} {again} again, in place of {now}: {url}", flush=True)
+    print(f"serving {args.name} {again} again, set as it was then, in place of {now}: {url}", flush=True)
     return url
 
 

@@ -82,8 +82,8 @@ def evaluate(
 
     DataError: COCO files, boxes or photographs that cannot be used, listed: a photograph left out in
     silence would change the figures. CheckpointError: another skeleton's checkpoint, or one giving NaN.
-    ConfigError before the work where MLflow's server refuses us; StoreAway after it, all files written, where
-    the server does not answer then.
+    ConfigError before the work where MLflow's server refuses us; StoreAway after it, all files written and
+    the units kept, where the server does not answer then.
     """
     from hrnet_core.checkpoint import read_spec
 
@@ -121,23 +121,31 @@ def evaluate(
     evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, out)
     with writable(out):
         files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)
-    remove_folder(join(out, UNFINISHED))
     if track is None:
+        remove_folder(join(out, UNFINISHED))
         return evaluation
     from pipelines.tracking.registry import REGISTERED, record_evaluation
 
     # An alias may have moved meanwhile; a folder is known by its weights.
     ref = f"{REGISTERED}{found.version}" if found.version else str(spec.weights_sha256)
-    with on_this_machine(files) as copies:
-        version = record_evaluation(
-            ref,
-            stats,
-            evaluation.protocol,
-            copies,
-            keypoint_scores=figures["keypoint_scores"],
-            track=track,
-            storage=storage,
-        )
+    try:
+        with on_this_machine(files) as copies:
+            version = record_evaluation(
+                ref,
+                stats,
+                evaluation.protocol,
+                copies,
+                keypoint_scores=figures["keypoint_scores"],
+                track=track,
+                storage=storage,
+            )
+    except StoreAway as error:
+        print(evaluation.table(), flush=True)
+        raise StoreAway(
+            f"{error} The figures are in {join(out, 'evaluation.json')} and not recorded. The work is kept: "
+            f"the same command records them."
+        ) from error
+    remove_folder(join(out, UNFINISHED))
     return replace(evaluation, version=version)
 
 

@@ -29,7 +29,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.storage.files import absolute, base_name, join
 from pipelines.tracking.store import store_of, uri_of
-from pipelines.training.followed import NONE, Followed, follow_run, hand_over
+from pipelines.training.followed import NO_TAGS, Followed, follow_run, hand_over
 from pipelines.training.run_folder import (
     ERRORS,
     TrainResult,
@@ -129,7 +129,7 @@ def fit(
     config: RunConfig,
     manifest: Manifest,
     folder: str,
-    tags: Mapping[str, str] = NONE,
+    tags: Mapping[str, str] = NO_TAGS,
     callbacks: Sequence[UserCallback] = (),
     whole: Future[None] | None = None,
 ) -> tuple[TrainResult, Followed | None]:

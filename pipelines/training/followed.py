@@ -29,7 +29,7 @@ from pipelines.training.run_folder import TrainResult, run_id_of, settings_shown
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of a run below another."""
-NONE: Mapping[str, str] = MappingProxyType({})
+NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def follow(
     config: RunConfig,
     manifest: Manifest,
     folder: str,
-    tags: Mapping[str, str] = NONE,
+    tags: Mapping[str, str] = NO_TAGS,
 ) -> Followed | None:
     """The run in MLflow, with `tags` besides its own, whose id run.json has then; None, and a sentence, where
     the server is away: figures are kept until it is back. A run that it knows from before keeps its id."""
@@ -79,7 +79,7 @@ def follow(
 
 
 def follow_run(
-    config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NONE
+    config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NO_TAGS
 ) -> Followed | None:
     """`follow`, by a store that is opened for it."""
     with opening(config, folder) as tracker:
@@ -87,7 +87,7 @@ def follow_run(
 
 
 def open_run(
-    tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NONE
+    tracker: Tracker, config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NO_TAGS
 ) -> Followed:
     """The earlier run where there is one."""
     run_id = tracker.open_run(
