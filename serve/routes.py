@@ -232,7 +232,7 @@ def _add_page(app: FastAPI, service: PoseService) -> None:
     }
 
     def add(path: str, file: str, media_type: str) -> None:
-        content = Path(__file__).with_name(file).read_bytes()
+        content = (Path(__file__).parent / "page" / file).read_bytes()
 
         @app.get(path, include_in_schema=False)
         async def static() -> Response:
