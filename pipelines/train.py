@@ -41,6 +41,7 @@ from pipelines.training.run_folder import (
     no_room,
     only_one,
     refuse_sweep,
+    refuse_to_move,
     run_folder,
     storage_of,
     where_it_stands,
@@ -95,9 +96,9 @@ def train(config: RunConfig) -> TrainResult:
         if result is None:
             check_start(config, manifest)
             whole = begun_check(config, manifest)
-            if config.run.fresh:  # nothing else is wrong with the command
+            if config.run.fresh:
                 refuse_moved_weights(config, folder)
-                move_aside(folder)
+                refuse_to_move(folder)
         with told_in_a_sentence(folder, epoch_steps(config, manifest), config.run.fresh):
             followed = None
             if result is None:  # else only MLflow has not got it yet
@@ -122,6 +123,8 @@ def _train(
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
         refuse_unshared_run(config)
+        if config.run.fresh:  # nothing else is wrong with the command
+            move_aside(folder)
         return fit(config, manifest, folder, whole=whole)
 
 

@@ -617,6 +617,26 @@ def test_a_fresh_start_moves_nothing_for_a_command_that_is_refused(
     assert not (tmp_path / "r.1").exists()
 
 
+def test_a_fresh_start_moves_the_earlier_run_once_there_is_room_for_the_new_one(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise ConfigError("no room")
+
+    config = run_settings(small_config(manifest, tmp_path), fresh=True)
+    write_run(str(tmp_path / "r"), config, manifest.digest, None)
+    monkeypatch.setattr(driver, "ray_session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "fit", no_room)
+    monkeypatch.setattr(driver, "require", no_room)
+    with pytest.raises(ConfigError, match="no room"):
+        driver.train(config)
+    assert not (tmp_path / "r.1").exists()
+    monkeypatch.setattr(driver, "require", lambda *_: None)
+    with pytest.raises(ConfigError, match="no room"):
+        driver.train(config)
+    assert (tmp_path / "r.1" / "run.json").exists()
+
+
 def test_where_a_fresh_start_stands_is_told_without_another(tmp_path: Path) -> None:
     snapshot = {"latest_checkpoint_result": {"metrics": {"step": 3}}}
     write_json(str(tmp_path / "ray" / "checkpoint_manager_snapshot.json"), snapshot)

@@ -38,9 +38,9 @@ from pipelines.training.loop import train_epochs
 from pipelines.training.run_folder import (
     TrainResult,
     keep_error,
-    move_aside,
     only_one,
     read_record,
+    refuse_to_move,
     saved_step,
 )
 from pipelines.training.state import Job, Training, set_up
@@ -207,7 +207,7 @@ def test_what_a_bucket_cannot_do_is_said_before_work(
         driver.train(config.model_copy(update={"run": missing}))
     write_json(f"{bucket}/runs/r/run.json", {"run_id": None, "decides": {}})
     with pytest.raises(ConfigError, match=r"--run\.fresh.*nothing can be moved.*--run\.name"):
-        move_aside(f"{bucket}/runs/r")
+        refuse_to_move(f"{bucket}/runs/r")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -216,16 +216,19 @@ def settings_shown(config: RunConfig, exclude: set[str]) -> dict[str, Any]:
     return fields
 
 
-def move_aside(folder: str) -> None:
-    """`name` becomes `name.1`, `name.2`, ...; the lock file stays where it is. ConfigError in a bucket, where
-    nothing can be moved."""
-    if read_record(folder, "run.json") is None:
-        return
-    if is_uri(folder):
+def refuse_to_move(folder: str) -> None:
+    """ConfigError where an earlier run lies in a bucket, where nothing can be moved."""
+    if is_uri(folder) and read_record(folder, "run.json") is not None:
         raise ConfigError(
             f"{folder}: --run.fresh moves the earlier run aside, and in a bucket nothing can be moved. "
             f"Give another --run.name, or move that folder with the tool of your store."
         )
+
+
+def move_aside(folder: str) -> None:
+    """`name` becomes `name.1`, `name.2`, ...; the lock file stays where it is."""
+    if read_record(folder, "run.json") is None:
+        return
     here = Path(folder)
     names = (here.with_name(f"{here.name}.{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
