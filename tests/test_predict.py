@@ -579,6 +579,10 @@ def test_crowds_are_no_boxes(tmp_path: Path) -> None:
         ("[]", "it is empty"),
         ("[7]", "entry 0 has no image_id and bbox: 7"),
         ('[{"image_id": 1, "keypoints": [1]}]', "entry 0 has no image_id and bbox"),
+        (
+            '[{"image_id": 1, "bbox": [1, 2, 3, 4], "category_id": [1]}]',
+            "category_id of entry 0 is [1], no integer",
+        ),
         ('{"a.jpg": 7}', "the value of 'a.jpg' is 7"),
         ('{"a.mp4": {"first": []}}', "'a.mp4' has the key 'first', which is no frame number"),
         ('{"images": [{"id": "x"}]}', "images[0].id is 'x', no integer of 64 bits"),

@@ -138,6 +138,8 @@ def _detections(
         key = whole(row.get("image_id", row.get("file_name"))) if isinstance(row, dict) else None
         if type(key) not in (int, str) or "bbox" not in row:
             raise _other_kind(file, f"entry {index} has no image_id and bbox: {row!r:.80}")
+        if type(whole(row.get("category_id"))) not in (int, type(None)):
+            raise _other_kind(file, f"category_id of entry {index} is {row['category_id']!r:.40}, no integer")
         here = pairs.setdefault(str(key), [])
         if type(key) is int:
             ids[str(key)] = key
