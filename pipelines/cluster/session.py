@@ -185,11 +185,13 @@ def refuse_narrow_addresses() -> None:
 
     Measured with Ray 2.60 at two sizes of its object store: it maps that twice, and 0.4 GB.
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
     from ray._private import utils
 
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     store = utils.resolve_object_store_memory(utils.estimate_available_memory())
-    if limit != resource.RLIM_INFINITY and limit < 2 * store + 400e6:
+    if limit < 2 * store + 400e6:
         raise ConfigError(
             f"a process may map {limit / 1e9:.1f} GB here (ulimit -v), and the Ray that is to be started "
             f"maps {2 * store / 1e9 + 0.4:.1f} GB, twice its object store: it would end without a word. Give "
