@@ -100,7 +100,11 @@ def status(url: str, **headers: str) -> int:
 
 
 def test_runs_in_a_database_artifacts_in_a_bucket_for_users(
-    environment: dict[str, str], postgres: Path, bucket: str, tmp_path: Path
+    environment: dict[str, str],
+    postgres: Path,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From first start over a restart to a copy of the database from which another server goes on."""
     import mlflow
@@ -119,7 +123,7 @@ def test_runs_in_a_database_artifacts_in_a_bucket_for_users(
         client.log_metric(run.info.run_id, "val_gt/AP", 0.744)
         (tmp_path / "sent").mkdir()
         (tmp_path / "sent/report.txt").write_text("AP .744")
-        mlflow.set_tracking_uri(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # through which the server takes artifacts
         client.log_artifact(run.info.run_id, str(tmp_path / "sent/report.txt"))
     inside = fs.FileSelector(f"{bucket.removeprefix('s3://')}/mlflow", recursive=True)
     files = fs.S3FileSystem(endpoint_override=environment["AWS_ENDPOINT_URL"]).get_file_info(inside)

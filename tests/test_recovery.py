@@ -120,6 +120,12 @@ def wait_for_shard(process: subprocess.Popen[str], target: Path, more_than: int 
         time.sleep(0.005)
 
 
+def wait_for_writing(process: subprocess.Popen[str], target: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not hidden(target) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -147,15 +153,19 @@ def test_kill_9_of_the_command_and_again(coco: Path, tmp_path: Path, plain: list
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(larger: Path, tmp_path: Path, plain: list[str]) -> None:
-    """Five times, every second one the driver alone: its tasks may then still write for a moment."""
+def test_kill_9_at_any_moment(larger: Path, tmp_path: Path, plain: list[str]) -> None:
+    """Five times: with all its tasks while a file is being written; every second time at a random moment and
+    the driver alone, whose tasks may then still write for a moment."""
     whole = preprocess(config(larger, tmp_path / "whole", LARGER))
     rng = random.Random(0)
     target, left_behind = tmp_path / "s", 0
     for attempt in range(5):
         process = command(larger, target, LARGER)
         wait_for_shard(process, target, more_than=len(shards(target)))
-        time.sleep(rng.uniform(0, 0.4))
+        if attempt % 2:
+            time.sleep(rng.uniform(0, 0.4))
+        else:
+            wait_for_writing(process, target)
         if process.poll() is None:
             kill(process, whole_tree=attempt % 2 == 0)
         left_behind += len(hidden(target))
