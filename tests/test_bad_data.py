@@ -131,7 +131,7 @@ CASES = {
     ),
     "23 kill -9 while shards are written": (
         "test_recovery.py::test_kill_9_of_the_command_and_again",
-        "test_recovery.py::test_kill_9_at_random_moments",
+        "test_recovery.py::test_kill_9_at_any_moment",
         "test_preprocess.py::test_a_killed_run_is_gone_on_with",
     ),
     "24 a full disk, no rights, read-only": (
@@ -143,7 +143,7 @@ CASES = {
     ),
     "25 one digest at any parallelism and after a kill": (
         "test_recovery.py::test_one_digest_for_one_two_and_four_tasks",
-        "test_recovery.py::test_kill_9_at_random_moments",
+        "test_recovery.py::test_kill_9_at_any_moment",
         "test_preprocess.py::test_on_ray_and_again",
     ),
     "26 a schema version newer or older than the reader": (
