@@ -120,7 +120,7 @@ def test_what_is_written(
 
     monkeypatch.setattr("pipelines.tracking.registry.record_evaluation", record)
     page = tmp_path / "deep" / "report.html"
-    track = TrackSettings(uri="sqlite:///elsewhere.db")
+    track = TrackSettings(uri=f"sqlite:///{tmp_path}/elsewhere.db")
     found = evaluate(
         dots["checkpoint"], dots["root"], out=tmp_path / "out", report=page, track=track, storage="store"
     )
