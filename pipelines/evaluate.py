@@ -47,6 +47,7 @@ from pipelines.storage.files import (
     write_json,
     write_whole,
 )
+from pipelines.tracking import registry
 from pipelines.tracking.checkpoints import local_checkpoint
 from pipelines.tracking.store import StoreAway, Tracker, store_of
 
@@ -121,31 +122,36 @@ def evaluate(
     evaluation = Evaluation(stats, protocol_of(of, spec, settings, done.mode), figures, out)
     with writable(out):
         files = _write(evaluation, results, matched, of, spec, settings.max_pixels, str(checkpoint), report)
-    if track is None:
-        remove_folder(join(out, UNFINISHED))
-        return evaluation
-    from pipelines.tracking.registry import REGISTERED, record_evaluation
+    if track is not None:
+        # An alias may have moved meanwhile; a folder is known by its weights.
+        ref = f"{registry.REGISTERED}{found.version}" if found.version else str(spec.weights_sha256)
+        evaluation = _recorded(evaluation, ref, files, track, storage)
+    remove_folder(join(out, UNFINISHED))
+    return evaluation
 
-    # An alias may have moved meanwhile; a folder is known by its weights.
-    ref = f"{REGISTERED}{found.version}" if found.version else str(spec.weights_sha256)
+
+def _recorded(
+    evaluation: Evaluation, ref: str, files: list[str], track: TrackSettings, storage: str | Path
+) -> Evaluation:
+    """With the version that MLflow now has the figures of. StoreAway, the table printed, where it does not
+    answer."""
     try:
         with on_this_machine(files) as copies:
-            version = record_evaluation(
+            version = registry.record_evaluation(
                 ref,
-                stats,
+                evaluation.stats,
                 evaluation.protocol,
                 copies,
-                keypoint_scores=figures["keypoint_scores"],
+                keypoint_scores=evaluation.figures["keypoint_scores"],
                 track=track,
                 storage=storage,
             )
     except StoreAway as error:
         print(evaluation.table(), flush=True)
         raise StoreAway(
-            f"{error} The figures are in {join(out, 'evaluation.json')} and not recorded. The work is kept: "
-            f"the same command records them."
+            f"{error} The figures are in {join(evaluation.folder, 'evaluation.json')} and not recorded. The "
+            f"work is kept: the same command records them."
         ) from error
-    remove_folder(join(out, UNFINISHED))
     return replace(evaluation, version=version)
 
 
