@@ -14,7 +14,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.front import REQUEST_ID
+from serve.haproxy import REQUEST_ID
 from serve.metrics import Outcome
 from serve.schemas import Problem
 from serve.service import PoseService, logger

@@ -7,16 +7,15 @@ names `middlewares` in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, and Serve puts
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.haproxy import REQUEST_ID
+
 AT_ONCE = 2
 """Requests at a turn of the loop: of half a millisecond each, where they are refused."""
-REQUEST_ID = re.compile(r"[!-~]{1,128}")
-"""A request id that is taken over from a client: what every log, header and JSON text can hold as it is."""
 
 
 class ReadableHeaders:

@@ -34,6 +34,8 @@ FULL_BYTES = 250_000
 refused in the middle of one, a client may find its connection closed instead of the answer."""
 FULL_HEADER = "x-hrnet-full"
 """Of a refusal by a replica that would refuse everyone: for what (`reason`). serve/room.py sends it."""
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+"""A request id that is taken over from a client: what every log, header and JSON text can hold as it is."""
 RETRY_S = 1
 ALLOW = "GET,HEAD,OPTIONS,POST"
 UNAVAILABLE = 14  # grpc.StatusCode
@@ -85,7 +87,7 @@ def _rules() -> list[str]:
     """Of the frontend: an id for each request that has no usable one, and problems in place of plain text.
     What the application says with such a status is never plain text."""
     plain = "{ res.hdr(content-type) -m beg text/plain }"
-    given = "{ req.fhdr(x-request-id,1) -m reg '^[!-~]{1,128}$' }"  # as serve.front.REQUEST_ID
+    given = f"{{ req.fhdr(x-request-id,1) -m reg '^{REQUEST_ID.pattern}$' }}"
     full = f"{{ status 429 }} {{ res.hdr({FULL_HEADER}) -m found }}"
     return [
         "    unique-id-format %[uuid]",
