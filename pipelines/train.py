@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hrnet_core import memory
 from hrnet_core.choices import Augmentation
@@ -29,13 +28,12 @@ from pipelines.shards.manifest import Manifest
 from pipelines.shards.recipe import Recipe
 from pipelines.storage.files import absolute, base_name, join
 from pipelines.tracking.store import store_of, uri_of
-from pipelines.training.followed import NO_TAGS, Followed, follow_run, hand_over
+from pipelines.training.followed import NO_TAGS, Followed, closed_early, follow_run, hand_over
 from pipelines.training.run_folder import (
     ERRORS,
     TrainResult,
     begin_run,
     check_same_run,
-    give_up,
     keep_error,
     move_aside,
     no_room,
@@ -118,7 +116,6 @@ def _train(
 ) -> tuple[TrainResult, Followed | None]:
     """The run in its folder, by `fit` on a Ray that is started or joined for it."""
     settings = config.train
-    begun(functools.partial(importlib.import_module, "torch"))  # beside Ray's start, which mostly waits
     with ray_session(config.ray, quiet=True, train=True):
         gpus = 1.0 if settings.use_gpu else 0.0
         require(config.ray, settings.num_workers, settings.cpus_per_worker, gpus, "hrnet train")
@@ -138,23 +135,21 @@ def fit(
 ) -> tuple[TrainResult, Followed | None]:
     """Train to the end on the Ray that is there, and say what came out, which MLflow has not got yet.
 
-    The run in MLflow, with `tags` besides its own, is opened while the workers start. callbacks: told of each
-    report, in Ray Train's controller. whole: of `begun_check`; its DataError ends the run, which does not
-    end without its result."""
+    The run in MLflow, with `tags` besides its own, is opened meanwhile: nobody asks for it before there are
+    figures. callbacks: told of each report, in Ray Train's controller. whole: of `begun_check`; its DataError
+    ends the run, which does not end without its result."""
     trainer = _trainer(config, manifest, folder, callbacks)
     begin_run(folder, config, manifest.digest)
-    training, followed = begun(trainer.fit), None
+    training = begun(trainer.fit)
+    following = begun(functools.partial(follow_run, config, manifest, folder, tags))
     try:
-        followed = follow_run(config, manifest, folder, tags)
-        standing = _outcome(training, config, folder, epoch_steps(config, manifest), whole)
+        standing = _outcome(training, config, folder, epoch_steps(config, manifest), whole, following)
         if whole:
             end_check(whole)
-        return _result(standing, folder, manifest), followed
+        return _result(standing, folder, manifest), waited(following)
     except BaseException as error:
-        if followed:
-            followed.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        else:
-            give_up(folder)
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        closed_early(following, config, folder, status)
         raise
 
 
@@ -224,7 +219,7 @@ def check_start(config: RunConfig, manifest: Manifest) -> None:
         from pipelines.training.state import make_spec, make_teacher
 
         try:
-            make_teacher(config.train, make_spec(config, manifest, None), torch.device("cpu"))
+            make_teacher(config.train, make_spec(config, manifest), torch.device("cpu"))
         except (CheckpointError, DataError) as error:
             raise type(error)(
                 f"train.teacher: {error} Correct --train.teacher, or leave it out to train without one."
@@ -312,9 +307,9 @@ def _outcome(
     config: RunConfig,
     folder: str,
     steps: int,
-    whole: Future[None] | None,
+    *beside: Future[Any] | None,
 ) -> Standing:
-    """Of the loop, once it is through."""
+    """Of the loop, once it is through. beside: what ends it where it fails."""
     import ray.train
 
     from pipelines.training.faults import what_happened
@@ -322,7 +317,7 @@ def _outcome(
 
     most = config.train.max_failures
     try:
-        outcome = waited(training, whole).return_value  # type: ignore[attr-defined]  # Train v2 has it
+        outcome = waited(training, *beside).return_value  # type: ignore[attr-defined]  # Train v2 has it
     except ray.train.WorkerGroupError as error:
         stands = where_it_stands(folder, steps, config.run.fresh)
         raise Failure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from test_feed import dotted_shards
 from test_train import made_up_part, new_model, one_worker, small_config, workers
 from torch import multiprocessing
 
+from hrnet_core.checkpoint import load_checkpoint
 from hrnet_core.errors import ConfigError, DataError, Failure
 from pipelines import train as driver
 from pipelines.cluster.session import quiet_engines
@@ -38,10 +40,10 @@ from pipelines.settings.train import TrainSettings
 from pipelines.shards.manifest import Manifest
 from pipelines.storage.files import BucketAway
 from pipelines.tracking.metric_log import MetricLog, read_rows
-from pipelines.tracking.store import quiet_mlflow
+from pipelines.tracking.store import Tracker, quiet_mlflow
 from pipelines.training.ddp import wrap
 from pipelines.training.faults import Faults, curable, what_happened
-from pipelines.training.followed import follow, follow_run, hand_over, opening
+from pipelines.training.followed import closed_early, follow_run, hand_over
 from pipelines.training.loop import Diverged, train_epochs
 from pipelines.training.run_folder import (
     TrainResult,
@@ -412,8 +414,7 @@ def test_a_server_that_is_away_at_the_start_costs_a_sentence_and_gets_all_later(
     away = config.model_copy(
         update={"track": config.track.model_copy(update={"uri": "http://user:secret@127.0.0.1:9"})}
     )
-    with opening(away, folder) as tracker:
-        assert follow(tracker, away, manifest, folder) is None
+    assert follow_run(away, manifest, folder) is None
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert [w for w in ("does not answer", "Training goes on", "metrics.jsonl") if w not in told] == []
@@ -461,8 +462,9 @@ def test_a_run_that_goes_on_while_its_server_is_away_stays_the_run_it_was(
     assert "sent when it is back" in capsys.readouterr().out
     assert tracked_as(folder) == first.run_id
     run, _ = one_worker(away, tmp_path / "r")
-    assert run.spec.provenance["run_id"] == first.run_id
     train_epochs(run)
+    _, best = load_checkpoint(tmp_path / "r" / "best")
+    assert best.provenance["run_id"] == first.run_id
     rows = [row for row in read_rows(tmp_path / "r" / "metrics.jsonl") if "train/loss" in row]
     losses = [(row["step"], row["train/loss"]) for row in rows]
     assert losses
@@ -506,12 +508,12 @@ def test_an_address_that_is_wrong_is_refused(manifest: Manifest, tmp_path: Path)
     config = small_config(manifest, tmp_path)
     config = config.model_copy(update={"track": config.track.model_copy(update={"uri": "htp://127.0.0.1:9"})})
     folder = str(tmp_path / "r")
-    with opening(config, folder) as tracker, pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
-        follow(tracker, config, manifest, folder)
+    with pytest.raises(ConfigError, match=r"htp://127\.0\.0\.1:9"):
+        follow_run(config, manifest, folder)
 
 
-def test_workers_wait_for_the_run_in_mlflow(manifest: Manifest, tmp_path: Path) -> None:
-    """They start while it is opened; none trains for a command that has given up."""
+def test_who_sends_figures_waits_for_the_run_in_mlflow(manifest: Manifest, tmp_path: Path) -> None:
+    """It is opened while workers start; none goes on for a command that has given up."""
     config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
     assert tracked_as(folder) is None  # a worker by itself
     write_run(folder, config, manifest.digest, "earlier")
@@ -533,10 +535,26 @@ def test_workers_wait_for_the_run_in_mlflow(manifest: Manifest, tmp_path: Path) 
     assert json.loads((tmp_path / "r" / "run.json").read_text())["run_id"] == "now"
 
 
+def test_steps_are_done_before_mlflow_has_the_run(manifest: Manifest, tmp_path: Path) -> None:
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    begin_run(folder, config, manifest.digest)
+    run, _ = one_worker(config, tmp_path / "r")
+    with ThreadPoolExecutor(1) as worker:
+        training = worker.submit(train_epochs, run)
+        deadline = time.monotonic() + 60
+        while not read_rows(tmp_path / "r" / "metrics.jsonl") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not training.done()
+        assert run.standing.total_steps
+        write_run(folder, config, manifest.digest, None)
+        training.result(300)
+    assert run.standing.epoch == config.train.epochs
+
+
 def test_a_store_that_is_refused_ends_the_workers(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray Train waits for its workers, and they for the run."""
+    """Ray Train waits for its workers, and they for the run, as soon as they have figures for it."""
     config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
     config = config.model_copy(update={"track": config.track.model_copy(update={"uri": "htp://127.0.0.1:9"})})
     ended: list[BaseException] = []
@@ -544,7 +562,7 @@ def test_a_store_that_is_refused_ends_the_workers(
     class Trainer:
         def fit(self) -> None:
             try:
-                one_worker(config, tmp_path / "r")
+                train_epochs(one_worker(config, tmp_path / "r")[0])
             except Failure as error:
                 ended.append(error)
 
@@ -559,11 +577,27 @@ def test_a_store_that_is_refused_ends_the_workers(
 
 def test_a_database_that_is_being_made_is_made_to_its_end(manifest: Manifest, tmp_path: Path) -> None:
     """Whatever ends the start meanwhile: half a database would refuse every later run."""
-    config = small_config(manifest, tmp_path)
-    with pytest.raises(KeyboardInterrupt), opening(config, str(tmp_path / "r")) as tracker:
-        raise KeyboardInterrupt
-    assert tracker.done()
-    assert tracker.result().client.search_experiments(max_results=1)
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    begin_run(folder, config, manifest.digest)
+    following = begun(functools.partial(follow_run, config, manifest, folder))
+    closed_early(following, config, folder, "KILLED")
+    assert following.done()
+    (run,) = Tracker(config.track, str(tmp_path)).client.search_runs(["1"])
+    assert run.info.status == "KILLED"
+
+
+def test_a_server_that_is_asked_for_long_does_not_hold_up_the_end(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.training.followed.PATIENCE_S", 0.1)
+    config, folder = small_config(manifest, tmp_path), str(tmp_path / "r")
+    config = config.model_copy(
+        update={"track": config.track.model_copy(update={"uri": "http://127.0.0.1:9"})}
+    )
+    begin_run(folder, config, manifest.digest)
+    closed_early(Future(), config, folder, "KILLED")  # it has not answered yet
+    with pytest.raises(Failure, match="has given up"):
+        tracked_as(folder)
 
 
 # --- a shard that is not as written ------------------------------------------------------------------------
@@ -605,8 +639,7 @@ def test_the_check_of_a_large_dataset_ends_the_run_that_it_goes_on_beside(
     with pytest.raises(DataError, match=r"a\.parquet"):
         driver.fit(config, manifest, folder, whole=whole)
     ended.set()
-    with opening(config, folder) as tracker:
-        (run,) = waited(tracker).client.search_runs(["1"])
+    (run,) = Tracker(config.track, str(tmp_path)).client.search_runs(["1"])
     assert run.info.status == "FAILED"
 
 

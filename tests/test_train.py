@@ -437,7 +437,7 @@ def perfect(val: ValSplit, shift: float = 0.0) -> Predictions:
 
 
 def test_an_epoch_is_scored_with_pycocotools(manifest: Manifest, tmp_path: Path) -> None:
-    val, spec = ValSplit(manifest, "val2017"), make_spec(small_config(manifest, tmp_path), manifest, None)
+    val, spec = ValSplit(manifest, "val2017"), make_spec(small_config(manifest, tmp_path), manifest)
     settings = RunConfig().evaluate
     stats, results = val.score(perfect(val), spec, settings)
     assert stats["AP"] == pytest.approx(1.0)
@@ -453,7 +453,7 @@ def test_an_epoch_is_scored_with_pycocotools(manifest: Manifest, tmp_path: Path)
 def test_the_ap_of_an_epoch_follows_the_settings_of_the_protocol(tmp_path: Path) -> None:
     """Both people of each picture predicted on one place: OKS-NMS leaves the better one, soft NMS both."""
     manifest = dotted_shards(tmp_path / "shards", {"train2017": 4, "val2017": 6}, per_image=2)
-    val, spec = ValSplit(manifest, "val2017"), make_spec(small_config(manifest, tmp_path), manifest, None)
+    val, spec = ValSplit(manifest, "val2017"), make_spec(small_config(manifest, tmp_path), manifest)
     found = perfect(val)
     found.keypoints[1::2] = found.keypoints[::2]
     kept = {soft: len(val.score(found, spec, EvaluateSettings(soft_nms=soft))[1]) for soft in (False, True)}
@@ -484,7 +484,7 @@ def test_several_workers_predict_everyone_once(manifest: Manifest, tmp_path: Pat
     assert alone.ann_ids.tolist() == joined.ann_ids.tolist() == sorted(range(1000, 1012))
     np.testing.assert_array_equal(alone.keypoints, joined.keypoints)
     assert joined.loss == pytest.approx(alone.loss)
-    spec = make_spec(small_config(manifest, tmp_path), manifest, None)
+    spec = make_spec(small_config(manifest, tmp_path), manifest)
     with pytest.raises(RuntimeError, match="12 people"):
         ValSplit(manifest, "val2017").score(parts[0], spec, RunConfig().evaluate)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import heapq
+import importlib
 import logging
 import os
 import resource
@@ -25,7 +27,7 @@ from hrnet_core.errors import ConfigError, PoseError
 from pipelines.cluster.joining import refusals_told, refuse_address
 from pipelines.process import environment
 from pipelines.process.progress import Every
-from pipelines.process.stop import GROUPS, handlers_kept
+from pipelines.process.stop import GROUPS, begun, handlers_kept
 from pipelines.settings.config import RaySettings
 
 HOOK = "pipelines.cluster.worker_process.begin"
@@ -172,6 +174,8 @@ def _started(
             _sessions_of_their_own() as processes,
         ):
             ended.callback(_shut_down, processes)
+            if train:  # beside Ray's start, which mostly waits
+                begun(functools.partial(importlib.import_module, "ray.train.torch"))
             how |= {"log_to_driver": workers_shown, "logging_level": logging.WARNING}
             joined = ray.init(address=address, **how)
         if on_cluster():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -107,10 +107,11 @@ def begun(work: Callable[[], T]) -> Future[T]:
     return done
 
 
-def waited(done: Future[T], beside: Future[None] | None = None) -> T:
-    """The result of `done`, or its exception; that of `beside` as soon as it has one."""
+def waited(done: Future[T], *beside: Future[Any] | None) -> T:
+    """The result of `done`, or its exception; that of one of `beside` as soon as it has one."""
     while not done.done():
         wait([done], 0.2)  # a signal that another thread was given wakes nobody
-        if beside and beside.done():
-            beside.result()
+        for other in beside:
+            if other and other.done():
+                other.result()
     return done.result()

@@ -1,4 +1,4 @@
-"""The MLflow run of a training run: opened while its workers start, and given at the end what came out.
+"""The MLflow run of a training run: opened beside its start, and given at the end what came out.
 
 A server that is away costs no training: figures are kept in the run's folder, and sent when it is back.
 """
@@ -6,7 +6,6 @@ A server that is away costs no training: figures are kept in the run's folder, a
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,30 +17,26 @@ from types import MappingProxyType
 from hrnet_core.errors import first_line
 from hrnet_core.locations import fetch, is_uri
 from pipelines.process.code_version import code_version
-from pipelines.process.stop import begun, waited
 from pipelines.settings.config import RunConfig
 from pipelines.shards.manifest import Manifest
 from pipelines.storage.files import base_name, join, list_files
 from pipelines.tracking.metric_log import MetricLog
 from pipelines.tracking.registry import Registry
 from pipelines.tracking.store import StoreAway, Tracker, reason, store_of
-from pipelines.training.run_folder import TrainResult, run_id_of, settings_shown, storage_of, write_run
+from pipelines.training.run_folder import (
+    TrainResult,
+    give_up,
+    run_id_of,
+    settings_shown,
+    storage_of,
+    write_run,
+)
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of a run below another."""
+PATIENCE_S = 5.0
+"""For a server that is asked while training ends."""
 NO_TAGS: Mapping[str, str] = MappingProxyType({})
-
-
-@contextlib.contextmanager
-def opening(config: RunConfig, folder: str) -> Iterator[Future[Tracker]]:
-    """The store, opened in a thread during the block. A database that is just being made is made to its end,
-    however the block ends: half of one would be of no use for good."""
-    tracker = begun(functools.partial(Tracker, config.track, storage_of(folder)))
-    try:
-        yield tracker
-    finally:
-        if not store_of(config.track, storage_of(folder)):
-            wait([tracker])
 
 
 @dataclass(frozen=True)
@@ -55,17 +50,13 @@ class Followed:
         self.tracker.close_run(self.run_id, status)
 
 
-def follow(
-    tracker: Future[Tracker],
-    config: RunConfig,
-    manifest: Manifest,
-    folder: str,
-    tags: Mapping[str, str] = NO_TAGS,
+def follow_run(
+    config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NO_TAGS
 ) -> Followed | None:
     """The run in MLflow, with `tags` besides its own, whose id run.json has then; None, and a sentence, where
     the server is away: figures are kept until it is back. A run that it knows from before keeps its id."""
     try:
-        return open_run(waited(tracker), config, manifest, folder, tags)
+        return open_run(Tracker(config.track, storage_of(folder)), config, manifest, folder, tags)
     except StoreAway as error:
         known = run_id_of(folder)
         write_run(folder, config, manifest.digest, known)
@@ -78,12 +69,14 @@ def follow(
         return None
 
 
-def follow_run(
-    config: RunConfig, manifest: Manifest, folder: str, tags: Mapping[str, str] = NO_TAGS
-) -> Followed | None:
-    """`follow`, by a store that is opened for it."""
-    with opening(config, folder) as tracker:
-        return follow(tracker, config, manifest, folder, tags)
+def closed_early(following: Future[Followed | None], config: RunConfig, folder: str, status: str) -> None:
+    """The end of a run whose training came to none, also while `follow_run` is still at it. A database that
+    is just being made is made to its end: half of one would be of no use for good."""
+    wait([following], None if not store_of(config.track, storage_of(folder)) else PATIENCE_S)
+    if following.done() and not following.exception() and (followed := following.result()):
+        followed.close(status)
+    else:
+        give_up(folder)
 
 
 def open_run(

@@ -93,7 +93,7 @@ def train_epochs(run: Training) -> None:
             save(run)
             print_epoch(run, figures)
     if run.log is not None:
-        run.log.flush()
+        run.send()
 
 
 # --- an epoch -------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def log_interval(run: Training, interval: Interval) -> bool:
             figures |= named(used, run.world)
         run.log.write(step, figures)
         if run.send_due():  # all workers wait for the answer
-            run.log.flush()
+            run.send()
         print_step(run, figures)
     return bool(save_now)
 
@@ -298,7 +298,7 @@ def score_epoch(run: Training) -> dict[str, float]:
     stop_early(run, figures["val_gt/AP"])
     if log is not None:
         draw_pictures(run, found)
-        log.flush()
+        run.send()
     at.seconds += time.perf_counter() - begun
     return figures
 

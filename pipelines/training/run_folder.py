@@ -173,7 +173,7 @@ def refuse_sweep(folder: str) -> None:
 
 def begin_run(folder: str, config: RunConfig, dataset_digest: str) -> None:
     """run.json of a run that is being opened in MLflow, with the id that it has there from before: until
-    `write_run` or `give_up`, workers wait (`tracked_as`)."""
+    `write_run` or `give_up`, who asks for it waits (`tracked_as`)."""
     _write_record(folder, config, dataset_digest, run_id_of(folder), opening=True)
 
 
@@ -184,8 +184,8 @@ def give_up(folder: str) -> None:
 
 
 def tracked_as(folder: str) -> str | None:
-    """MLflow's id of the run, once the driver has it, None where MLflow is away. Failure where the driver has
-    given up."""
+    """MLflow's id of the run, as soon as the driver has it, None where MLflow is away. Failure where the
+    driver has given up."""
     while (known := read_record(folder, "run.json") or {}).get("opening"):
         time.sleep(0.2)
     if "opening" in known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -138,6 +139,17 @@ class Training:
     """Rows to MLflow within an epoch; at its end they are sent anyway."""
     pictures_due: Every = field(default_factory=lambda: Every(60, at_once=True))
 
+    @functools.cached_property
+    def run_id(self) -> str | None:
+        """MLflow's, of rank 0, which waits for it here; None where MLflow is away."""
+        return tracked_as(self.folder)
+
+    def send(self) -> None:
+        """What rank 0 has in its log to MLflow."""
+        assert self.log is not None
+        self.log.run_id = self.run_id
+        self.log.flush()
+
     @property
     def scored(self) -> HRNet:
         """The network that is scored and saved for use."""
@@ -164,8 +176,7 @@ def set_up(
     if settings.compile and (why := cannot_compile(device.type)):
         raise ConfigError(f"train.compile cannot be followed here: {why}.")
 
-    run_id = tracked_as(job.folder)
-    spec = make_spec(config, manifest, run_id)
+    spec = make_spec(config, manifest)
     model = make_model(config, spec, start=not checkpoint).to(device)
     weights = spec.skeleton.joint_weights if settings.joint_weights else None
     run = Training(
@@ -198,12 +209,12 @@ def set_up(
         restore(run, checkpoint)
     if rank == 0:
         steps = run.standing.total_steps
-        run.log = MetricLog(join(job.folder, "metrics.jsonl"), steps, job.tracking_uri, run_id)
+        run.log = MetricLog(join(job.folder, "metrics.jsonl"), steps, job.tracking_uri)
     return run
 
 
-def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> CheckpointSpec:
-    """What the checkpoints of this run say about themselves."""
+def make_spec(config: RunConfig, manifest: Manifest) -> CheckpointSpec:
+    """What the checkpoints of this run say about themselves, but for MLflow's id (`keep_best`)."""
     skeleton = manifest.recipe.skeleton
     recipe = config.model_dump(
         mode="json", include={"data", "model", "train"}, exclude={"data": {"root", "shards"}}
@@ -216,7 +227,7 @@ def make_spec(config: RunConfig, manifest: Manifest, run_id: str | None) -> Chec
         flip_test=config.train.flip_test,
         weights="ema" if config.train.ema_decay else "raw",
         provenance={
-            "run_id": run_id,
+            "run_id": None,
             "dataset_digest": manifest.digest,
             "config": {"name": config.config_name, **recipe},
             "code_version": code_version(),
@@ -327,7 +338,7 @@ def save(run: Training) -> None:
 def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
     """best/ and predictions.json (COCO results) of the epoch just scored, whose AP is the best so far."""
     run.standing.best_ap, run.standing.best_epoch = ap, run.standing.epoch
-    found = {"epoch": run.standing.epoch, "val_gt/AP": ap}
+    found = {"run_id": run.run_id, "epoch": run.standing.epoch, "val_gt/AP": ap}
     spec = replace(run.spec, provenance={**run.spec.provenance, **found})
     _put_checkpoint(join(run.folder, "best"), run.scored.state_dict(), spec)
     write_whole(join(run.folder, "predictions.json"), json.dumps(results) + "\n")
