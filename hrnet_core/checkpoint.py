@@ -6,6 +6,8 @@
     model.onnx             the network for ONNX Runtime and OpenVINO, only where `hrnet export` wrote it
     openvino_int8.xml      the network in int8 for OpenVINO, with openvino_int8.bin, only where `hrnet export`
                            wrote it
+    model.ncnn.param       the network for ncnn, with model.ncnn.bin and model.ncnn.json, only where `hrnet
+                           export` wrote it
     trainer.pt             optimizer and counters, only where training may go on from here
 
 A folder explains itself or is refused, and loading is strict: nothing is ever missing in silence. Bare
@@ -42,7 +44,9 @@ SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION, SELFTEST = "model.safetensors", "checkpoint.json", "selftest.safetensors"
 ONNX, TRAINER = "model.onnx", "trainer.pt"
 INT8 = ("openvino_int8.xml", "openvino_int8.bin")
-EXPORTED = (ONNX, *INT8)
+NCNN = ("model.ncnn.param", "model.ncnn.bin", "model.ncnn.json")
+"""The last says whose they are: the two others have no place for it."""
+EXPORTED = (ONNX, *INT8, *NCNN)
 """What `hrnet export` adds, for the modes that run from files; saving other weights removes it."""
 PROVENANCE = ("run_id", "dataset_digest", "config", "code_version")
 COPY_IT = f"A checkpoint folder holds {WEIGHTS}, {DESCRIPTION} and {SELFTEST}; copy the whole folder."

@@ -24,9 +24,10 @@ ModeName = Literal[
     "openvino",
     "openvino_bfloat16",
     "openvino_int8",
+    "ncnn",
 ]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
-FormatName = Literal["onnx", "onnx_decoded", "onnx_float16", "openvino", "openvino_int8"]
+FormatName = Literal["onnx", "onnx_decoded", "onnx_float16", "openvino", "openvino_int8", "ncnn"]
 PADDING = 1.25
 """Of a crop relative to the box of the person."""
 MAX_PIXELS = 100_000_000

@@ -10,6 +10,7 @@
     openvino            OpenVINO, float32, from model.onnx
     openvino_bfloat16   the same in bfloat16, but for the last layer
     openvino_int8       OpenVINO, from the quantised file of `hrnet export`
+    ncnn                ncnn, float32, from its own files
 
 Which of them is exact enough is measured on an evaluation set (docs/modes.md), not assumed.
 """
@@ -29,19 +30,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hrnet_core.checkpoint import INT8, ONNX, CheckpointSpec
+from hrnet_core.checkpoint import INT8, NCNN, ONNX, CheckpointSpec
 from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError, first_line
 from hrnet_core.fused import fuse_where_it_runs, is_fused
 from hrnet_core.model import BasicBlock, Bottleneck, Fusion, fold_batch_norms, normalize, to_16_bits
+from hrnet_core.ncnn_file import NCNN_PACKAGES, export_ncnn, open_ncnn
 from hrnet_core.onnx_file import ONNX_PACKAGES, export_onnx, missing_packages, open_onnx
-from hrnet_core.openvino_file import open_openvino
+from hrnet_core.openvino_file import IR_PACKAGES, open_openvino
 
 EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
 RUN_FROM: dict[str, tuple[str, ...]] = {
     "onnx": (ONNX,), "openvino": (ONNX,), "openvino_bfloat16": (ONNX,), "openvino_int8": INT8,
+    "ncnn": NCNN,
 }  # fmt: skip
-"""The modes that run from exported files, and which. Without a model.onnx it is made in memory."""
+"""The modes that run from exported files, and which. Without them all but int8's are made in memory."""
 ON_PURPOSE = {"openvino_int8"}
 """Modes that "auto" never takes, whatever was measured."""
 Network = Callable[[Tensor], Tensor]
@@ -137,18 +140,18 @@ def files_of(mode: str, measured: Mapping[str, Any]) -> set[str]:
 def unusable(mode: str, device_type: str, files: Collection[str] = ()) -> str:
     """Why a mode cannot run on "cpu" or "cuda" here, with the way out; "" where it can.
 
-    files: names of the exported files that are there: without model.onnx its modes also need what makes one.
+    files: names of the exported files that are there: without its own a mode also needs what makes them.
     """
     if mode in RUN_FROM:
-        there = set(RUN_FROM[mode]) <= set(files)
-        if mode == "openvino_int8" and not there:
+        if mode == "openvino_int8" and not set(INT8) <= set(files):
             return (
                 f"the checkpoint folder has no {' and '.join(INT8)}: hrnet export CHECKPOINT --format "
                 f"openvino_int8 --shards SHARDS writes them"
             )
-        engine = "onnxruntime" if mode == "onnx" else "openvino"
-        packages = [engine] if there else [engine, *ONNX_PACKAGES]
-        if why := missing_packages(list(dict.fromkeys(packages)), mode.partition("_")[0]):
+        # The first opens files, all make them. Where one of several is there, opening it asks for the others.
+        packages = {"onnx": ONNX_PACKAGES, "ncnn": NCNN_PACKAGES}.get(mode, IR_PACKAGES)
+        there = not set(RUN_FROM[mode]).isdisjoint(files)
+        if why := missing_packages(packages[:1] if there else packages, mode.partition("_")[0]):
             return why
         if device_type != "cpu":
             return "it runs on the CPU; name device cpu, or another mode"
@@ -215,7 +218,10 @@ def keep_compiled(folder: str | None) -> str:
 
 
 def _from_files(model: nn.Module, spec: CheckpointSpec, mode: str, exported: Mapping[str, bytes]) -> Network:
-    """The network in ONNX Runtime or OpenVINO."""
+    """The network in ONNX Runtime, OpenVINO or ncnn."""
+    if mode == "ncnn":
+        files = {name: exported[name] for name in NCNN if name in exported}
+        return open_ncnn(files or dict(zip(NCNN, export_ncnn(model, spec), strict=True)), spec)
     if mode == "openvino_int8":
         return open_openvino([exported[name] for name in INT8], spec, INT8[0])
     content = exported.get(ONNX) or export_onnx(model, spec)

@@ -38,12 +38,12 @@ def told_of(spec: CheckpointSpec) -> str:
     return json.dumps({name: value for name, value in spec.as_dict().items() if name != "modes"})
 
 
-def refuse_other_weights(told: str, spec: CheckpointSpec, name: str) -> None:
+def refuse_other_weights(told: str, spec: CheckpointSpec, name: str, again: str = AGAIN) -> None:
     """CheckpointError where a file's metadata says other weights than the checkpoint's, or nothing."""
     sha256 = json.loads(told).get("weights_sha256")
     if sha256 != spec.weights_sha256:
         theirs, ours = str(sha256)[:12], str(spec.weights_sha256)[:12]
-        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {AGAIN}")
+        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {again}")
 
 
 def open_onnx(content: bytes, spec: CheckpointSpec, name: str) -> Callable[[Tensor], Tensor]:

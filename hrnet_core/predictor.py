@@ -76,8 +76,8 @@ class PosePredictor:
     mode: one of modes.MODES, or "auto": the fastest that checkpoint.json has measured on this kind of device
         within 0.001 AP of float32 and that can run here; float32 where nothing was measured. The attribute
         `mode` says which.
-    exported: files of these weights for the modes that run from files (checkpoint.read_exported); without a
-        model.onnx it is made here, which takes a while.
+    exported: files of these weights for the modes that run from files (checkpoint.read_exported); without
+        them they are made here, which takes a while.
     compile_cache: for modes that compile, the folder that keeps it (modes.keep_compiled).
 
     ConfigError: a device or mode there is not. CheckpointError: a file of other weights.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hrnet_core.checkpoint import CheckpointSpec
 
 EXTENSIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "ncnn": "ncnn"}
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ FORMATS: dict[FormatName, Format] = {
     "openvino": Format("OpenVINO", 1e-3, np.inf),
     # How much worse it is says the AP; a keypoint that is a whole cell off on average is broken.
     "openvino_int8": Format("OpenVINO", 0.5, 4.0),
+    "ncnn": Format("ncnn", 1e-3, np.inf),
 }
 CALIBRATION = 300
 """Crops of the shards from which int8 takes the ranges of the activations."""
@@ -119,8 +120,9 @@ def export(
     """Write the checkpoint's network for another runtime (docs/export.md) and compare it with torch. All
     paths may be URIs.
 
-    out: default model.onnx or openvino_int8.xml in the checkpoint folder, where modes find them; the other
-    formats must name a file. A .bin is written beside an .xml. shards: int8 is calibrated on crops of their
+    out: default model.onnx, openvino_int8.xml or model.ncnn.param in the checkpoint folder, where modes find
+    them; the other formats must name a file. A .bin is written beside an .xml, a .ncnn.bin and a .ncnn.json
+    beside a .ncnn.param. shards: int8 is calibrated on crops of their
     `shards_split`. coco_root: compare also on the first photographs that hold `people` people, with AP.
     settings.flip_test: also what a decoded file does. Runs in this process.
 
@@ -163,10 +165,10 @@ def export(
 
 
 def _targets(checkpoint: str, out: str | None, format: FormatName) -> list[str]:
-    """The files of a format: one, or an .xml with its .bin. Paths or URIs."""
-    from hrnet_core.checkpoint import INT8, ONNX
+    """The files of a format: one, an .xml with its .bin, or ncnn's three. Paths or URIs."""
+    from hrnet_core.checkpoint import INT8, NCNN, ONNX
 
-    names = {"onnx": [ONNX], "openvino_int8": INT8}
+    names = {"onnx": [ONNX], "openvino_int8": INT8, "ncnn": NCNN}
     if out is None:
         if format not in names:
             raise ConfigError(
@@ -175,6 +177,8 @@ def _targets(checkpoint: str, out: str | None, format: FormatName) -> list[str]:
             )
         return [join(checkpoint, name) for name in names[format]]
     suffixes = [".xml", ".bin"] if format.startswith("openvino") else [".onnx"]
+    if format == "ncnn":
+        suffixes = [".ncnn.param", ".ncnn.bin", ".ncnn.json"]
     address, mark, query = out.partition("?") if is_uri(out) else (out, "", "")
     if not address.endswith(suffixes[0]):
         raise ConfigError(f"{out}: a file of format {format} ends in {suffixes[0]}.")
@@ -185,8 +189,9 @@ def _both(
     model: HRNet, spec: CheckpointSpec, format: FormatName, crops: NDArray[np.uint8], flip: bool
 ) -> tuple[Sequence[bytes], PosePredictor, PosePredictor]:
     """The content of the files, torch in float32, and who answers from that content."""
-    from hrnet_core.checkpoint import INT8, ONNX
+    from hrnet_core.checkpoint import INT8, NCNN, ONNX
     from hrnet_core.decoding_file import DecodedPredictor, export_decoding
+    from hrnet_core.ncnn_file import export_ncnn
     from hrnet_core.onnx_file import export_float16, export_onnx
     from hrnet_core.openvino_file import export_int8, export_ir
     from hrnet_core.predictor import PosePredictor
@@ -198,6 +203,9 @@ def _both(
     if format.startswith("onnx"):
         content = (export_onnx if format == "onnx" else export_float16)(model, spec)
         return [content], one, PosePredictor(model, spec, "cpu", "onnx", {ONNX: content})
+    if format == "ncnn":
+        files = export_ncnn(model, spec)
+        return files, one, PosePredictor(model, spec, "cpu", "ncnn", dict(zip(NCNN, files, strict=True)))
     pair = export_ir(model, spec) if format == "openvino" else export_int8(model, spec, crops)
     # This mode opens an .xml with its .bin, whatever the numbers in it are.
     return pair, one, PosePredictor(model, spec, "cpu", "openvino_int8", dict(zip(INT8, pair, strict=True)))

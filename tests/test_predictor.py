@@ -433,6 +433,7 @@ ROUGH = 0.05  # bfloat16 keeps 8 bits; a wrong layer costs the whole range
         ("onnx", EXACT),
         ("openvino", EXACT),
         ("openvino_bfloat16", ROUGH),
+        ("ncnn", EXACT),
         pytest.param("compiled", EXACT, marks=pytest.mark.slow),
         pytest.param("compiled_bfloat16", ROUGH, marks=pytest.mark.slow),
     ],

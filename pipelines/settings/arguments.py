@@ -203,11 +203,12 @@ class Export(Section):
     checkpoint: Annotated[str, *positional("CHECKPOINT")]
     """Checkpoint folder, URI, or models:/hrnet-pose@champion."""
     out: Annotated[str | None, *positional("OUT")] = None
-    """File to write (.onnx, or .xml with a .bin beside it); default: model.onnx or openvino_int8.xml in the
-    checkpoint folder, where modes find them; the other formats have none."""
+    """File to write (.onnx; .xml with a .bin beside it; .ncnn.param with two); default: model.onnx,
+    openvino_int8.xml or model.ncnn.param in the checkpoint folder, where modes find them; the other formats
+    have none."""
     format: FormatName = "onnx"
     """onnx: images -> heatmaps. onnx_decoded: crops -> keypoints. onnx_float16: for GPUs. openvino,
-    openvino_int8: OpenVINO's own files."""
+    openvino_int8: OpenVINO's own files. ncnn: ncnn's."""
     shards: str | None = None
     """Preprocessed shards: int8 is calibrated on some of their crops."""
     shards_split: str = DATA.train_split
