@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_weights import formula_weights
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,26 +29,6 @@ def w32() -> HRNet:
 @pytest.fixture(scope="module")
 def published_keys() -> dict[str, list[int]]:
     return json.loads((REFERENCE / "official_w32_keys.json").read_text())
-
-
-def formula_weights(shapes: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights that forward_w32.json describes: tensor i from RandomState(i)."""
-    state = {}
-    for i, (key, shape) in enumerate(shapes.items()):
-        wave = np.random.RandomState(i).uniform(-1, 1, shape)  # a frozen stream
-        if key.endswith("num_batches_tracked"):
-            state[key] = torch.tensor(0)
-            continue
-        if key.endswith("running_var"):
-            values = 1 + 0.5 * wave
-        elif key.endswith(("running_mean", "bias")):
-            values = 0.1 * wave
-        elif len(shape) == 1:
-            values = 0.75 + 0.25 * wave
-        else:
-            values = wave * np.sqrt(2 / np.prod(shape[1:]))
-        state[key] = torch.from_numpy(np.asarray(values, np.float32))
-    return state
 
 
 def test_keys_order_and_shapes_are_the_published_ones(

@@ -6,7 +6,8 @@
 
 Both sides of a ratio run in turn (A B A B ...) and the median of the pairs counts. On a CPU a side is its CPU
 time on one thread, which other work on the machine lengthens less than the clock's. Exit code 1 where a limit
-is missed. Weights are random (pipelines.benchmark.save_random): speed does not depend on them.
+is missed. Weights are random (pipelines.benchmark.save_random): speed does not depend on them. How far a mode
+is from float32 does, so the modes have those of tests/reference/forward_w32.json, for which EXACT is stated.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from formula_weights import formula_weights
 from ratios import compare, exit_code, judge
 from torch import Tensor
 
-from hrnet_core.checkpoint import INT8, load_checkpoint
+from hrnet_core.checkpoint import INT8, load_checkpoint, save_checkpoint
 from hrnet_core.choices import CODECS, MODES
 from hrnet_core.decoder import Decoder
 from hrnet_core.errors import ConfigError, first_line
@@ -82,6 +84,7 @@ def main() -> int:
         for batch in batches if "decode" in args.only else ():
             decoding(folder, args.device, mode, batch, args.rounds)
         if cpu and "modes" in args.only:
+            give_formula_weights(folder)
             modes_alone(folder, args.modes, 2 * args.rounds)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
     return exit_code()
@@ -190,6 +193,12 @@ def decoding(folder: Path, device: str, mode: str, batch: int, rounds: int) -> N
         ratio, ours, _ = compare(repeated(decode, device), network, rounds, clock_of(device))
         print(f"decoding {name}: {1e6 * ours / batch:.1f} us a person")
         judge(f"decoding {name} / network alone, {mode}, batch {batch}", ratio, 0.03)
+
+
+def give_formula_weights(folder: Path) -> None:
+    model, spec = load_checkpoint(folder)
+    state = formula_weights({name: list(value.shape) for name, value in model.state_dict().items()})
+    save_checkpoint(folder, state, spec)
 
 
 def modes_alone(folder: Path, modes: Sequence[str], rounds: int) -> None:
