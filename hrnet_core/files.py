@@ -65,6 +65,14 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # where it is still there, it failed
 
 
+def json_kind(value: Any) -> str:
+    """What a value of JSON is, in a few words, for messages."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    names = {dict: "an object", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 def read_object(file: Path, error: type[PoseError], way_out: str) -> dict[str, Any]:
     """The JSON object that a file holds; else `error`, with the file and the way out."""
     try:
@@ -72,7 +80,7 @@ def read_object(file: Path, error: type[PoseError], way_out: str) -> dict[str, A
     except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{file}: no readable JSON ({problem}). {way_out}") from None
     if not isinstance(content, dict):
-        raise error(f"{file}: holds {type(content).__name__}, not one JSON object. {way_out}")
+        raise error(f"{file}: holds {json_kind(content)}, not one JSON object. {way_out}")
     return content
 
 

@@ -22,6 +22,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from hrnet_core.files import json_kind
 from hrnet_core.geometry import FARTHEST
 from serve.schemas import Problem
 from serve.settings import Limits
@@ -163,7 +164,7 @@ async def _form_fields(form: FormData, limits: Limits) -> tuple[list[bytes], Any
 def _read_json(body: bytes, limits: Limits) -> tuple[list[bytes], Any]:
     fields = parse_json(body, "the body", "malformed-body", limits)
     if not isinstance(fields, dict):
-        raise Problem("malformed-body", f"the body: expected a JSON object, got {_kind(fields)}.")
+        raise Problem("malformed-body", f"the body: expected a JSON object, got {json_kind(fields)}.")
     _refuse_unknown(fields)
     image = fields.get("image", [])
     texts = image if isinstance(image, list) else [image]
@@ -178,7 +179,7 @@ def _refuse_unknown(fields: Iterable[str]) -> None:
 
 def _from_base64(text: Any, field: str) -> bytes:
     if not isinstance(text, str):
-        raise Problem.of_field(field, "invalid-field", f"expected base64 text, got {_kind(text)}.")
+        raise Problem.of_field(field, "invalid-field", f"expected base64 text, got {json_kind(text)}.")
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
@@ -224,7 +225,7 @@ def _with_boxes(images: list[bytes], boxes: Any, limits: Limits) -> list[Upload]
     elif isinstance(boxes, list) and len(boxes) == count:
         lists = boxes
     else:
-        given = f"{len(boxes)} entries" if isinstance(boxes, list) else _kind(boxes)
+        given = f"{len(boxes)} entries" if isinstance(boxes, list) else json_kind(boxes)
         raise Problem.of_field(
             "boxes",
             "invalid-boxes",
@@ -254,7 +255,9 @@ def boxes_of_json(boxes: Any, field: str) -> NDArray[np.float32] | None:
     if boxes is None:
         return None
     if not isinstance(boxes, list):
-        raise Problem.of_field(field, "invalid-boxes", f"expected [[x, y, w, h], ...], got {_kind(boxes)}.")
+        raise Problem.of_field(
+            field, "invalid-boxes", f"expected [[x, y, w, h], ...], got {json_kind(boxes)}."
+        )
     for i, box in enumerate(boxes):
         wrong = _what_is_wrong(box)
         if wrong:
@@ -264,10 +267,10 @@ def boxes_of_json(boxes: Any, field: str) -> NDArray[np.float32] | None:
 
 def _what_is_wrong(box: Any) -> str | None:
     if not isinstance(box, list) or len(box) != 4:
-        return f"expected four numbers x, y, w, h, got {_kind(box)}"
+        return f"expected four numbers x, y, w, h, got {json_kind(box)}"
     for name, value in zip("xywh", box, strict=True):
         if type(value) not in (int, float):
-            return f"{name} is {_kind(value)}, not a number"
+            return f"{name} is {json_kind(value)}, not a number"
         if not abs(value) <= FARTHEST:  # nor is NaN
             return f"{name} must be finite and within ±{FARTHEST:,.0f} px"
     if not (np.array(box[2:], np.float32) > 0).all():  # 1e-50 is 0 to the predictor
@@ -282,14 +285,6 @@ def _what_is_wrong(box: Any) -> str | None:
 
 def _name(field: str, index: int, count: int) -> str:
     return field if count == 1 else f"{field}[{index}]"
-
-
-def _kind(value: Any) -> str:
-    """A short word for a JSON value, for messages."""
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    names = {dict: "an object", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _too_large(limits: Limits) -> Problem:

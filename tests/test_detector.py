@@ -281,7 +281,9 @@ def test_wrong_files_are_one_paragraph(tmp_path: Path) -> None:
     file.with_suffix(".json").rename(tmp_path / "none.json")
     refused(tmp_path / "none.onnx", "not a model that ONNX Runtime opens")
     (tmp_path / "none.json").write_text("[1]")
-    refused(tmp_path / "none.onnx", r"none\.json: holds list, not one JSON object\..* docs/predict\.md")
+    refused(
+        tmp_path / "none.onnx", r"none\.json: holds a list of \d+, not one JSON object\..* docs/predict\.md"
+    )
     (tmp_path / "none.json").write_text("{}")
     refused(tmp_path / "none.onnx", r"missing fields \['input_size', 'layout'\]")
 

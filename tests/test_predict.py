@@ -575,7 +575,7 @@ def test_crowds_are_no_boxes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("7", "it is a int"),
+        ("7", "it is a number"),
         ("[]", "it is empty"),
         ("[7]", "entry 0 has no image_id and bbox: 7"),
         ('[{"image_id": 1, "keypoints": [1]}]', "entry 0 has no image_id and bbox"),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.files import json_kind
 from hrnet_core.skeleton import COCO17, Skeleton
 from pipelines.sources.annotations import TO_SCORE, Annotations, read_annotations
 from pipelines.sources.doubts import doubts_of, refuse_misread
@@ -157,7 +158,7 @@ def _checked_results(found: Any, name: str, truth: GroundTruth, skeleton: Skelet
     if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
         raise DataError(
             f"{name}: COCO results are a list of objects with image_id, category_id, keypoints and score, "
-            f"got {type(found).__name__}."
+            f"got {json_kind(found)}."
         )
     images = set(truth.image_ids.tolist())
     numbers = 3 * skeleton.num_keypoints

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from hrnet_core.errors import DataError
+from hrnet_core.files import json_kind
 from hrnet_core.skeleton import Skeleton
 from pipelines.sources.doubts import Seen
 from pipelines.sources.json_file import load_marked
@@ -193,7 +194,7 @@ def _sections(file: str, content: Any) -> AnnotationFile:
     if not isinstance(content, dict):
         raise DataError(
             f"{file}: a COCO annotation file is one JSON object with images, annotations and categories, "
-            f"this is a {type(content).__name__}. Result and detection files are not annotations."
+            f"this is {json_kind(content)}. Result and detection files are not annotations."
         )
     for name in ("images", "annotations", "categories"):
         rows = content.get(name)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrnet_core.errors import DataError
+from hrnet_core.files import json_kind
 from pipelines.settings.config import BoxesCategory
 from pipelines.sources.annotations import ALL, AnnotationFile, people_of_images
 from pipelines.sources.json_file import load
@@ -104,7 +105,7 @@ def read_boxes(file: str | Path, score_threshold: float = 0.0, category: BoxesCa
     elif isinstance(content, dict):
         entries = {key: _named(name, key, value, score_threshold) for key, value in content.items()}
     else:
-        raise _other_kind(name, f"it is a {type(content).__name__}")
+        raise _other_kind(name, f"it is {json_kind(content)}")
     if not entries:
         raise _other_kind(name, "it is empty")
     return BoxesFile(name, sha256, complete, entries)

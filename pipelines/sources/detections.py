@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hrnet_core.errors import DataError
+from hrnet_core.files import json_kind
 from pipelines.settings.config import BoxesCategory
 from pipelines.sources.boxes import box_and_score, is_of, named, refuse_other_category
 from pipelines.sources.json_file import load
@@ -81,13 +82,13 @@ def _check_detections(file: str, rows: Any) -> None:
     wanted = f"a detection file is a JSON list of {entry}"
     if not isinstance(rows, list):
         hint = ": an annotation file" if isinstance(rows, dict) and "annotations" in rows else ""
-        raise DataError(f"{file}: {wanted}, this is a {type(rows).__name__}{hint}.")
+        raise DataError(f"{file}: {wanted}, this is {json_kind(rows)}{hint}.")
     if not rows:
         raise DataError(f"{file}: no entries; {wanted}. Run the detector again, or evaluate without --boxes.")
     kinds = {"image_id": (int,), "category_id": (int,), "bbox": (list,), "score": (int, float)}
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{file}: entry {index} is a {type(row).__name__}; {wanted}.")
+            raise DataError(f"{file}: entry {index} is {json_kind(row)}; {wanted}.")
         for key, types in kinds.items():
             scored = key == "score" and key not in row and len(row["bbox"]) == 5  # bbox was looked at before
             value = whole(row["bbox"][4] if scored else row.get(key))
