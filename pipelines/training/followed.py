@@ -72,7 +72,8 @@ def follow_run(
 def closed_early(following: Future[Followed | None], config: RunConfig, folder: str, status: str) -> None:
     """The end of a run whose training came to none, also while `follow_run` is still at it. A database that
     is just being made is made to its end: half of one would be of no use for good."""
-    wait([following], None if not store_of(config.track, storage_of(folder)) else PATIENCE_S)
+    server = store_of(config.track, storage_of(folder))
+    wait([following], PATIENCE_S if server else None)
     if following.done() and not following.exception() and (followed := following.result()):
         followed.close(status)
     else:
