@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 import torch
 from dots import rows_here, write_solved
 from numpy.typing import NDArray
-from test_predictor import EXACT
+from test_predictor import EXACT, assert_undisturbed
 
 from hrnet_core.checkpoint import EXPORTED, NCNN, load_checkpoint, read_exported, read_spec, save_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError
@@ -76,27 +75,9 @@ def test_heatmaps_are_float32s_whatever_the_batch(solved: tuple[Path, Path]) -> 
 
 
 def test_several_threads_and_predictors_get_the_answers_of_one(solved: tuple[Path, Path]) -> None:
-    """And an answer stays what it was when others follow."""
     predictors = [predictor_of(solved[1]) for _ in range(2)]
     asked = [(predictors[i % 2], noise(1 + i, seed=i)) for i in range(4)]
-    alone = [predictor.heatmaps(crops, flip_test=False) for predictor, crops in asked]
-    kept = [answer.copy() for answer in alone]
-    together: dict[int, list[NDArray[Any]]] = {i: [] for i in range(4)}
-
-    def ask(i: int) -> None:
-        for _ in range(5):
-            together[i].append(asked[i][0].heatmaps(asked[i][1], flip_test=False))
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(4):
-        assert len(together[i]) == 5
-        for answer in together[i]:
-            assert np.array_equal(answer, kept[i])
-        assert np.array_equal(alone[i], kept[i])
+    assert_undisturbed(asked)
 
 
 def test_answers_are_not_of_a_buffer_that_is_used_again(solved: tuple[Path, Path]) -> None:

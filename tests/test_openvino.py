@@ -16,6 +16,7 @@ import torch
 from dots import rows_here, write_solved
 from numpy.typing import NDArray
 from test_feed import dotted_shards
+from test_predictor import assert_undisturbed
 
 from hrnet_core.checkpoint import INT8, ONNX, load_checkpoint, read_exported, save_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError, DataError
@@ -106,28 +107,10 @@ def test_a_float32_head_is_nearer_than_all_in_bfloat16(
 def test_predictors_and_threads_do_not_disturb_each_other(
     solved: tuple[Path, Path], crops: NDArray[np.uint8]
 ) -> None:
-    """Two predictors, four threads, batches of different sizes: the bits of calls one after the other; and an
-    answer stays what it was when others follow."""
+    """Two predictors, four threads, batches of different sizes."""
     predictors = [PosePredictor.load(solved[1], device="cpu", mode=m) for m in ("openvino", "openvino_int8")]
     asked = [(predictors[i % 2], crops[i : i + 2 + i // 2]) for i in range(4)]
-    alone = [predictor.heatmaps(some, flip_test=False) for predictor, some in asked]
-    kept = [answer.copy() for answer in alone]
-    together: dict[int, list[NDArray[Any]]] = {i: [] for i in range(4)}
-
-    def ask(i: int) -> None:
-        for _ in range(5):
-            together[i].append(asked[i][0].heatmaps(asked[i][1], flip_test=False))
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(4):
-        assert len(together[i]) == 5
-        for answer in together[i]:
-            assert np.array_equal(answer, kept[i])
-        assert np.array_equal(alone[i], kept[i])
+    assert_undisturbed(asked)
 
 
 def test_answers_are_not_of_a_buffer_that_is_used_again(solved: tuple[Path, Path]) -> None:

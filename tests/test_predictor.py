@@ -9,9 +9,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,29 @@ def blobs(places: NDArray[np.float32] = PLACES, sigma: float = 10.0) -> NDArray[
     y, x = np.mgrid[:480, :640]
     distance = (x[..., None] - places[:, 0]) ** 2 + (y[..., None] - places[:, 1]) ** 2
     return np.rint(255 * np.exp(-distance / (2 * sigma**2))).astype(np.uint8)
+
+
+def assert_undisturbed(asked: Sequence[tuple[PosePredictor, NDArray[np.uint8]]]) -> None:
+    """Each predictor, asked for its crops by a thread of its own beside the others, five times, answers with
+    the bits of calls one after the other; and an answer stays what it was when others follow."""
+    alone = [predictor.heatmaps(crops, flip_test=False) for predictor, crops in asked]
+    kept = [answer.copy() for answer in alone]
+    together: list[list[NDArray[Any]]] = [[] for _ in asked]
+
+    def ask(i: int) -> None:
+        for _ in range(5):
+            together[i].append(asked[i][0].heatmaps(asked[i][1], flip_test=False))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(len(asked)):
+        assert len(together[i]) == 5
+        for answer in together[i]:
+            assert np.array_equal(answer, kept[i])
+        assert np.array_equal(alone[i], kept[i])
 
 
 def color_predictor(codec: str = "dark", **fields: Any) -> PosePredictor:
