@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ IR_PACKAGES = ("openvino", *ONNX_PACKAGES)
 INT8_PACKAGES = (*IR_PACKAGES, "nncf")
 BIN_SHA256 = "hrnet_bin_sha256"
 """Entry of an IR's rt_info: which .bin belongs to the .xml."""
+_CORES: list[openvino.Core] = []
+_ONE_CORE = threading.Lock()
 
 
 def open_openvino(
@@ -56,7 +59,6 @@ def open_openvino(
     """
     import openvino as ov
 
-    core = ov.Core()
     options = {
         # Not said, it would choose by the processor.
         "INFERENCE_PRECISION_HINT": "f32" if head is None else "bf16",
@@ -66,11 +68,11 @@ def open_openvino(
         "ENABLE_CPU_PINNING": False,
     }
     try:
-        network = core.read_model(*content)
+        network = _core().read_model(*content)
         _refuse_others(network, content, spec, name)
         if head is not None:
             network = ov.Model([_convolutions(network)[-1].input_value(0)], network.get_parameters())
-        compiled = core.compile_model(network, "CPU", options)
+        compiled = _core().compile_model(network, "CPU", options)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{name}: OpenVINO cannot open it ({reason}). {AGAIN}") from None
@@ -100,9 +102,7 @@ def export_ir(model: nn.Module, spec: CheckpointSpec) -> tuple[bytes, bytes]:
     """
     if why := missing_packages(IR_PACKAGES, "openvino"):
         raise ConfigError(f"OpenVINO's files cannot be made here: {why}.")
-    import openvino as ov
-
-    return _ir(ov.Core().read_model(export_onnx(model, spec)), spec)
+    return _ir(_core().read_model(export_onnx(model, spec)), spec)
 
 
 def export_int8(model: nn.Module, spec: CheckpointSpec, crops: NDArray[np.uint8]) -> tuple[bytes, bytes]:
@@ -120,10 +120,7 @@ def export_int8(model: nn.Module, spec: CheckpointSpec, crops: NDArray[np.uint8]
         raise DataError(
             "quantisation needs crops of people to find the ranges of the activations: none given."
         )
-    import openvino as ov
-
-    network = ov.Core().read_model(export_onnx(model, spec))
-
+    network = _core().read_model(export_onnx(model, spec))
     first, second, *_, last = _convolutions(network)
     kept = [layer.get_friendly_name() for layer in (first, second, last)]
 
@@ -139,6 +136,18 @@ def export_int8(model: nn.Module, spec: CheckpointSpec, crops: NDArray[np.uint8]
             ignored_scope=nncf.IgnoredScope(names=kept),
         )
     return _ir(quantized, spec)
+
+
+def _core() -> openvino.Core:
+    """The one of this process, which stays. OpenVINO's part for the CPU belongs to it, and gives the thread that
+    loads it another stack for signals; dropped in another thread it would take that away from under the
+    first, which the next signal then ends by SIGSEGV."""
+    import openvino as ov
+
+    with _ONE_CORE:
+        if not _CORES:
+            _CORES.append(ov.Core())
+        return _CORES[0]
 
 
 def _convolutions(network: openvino.Model) -> list[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +113,36 @@ def test_predictors_and_threads_do_not_disturb_each_other(
     predictors = [PosePredictor.load(solved[1], device="cpu", mode=m) for m in ("openvino", "openvino_int8")]
     asked = [(predictors[i % 2], crops[i : i + 2 + i // 2]) for i in range(4)]
     assert_undisturbed(asked)
+
+
+SIGNALLED = """
+import faulthandler, gc, os, signal, sys, threading
+from hrnet_core.predictor import PosePredictor
+
+faulthandler.enable()  # as Ray does: a stack for signals
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+held = [PosePredictor.load(sys.argv[1], device="cpu", mode=sys.argv[2])]
+
+def dropped():
+    held.clear()
+    gc.collect()
+
+thread = threading.Thread(target=dropped)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("mode", ["openvino", "openvino_int8"])
+def test_a_signal_after_another_thread_has_dropped_the_network(
+    solved: tuple[Path, Path], mode: str
+) -> None:
+    """OpenVINO gives the thread that loads its part for the CPU a stack for signals, and takes it away in the
+    thread that drops that part: the next signal ended the process by SIGSEGV."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, solved[1], mode], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_answers_are_not_of_a_buffer_that_is_used_again(solved: tuple[Path, Path]) -> None:
