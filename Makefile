@@ -24,10 +24,10 @@ demo: setup  ## COCO folder -> shards -> training -> AP -> registry -> HTTP, on 
 	@$(BIN)/python infra/demo.py $(if $(KEEP),--keep)
 
 test: setup  ## the tests, some ten minutes on 2 cores, two at a time (AT_ONCE=1: one)
-	@$(BIN)/python -m pytest -q -n $(AT_ONCE)
+	@$(BIN)/python -m pytest -q -n $(AT_ONCE) --max-worker-restart=0
 
 test-slow: setup  ## the long tests
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -m slow -o faulthandler_timeout=3600
 
 test-cluster: setup  ## a cluster of three machines made of Linux namespaces, machines lost in it
 	@bash tests/cluster/run.sh $(BIN)/python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 
 collect_ignore = ["cluster"]  # run by make test-cluster
 REFERENCE = Path(__file__).parent / "reference"
+CRASHES = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.stash[CRASHES] = os.dup(2)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A crash of native code is told on the terminal, also after a command that ran in this process has told
+    Python to say it elsewhere."""
+    faulthandler.enable(item.config.stash[CRASHES])
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

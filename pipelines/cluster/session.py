@@ -278,8 +278,8 @@ def quiet_engines() -> Iterator[None]:
         for handler in logging.getLogger().handlers:  # what the driver itself logs is ours
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
                 restored.callback(handler.setStream, handler.setStream(terminal))
+        restored.callback(faulthandler.enable if faulthandler.is_enabled() else faulthandler.disable)
         faulthandler.enable(terminal)  # a crash of native code, after which nobody reads what was said
-        restored.callback(faulthandler.disable)
         os.dup2(said.fileno(), 2)
         restored.enter_context(contextlib.redirect_stderr(said))
         restored.enter_context(contextlib.redirect_stdout(_WithoutRaylet(sys.stdout)))
