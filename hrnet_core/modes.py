@@ -37,7 +37,7 @@ from hrnet_core.fused import fuse_where_it_runs, is_fused
 from hrnet_core.model import BasicBlock, Bottleneck, Fusion, fold_batch_norms, normalize, to_16_bits
 from hrnet_core.ncnn_file import NCNN_PACKAGES, export_ncnn, open_ncnn
 from hrnet_core.onnx_file import ONNX_PACKAGES, export_onnx, missing_packages, open_onnx
-from hrnet_core.openvino_file import IR_PACKAGES, open_openvino
+from hrnet_core.openvino_file import INT8_AGAIN, IR_PACKAGES, open_openvino
 
 EXACT_ENOUGH = 0.001  # |AP difference| up to which "auto" takes a faster mode
 RUN_FROM: dict[str, tuple[str, ...]] = {
@@ -223,7 +223,7 @@ def _from_files(model: nn.Module, spec: CheckpointSpec, mode: str, exported: Map
         files = {name: exported[name] for name in NCNN if name in exported}
         return open_ncnn(files or dict(zip(NCNN, export_ncnn(model, spec), strict=True)), spec)
     if mode == "openvino_int8":
-        return open_openvino([exported[name] for name in INT8], spec, INT8[0])
+        return open_openvino([exported[name] for name in INT8], spec, INT8[0], again=INT8_AGAIN)
     content = exported.get(ONNX) or export_onnx(model, spec)
     if mode == "onnx":
         return open_onnx(content, spec, ONNX)

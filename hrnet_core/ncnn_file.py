@@ -123,14 +123,9 @@ def _refuse_damaged(files: Mapping[str, bytes], spec: CheckpointSpec) -> None:
     if missing := [name for name in NCNN if name not in files]:
         raise CheckpointError(f"{' and '.join(missing)}: not there, beside {' and '.join(files)}. {AGAIN}")
     param, weights, about = NCNN
-    try:
-        told = json.loads(files[about])
-        digests = {param: told[PARAM_SHA256], weights: told[BIN_SHA256]}
-    except (ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{about}: damaged, it does not say what it should. {AGAIN}") from None
-    refuse_other_weights(json.dumps(told), spec, about, AGAIN)
-    for name, digest in digests.items():
-        if _sha256(files[name]) != digest:
+    told = refuse_other_weights(files[about], spec, about, AGAIN)
+    for name, entry in ((param, PARAM_SHA256), (weights, BIN_SHA256)):
+        if _sha256(files[name]) != told.get(entry):
             raise CheckpointError(
                 f"{name}: damaged, or not the one that was written with {about}: its sha256 differs. {AGAIN}"
             )

@@ -38,12 +38,21 @@ def told_of(spec: CheckpointSpec) -> str:
     return json.dumps({name: value for name, value in spec.as_dict().items() if name != "modes"})
 
 
-def refuse_other_weights(told: str, spec: CheckpointSpec, name: str, again: str = AGAIN) -> None:
-    """CheckpointError where a file's metadata says other weights than the checkpoint's, or nothing."""
-    sha256 = json.loads(told).get("weights_sha256")
-    if sha256 != spec.weights_sha256:
-        theirs, ours = str(sha256)[:12], str(spec.weights_sha256)[:12]
-        raise CheckpointError(f"{name}: made from weights {theirs}, the checkpoint's are {ours}. {again}")
+def refuse_other_weights(
+    told: str | bytes, spec: CheckpointSpec, name: str, again: str = AGAIN
+) -> dict[str, Any]:
+    """What a file says of itself. CheckpointError where that is of other weights than the checkpoint's, or
+    does not say of which."""
+    try:
+        about: dict[str, Any] = json.loads(told)
+        theirs = str(about["weights_sha256"])
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{name}: damaged, it does not say what it should. {again}") from None
+    if theirs != (ours := str(spec.weights_sha256)):
+        raise CheckpointError(
+            f"{name}: made from weights {theirs[:12]}, the checkpoint's are {ours[:12]}. {again}"
+        )
+    return about
 
 
 def open_onnx(content: bytes, spec: CheckpointSpec, name: str) -> Callable[[Tensor], Tensor]:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 IR_PACKAGES = ("openvino", *ONNX_PACKAGES)
 """What writes an IR; openvino alone opens one."""
 INT8_PACKAGES = (*IR_PACKAGES, "nncf")
+INT8_AGAIN = "Write it again: hrnet export CHECKPOINT --format openvino_int8 --shards SHARDS."
 BIN_SHA256 = "hrnet_bin_sha256"
 """Entry of an IR's rt_info: which .bin belongs to the .xml."""
 _CORES: list[openvino.Core] = []
@@ -48,12 +49,17 @@ _ONE_CORE = threading.Lock()
 
 
 def open_openvino(
-    content: Sequence[bytes], spec: CheckpointSpec, name: str, head: nn.Module | None = None
+    content: Sequence[bytes],
+    spec: CheckpointSpec,
+    name: str,
+    head: nn.Module | None = None,
+    again: str = AGAIN,
 ) -> Callable[[Tensor], Tensor]:
     """An ONNX file, or an IR (.xml and .bin), in OpenVINO, on as many threads as torch has now.
 
     head: the network's last layer. Given, all before it computes in bfloat16 and this in torch, in float32:
     its inputs and weights are not rounded then, and half as many keypoints move as with all in bfloat16.
+    again: how such a file is written, for an error's way out.
 
     CheckpointError: a damaged file, or one of other weights. ConfigError: no bfloat16 in this processor.
     """
@@ -69,13 +75,13 @@ def open_openvino(
     }
     try:
         network = _core().read_model(*content)
-        _refuse_others(network, content, spec, name)
+        _refuse_others(network, content, spec, name, again)
         if head is not None:
             network = ov.Model([_convolutions(network)[-1].input_value(0)], network.get_parameters())
         compiled = _core().compile_model(network, "CPU", options)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"{name}: OpenVINO cannot open it ({reason}). {AGAIN}") from None
+        raise CheckpointError(f"{name}: OpenVINO cannot open it ({reason}). {again}") from None
     if head is not None and compiled.get_property("INFERENCE_PRECISION_HINT") != ov.Type.bf16:
         raise ConfigError("OpenVINO does not compute in bfloat16 on this processor. Take mode openvino.")
 
@@ -139,8 +145,8 @@ def export_int8(model: nn.Module, spec: CheckpointSpec, crops: NDArray[np.uint8]
 
 
 def _core() -> openvino.Core:
-    """The one of this process, which stays. OpenVINO's part for the CPU belongs to it, and gives the thread that
-    loads it another stack for signals; dropped in another thread it would take that away from under the
+    """The one of this process, which stays. OpenVINO's part for the CPU belongs to it, and gives the thread
+    that loads it another stack for signals; dropped in another thread it would take that away from under the
     first, which the next signal then ends by SIGSEGV."""
     import openvino as ov
 
@@ -168,13 +174,16 @@ def _ir(model: openvino.Model, spec: CheckpointSpec) -> tuple[bytes, bytes]:
         return file.read_bytes(), weights
 
 
-def _refuse_others(model: openvino.Model, content: Sequence[bytes], spec: CheckpointSpec, name: str) -> None:
+def _refuse_others(
+    model: openvino.Model, content: Sequence[bytes], spec: CheckpointSpec, name: str, again: str
+) -> None:
     """CheckpointError for a file of other weights, and for a .bin that is not the .xml's."""
     place = [METADATA] if model.has_rt_info([METADATA]) else ["framework", METADATA]  # of an ONNX file
-    refuse_other_weights(model.get_rt_info(place).value if model.has_rt_info(place) else "{}", spec, name)
+    told = model.get_rt_info(place).value if model.has_rt_info(place) else "{}"
+    refuse_other_weights(told, spec, name, again)
     for weights in content[1:]:
         if model.get_rt_info([BIN_SHA256]).value != hashlib.sha256(weights).hexdigest():
-            raise CheckpointError(f"{name}: its .bin is not the one that was written with its .xml. {AGAIN}")
+            raise CheckpointError(f"{name}: its .bin is not the one that was written with its .xml. {again}")
 
 
 @contextlib.contextmanager

@@ -136,9 +136,7 @@ signal.pause()
 
 
 @pytest.mark.parametrize("mode", ["openvino", "openvino_int8"])
-def test_a_signal_after_another_thread_has_dropped_the_network(
-    solved: tuple[Path, Path], mode: str
-) -> None:
+def test_a_signal_after_another_thread_has_dropped_the_network(solved: tuple[Path, Path], mode: str) -> None:
     """OpenVINO gives the thread that loads its part for the CPU a stack for signals, and takes it away in the
     thread that drops that part: the next signal ended the process by SIGSEGV."""
     done = subprocess.run([sys.executable, "-c", SIGNALLED, solved[1], mode], capture_output=True, text=True)
@@ -241,18 +239,26 @@ def test_files_of_other_weights_and_damaged_files_are_refused(
     model, spec = load_checkpoint(folder)
     exported = read_exported(folder)
     other = replace(spec, weights_sha256="0" * 64)
-    for mode, name in (("openvino", r"model\.onnx"), ("openvino_int8", r"openvino_int8\.xml")):
-        with pytest.raises(
-            CheckpointError, match=rf"{name}: made from weights .*are 000000000000\. Write it"
-        ):
+    again = r"Write it again: hrnet export CHECKPOINT"
+    int8_again = rf"{again} --format openvino_int8 --shards SHARDS\.$"
+    for mode, name, out in (("openvino", ONNX, rf"{again}\.$"), ("openvino_int8", INT8[0], int8_again)):
+        with pytest.raises(CheckpointError, match=rf"{name}: made from weights .*are 000000000000\. {out}"):
             PosePredictor(model, other, "cpu", mode, exported)
-    for mode, name in (("openvino", ONNX), ("openvino_int8", INT8[0])):
         cut = exported | {name: exported[name][:1000]}
-        with pytest.raises(CheckpointError, match=rf"{name}: OpenVINO cannot open it"):
+        with pytest.raises(CheckpointError, match=rf"{name}: OpenVINO cannot open it .*\. {out}"):
             PosePredictor(model, spec, "cpu", mode, cut)
+        # What it says of itself: JSON as text of an XML attribute, or as it is.
+        key = b"&quot;weights_sha256&quot;" if name == INT8[0] else b'"weights_sha256"'
+        assert key in exported[name]
+        for put in (key.replace(b"weights", b"weightz"), key.replace(b"w", b"\\")):
+            damaged = exported | {name: exported[name].replace(key, put)}
+            with pytest.raises(CheckpointError, match=rf"{name}: damaged, it does not say .*\. {out}"):
+                PosePredictor(model, spec, "cpu", mode, damaged)
     weights = exported[INT8[1]]
     swapped = weights[: len(weights) // 2] + b"12345678" + weights[len(weights) // 2 + 8 :]
-    with pytest.raises(CheckpointError, match=r"its \.bin is not the one that was written"):
+    with pytest.raises(
+        CheckpointError, match=rf"its \.bin is not the one that was written .*\. {int8_again}"
+    ):
         PosePredictor(model, spec, "cpu", "openvino_int8", exported | {INT8[1]: swapped})
     with torch.no_grad():
         model.final_layer.bias.add_(1)
