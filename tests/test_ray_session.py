@@ -174,3 +174,14 @@ def test_a_crash_of_native_code_says_where_though_engines_are_quiet() -> None:
     assert "Segmentation fault" in done.stderr
     assert "in in_here" in done.stderr
     assert "chatter" not in done.stderr
+
+
+def test_a_user_who_wants_crashes_told_has_that_after_the_engines_too() -> None:
+    code = "import os, signal\nfrom pipelines.cluster.session import quiet_engines\n"
+    code += "with quiet_engines():\n    pass\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    command = [sys.executable, "-c", code]
+    for wanted in ("1", ""):
+        environment = os.environ | {"PYTHONFAULTHANDLER": wanted}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == -signal.SIGSEGV
+        assert ("Segmentation fault" in done.stderr) == bool(wanted)
