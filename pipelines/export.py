@@ -221,7 +221,8 @@ def _refuse_another_network(target: str, format: FormatName, figures: dict[str, 
         f"{target}: {runtime}'s answers differ by {figures['cell']:.3g} in a cell of heatmaps whose range is "
         f"{figures['spread']:.3g} (allowed {cell:g} of it), and by {figures['keypoint_mean']:.3g} px of the "
         f"crop in the mean keypoint (allowed {keypoint:g}): the file does not compute the same network. "
-        f"Install the versions of constraints.txt; int8 may want other crops (--shards). Nothing was written."
+        f"Install the versions of constraints.txt; int8 may want other crops (--shards), or a network that "
+        f"has learned more. Nothing was written."
     )
 
 
