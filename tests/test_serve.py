@@ -888,9 +888,10 @@ def endpoint(ray_local: None, checkpoint: Path, tmp_path_factory: pytest.TempPat
     from ray import serve
 
     from pipelines.deploy import deploy
-    from pipelines.settings.config import ServeSettings
+    from pipelines.settings.config import RunSettings, ServeSettings
 
     port = free_port()
+    run = RunSettings(storage=str(tmp_path_factory.mktemp("runs")))
     samples = tmp_path_factory.mktemp("samples")
     (samples / "a.png").write_bytes(PNG)
     (samples / "boxes.json").write_text('{"a.png": [[0, 0, 40, 40]]}')
@@ -906,7 +907,7 @@ def endpoint(ray_local: None, checkpoint: Path, tmp_path_factory: pytest.TempPat
         log_format="json",
     )
     try:
-        yield deploy(str(checkpoint), settings, block=False)
+        yield deploy(str(checkpoint), settings, run=run, block=False)
     finally:
         serve.shutdown()
 
