@@ -49,6 +49,28 @@ def test_a_signal_for_our_process_group_does_not_reach_what_ray_starts(
     assert started.process.pid not in GROUPS
 
 
+SIGNALLED_IN_A_FORK = """
+import os, signal, sys
+from ray._private import services
+from pipelines.cluster import session
+from pipelines.process.stop import Stopped, stoppable
+
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    with stoppable(), session._sessions_of_their_own() as processes:
+        services.start_ray_process([sys.executable, "-c", ""], "raylet", fate_share=True)
+except Stopped as stopped:
+    sys.exit(stopped.exit_code - len(processes))
+"""
+
+
+def test_a_signal_that_comes_while_ray_forks_is_not_lost() -> None:
+    """It was raised in logging's function that runs after a fork, where Python drops it: the verb went on and
+    waited for logging's lock for ever."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED_IN_A_FORK], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143 - 1, ""), "stopped, and the process is in the list"
+
+
 def test_helpers_of_a_node_manager_that_had_to_be_killed_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -27,7 +27,7 @@ from hrnet_core.errors import ConfigError, PoseError
 from pipelines.cluster.joining import refusals_told, refuse_address
 from pipelines.process import environment
 from pipelines.process.progress import Every
-from pipelines.process.stop import GROUPS, begun, handlers_kept
+from pipelines.process.stop import GROUPS, begun, handlers_kept, held
 from pipelines.settings.config import RaySettings
 
 HOOK = "pipelines.cluster.worker_process.begin"
@@ -221,8 +221,9 @@ def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
         return
 
     def start(*args: Any, **how: Any) -> subprocess.Popen[Any]:
-        processes.append(usual(*args, start_new_session=True, **how))
-        GROUPS.add(processes[-1].pid)
+        with held():  # Ray gives a preexec_fn
+            processes.append(usual(*args, start_new_session=True, **how))
+            GROUPS.add(processes[-1].pid)
         return processes[-1]
 
     services.ConsolePopen = start  # type: ignore[misc, assignment]  # a class, of which it is called alone

@@ -78,6 +78,23 @@ def leave_closed_outputs() -> None:
 
 
 @contextlib.contextmanager
+def held() -> Iterator[None]:
+    """A signal that comes in the block is heard at its end. For what forks with Python in the child
+    (`preexec_fn`): raised in a function that runs after a fork, as logging's, which gives its lock back,
+    Stopped would be dropped by Python. The verb would go on, and wait for that lock for ever."""
+    came: list[int] = []
+    with contextlib.ExitStack() as restored:
+        if threading.current_thread() is threading.main_thread():
+            for which in SIGNALS:
+                if callable(signal.getsignal(which)):
+                    before = signal.signal(which, lambda signum, frame: came.append(signum))
+                    restored.callback(signal.signal, which, before)
+        yield
+    if came:
+        signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """What the block puts in place of the handlers of these signals is undone: Ray takes them for itself. Its
     own end the process, with 15 or 1; here that is Stopped, as everywhere."""
