@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -332,6 +333,17 @@ def test_on_a_cluster_without_a_shared_storage_nodes_read_the_checkpoint_from_wh
             assert serve_args(found, ServeSettings(), RunSettings(), track)[0].checkpoint == name
     assert not (tmp_path / "runs").exists()
     assert args_of(str(checkpoint), tmp_path).checkpoint.startswith(str(tmp_path / "runs" / "deployed"))
+
+
+def test_names_of_haproxys_sockets_are_not_too_long_whatever_tmpdir_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """HAProxy takes 97 characters; Serve puts a folder named by its node's id, of 56, before the file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    variables = ingress._of_this_machine(set())
+    for name in ("SOCKET_PATH", "METRICS_SOCKET_PATH"):
+        assert len(variables[f"RAY_SERVE_HAPROXY_{name}"]) + 1 + 56 <= 97
+    ingress.remove_folder(variables)
 
 
 def test_haproxy_takes_the_requests_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,9 @@ def _of_this_machine(taken: set[int | None]) -> dict[str, str]:
     HAProxy."""
     import serve.haproxy
 
-    folder = Path(tempfile.mkdtemp(prefix="hrnet-haproxy-"))  # for this user only: Serve's own is everyone's
+    # For this user only: Serve's own is everyone's. Not in TMPDIR: with what Serve puts behind it, a socket's
+    # name has room for no more than this.
+    folder = Path(tempfile.mkdtemp(prefix="hrnet-haproxy-", dir="/tmp"))
     wrapper = folder / "haproxy"
     script = Path(serve.haproxy.__file__)
     wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I "{script}" "$@"\n')
