@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -44,12 +45,13 @@ def open_ncnn(files: Mapping[str, bytes], spec: CheckpointSpec) -> Callable[[Ten
     Images float32 (N, 3, h, w) are computed one by one -> heatmaps float32 (N, K, h/4, w/4).
 
     CheckpointError: one is missing or damaged, they do not belong together, or are of other weights.
+    What it returns: ConfigError in a process that was forked since, where there were several threads.
     """
     import ncnn
 
     _refuse_damaged(files, spec)
-    net = ncnn.Net()
-    net.opt.num_threads = torch.get_num_threads()
+    net, threads, process = ncnn.Net(), torch.get_num_threads(), os.getpid()
+    net.opt.num_threads = threads
     for option in NOT_FLOAT32:
         setattr(net.opt, option, False)
     with tempfile.TemporaryDirectory(prefix="hrnet-ncnn-") as folder:
@@ -62,6 +64,11 @@ def open_ncnn(files: Mapping[str, bytes], spec: CheckpointSpec) -> Callable[[Ten
     keypoints, (width, height) = spec.skeleton.num_keypoints, spec.codec.heatmap_size
 
     def run(images: Tensor) -> Tensor:
+        if threads > 1 and os.getpid() != process:  # ncnn would wait for them, and cannot do with fewer
+            raise ConfigError(
+                f"mode ncnn was loaded on {threads} threads in the process that this one was forked from, "
+                f"and they stayed there. Load the checkpoint again in this process, or before on one thread."
+            )
         answer = torch.empty(len(images), keypoints, height, width)
         for image, heatmaps in zip(images.contiguous().numpy(), answer.numpy(), strict=True):
             extractor = net.create_extractor()  # holds what lies between the layers: threads do not meet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from dots import rows_here, write_solved
 from numpy.typing import NDArray
-from test_predictor import EXACT, assert_undisturbed
+from test_predictor import EXACT, assert_undisturbed, forked
 
 from hrnet_core.checkpoint import EXPORTED, NCNN, load_checkpoint, read_exported, read_spec, save_checkpoint
 from hrnet_core.errors import CheckpointError, ConfigError
@@ -78,6 +79,14 @@ def test_several_threads_and_predictors_get_the_answers_of_one(solved: tuple[Pat
     predictors = [predictor_of(solved[1]) for _ in range(2)]
     asked = [(predictors[i % 2], noise(1 + i, seed=i)) for i in range(4)]
     assert_undisturbed(asked)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_with_one_thread_is_told_to_load_again(solved: tuple[Path, Path]) -> None:
+    """It computes on as many threads as there were when it was loaded, and waited for them for ever."""
+    *_, ended, along, own, again_ended = forked(solved[1], "ncnn")
+    assert along.startswith("ConfigError mode ncnn was loaded on 2 threads in the process")
+    assert (ended, own, again_ended) == ("ended", "1", "ended")
 
 
 def test_answers_are_not_of_a_buffer_that_is_used_again(solved: tuple[Path, Path]) -> None:

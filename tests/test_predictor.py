@@ -319,17 +319,19 @@ def test_a_batch_is_of_one_or_more(size: Any) -> None:
 
 
 FORKED = """
-import multiprocessing, sys
+import functools, multiprocessing, sys
 import numpy as np, torch
 from hrnet_core.predictor import PosePredictor
 
 torch.set_num_threads(2)
-predictor = PosePredictor.load(sys.argv[1], device="cpu")
+load = functools.partial(PosePredictor.load, sys.argv[1], device="cpu", mode=sys.argv[2])
+predictor = load()
 image = np.zeros((200, 300, 3), np.uint8)
+predictor(image)  # so that there are threads to wait for
 
 def child(threads):
     torch.set_num_threads(threads)
-    for what in (lambda: predictor(image), lambda: PosePredictor.load(sys.argv[1], device="cpu")(image)):
+    for what in (lambda: predictor(image), lambda: load()(image)):
         try:
             print(len(what()), flush=True)
         except Exception as error:
@@ -349,7 +351,13 @@ def test_a_forked_process_is_refused_where_it_would_wait_for_ever(tmp_path: Path
     """torch's threads do not come along; with one thread there are none to wait for."""
     model, predictor = hrnet_predictor()
     save_checkpoint(tmp_path / "checkpoint", model, predictor.spec)
-    command = [sys.executable, "-c", FORKED, str(tmp_path / "checkpoint")]
+    assert forked(tmp_path / "checkpoint", "float32")[2:] == ["ended", "1", "1", "ended"]
+
+
+def forked(checkpoint: Path, mode: str) -> list[str]:
+    """What a process of two threads and one of one say, forked from one that has computed: asking the
+    predictor that came along, and one of their own. Those of two are refused."""
+    command = [sys.executable, "-c", FORKED, str(checkpoint), mode]
     told = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=200
     ).stdout.splitlines()
@@ -358,7 +366,7 @@ def test_a_forked_process_is_refused_where_it_would_wait_for_ever(tmp_path: Path
         assert line.startswith("ConfigError process ")
         assert 'multiprocessing.get_context("spawn")' in line
         assert "torch.set_num_threads(1)" in line
-    assert told[2:] == ["ended", "1", "1", "ended"]
+    return told
 
 
 def test_a_predictor_can_be_pickled() -> None:
