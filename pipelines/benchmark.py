@@ -55,7 +55,7 @@ class Benchmark:
             "load": list(self.load),
             "modes": {mode: speed.as_dict() for mode, speed in self.timings.modes.items()},
             "left_out": self.timings.left_out,
-            "stopped": self.timings.stopped,
+            "stopped": self.timings.stopped > 0,
         }
 
     def write(self, file: str | Path) -> None:

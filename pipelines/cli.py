@@ -304,7 +304,7 @@ def benchmark(args: arguments.Benchmark) -> int:
     if args.json_file:
         measured.write(args.json_file)
         print(f"\nall figures: {args.json_file}")
-    return 130 if measured.timings.stopped else 0
+    return measured.timings.stopped
 
 
 def predict(args: arguments.Predict) -> None:

@@ -150,7 +150,7 @@ def test_percentiles_are_those_of_enough_calls() -> None:
 def test_the_table_can_be_pasted() -> None:
     timings = Timings({"float32": Speed(12.34, {1: AtSize([0.0123] * 10, [0.025], {"memory_mib": 512})})})
     timings.left_out = {"onnx": "install onnxruntime"}
-    timings.stopped = True
+    timings.stopped = 130
     machine = {
         "processor": "Some CPU", "cores": 4, "memory_gib": 8, "instruction_sets": ["avx2"],
         "versions": {"hrnet": "0.1.0", "torch": "2.13.0"},
@@ -321,7 +321,8 @@ def test_ctrl_c_is_not_for_a_process_that_has_just_begun(
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "the asker hears it"
 
 
-def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_prints_what_there_is(which: signal.Signals) -> None:
     """In a process group of its own, as a terminal does it: the modes' processes get the signal too."""
     command = [sys.executable, "-u", "-m", "pipelines.cli", "benchmark", "tiny", "--modes", "float32"]
     sizes = ["--batch-sizes", "1", "2", "--threads", "1"]
@@ -332,9 +333,9 @@ def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
         for line in run.stdout:
             if line.startswith("batch 1, ms/crop"):
                 break
-        os.killpg(run.pid, signal.SIGINT)
+        os.killpg(run.pid, which)
         out, error = run.communicate(timeout=60)
-    assert run.returncode == 130
+    assert run.returncode == 128 + which
     assert "| `float32` |" in out
     assert "- stopped before the end" in out
     assert "Traceback" not in error

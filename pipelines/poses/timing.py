@@ -23,6 +23,7 @@ from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError
 from pipelines.poses.mode_process import ModeProcess
 from pipelines.process.progress import Every
+from pipelines.process.stop import Stopped
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROUNDS = 5
@@ -98,8 +99,8 @@ class Timings:
     modes: dict[str, Speed] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     """Modes that cannot run here, with the reason."""
-    stopped: bool = False
-    """By Ctrl-C, before the end."""
+    stopped: int = 0
+    """Exit code of the signal that ended it before the end, 130 for Ctrl-C; 0: none."""
 
     def __str__(self) -> str:
         """Markdown: a table with a row for each batch size of a mode, then what is not in it."""
@@ -160,8 +161,8 @@ def time_modes(
 
         try:
             take_turns(begin, wanted, sorted(set(sizes)), always, timings)
-        except KeyboardInterrupt:
-            timings.stopped = True
+        except KeyboardInterrupt as error:
+            timings.stopped = error.exit_code if isinstance(error, Stopped) else 130
     if not timings.modes and not timings.stopped:
         reasons = "; ".join(f"{mode}: {why}" for mode, why in timings.left_out.items())
         raise ConfigError(f"no mode could be measured on {device}: {reasons}")
