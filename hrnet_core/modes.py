@@ -87,6 +87,25 @@ FORMS = {
 """The modes of torch; the others have a runtime of their own."""
 
 
+class InRuntime:
+    """A network in ONNX Runtime, OpenVINO or ncnn: a copy is the same one; none of them can be pickled."""
+
+    def __init__(self, mode: str, network: Network) -> None:
+        self._mode, self._network = mode, network
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._network(images)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> InRuntime:
+        return self
+
+    def __reduce__(self) -> str:
+        raise ConfigError(
+            f"a predictor of mode {self._mode} cannot be pickled, as its network lies in a runtime of its "
+            f"own. Give other processes the folder: PosePredictor.load(folder, mode={self._mode!r})."
+        )
+
+
 def build_network(
     model: nn.Module,
     spec: CheckpointSpec,
@@ -105,7 +124,7 @@ def build_network(
     if why := unusable(mode, device.type, exported):
         raise ConfigError(f"mode {mode!r} cannot run here: {why}.")
     if mode in RUN_FROM:
-        return _from_files(model, spec, mode, exported)
+        return InRuntime(mode, _from_files(model, spec, mode, exported))
     network = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     form = FORMS[mode]
     if not form.folded:

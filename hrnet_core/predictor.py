@@ -67,9 +67,10 @@ class Prepared:
 
 
 class PosePredictor:
-    """A network with everything that belongs to it. Calls from several threads do not disturb each other. It
-    can be pickled, so processes of the method spawn may be given it; one that was forked from a process that
-    had a predictor cannot compute (ConfigError).
+    """A network with everything that belongs to it. Calls from several threads do not disturb each other. In
+    the modes of torch it can be pickled, so processes of the method spawn may be given it; in the others they
+    load it (ConfigError). One that was forked from a process that had a predictor cannot compute
+    (ConfigError).
 
     model: copied, so a network in training may be passed and goes on unchanged.
     device: "cpu", "cuda", "cuda:1" ..., or "auto": a GPU where there is one.

@@ -376,6 +376,17 @@ def test_a_predictor_can_be_pickled() -> None:
     assert (there(image)[0].keypoints.data == predictor(image)[0].keypoints.data).all()
 
 
+@pytest.mark.parametrize("mode", ["onnx", "openvino"])
+def test_a_predictor_of_another_runtime_is_copied_but_not_pickled(mode: str) -> None:
+    """That was "Can't pickle local object 'open_onnx.<locals>.run'"."""
+    _, predictor = hrnet_predictor(mode)
+    image = noise(1)[0]
+    there = copy.deepcopy(predictor)
+    assert (there(image)[0].keypoints.data == predictor(image)[0].keypoints.data).all()
+    with pytest.raises(ConfigError, match=rf"mode {mode} cannot be pickled, .* mode='{mode}'"):
+        pickle.dumps(predictor)
+
+
 def test_arrays_of_any_layout_are_taken_and_left_alone() -> None:
     predictor = color_predictor("udp")
     image = blobs()
