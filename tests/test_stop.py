@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from typing import Any
 
 import pytest
 
@@ -35,6 +38,26 @@ def test_a_signal_that_ray_hands_on_as_its_own_keyboard_interrupt_is_still_known
     assert isinstance(stopped.value, Stopped)
     assert stopped.value.exit_code == code
     assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_a_signal_that_comes_while_python_has_the_lock_of_all_imports_is_heard_after_that() -> None:
+    """Python calls it for a reference that has died, and drops what it raises."""
+    code = importlib._bootstrap._get_module_lock.__code__  # type: ignore[attr-defined]
+    inner = {one.co_name for one in code.co_consts if isinstance(one, type(code))}
+    assert {(code.co_filename, "_get_module_lock"), (code.co_filename, "cb")} == stop.IMPORT_LOCKED
+    assert "cb" in inner
+    names: dict[str, Any] = {"os": os, "signal": signal}
+    exec(compile("def cb(died): os.kill(os.getpid(), signal.SIGTERM)", code.co_filename, "exec"), names)
+
+    def work() -> None:
+        thing = {1}
+        reference = weakref.ref(thing, names["cb"])
+        del thing
+        time.sleep(5)
+        assert reference() is None
+
+    with pytest.raises(Stopped, match="SIGTERM"), stoppable():
+        work()
 
 
 def test_a_keyboard_interrupt_without_a_signal_is_left_as_it_is() -> None:

@@ -17,6 +17,10 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GROUPS: set[int] = set()
 """Process groups that who started them has not ended yet: they go with the process at its second signal."""
+IMPORT_LOCKED = {("<frozen importlib._bootstrap>", name) for name in ("_get_module_lock", "cb")}
+"""(file, function) of Python's import that take the lock of all imports. Raised there, Stopped would leave it
+taken, and in "cb", which runs when a lock of a module goes, Python drops it: the verb would go on, until it
+waits for another thread that imports."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,6 +45,11 @@ def stoppable() -> Iterator[None]:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal came
+        if frame and (frame.f_code.co_filename, frame.f_code.co_name) in IMPORT_LOCKED:
+            main = threading.main_thread().ident
+            assert main
+            threading.Timer(0.02, signal.pthread_kill, (main, signum)).start()
+            return
         if came and signum == signal.SIGHUP:
             return
         if came:
