@@ -71,6 +71,16 @@ def test_a_signal_that_comes_while_ray_forks_is_not_lost() -> None:
     assert (done.returncode, done.stderr) == (143 - 1, ""), "stopped, and the process is in the list"
 
 
+def test_while_ray_starts_sigterm_is_ours() -> None:
+    from ray._private import utils
+
+    before, usual = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    with cluster._sigterm_stays_ours():
+        utils.set_sigterm_handler(lambda *_: sys.exit(1))
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert utils.set_sigterm_handler is usual
+
+
 def test_helpers_of_a_node_manager_that_had_to_be_killed_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -170,6 +170,7 @@ def _started(
         with (
             refusals_told(address),
             handlers_kept(),
+            _sigterm_stays_ours(),
             environment.defaults(inherited),
             _sessions_of_their_own() as processes,
         ):
@@ -231,6 +232,23 @@ def _sessions_of_their_own() -> Iterator[list[subprocess.Popen[Any]]]:
         yield processes
     finally:
         services.ConsolePopen = usual  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _sigterm_stays_ours() -> Iterator[None]:
+    """Ray's handler, in place while it starts, exits wherever it comes: in Python's import that is dropped
+    (stop.IMPORT_LOCKED), and the verb goes on until it hangs."""
+    from ray._private import utils
+
+    usual = getattr(utils, "set_sigterm_handler", None)
+    if usual is None:  # in another Ray handlers_kept makes the best of it
+        yield
+        return
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = usual
 
 
 def _shut_down(processes: Sequence[subprocess.Popen[Any]]) -> None:
