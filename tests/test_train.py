@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,16 @@ from pipelines.training.epoch_ap import Predictions, ValSplit
 from pipelines.training.loop import Diverged, average_decay, learning_rate, train_epochs, train_worker
 from pipelines.training.pictures import people_sheet
 from pipelines.training.run_folder import check_same_run, move_aside, only_one, where_it_stands, write_run
-from pipelines.training.state import Job, Standing, Training, make_optimizer, make_spec, set_up
+from pipelines.training.state import (
+    Job,
+    Standing,
+    Training,
+    make_optimizer,
+    make_spec,
+    report_to_ray,
+    save,
+    set_up,
+)
 from pipelines.training.step import Part, train_step
 
 SMALL = HRNetConfig(width=8, stem_width=8, bottlenecks=1, modules=(1, 1, 1), blocks=1)
@@ -237,7 +249,8 @@ def one_worker(
     reports: list[dict[str, Any]] = []
 
     def report(figures: dict[str, Any], saved: str | None) -> None:
-        reports.append({**figures, "folder": saved})
+        kept = f"{folder}-saved-{len(reports)}"
+        reports.append({**figures, "folder": shutil.move(saved, kept) if saved else None})
 
     job = Job(config, config.data.shards, str(folder), tracking_uri=None)
     return set_up(job, 0, 1, torch.device("cpu"), report, checkpoint), reports
@@ -701,6 +714,36 @@ def test_a_lock_that_is_being_taken_away_is_none(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(ConfigError, match="another process"), only_one(str(tmp_path / "r")):
         pytest.fail("two could have it")
+
+
+def test_a_state_that_could_not_be_saved_does_not_stay_in_the_temporary_folder(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt would leave the state of a whole network there."""
+    run, _ = one_worker(small_config(manifest, tmp_path), tmp_path / "r")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    def half(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with monkeypatch.context() as full:
+        full.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="No space left"):
+            save(run)
+    assert not list(temporary.iterdir())
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("ray.train.report", lambda figures, saved, **how: asked.update(how, saved=saved))
+    run.report = partial(report_to_ray, str(tmp_path / "no" / "folder"))
+    save(run)
+    (folder,) = temporary.iterdir()
+    (tmp_path / "no").write_text("a file, in which no folder can be")
+    with pytest.raises(OSError, match="no"):
+        asked["checkpoint_upload_fn"](asked["saved"], "checkpoint_0")
+    assert not folder.exists()
 
 
 def test_workers_keep_freed_memory(manifest: Manifest, tmp_path: Path) -> None:

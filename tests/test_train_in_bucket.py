@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -52,11 +53,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def one_worker(config: Any, folder: str, saved: Path | None = None) -> tuple[Training, list[Path]]:
-    """Worker 0 of 1 without Ray; the list fills with the folders of its checkpoints."""
+    """Worker 0 of 1 without Ray; the list fills with the folders of its checkpoints, kept in run.storage."""
     checkpoints: list[Path] = []
 
     def report(figures: dict[str, Any], made: str | None) -> None:
-        checkpoints.append(Path(str(made)))
+        checkpoints.append(Path(shutil.move(str(made), config.run.storage)))
 
     job = Job(config, config.data.shards, folder, tracking_uri=None)
     return set_up(job, 0, 1, torch.device("cpu"), report, saved), checkpoints

@@ -92,15 +92,17 @@ def held() -> Iterator[None]:
     (`preexec_fn`): raised in a function that runs after a fork, as logging's, which gives its lock back,
     Stopped would be dropped by Python. The verb would go on, and wait for that lock for ever."""
     came: list[int] = []
-    with contextlib.ExitStack() as restored:
-        if threading.current_thread() is threading.main_thread():
-            for which in SIGNALS:
-                if callable(signal.getsignal(which)):
-                    before = signal.signal(which, lambda signum, frame: came.append(signum))
-                    restored.callback(signal.signal, which, before)
-        yield
-    if came:
-        signal.raise_signal(came[0])
+    try:
+        with contextlib.ExitStack() as restored:
+            if threading.current_thread() is threading.main_thread():
+                for which in SIGNALS:
+                    if callable(signal.getsignal(which)):
+                        before = signal.signal(which, lambda signum, frame: came.append(signum))
+                        restored.callback(signal.signal, which, before)
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -325,14 +326,25 @@ def save(run: Training) -> None:
             "progress": asdict(at),
         }
         try:
-            with (Path(folder) / TRAINER).open("wb") as file:  # by its name, torch hides that a disk is full
-                torch.save(state, file)
+            with removed_if_it_fails(folder), (Path(folder) / TRAINER).open("wb") as file:
+                torch.save(state, file)  # by its name, torch hides that a disk is full
         except RuntimeError as error:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         assert run.log is not None
         run.log.keep()
     run.report({"epoch": at.epoch, "step": at.total_steps, "best_ap": at.best_ap}, folder)
     run.saved_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def removed_if_it_fails(folder: str) -> Iterator[None]:
+    """A folder of a whole network's state does not stay in the temporary folder of a machine whose disk, or
+    whose bucket, has failed: each attempt would leave one more."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def keep_best(run: Training, ap: float, results: list[dict[str, Any]]) -> None:
@@ -365,7 +377,8 @@ def report_to_ray(run_folder: str, figures: dict[str, Any], folder: str | None) 
     import ray.train
 
     def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        put_file(Path(saved.path) / TRAINER, join(run_folder, f"ray/{name}/{TRAINER}"))
+        with removed_if_it_fails(saved.path):  # Ray removes it where that was done
+            put_file(Path(saved.path) / TRAINER, join(run_folder, f"ray/{name}/{TRAINER}"))
         files, path = open_folder(join(run_folder, f"ray/{name}"))
         return ray.train.Checkpoint(path, files)
 
