@@ -25,7 +25,7 @@ import tyro
 from hrnet_core import memory
 from hrnet_core.errors import ConfigError, Failure, PoseError, first_line
 from hrnet_core.locations import file_to_write, folder_to_write, is_uri, refuse_credentials
-from pipelines.process.stop import Stopped, leave_closed_outputs, stoppable
+from pipelines.process.stop import exit_code, leave_closed_outputs, stoppable
 from pipelines.settings import arguments
 from pipelines.settings.config import RunConfig
 from pipelines.settings.config_file import load_config, refused
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Where its import was stopped, torch would say its statistics at the end.
         logging.getLogger("torch").setLevel(logging.CRITICAL)
         print(f"hrnet {name}: {error}{GOES_ON.get(name, '')}", file=sys.stderr)
-        return error.exit_code if isinstance(error, Stopped) else 130
+        return exit_code(error)
     except Failure as error:
         print(f"hrnet {name}: {error}", file=sys.stderr)
         return 1

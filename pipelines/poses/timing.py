@@ -23,7 +23,7 @@ from hrnet_core.choices import MODES
 from hrnet_core.errors import ConfigError
 from pipelines.poses.mode_process import ModeProcess
 from pipelines.process.progress import Every
-from pipelines.process.stop import Stopped
+from pipelines.process.stop import exit_code
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROUNDS = 5
@@ -162,7 +162,7 @@ def time_modes(
         try:
             take_turns(begin, wanted, sorted(set(sizes)), always, timings)
         except KeyboardInterrupt as error:
-            timings.stopped = error.exit_code if isinstance(error, Stopped) else 130
+            timings.stopped = exit_code(error)
     if not timings.modes and not timings.stopped:
         reasons = "; ".join(f"{mode}: {why}" for mode, why in timings.left_out.items())
         raise ConfigError(f"no mode could be measured on {device}: {reasons}")

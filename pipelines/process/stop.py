@@ -37,6 +37,11 @@ class Stopped(KeyboardInterrupt):
         return " ".join([f"stopped by {name}.", *getattr(self, "__notes__", [])])
 
 
+def exit_code(error: KeyboardInterrupt) -> int:
+    """Of the signal that came; Ctrl-C's where it is not known."""
+    return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """The signals raise Stopped in the block; the second of them ends the process without a word. A closed
